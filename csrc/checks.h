@@ -1,0 +1,208 @@
+// One named check per operator. Both backends call it first, so that a bad call
+// gets the same message on CPU and CUDA: argument, what was expected, what came.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+namespace hesskern {
+
+// Spatial geometry of a convolution; one-dimensional layers use height 1.
+struct ConvGeometry {
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w;
+  int64_t padding_h, padding_w;
+  int64_t dilation_h, dilation_w;
+  int64_t groups;
+  int64_t out_h, out_w;
+
+  int64_t positions() const { return out_h * out_w; }
+  int64_t taps() const { return kernel_h * kernel_w; }
+};
+
+inline void check_accumulator(const char* op, const at::Tensor& acc, const at::Tensor& input,
+                              const char* input_name) {
+  TORCH_CHECK_VALUE(acc.scalar_type() == at::kFloat || acc.scalar_type() == at::kDouble, op,
+                    ": acc must be float32 or float64, got ", acc.scalar_type());
+  const auto t = input.scalar_type();
+  TORCH_CHECK_VALUE(at::isFloatingType(t), op, ": ", input_name,
+                    " must be a floating-point tensor, got ", t);
+  TORCH_CHECK_VALUE(acc.scalar_type() == at::kDouble || t != at::kDouble, op, ": ", input_name,
+                    " is float64, so acc must be float64, got ", acc.scalar_type());
+  TORCH_CHECK_VALUE(acc.device() == input.device(), op, ": acc is on ", acc.device(), " but ",
+                    input_name, " is on ", input.device());
+}
+
+// acc [d, d] (d + 1 with ones), x [N, d]
+inline void check_input_covariance(const at::Tensor& acc, const at::Tensor& x, bool ones) {
+  const char* op = "input_covariance_";
+  TORCH_CHECK_VALUE(x.dim() == 2, op, ": x must be [N, d], got ", x.sizes());
+  const int64_t d = x.size(1) + (ones ? 1 : 0);
+  TORCH_CHECK_VALUE(acc.dim() == 2 && acc.size(0) == d && acc.size(1) == d, op, ": acc must be [",
+                    d, ", ", d, "] for x ", x.sizes(), ones ? " with ones" : "", ", got ",
+                    acc.sizes());
+  check_accumulator(op, acc, x, "x");
+}
+
+// Value pair of a per-axis convolution argument for x with one or two spatial axes.
+inline void read_pair(const char* name, at::IntArrayRef values, int64_t axes, int64_t neutral,
+                      int64_t minimum, int64_t* h, int64_t* w) {
+  TORCH_CHECK_VALUE(static_cast<int64_t>(values.size()) == axes, "conv_input_covariance_: ", name,
+                    " must have ", axes, " entries for x with ", axes, " spatial axes, got ",
+                    values);
+  for (const int64_t v : values) {
+    TORCH_CHECK_VALUE(v >= minimum, "conv_input_covariance_: ", name, " must be >= ", minimum,
+                      ", got ", values);
+  }
+  *h = axes == 2 ? values[0] : neutral;
+  *w = values[axes - 1];
+}
+
+// acc [C k k, C k k] or [g, C k k / g, C k k / g], x [N, C, H, W] or [N, C, L]
+inline ConvGeometry check_conv_input_covariance(const at::Tensor& acc, const at::Tensor& x,
+                                                at::IntArrayRef kernel_size,
+                                                at::IntArrayRef stride, at::IntArrayRef padding,
+                                                at::IntArrayRef dilation, int64_t groups) {
+  const char* op = "conv_input_covariance_";
+  TORCH_CHECK_VALUE(x.dim() == 3 || x.dim() == 4, op,
+                    ": x must be [N, C, L] or [N, C, H, W], got ", x.sizes());
+  const int64_t axes = x.dim() - 2;
+  ConvGeometry g{};
+  read_pair("kernel_size", kernel_size, axes, 1, 1, &g.kernel_h, &g.kernel_w);
+  read_pair("stride", stride, axes, 1, 1, &g.stride_h, &g.stride_w);
+  read_pair("padding", padding, axes, 0, 0, &g.padding_h, &g.padding_w);
+  read_pair("dilation", dilation, axes, 1, 1, &g.dilation_h, &g.dilation_w);
+  const int64_t channels = x.size(1);
+  TORCH_CHECK_VALUE(groups >= 1 && channels % groups == 0, op,
+                    ": groups must divide the number of channels ", channels, ", got ", groups);
+  g.groups = groups;
+  const int64_t height = axes == 2 ? x.size(2) : 1;
+  const int64_t width = x.size(x.dim() - 1);
+  const int64_t room_h = height + 2 * g.padding_h - g.dilation_h * (g.kernel_h - 1) - 1;
+  const int64_t room_w = width + 2 * g.padding_w - g.dilation_w * (g.kernel_w - 1) - 1;
+  TORCH_CHECK_VALUE(room_h >= 0 && room_w >= 0, op,
+                    ": the kernel does not fit into the padded input; x ", x.sizes(),
+                    ", kernel_size ", kernel_size, ", padding ", padding, ", dilation ", dilation);
+  g.out_h = room_h / g.stride_h + 1;
+  g.out_w = room_w / g.stride_w + 1;
+  const int64_t d = channels / groups * g.taps();
+  const bool plain = acc.dim() == 2 && groups == 1 && acc.size(0) == d && acc.size(1) == d;
+  const bool grouped =
+      acc.dim() == 3 && acc.size(0) == groups && acc.size(1) == d && acc.size(2) == d;
+  TORCH_CHECK_VALUE(plain || grouped, op, ": acc must be ",
+                    groups == 1 ? "[d, d] or [1, d, d]" : "[groups, d, d]", " with d = ", d,
+                    " and groups = ", groups, ", got ", acc.sizes());
+  check_accumulator(op, acc, x, "x");
+  return g;
+}
+
+// acc [m, m], jacobian [N, c, m] or [N, c, m, t], probabilities [N, c]
+inline void check_output_hessian(const at::Tensor& acc, const at::Tensor& jacobian,
+                                 const std::optional<at::Tensor>& probabilities) {
+  const char* op = "output_hessian_";
+  TORCH_CHECK_VALUE(jacobian.dim() == 3 || jacobian.dim() == 4, op,
+                    ": jacobian must be [N, c, m] or [N, c, m, t], got ", jacobian.sizes());
+  const int64_t m = jacobian.size(2);
+  TORCH_CHECK_VALUE(acc.dim() == 2 && acc.size(0) == m && acc.size(1) == m, op, ": acc must be [",
+                    m, ", ", m, "] for jacobian ", jacobian.sizes(), ", got ", acc.sizes());
+  check_accumulator(op, acc, jacobian, "jacobian");
+  if (probabilities.has_value()) {
+    const at::Tensor& p = *probabilities;
+    TORCH_CHECK_VALUE(
+        p.dim() == 2 && p.size(0) == jacobian.size(0) && p.size(1) == jacobian.size(1), op,
+        ": probabilities must be [N, c] = [", jacobian.size(0), ", ", jacobian.size(1), "], got ",
+        p.sizes());
+    TORCH_CHECK_VALUE(at::isFloatingType(p.scalar_type()), op,
+                      ": probabilities must be a floating-point tensor, got ", p.scalar_type());
+    TORCH_CHECK_VALUE(p.device() == acc.device(), op, ": acc is on ", acc.device(),
+                      " but probabilities is on ", p.device());
+  }
+}
+
+// acc [d, d] or [g, d, d]
+inline void check_mirror(const at::Tensor& acc) {
+  TORCH_CHECK_VALUE(
+      (acc.dim() == 2 || acc.dim() == 3) && acc.size(acc.dim() - 1) == acc.size(acc.dim() - 2),
+      "mirror_: acc must be [d, d] or [g, d, d], got ", acc.sizes());
+  TORCH_CHECK_VALUE(acc.scalar_type() == at::kFloat || acc.scalar_type() == at::kDouble,
+                    "mirror_: acc must be float32 or float64, got ", acc.scalar_type());
+}
+
+inline void check_same(const char* op, const char* name_a, const at::Tensor& a, const char* name_b,
+                       const at::Tensor& b) {
+  TORCH_CHECK_VALUE(a.scalar_type() == b.scalar_type(), op, ": ", name_a, " is ", a.scalar_type(),
+                    " but ", name_b, " is ", b.scalar_type());
+  TORCH_CHECK_VALUE(a.device() == b.device(), op, ": ", name_a, " is on ", a.device(), " but ",
+                    name_b, " is on ", b.device());
+}
+
+// A [m', m], B [d', d], X [m, d] or [k, m, d]
+inline void check_kron_matmul(const at::Tensor& A, const at::Tensor& B, const at::Tensor& X) {
+  const char* op = "kron_matmul";
+  TORCH_CHECK_VALUE(A.dim() == 2, op, ": A must be [m', m], got ", A.sizes());
+  TORCH_CHECK_VALUE(B.dim() == 2, op, ": B must be [d', d], got ", B.sizes());
+  TORCH_CHECK_VALUE(X.dim() == 2 || X.dim() == 3, op, ": X must be [m, d] or [k, m, d], got ",
+                    X.sizes());
+  TORCH_CHECK_VALUE(X.size(-2) == A.size(1) && X.size(-1) == B.size(1), op,
+                    ": X must end in [m, d] = [", A.size(1), ", ", B.size(1), "] for A ",
+                    A.sizes(), " and B ", B.sizes(), ", got ", X.sizes());
+  TORCH_CHECK_VALUE(at::isFloatingType(X.scalar_type()), op,
+                    ": X must be a floating-point tensor, got ", X.scalar_type());
+  check_same(op, "A", A, "X", X);
+  check_same(op, "B", B, "X", X);
+}
+
+// U [m, r], S [r, q], V [d, q], X [m, d] or [k, m, d]
+inline void check_kron_eigen_matmul(const at::Tensor& U, const at::Tensor& S, const at::Tensor& V,
+                                    const at::Tensor& X) {
+  const char* op = "kron_eigen_matmul";
+  TORCH_CHECK_VALUE(U.dim() == 2, op, ": U must be [m, r], got ", U.sizes());
+  TORCH_CHECK_VALUE(V.dim() == 2, op, ": V must be [d, q], got ", V.sizes());
+  TORCH_CHECK_VALUE(S.dim() == 2 && S.size(0) == U.size(1) && S.size(1) == V.size(1), op,
+                    ": S must be [r, q] = [", U.size(1), ", ", V.size(1), "] for U ", U.sizes(),
+                    " and V ", V.sizes(), ", got ", S.sizes());
+  TORCH_CHECK_VALUE(X.dim() == 2 || X.dim() == 3, op, ": X must be [m, d] or [k, m, d], got ",
+                    X.sizes());
+  TORCH_CHECK_VALUE(X.size(-2) == U.size(0) && X.size(-1) == V.size(0), op,
+                    ": X must end in [m, d] = [", U.size(0), ", ", V.size(0), "] for U ",
+                    U.sizes(), " and V ", V.sizes(), ", got ", X.sizes());
+  TORCH_CHECK_VALUE(at::isFloatingType(X.scalar_type()), op,
+                    ": X must be a floating-point tensor, got ", X.scalar_type());
+  check_same(op, "U", U, "X", X);
+  check_same(op, "S", S, "X", X);
+  check_same(op, "V", V, "X", X);
+}
+
+inline void check_same_length(const char* op, const char* name_a, size_t a, const char* name_b,
+                              size_t b) {
+  TORCH_CHECK_VALUE(a == b, op, ": ", name_a, " has ", a, " entries but ", name_b, " has ", b);
+}
+
+// x [N, d] or [N, d, t], s [N, c, m] or [N, c, m, t], V [m, d] or [k, m, d]
+inline void check_layer_hessian_matmul(const at::Tensor& x, const at::Tensor& s,
+                                       const at::Tensor& V) {
+  const char* op = "layer_hessian_matmul";
+  TORCH_CHECK_VALUE(x.dim() == 2 || x.dim() == 3, op, ": x must be [N, d] or [N, d, t], got ",
+                    x.sizes());
+  TORCH_CHECK_VALUE(s.dim() == x.dim() + 1, op, ": s must be ",
+                    x.dim() == 2 ? "[N, c, m]" : "[N, c, m, t]", " for x ", x.sizes(), ", got ",
+                    s.sizes());
+  TORCH_CHECK_VALUE(s.size(0) == x.size(0), op, ": x has ", x.size(0), " samples but s has ",
+                    s.size(0));
+  TORCH_CHECK_VALUE(x.dim() == 2 || s.size(3) == x.size(2), op, ": x has ",
+                    x.dim() == 3 ? x.size(2) : 1, " positions but s has ", s.size(s.dim() - 1));
+  TORCH_CHECK_VALUE(V.dim() == 2 || V.dim() == 3, op, ": V must be [m, d] or [k, m, d], got ",
+                    V.sizes());
+  TORCH_CHECK_VALUE(V.size(-2) == s.size(2) && V.size(-1) == x.size(1), op,
+                    ": V must end in [m, d] = [", s.size(2), ", ", x.size(1), "], got ", V.sizes());
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op,
+                    ": x must be float32 or float64, got ", x.scalar_type());
+  check_same(op, "x", x, "s", s);
+  check_same(op, "x", x, "V", V);
+}
+
+}  // namespace hesskern

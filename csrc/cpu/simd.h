@@ -1,0 +1,77 @@
+// Run-time choice of the instruction set for hand-written loops, so that one
+// portable binary uses AVX-512 or AVX2 where the machine has them.
+//
+// A loop is written once, as an always-inline lambda; vectorize() compiles it
+// into one function per instruction set and calls the best one:
+//
+//   vectorize([&]() HESSKERN_INLINE { for (...) y[i] += a * x[i]; });
+#pragma once
+
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+#define HESSKERN_X86 1
+#define HESSKERN_INLINE __attribute__((always_inline))
+#else
+#define HESSKERN_X86 0
+#define HESSKERN_INLINE
+#endif
+
+namespace hesskern {
+
+enum class Simd { baseline, avx2, avx512 };
+
+inline Simd simd_level() {
+#if HESSKERN_X86
+  static const Simd level = [] {
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+      return Simd::avx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Simd::avx2;
+    return Simd::baseline;
+  }();
+  return level;
+#else
+  return Simd::baseline;
+#endif
+}
+
+inline const char* simd_name() {
+  switch (simd_level()) {
+    case Simd::avx512:
+      return "AVX-512";
+    case Simd::avx2:
+      return "AVX2";
+    default:
+      return "baseline";
+  }
+}
+
+#if HESSKERN_X86
+template <class Loop>
+__attribute__((noinline, target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512"))) void
+run_avx512(Loop& loop) {
+  loop();
+}
+template <class Loop>
+__attribute__((noinline, target("avx2,fma"))) void run_avx2(Loop& loop) {
+  loop();
+}
+#endif
+
+template <class Loop>
+inline void vectorize(Loop loop) {
+#if HESSKERN_X86
+  switch (simd_level()) {
+    case Simd::avx512:
+      return run_avx512(loop);
+    case Simd::avx2:
+      return run_avx2(loop);
+    default:
+      break;
+  }
+#endif
+  loop();
+}
+
+}  // namespace hesskern

@@ -1,0 +1,351 @@
+"""The operators: documented faces of ``torch.ops.hesskern``, their fake kernels, their gradients.
+
+Every accumulating operator adds to the *upper triangle* of its accumulator, as BLAS ``syrk`` does;
+:func:`mirror_` completes the matrix, once per pass. Accumulators are float32 or float64; inputs may
+also be bfloat16 or float16 and are accumulated in the accumulator's precision. The plain-torch
+references that define every result stand in :mod:`hesskern.reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesskern import _extension
+
+__all__ = [
+    "conv_input_covariance_",
+    "from_eigenbasis",
+    "grouped_kron_eigen_matmul",
+    "grouped_kron_matmul",
+    "input_covariance_",
+    "kron_eigen_matmul",
+    "kron_matmul",
+    "layer_hessian_matmul",
+    "mirror_",
+    "output_hessian_",
+    "to_eigenbasis",
+]
+
+_extension.load()
+_ops = torch.ops.hesskern
+
+
+def input_covariance_(acc: Tensor, x: Tensor, alpha: float = 1.0, ones: bool = False) -> Tensor:
+    """Adds ``alpha * x^T x`` to the upper triangle of ``acc``.
+
+    Args:
+        acc: [d, d], or [d + 1, d + 1] with ``ones``; float32 or float64, changed in place.
+        x: [N, d]; acc's dtype or a narrower one.
+        alpha: factor, e.g. 1/N for a mean.
+        ones: append a column of ones to ``x`` (the bias as one more input).
+
+    Returns:
+        ``acc``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the argument.
+    """
+    _ops.input_covariance_(acc, x, alpha, ones)
+    return acc
+
+
+def conv_input_covariance_(
+    acc: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    alpha: float = 1.0,
+) -> Tensor:
+    """Adds ``alpha * sum_n X_n X_n^T`` to the upper triangle of ``acc``, X_n the unfolded sample n.
+
+    The rows of X_n follow :func:`torch.nn.functional.unfold`: channel first, then the kernel's
+    offsets, so they match the convolution weight's ``flatten(1)``. No unfolded copy is made.
+
+    Args:
+        acc: [C k k, C k k], or [g, C k k / g, C k k / g] with one block per group; float32 or
+            float64, changed in place.
+        x: [N, C, H, W] or [N, C, L]; acc's dtype or a narrower one. Zero padding.
+        kernel_size, stride, padding, dilation: one entry per spatial axis.
+        groups: number of groups of the convolution.
+        alpha: factor.
+
+    Returns:
+        ``acc``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the argument.
+    """
+    _ops.conv_input_covariance_(
+        acc, x, list(kernel_size), list(stride), list(padding), list(dilation), groups, alpha
+    )
+    return acc
+
+
+def output_hessian_(
+    acc: Tensor, jacobian: Tensor, probabilities: Tensor | None = None, alpha: float = 1.0
+) -> Tensor:
+    """Adds ``alpha * sum_n M_n`` to the upper triangle of ``acc``.
+
+    With ``probabilities`` p, M_n = sum_t G_nt^T (diag(p_n) - p_n p_n^T) G_nt: the output Hessian of
+    softmax cross-entropy (arXiv 2010.04261, section 3), weights and centering fused. Without,
+    the rows are roots already: M_n = sum_ct g_nct g_nct^T.
+
+    Args:
+        acc: [m, m]; float32 or float64, changed in place.
+        jacobian: [N, c, m] or, for layers with t positions, [N, c, m, t].
+        probabilities: [N, c], non-negative, each row summing to one.
+        alpha: factor, e.g. 1/(N t) for the mean over samples and positions.
+
+    Returns:
+        ``acc``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the argument.
+    """
+    _ops.output_hessian_(acc, jacobian, probabilities, alpha)
+    return acc
+
+
+def mirror_(acc: Tensor) -> Tensor:
+    """Copies the upper triangle of ``acc`` [d, d] or [g, d, d] to the lower one, in place.
+
+    Returns:
+        ``acc``.
+
+    Raises:
+        ValueError: ``acc`` is not square, or not float32 or float64.
+    """
+    _ops.mirror_(acc)
+    return acc
+
+
+def kron_matmul(A: Tensor, B: Tensor, X: Tensor) -> Tensor:
+    """``A X B^T``: the product of the Kronecker product A (x) B with X, row-major. Differentiable.
+
+    Args:
+        A: [m', m].
+        B: [d', d].
+        X: [m, d] or a block [k, m, d]; all of one floating dtype.
+
+    Returns:
+        [m', d'] or [k, m', d'].
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the argument.
+    """
+    return _ops.kron_matmul(A, B, X)
+
+
+def grouped_kron_matmul(
+    A: Sequence[Tensor], B: Sequence[Tensor], X: Sequence[Tensor]
+) -> list[Tensor]:
+    """:func:`kron_matmul` for a list of layers in one call: ``[A_i X_i B_i^T]``. Differentiable.
+
+    Small layers share the threads instead of taking turns.
+
+    Args:
+        A: per layer [m_i', m_i].
+        B: per layer [d_i', d_i].
+        X: per layer [m_i, d_i] or [k, m_i, d_i].
+
+    Raises:
+        ValueError: list lengths, shapes, dtypes or devices do not fit.
+    """
+    return _ops.grouped_kron_matmul(list(A), list(B), list(X))
+
+
+def kron_eigen_matmul(U: Tensor, S: Tensor, V: Tensor, X: Tensor) -> Tensor:
+    """``U (S . (U^T X V)) V^T``: X scaled by S in the Kronecker eigenbasis. Differentiable.
+
+    With eigenvectors U, V and S an outer product of functions of the eigenvalues this is any power,
+    inverse or root of a Kronecker product; with another S it is an eigenvalue-corrected one.
+
+    Args:
+        U: [m, r], orthonormal columns.
+        S: [r, q].
+        V: [d, q], orthonormal columns.
+        X: [m, d] or [k, m, d].
+
+    Returns:
+        The shape of ``X``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the argument.
+    """
+    return _ops.kron_eigen_matmul(U, S, V, X)
+
+
+def grouped_kron_eigen_matmul(
+    U: Sequence[Tensor], S: Sequence[Tensor], V: Sequence[Tensor], X: Sequence[Tensor]
+) -> list[Tensor]:
+    """:func:`kron_eigen_matmul` for a list of layers in one call. Differentiable.
+
+    Args:
+        U, S, V, X: per layer, as in :func:`kron_eigen_matmul`.
+
+    Raises:
+        ValueError: list lengths, shapes, dtypes or devices do not fit.
+    """
+    return _ops.grouped_kron_eigen_matmul(list(U), list(S), list(V), list(X))
+
+
+def to_eigenbasis(U: Tensor, V: Tensor, X: Tensor) -> Tensor:
+    """``U^T X V``: coordinates of X [m, d] or [k, m, d] in the basis U [m, r], V [d, q]."""
+    return _ops.kron_matmul(U.t(), V.t(), X)
+
+
+def from_eigenbasis(U: Tensor, V: Tensor, Y: Tensor) -> Tensor:
+    """``U Y V^T``: back from coordinates Y [r, q] or [k, r, q] in the basis U [m, r], V [d, q]."""
+    return _ops.kron_matmul(U, V, Y)
+
+
+def layer_hessian_matmul(x: Tensor, s: Tensor, V: Tensor, alpha: float = 1.0) -> Tensor:
+    """``alpha * sum_n sum_c <V, R_nc> R_nc`` with ``R_nc = sum_t s_nct x_nt^T``.
+
+    With s the rows of Q G (see :func:`output_hessian_`) and alpha = 1/N this is the exact
+    layer-wise Hessian E[M (x) x x^T] times V. Nothing of size [N, m] is kept in memory.
+
+    Args:
+        x: [N, d] or [N, d, t]; float32 or float64.
+        s: [N, c, m] or [N, c, m, t].
+        V: [m, d] or a block [k, m, d].
+        alpha: factor.
+
+    Returns:
+        The shape of ``V``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the argument.
+    """
+    return _ops.layer_hessian_matmul(x, s, V, alpha)
+
+
+def _fake_accumulate(acc: Tensor, *_: Any, **__: Any) -> None:
+    return None
+
+
+for _name in ("input_covariance_", "conv_input_covariance_", "output_hessian_", "mirror_"):
+    torch.library.register_fake(f"hesskern::{_name}", _fake_accumulate)
+
+
+@torch.library.register_fake("hesskern::kron_matmul")
+def _(A: Tensor, B: Tensor, X: Tensor) -> Tensor:
+    return X.new_empty((*X.shape[:-2], A.shape[0], B.shape[0]))
+
+
+@torch.library.register_fake("hesskern::grouped_kron_matmul")
+def _(A: list[Tensor], B: list[Tensor], X: list[Tensor]) -> list[Tensor]:
+    return [
+        x.new_empty((*x.shape[:-2], a.shape[0], b.shape[0]))
+        for a, b, x in zip(A, B, X, strict=True)
+    ]
+
+
+@torch.library.register_fake("hesskern::kron_eigen_matmul")
+def _(U: Tensor, S: Tensor, V: Tensor, X: Tensor) -> Tensor:
+    return X.new_empty(X.shape)
+
+
+@torch.library.register_fake("hesskern::grouped_kron_eigen_matmul")
+def _(U: list[Tensor], S: list[Tensor], V: list[Tensor], X: list[Tensor]) -> list[Tensor]:
+    return [x.new_empty(x.shape) for x in X]
+
+
+@torch.library.register_fake("hesskern::layer_hessian_matmul")
+def _(x: Tensor, s: Tensor, V: Tensor, alpha: float = 1.0) -> Tensor:
+    return V.new_empty(V.shape)
+
+
+# Gradients are written with the differentiable operators themselves, so that
+# they can be differentiated again.
+
+
+def _sum_block(per_vector: Tensor) -> Tensor:
+    return per_vector.sum(0) if per_vector.dim() == 3 else per_vector
+
+
+def _kron_gradients(
+    need: Sequence[bool], A: Tensor, B: Tensor, X: Tensor, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``A X B^T`` with respect to A, B and X."""
+    grad_a = _sum_block(grad @ B @ X.mT) if need[0] else None
+    grad_b = _sum_block(grad.mT @ A @ X) if need[1] else None
+    grad_x = kron_matmul(A.t(), B.t(), grad) if need[2] else None
+    return grad_a, grad_b, grad_x
+
+
+def _eigen_gradients(
+    need: Sequence[bool], U: Tensor, S: Tensor, V: Tensor, X: Tensor, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``U (S . (U^T X V)) V^T`` with respect to U, S, V and X."""
+    grad_u = grad_s = grad_v = None
+    if any(need[:3]):
+        x_rotated, grad_rotated = to_eigenbasis(U, V, X), to_eigenbasis(U, V, grad)
+        if need[0]:
+            grad_u = _sum_block(
+                grad @ V @ (S * x_rotated).mT + X @ V @ (S * grad_rotated).mT
+            )
+        if need[1]:
+            grad_s = _sum_block(x_rotated * grad_rotated)
+        if need[2]:
+            grad_v = _sum_block(
+                grad.mT @ U @ (S * x_rotated) + X.mT @ U @ (S * grad_rotated)
+            )
+    grad_x = kron_eigen_matmul(U, S, V, grad) if need[3] else None
+    return grad_u, grad_s, grad_v, grad_x
+
+
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _save_grouped_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.layers = len(inputs[0])
+    ctx.save_for_backward(*(tensor for argument in inputs for tensor in argument))
+
+
+def _kron_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _kron_gradients(ctx.needs_input_grad, *ctx.saved_tensors, grad)
+
+
+def _eigen_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _eigen_gradients(ctx.needs_input_grad, *ctx.saved_tensors, grad)
+
+
+def _grouped_backward(gradients: Any) -> Any:
+    def backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], ...]:
+        layers, saved = ctx.layers, ctx.saved_tensors
+        arguments = [saved[i * layers : (i + 1) * layers] for i in range(len(saved) // layers)]
+        need = [tuple(t.requires_grad for t in layer) for layer in zip(*arguments, strict=True)]
+        per_layer = [
+            gradients(need[i], *(argument[i] for argument in arguments), grad)
+            for i, grad in enumerate(grads)
+        ]
+        return tuple(list(column) for column in zip(*per_layer, strict=True))
+
+    return backward
+
+
+torch.library.register_autograd(
+    "hesskern::kron_matmul", _kron_backward, setup_context=_save_inputs
+)
+torch.library.register_autograd(
+    "hesskern::kron_eigen_matmul", _eigen_backward, setup_context=_save_inputs
+)
+torch.library.register_autograd(
+    "hesskern::grouped_kron_matmul",
+    _grouped_backward(_kron_gradients),
+    setup_context=_save_grouped_inputs,
+)
+torch.library.register_autograd(
+    "hesskern::grouped_kron_eigen_matmul",
+    _grouped_backward(_eigen_gradients),
+    setup_context=_save_grouped_inputs,
+)

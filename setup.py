@@ -29,7 +29,9 @@ def cuda_wanted(torch_cuda: str | None, nvcc: str | None) -> bool:
         raise SystemExit(f"HESSKERN_CUDA must be auto, 0 or 1; got {choice!r}")
     if choice == "1":
         if torch_cuda is None:
-            raise SystemExit("HESSKERN_CUDA=1 needs a CUDA build of torch; the installed one is CPU")
+            raise SystemExit(
+                "HESSKERN_CUDA=1 needs a CUDA build of torch; the installed one is CPU"
+            )
         if nvcc is None:
             raise SystemExit("HESSKERN_CUDA=1 needs nvcc on PATH or CUDA_HOME set; found neither")
     return choice != "0" and torch_cuda is not None and nvcc is not None
@@ -56,7 +58,10 @@ def extension():
         raise SystemExit(f"hesskern needs torch 2.10 or newer; found {torch.__version__}")
 
     with_cuda = cuda_wanted(torch.version.cuda, find_nvcc())
-    sources = ["csrc/ops.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))]
+    sources = [
+        "csrc/ops.cpp",
+        *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp")),
+    ]
     architectures = ""
     if with_cuda:
         if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
@@ -65,7 +70,9 @@ def extension():
             os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(f"{a}.{b}" for a, b in found)
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
         sources += sorted(
-            str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*") if p.suffix in (".cpp", ".cu")
+            str(p.relative_to(ROOT))
+            for p in ROOT.glob("csrc/cuda/*")
+            if p.suffix in (".cpp", ".cu")
         )
 
     digest = runpy.run_path(str(ROOT / "hesskern" / "_digest.py"))["source_digest"](ROOT / "csrc")

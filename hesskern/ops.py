@@ -289,15 +289,11 @@ def _eigen_gradients(
     if any(need[:3]):
         x_rotated, grad_rotated = to_eigenbasis(U, V, X), to_eigenbasis(U, V, grad)
         if need[0]:
-            grad_u = _sum_block(
-                grad @ V @ (S * x_rotated).mT + X @ V @ (S * grad_rotated).mT
-            )
+            grad_u = _sum_block(grad @ V @ (S * x_rotated).mT + X @ V @ (S * grad_rotated).mT)
         if need[1]:
             grad_s = _sum_block(x_rotated * grad_rotated)
         if need[2]:
-            grad_v = _sum_block(
-                grad.mT @ U @ (S * x_rotated) + X.mT @ U @ (S * grad_rotated)
-            )
+            grad_v = _sum_block(grad.mT @ U @ (S * x_rotated) + X.mT @ U @ (S * grad_rotated))
     grad_x = kron_eigen_matmul(U, S, V, grad) if need[3] else None
     return grad_u, grad_s, grad_v, grad_x
 
@@ -333,9 +329,7 @@ def _grouped_backward(gradients: Any) -> Any:
     return backward
 
 
-torch.library.register_autograd(
-    "hesskern::kron_matmul", _kron_backward, setup_context=_save_inputs
-)
+torch.library.register_autograd("hesskern::kron_matmul", _kron_backward, setup_context=_save_inputs)
 torch.library.register_autograd(
     "hesskern::kron_eigen_matmul", _eigen_backward, setup_context=_save_inputs
 )

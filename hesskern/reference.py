@@ -43,7 +43,11 @@ def unfold(
         kernel_size, stride = (1, *kernel_size), (1, *stride)
         padding, dilation = (0, *padding), (1, *dilation)
     return F.unfold(
-        x, tuple(kernel_size), dilation=tuple(dilation), padding=tuple(padding), stride=tuple(stride)
+        x,
+        tuple(kernel_size),
+        dilation=tuple(dilation),
+        padding=tuple(padding),
+        stride=tuple(stride),
     )
 
 

@@ -1,0 +1,395 @@
+"""Streaming accumulation of Kronecker factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesskern import ops
+from hesskern.capture import Batch, Capture, LayerUse, batches
+from hesskern.factors import Factors, LayerFactors
+from hesskern.layers import LayerSpec, select_layers
+from hesskern.losses import resolve_loss
+from hesskern.progress import Progress, reporter
+from hesskern.roots import (
+    BatchRoots,
+    accumulator_dtype,
+    check_output,
+    model_device,
+    positions_last,
+)
+
+__all__ = ["FactorAccumulator"]
+
+
+@dataclass
+class _Sums:
+    """Running sums of one layer; upper triangles only.
+
+    Attributes:
+        inputs: [d, d] or [g, d, d], without the bias.
+        outputs: [m, m].
+        images: sums of the inputs, one per use; None once their shapes varied.
+        positions: weighted sum of positions per sample.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    images: list[Tensor] | None = field(default_factory=list)
+    positions: float = 0.0
+
+    def copy(self) -> _Sums:
+        images = None if self.images is None else [image.clone() for image in self.images]
+        return _Sums(self.inputs.clone(), self.outputs.clone(), images, self.positions)
+
+    def scale(self, factor: float) -> None:
+        self.inputs *= factor
+        self.outputs *= factor
+        self.positions *= factor
+        for image in self.images or ():
+            image *= factor
+
+    def add(self, other: _Sums) -> None:
+        self.inputs += other.inputs
+        self.outputs += other.outputs
+        self.positions += other.positions
+        self.add_images(other.images)
+
+    def add_images(self, images: list[Tensor] | None) -> None:
+        if self.images is not None and not self.images and images is not None:
+            self.images = [image.clone() for image in images]
+        elif (
+            self.images is None
+            or images is None
+            or [i.shape for i in self.images] != [i.shape for i in images]
+        ):
+            self.images = None
+        else:
+            for mine, new in zip(self.images, images, strict=True):
+                mine += new
+
+
+class FactorAccumulator:
+    """Kronecker factors from a stream of batches.
+
+    >>> acc = FactorAccumulator(model, nn.CrossEntropyLoss())
+    >>> for inputs, targets in loader:
+    ...     acc.update(inputs, targets)
+    >>> factors = acc.factors()
+
+    Args:
+        model, loss, layers, output, bias, mc_samples, seed, output_root: as in
+            :func:`hesskern.kronecker_factors`.
+        decay: None for means over everything seen; a number in [0, 1) for moving averages over
+            batches, ``decay * old + (1 - decay) * new``, with the start-up bias removed.
+        memory_budget: bytes for root rows kept at a time beyond one row per layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Any = None,
+        layers: Iterable[str] | None = None,
+        output: str = "exact",
+        *,
+        decay: float | None = None,
+        bias: str = "none",
+        mc_samples: int = 1,
+        seed: int = 0,
+        output_root: Callable[..., Tensor] | None = None,
+        memory_budget: int = 2**30,
+    ) -> None:
+        check_output(output, mc_samples)
+        if decay is not None and not 0 <= decay < 1:
+            raise ValueError(f"decay must be None or lie in [0, 1), got {decay!r}")
+        if memory_budget < 0:
+            raise ValueError(f"memory_budget must be non-negative bytes, got {memory_budget!r}")
+        self._loss = resolve_loss(loss, output_root)
+        self._specs, self._skipped = select_layers(model, layers, bias)
+        self._by_name = layers is not None
+        self._model = model
+        self._decay = decay
+        self._memory_budget = memory_budget
+        self._settings = {
+            "output": output,
+            "bias": bias,
+            "mc_samples": mc_samples,
+            "seed": seed,
+            "decay": decay,
+        }
+        self._generator = torch.Generator().manual_seed(seed)
+        self._sums: dict[str, _Sums] = {}
+        self._reasons: dict[str, str] = {}
+        self._count = 0.0
+        self._batches = 0
+
+    @property
+    def num_samples(self) -> float:
+        """Weighted number of samples behind the factors (with decay: of averaged batches)."""
+        return self._count
+
+    def update(self, inputs: Any, targets: Any, sample_weight: Tensor | None = None) -> None:
+        """Adds one batch.
+
+        Args:
+            inputs: what the model takes: a tensor, a tuple of arguments, or a dict of them.
+            targets: what the loss takes.
+            sample_weight: [N] non-negative weights.
+
+        Raises:
+            ValueError: bad targets or weights, NaN or Inf; what was accumulated before stays.
+        """
+        element = (inputs, targets) if sample_weight is None else (inputs, targets, sample_weight)
+        with Capture(self._model, self._specs) as capture:
+            for batch in batches([element], model_device(self._model)):
+                self._add(capture, batch)
+
+    def consume(
+        self,
+        data: Iterable[Any],
+        *,
+        sample_weight: Tensor | None = None,
+        progress: bool | Progress = False,
+    ) -> None:
+        """Adds every batch of ``data``, as :meth:`update` does.
+
+        Args:
+            data: iterable of (inputs, targets) or (inputs, targets, weight [N]).
+            sample_weight: [total samples] weights in the order of the data.
+            progress: True for a bar with the time left, or a callback.
+        """
+        report = reporter(progress)
+        with Capture(self._model, self._specs) as capture:
+            for batch in batches(
+                data, model_device(self._model), sample_weight, report, "Kronecker factors"
+            ):
+                self._add(capture, batch)
+
+    def _add(self, capture: Capture, batch: Batch) -> None:
+        settings = self._settings
+        roots = BatchRoots(
+            capture,
+            Batch(self._batches, batch.inputs, batch.targets, batch.weight),
+            self._loss,
+            str(settings["output"]),
+            int(settings["mc_samples"]),
+            self._generator,
+        )
+        if self._by_name and capture.reasons:
+            name, reason = next(iter(capture.reasons.items()))
+            raise ValueError(f"layers: {name!r} {reason}")
+        self._reasons.update(capture.reasons)
+        fresh = {
+            name: self._batch_sums(spec, roots)
+            for name, spec in self._specs.items()
+            if name in roots.uses and name not in self._reasons
+        }
+        self._add_outputs(roots, fresh)
+        # From here on nothing can fail: the batch is in as a whole or not at all.
+        self._commit(fresh, roots.count)
+
+    def _batch_sums(self, spec: LayerSpec, roots: BatchRoots) -> _Sums:
+        """The batch's input sums of one layer, and zeros for its output Hessian."""
+        uses = roots.uses[spec.name]
+        dtype = accumulator_dtype(uses[0].x.dtype)
+        d, m = spec.weight_inputs, spec.outputs
+        shape = (d, d) if spec.groups == 1 else (spec.groups, d, d)
+        device = uses[0].x.device
+        sums = _Sums(
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(m, m, dtype=dtype, device=device),
+        )
+        images = []
+        for use in uses:
+            x = roots.inputs(use)
+            if spec.kind == "linear":
+                ops.input_covariance_(sums.inputs, x.reshape(-1, d))
+            else:
+                ops.conv_input_covariance_(
+                    sums.inputs,
+                    x,
+                    spec.kernel_size,
+                    spec.stride,
+                    spec.padding,
+                    spec.dilation,
+                    spec.groups,
+                )
+            images.append(self._image_sum(use, roots, dtype))
+        sums.add_images(images)
+        sums.positions = roots.count * sum(_positions(spec, use) for use in uses)
+        return sums
+
+    @staticmethod
+    def _image_sum(use: LayerUse, roots: BatchRoots, dtype: torch.dtype) -> Tensor:
+        if roots.weight_root is None:
+            return use.x.sum(0, dtype=dtype)
+        weight = roots.weight_root.to(dtype).square()
+        return torch.tensordot(weight, use.x.to(dtype), dims=1)
+
+    def _add_outputs(self, roots: BatchRoots, fresh: dict[str, _Sums]) -> None:
+        """Adds the batch's output Hessians, a few root rows at a time."""
+        share = {
+            name: 1.0 / max(sum(_positions(self._specs[name], use) for use in roots.uses[name]), 1)
+            for name in fresh
+        }
+        kept: dict[str, list[Tensor]] = {name: [] for name in fresh}
+        held = 0
+        for grads in roots.gradients():
+            for name in fresh:
+                for grad in grads[name]:
+                    if grad is not None:
+                        kept[name].append(grad)
+                        held += grad.numel() * grad.element_size()
+            if held > self._memory_budget:
+                self._flush(kept, fresh, share)
+                held = 0
+        self._flush(kept, fresh, share)
+
+    def _flush(
+        self, kept: dict[str, list[Tensor]], fresh: dict[str, _Sums], share: dict[str, float]
+    ) -> None:
+        for name, grads in kept.items():
+            spec, target = self._specs[name], fresh[name].outputs
+            if spec.kind == "linear" and grads:
+                # Samples, rows and positions are all rows of one matrix [., m].
+                rows = [grad.reshape(1, -1, spec.outputs) for grad in grads]
+                small = rows[0].shape[1] < 4096
+                for block in [torch.cat(rows, 1)] if small and len(rows) > 1 else rows:
+                    ops.output_hessian_(target, block, alpha=share[name])
+            else:
+                for grad in grads:
+                    rows_t = positions_last(spec, grad).unsqueeze(1)
+                    ops.output_hessian_(target, rows_t, alpha=share[name])
+            grads.clear()
+
+    def _commit(self, fresh: dict[str, _Sums], count: float) -> None:
+        decay = self._decay
+        if decay is not None and count > 0:
+            for sums in self._sums.values():
+                sums.scale(decay)
+            for sums in fresh.values():
+                sums.scale((1 - decay) / count)
+            self._count = decay * self._count + (1 - decay)
+        elif decay is None:
+            self._count += count
+        for name, sums in fresh.items():
+            if name in self._sums:
+                self._sums[name].add(sums)
+            else:
+                self._sums[name] = sums
+        self._batches += 1
+
+    def factors(self) -> Factors:
+        """The factors of everything seen so far; the accumulator can go on afterwards.
+
+        Raises:
+            ValueError: no samples were seen.
+        """
+        if not self._count > 0:
+            raise ValueError("data yielded no samples, so there are no factors")
+        layers = {
+            name: self._layer(self._specs[name], self._sums[name])
+            for name in self._specs
+            if name in self._sums
+        }
+        if not layers:
+            reasons = "; ".join(f"{name!r} {reason}" for name, reason in self._reasons.items())
+            raise ValueError(f"no layer of the model has factors: {reasons}")
+        skipped = {**self._skipped, **self._reasons}
+        return Factors(layers, self._count, skipped, self._settings)
+
+    def _layer(self, spec: LayerSpec, sums: _Sums) -> LayerFactors:
+        count = self._count
+        inputs = ops.mirror_(sums.inputs / count)
+        outputs = ops.mirror_(sums.outputs / count)
+        images = None if sums.images is None else tuple(image / count for image in sums.images)
+        positions = sums.positions / count
+        result = LayerFactors(spec, inputs, outputs, count, positions, images)
+        if not spec.joint:
+            return result
+        mean = result.input_mean
+        column = (mean if mean.dim() == 2 else mean[:, None])[:-1].sum(1)
+        return LayerFactors(
+            spec, _bordered(inputs, column, positions), outputs, count, positions, images
+        )
+
+    def merge(self, other: FactorAccumulator) -> None:
+        """Adds what another accumulator of the same model and settings has seen.
+
+        Raises:
+            TypeError: ``other`` is not a FactorAccumulator.
+            ValueError: its layers or settings differ.
+        """
+        if not isinstance(other, FactorAccumulator):
+            raise TypeError(f"other must be a FactorAccumulator, got {type(other).__name__}")
+        same = {k: v for k, v in self._settings.items() if k != "seed"}
+        if same != {k: v for k, v in other._settings.items() if k != "seed"}:
+            raise ValueError(
+                f"other was made with settings {other._settings}, this one with {self._settings}"
+            )
+        if self._specs != other._specs:
+            raise ValueError("other has other layers than this accumulator")
+        for name, sums in other._sums.items():
+            if name not in self._sums:
+                self._sums[name] = sums.copy()
+            else:
+                self._sums[name].add(sums)
+        self._count += other._count
+        self._batches += other._batches
+        self._reasons.update(other._reasons)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything accumulated, as tensors and plain numbers: to stop and go on later."""
+        return {
+            "count": self._count,
+            "batches": self._batches,
+            "reasons": dict(self._reasons),
+            "generator": self._generator.get_state(),
+            "settings": dict(self._settings),
+            "layers": {name: vars(sums.copy()) for name, sums in self._sums.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave, in place of what was accumulated here.
+
+        Raises:
+            ValueError: the state belongs to other settings or other layers.
+        """
+        if state["settings"] != self._settings:
+            raise ValueError(
+                f"state was made with settings {state['settings']}, this one with {self._settings}"
+            )
+        unknown = sorted(set(state["layers"]) - set(self._specs))
+        if unknown:
+            raise ValueError(f"state has layers that this accumulator lacks: {', '.join(unknown)}")
+        self._sums = {name: _Sums(**sums).copy() for name, sums in state["layers"].items()}
+        self._count, self._batches = state["count"], state["batches"]
+        self._reasons = dict(state["reasons"])
+        self._generator.set_state(state["generator"])
+
+
+def _positions(spec: LayerSpec, use: LayerUse) -> int:
+    """Positions per sample of one use."""
+    x = use.x
+    if spec.kind == "linear":
+        return x[0].numel() // x.shape[-1] if len(x) and x.shape[-1] else 1
+    count = 1
+    axes = zip(x.shape[2:], spec.kernel_size, spec.stride, spec.padding, spec.dilation, strict=True)
+    for size, kernel, stride, padding, dilation in axes:
+        count *= (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    return count
+
+
+def _bordered(matrix: Tensor, column: Tensor, corner: float) -> Tensor:
+    """[(g,) d + 1, d + 1]: the matrix with E[sum_t x_t] [g d] and the number of positions added."""
+    blocks = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
+    g, d, _ = blocks.shape
+    out = blocks.new_empty(g, d + 1, d + 1)
+    out[:, :d, :d] = blocks
+    out[:, :d, d] = out[:, d, :d] = column.reshape(g, d)
+    out[:, d, d] = corner
+    return out if matrix.dim() == 3 else out[0]

@@ -1,0 +1,303 @@
+"""Kronecker factors of every layer: the result, its file, and the function that makes it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from hesskern.layers import LayerSpec
+from hesskern.reference import unfold
+
+if TYPE_CHECKING:
+    from hesskern.operators import KroneckerOperator
+    from hesskern.progress import Progress
+    from hesskern.results import EigenResult
+
+__all__ = ["Factors", "LayerFactors", "kronecker_factors", "load_factors"]
+
+_FORMAT = "hesskern.factors/1"
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFactors:
+    """Both Kronecker factors of one layer, means over samples.
+
+    Attributes:
+        spec: the layer's geometry.
+        input_covariance: E[x x^T], summed over positions: [d, d], or [g, d, d] with groups.
+        output_hessian: [m, m] E[M], the mean over positions.
+        num_samples: weighted number of samples behind the means.
+        positions: positions per sample (uses counted), averaged over batches; 1 for plain linear.
+        input_images: E[x] as it came in, one per use: [d], [t, d] or [C, (H,) W]; None where
+            the shapes varied between batches.
+    """
+
+    spec: LayerSpec
+    input_covariance: Tensor
+    output_hessian: Tensor
+    num_samples: float
+    positions: float
+    input_images: tuple[Tensor, ...] | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def kind(self) -> str:
+        return self.spec.kind
+
+    @property
+    def layer_shape(self) -> tuple[int, int]:
+        """(m, d): the shape of the weight as a matrix, d per group."""
+        return self.spec.shape
+
+    @property
+    def groups(self) -> int:
+        return self.spec.groups
+
+    @cached_property
+    def input_mean(self) -> Tensor:
+        """E[x]: [d], or [d, positions] for convolutions and sequences.
+
+        For a grouped convolution d counts the inputs of all groups. With ``bias="joint"`` the last
+        row is one.
+
+        Raises:
+            ValueError: the number of positions varied between batches, so there is no mean image.
+        """
+        if self.input_images is None:
+            raise ValueError(
+                f"input_mean of layer {self.name!r} is not defined: its input shapes varied "
+                "between batches"
+            )
+        columns = [_unfolded(self.spec, image) for image in self.input_images]
+        mean = torch.cat(columns, dim=1)
+        if self.spec.joint:
+            mean = torch.cat([mean, mean.new_ones(1, mean.shape[1])])
+        return mean[:, 0] if self.kind == "linear" and mean.shape[1] == 1 else mean
+
+    @cached_property
+    def input_mean_direction(self) -> Tensor:
+        """[d] unit vector: E[x]/‖E[x]‖, or the first left singular vector of E[X] with positions.
+
+        Its sign makes the sum of entries non-negative. Zero if E[x] is zero.
+        """
+        mean = self.input_mean
+        if mean.dim() == 1:
+            return mean / mean.norm().clamp(min=torch.finfo(mean.dtype).tiny)
+        left = torch.linalg.svd(mean.double(), full_matrices=False).U[:, 0]
+        return (left * (1.0 if left.sum() >= 0 else -1.0)).to(mean.dtype)
+
+    def operator(self) -> KroneckerOperator:
+        """K = E[M] (x) E[x x^T], [m d, m d], row-major weight order; block diagonal over groups."""
+        from hesskern.operators import KroneckerOperator
+
+        return KroneckerOperator(self.output_hessian, self.input_covariance)
+
+    def eigsh(self, k: int) -> EigenResult:
+        """Top k eigenpairs of :meth:`operator` from the factors' own; the product is never formed."""
+        return self.operator().eigsh(k)
+
+
+def _unfolded(spec: LayerSpec, image: Tensor) -> Tensor:
+    """[d, t] columns of one use's mean input [d], [t, d] or [C, (H,) W]."""
+    if spec.kind == "linear":
+        return image.reshape(-1, image.shape[-1]).T
+    return unfold(image[None], spec.kernel_size, spec.stride, spec.padding, spec.dilation)[0]
+
+
+class Factors(Mapping[str, LayerFactors]):
+    """Kronecker factors by layer name.
+
+    Attributes:
+        num_samples: weighted number of samples.
+        skipped: modules with parameters that have no factors here, with the reason.
+        settings: how the factors were made (``output``, ``bias``, ``mc_samples``, ``seed``).
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LayerFactors],
+        num_samples: float,
+        skipped: Mapping[str, str],
+        settings: Mapping[str, Any],
+    ) -> None:
+        self._layers = dict(layers)
+        self.num_samples = num_samples
+        self.skipped = dict(skipped)
+        self.settings = dict(settings)
+
+    def __getitem__(self, name: str) -> LayerFactors:
+        try:
+            return self._layers[name]
+        except KeyError:
+            reason = self.skipped.get(name)
+            raise KeyError(
+                f"no factors for layer {name!r}"
+                + (f": it {reason}" if reason else f"; there are {', '.join(self._layers)}")
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        rows = [f"  {n}: {f.kind} {f.layer_shape}" for n, f in self._layers.items()]
+        return "\n".join([f"Factors of {self.num_samples:g} samples:", *rows])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file: the tensors, and everything else as JSON in its header.
+
+        The file appears whole or not at all.
+        """
+        tensors: dict[str, Tensor] = {}
+        layers = []
+        for name, f in self._layers.items():
+            tensors[f"{name}.input_covariance"] = f.input_covariance.contiguous()
+            tensors[f"{name}.output_hessian"] = f.output_hessian.contiguous()
+            for i, image in enumerate(f.input_images or ()):
+                tensors[f"{name}.input_image.{i}"] = image.contiguous()
+            layers.append(
+                {
+                    "spec": asdict(f.spec),
+                    "num_samples": f.num_samples,
+                    "positions": f.positions,
+                    "images": None if f.input_images is None else len(f.input_images),
+                }
+            )
+        header = {
+            "format": _FORMAT,
+            "num_samples": self.num_samples,
+            "skipped": self.skipped,
+            "settings": self.settings,
+            "layers": layers,
+        }
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        try:
+            save_file(tensors, temporary, metadata={"hesskern": json.dumps(header)})
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Factors:
+    """Reads a file written by :meth:`Factors.save`.
+
+    Args:
+        path: the file.
+        device: where the tensors go.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not one of these, or is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: there is no file {str(path)!r}")
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            header = json.loads((file.metadata() or {}).get("hesskern", "null"))
+            if not isinstance(header, dict) or header.get("format") != _FORMAT:
+                raise ValueError(f"path: {str(path)!r} does not hold hesskern factors")
+            layers = {}
+            for entry in header["layers"]:
+                fields = {
+                    key: tuple(value) if isinstance(value, list) else value
+                    for key, value in entry["spec"].items()
+                }
+                spec = LayerSpec(**fields)
+                count = entry["images"]
+                layers[spec.name] = LayerFactors(
+                    spec,
+                    file.get_tensor(f"{spec.name}.input_covariance"),
+                    file.get_tensor(f"{spec.name}.output_hessian"),
+                    entry["num_samples"],
+                    entry["positions"],
+                    None
+                    if count is None
+                    else tuple(
+                        file.get_tensor(f"{spec.name}.input_image.{i}") for i in range(count)
+                    ),
+                )
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"path: {str(path)!r} is not a readable factors file ({error})") from error
+    return Factors(layers, header["num_samples"], header["skipped"], header["settings"])
+
+
+def kronecker_factors(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Any = None,
+    layers: Iterable[str] | None = None,
+    output: str = "exact",
+    *,
+    bias: str = "none",
+    mc_samples: int = 1,
+    seed: int = 0,
+    sample_weight: Tensor | None = None,
+    output_root: Callable[..., Tensor] | None = None,
+    memory_budget: int = 2**30,
+    progress: bool | Progress = False,
+    group: Any = None,
+) -> Factors:
+    """Kronecker factors E[x x^T] and E[M] of every layer, in one pass over the data.
+
+    Args:
+        model: any module; runs in eval mode and comes back as it was.
+        data: iterable of (inputs, targets) or (inputs, targets, weight [N]); inputs are a tensor, a
+            tuple of arguments or a dict of them.
+        loss: ``nn.CrossEntropyLoss()``, ``nn.MSELoss()``, ``nn.BCEWithLogitsLoss()``, or an object
+            with ``output_root(outputs, targets) -> [N, r, c]``.
+        layers: names from ``model.named_modules()``; None for all Linear, Conv1d and Conv2d.
+        output: "exact" (all classes), "mc" (targets drawn from the model), or "empirical" (the
+            targets of the data).
+        bias: "none": weights only, as in arXiv 2010.04261; "joint": append 1 to x.
+        mc_samples: draws per sample for ``output="mc"``.
+        seed: for these draws.
+        sample_weight: [total samples] non-negative weights of the samples' losses, in the order of
+            the data; means become weighted means.
+        output_root: a custom loss as a function, with ``loss=None``.
+        memory_budget: bytes for root rows kept at a time beyond one row per layer.
+        progress: True for a bar with the time left, or a callback (description, done, total).
+        group: reserved for torch.distributed; must be None.
+
+    Returns:
+        :class:`Factors`, keyed by layer name, in float32 (float64 for a float64 model).
+
+    Raises:
+        ValueError: bad arguments, targets out of range, NaN or Inf in the data (names layer and
+            batch), or no data at all.
+        TypeError: arguments of a wrong type.
+        NotImplementedError: unsupported layers asked for by name, unsupported loss options.
+    """
+    from hesskern.accumulate import FactorAccumulator
+
+    if group is not None:
+        raise NotImplementedError("group is reserved for torch.distributed and must be None")
+    accumulator = FactorAccumulator(
+        model,
+        loss,
+        layers,
+        output,
+        bias=bias,
+        mc_samples=mc_samples,
+        seed=seed,
+        output_root=output_root,
+        memory_budget=memory_budget,
+    )
+    accumulator.consume(data, sample_weight=sample_weight, progress=progress)
+    return accumulator.factors()

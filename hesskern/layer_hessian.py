@@ -1,0 +1,295 @@
+"""Exact layer-wise Hessians E[M (x) x x^T] of every layer, from one pass over the data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesskern import ops
+from hesskern.capture import Batch, Capture, batches
+from hesskern.layers import LayerSpec, select_layers
+from hesskern.losses import Loss, resolve_loss
+from hesskern.operators import CurvatureOperator
+from hesskern.progress import Progress, reporter
+from hesskern.pruning import kept_samples, prune
+from hesskern.roots import BatchRoots, accumulator_dtype, model_device
+from hesskern.samples import SampleRows, join, layer_rows
+
+__all__ = ["LayerHessian", "layer_hessians"]
+
+
+class LayerHessian(CurvatureOperator):
+    """The exact layer-wise Hessian H = E[M (x) x x^T] of one layer, row-major weight order.
+
+    Made by :func:`layer_hessians`. Products run in fused C++/CUDA kernels over stored samples.
+
+    Attributes:
+        name: of the layer.
+        layer_shape: (m, d) of the weight as a matrix; vectors are such matrices, flattened.
+        is_exact: True if this is the Hessian: all that follows the layer is piecewise linear and
+            the layer is used once. False: it is the Gauss-Newton block.
+        inexact_reason: why ``is_exact`` is False, or None.
+        pruning_error: bound on ‖H - H_t‖_2 for what was left out under ``tolerance``; 0 if nothing.
+        num_samples: weighted number of samples.
+        cached: whether the samples are stored; False: every product runs the model again.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        chunks: Callable[[], Iterable[SampleRows]],
+        num_samples: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        inexact_reason: str | None,
+        pruning_error: float,
+        cached: bool,
+    ) -> None:
+        self.name = spec.name
+        self.layer_shape = spec.shape
+        size = spec.outputs * spec.inputs
+        self.shape = (size, size)
+        self.dtype, self.device = dtype, device
+        self.num_samples = num_samples
+        self.inexact_reason = inexact_reason
+        self.is_exact = inexact_reason is None
+        self.pruning_error = pruning_error
+        self.cached = cached
+        self._chunks = chunks
+
+    def _matmul(self, block: Tensor) -> Tensor:
+        total = torch.zeros_like(block)
+        alpha = 1.0 / self.num_samples
+        for chunk in self._chunks():
+            m, d = chunk.s.shape[2], chunk.x.shape[1]
+            product = ops.layer_hessian_matmul(chunk.x, chunk.s, block.reshape(-1, m, d), alpha)
+            total += product.reshape(total.shape)
+        return total
+
+    def trace(self) -> float:
+        """tr(H), exact; with ``tolerance`` of what was kept (add ``pruning_error`` for all)."""
+        total = sum(float(chunk.shares().sum()) for chunk in self._chunks())
+        return total / self.num_samples
+
+    def diagonal(self) -> Tensor:
+        """[P] diagonal, exact."""
+        total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        for chunk in self._chunks():
+            total += chunk.diagonal()
+        return total / self.num_samples
+
+    def to_dense(self) -> Tensor:
+        """[P, P]; for small layers."""
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        for chunk in self._chunks():
+            for rows in chunk.dense_rows():
+                ops.input_covariance_(total, rows, 1.0 / self.num_samples)
+        return ops.mirror_(total)
+
+
+@dataclass
+class _Layer:
+    """What the pass has gathered for one layer.
+
+    Attributes:
+        chunks: sample rows kept so far, or None once they exceeded the memory budget.
+        held: bytes in ``chunks``.
+        shares: per batch, every sample's share of the trace; only with pruning.
+    """
+
+    spec: LayerSpec
+    chunks: list[SampleRows] | None = field(default_factory=list)
+    held: int = 0
+    shares: list[Tensor] = field(default_factory=list)
+
+
+def layer_hessians(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Any = None,
+    layers: Iterable[str] | None = None,
+    tolerance: float = 0.0,
+    *,
+    bias: str = "none",
+    sample_weight: Tensor | None = None,
+    output_root: Callable[..., Tensor] | None = None,
+    memory_budget: int = 4 * 2**30,
+    progress: bool | Progress = False,
+) -> dict[str, LayerHessian]:
+    """The layer-wise Hessian of every layer, from one pass over the data.
+
+    Args:
+        model: any module; runs in eval mode and comes back as it was. Its weights must not change
+            while layers above the memory budget are in use.
+        data: iterable of (inputs, targets) or (inputs, targets, weight [N]).
+        loss: as in :func:`hesskern.kronecker_factors`.
+        layers: names from ``model.named_modules()``; None for all supported.
+        tolerance: leave out samples as long as ‖H - H_t‖_2 <= tolerance tr(H) is certain; 0 keeps
+            all. tr(M_n)‖x_n‖² bounds a sample's part of the spectrum.
+        bias: "none" or "joint" (append 1 to x; P is m (d + 1)).
+        sample_weight: [total samples] non-negative weights in the order of the data.
+        output_root: a custom loss as a function, with ``loss=None``.
+        memory_budget: bytes of samples kept for all layers together. Layers above it (largest
+            first) run the model again at every product.
+        progress: True for a bar with the time left, or a callback.
+
+    Returns:
+        {name: :class:`LayerHessian`}, in the model's order. Layers that are not supported or not
+        reached are left out unless asked for by name.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as in :func:`hesskern.kronecker_factors`.
+
+    Warns:
+        UserWarning: once, naming the layers whose block is not the Hessian, and why.
+    """
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance must lie in [0, 1), got {tolerance!r}")
+    resolved = resolve_loss(loss, output_root)
+    specs, _ = select_layers(model, layers, bias)
+    gathered = {name: _Layer(spec) for name, spec in specs.items()}
+    again = None if iter(data) is data else data
+    device = model_device(model)
+    report = reporter(progress)
+    count, dtype = 0.0, torch.float32
+    with Capture(model, specs) as capture:
+        for batch in batches(data, device, sample_weight, report, "Layer Hessians"):
+            roots = _roots(capture, batch, resolved)
+            if layers is not None and capture.reasons:
+                name, reason = next(iter(capture.reasons.items()))
+                raise ValueError(f"layers: {name!r} {reason}")
+            dtype = accumulator_dtype(roots.outputs.dtype)
+            count += roots.count
+            wanted = {
+                n: layer.spec
+                for n, layer in gathered.items()
+                if n not in capture.reasons and (layer.chunks is not None or tolerance > 0)
+            }
+            for name, chunk in layer_rows(wanted, roots, memory_budget):
+                _keep(gathered[name], chunk, tolerance)
+                _evict(gathered, memory_budget, again is not None)
+        reasons, inexact = capture.reasons, capture.inexact
+    if not count > 0:
+        raise ValueError("data yielded no samples, so there are no Hessians")
+    shown = {name: inexact[name] for name in gathered if name in inexact and name not in reasons}
+    if shown:
+        text = "; ".join(f"{name!r} {reason}" for name, reason in shown.items())
+        warnings.warn(
+            f"the Gauss-Newton block is not the Hessian for: {text}. AutogradHessian gives the "
+            "Hessian of such layers.",
+            UserWarning,
+            stacklevel=2,
+        )
+    result = {}
+    for name, layer in gathered.items():
+        if name in reasons:
+            continue
+        again_chunks = _Rerun(model, again, resolved, layer.spec, sample_weight, memory_budget)
+        result[name] = _finish(
+            layer, again_chunks, count, dtype, device, tolerance, inexact.get(name)
+        )
+    if not result:
+        raise ValueError(
+            "no layer of the model has a Hessian: "
+            + "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
+        )
+    return result
+
+
+def _roots(capture: Capture, batch: Batch, loss: Loss) -> BatchRoots:
+    return BatchRoots(capture, batch, loss, "exact", 1, torch.Generator())
+
+
+def _keep(layer: _Layer, chunk: SampleRows, tolerance: float) -> None:
+    if tolerance > 0:
+        layer.shares.append(chunk.shares())
+    if layer.chunks is not None:
+        layer.chunks.append(chunk)
+        layer.held += chunk.nbytes
+
+
+def _evict(gathered: dict[str, _Layer], budget: int, can_rerun: bool) -> None:
+    """Drops the largest layers' samples until the rest fits."""
+    while sum(layer.held for layer in gathered.values()) > budget:
+        name, largest = max(gathered.items(), key=lambda item: item[1].held)
+        if not can_rerun:
+            raise ValueError(
+                f"memory_budget of {budget} bytes is too small for layer {name!r}, and data can be "
+                "iterated only once; raise it or pass a re-iterable (a DataLoader or a list)"
+            )
+        largest.chunks, largest.held = None, 0
+
+
+@dataclass
+class _Rerun:
+    """Sample rows of one layer made anew, batch by batch, a few root rows at a time."""
+
+    model: nn.Module
+    data: Iterable[Any] | None
+    loss: Loss
+    spec: LayerSpec
+    sample_weight: Tensor | None
+    memory_budget: int
+    keep: list[Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self._versions = self._current()
+
+    def _current(self) -> list[int]:
+        return [p._version for p in (*self.model.parameters(), *self.model.buffers())]
+
+    def __call__(self) -> Iterator[SampleRows]:
+        if self._current() != self._versions:
+            raise RuntimeError(
+                f"the model changed since the Hessian of layer {self.spec.name!r} was made; call "
+                "layer_hessians again"
+            )
+        assert self.data is not None
+        position = 0
+        with Capture(self.model, {self.spec.name: self.spec}) as capture:
+            for batch in batches(self.data, model_device(self.model), self.sample_weight):
+                roots = _roots(capture, batch, self.loss)
+                for _, chunk in layer_rows({self.spec.name: self.spec}, roots, self.memory_budget):
+                    if self.keep is None:
+                        yield chunk
+                    else:
+                        yield chunk.select(self.keep[position])
+                    position += 1
+
+
+def _finish(
+    layer: _Layer,
+    rerun: _Rerun,
+    count: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    tolerance: float,
+    reason: str | None,
+) -> LayerHessian:
+    dropped = 0.0
+    cached = layer.chunks is not None
+    chunks: Callable[[], Iterable[SampleRows]] = rerun
+    if layer.chunks is not None:
+        kept = layer.chunks
+        if tolerance > 0:
+            kept, dropped = prune(kept, layer.shares, tolerance)
+        joined = join(kept)
+        chunks = lambda: joined  # noqa: E731  (a closure over this layer's list)
+    elif tolerance > 0:
+        rerun.keep, dropped = kept_samples(layer.shares, tolerance)
+    return LayerHessian(
+        layer.spec,
+        chunks,
+        count,
+        dtype,
+        device,
+        inexact_reason=reason,
+        pruning_error=dropped / count,
+        cached=cached,
+    )

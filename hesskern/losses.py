@@ -1,0 +1,393 @@
+"""Losses as their curvature: rows whose outer products sum to the Hessian in the model's outputs.
+
+For one sample with outputs f and loss l, A = d²l/df² is written as Q^T Q. A layer's output Hessian is
+then (Q G)^T (Q G) with G = df/dz, so every row of Q is one backward pass. l is torch's loss on that
+sample alone; a reduction of ``mean`` divides by the number of outputs (or unmasked tokens) of the
+sample, ``sum`` does not.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Loss", "Rows", "resolve_loss"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Root rows of a batch, made one at a time.
+
+    Attributes:
+        count: number of rows r per sample.
+        row: ``row(j)`` is [N, *outputs.shape[1:]], in the outputs' dtype.
+    """
+
+    count: int
+    row: Callable[[int], Tensor]
+
+
+class Loss(ABC):
+    """Curvature of a loss in the outputs of the model."""
+
+    @abstractmethod
+    def check(self, outputs: Tensor, targets: Any) -> None:
+        """Raises ValueError or TypeError if the targets do not fit the outputs [N, ...]."""
+
+    @abstractmethod
+    def exact(self, outputs: Tensor, targets: Any) -> Rows:
+        """Rows of Q with Q^T Q = A exactly."""
+
+    @abstractmethod
+    def sampled(
+        self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
+    ) -> Rows:
+        """Random rows whose mean outer product is A: gradients at targets drawn from the model."""
+
+    @abstractmethod
+    def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
+        """Loss of every sample alone, [N]; differentiable."""
+
+    def counted(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        """[N] bool: samples that count at all (False: everything masked); None: all do."""
+        return None
+
+    def empirical(self, outputs: Tensor, targets: Any) -> Rows:
+        """One row: the gradient of the sample's loss at its own target."""
+        with torch.enable_grad():
+            free = outputs.detach().requires_grad_()
+            total = self.per_sample(free, targets).sum()
+            (gradient,) = torch.autograd.grad(total, free)
+        return Rows(1, lambda _: gradient)
+
+
+def resolve_loss(loss: Any, output_root: Callable[..., Tensor] | None = None) -> Loss:
+    """The curvature of a torch loss, or of a custom one.
+
+    Args:
+        loss: ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss`` (instances), or an
+            object with a method ``output_root(outputs, targets) -> [N, r, c]``.
+        output_root: the same as a function; ``loss`` is then None.
+
+    Raises:
+        TypeError: neither is given, or the loss is not one of these.
+        NotImplementedError: an option of the loss that has no defined curvature here.
+    """
+    if output_root is None and hasattr(loss, "output_root"):
+        output_root = loss.output_root
+    if output_root is not None:
+        if not callable(output_root):
+            raise TypeError(f"output_root must be callable, got {type(output_root).__name__}")
+        return _Custom(output_root, loss)
+    if isinstance(loss, Loss):
+        return loss
+    if isinstance(loss, nn.CrossEntropyLoss):
+        if loss.weight is not None:
+            raise NotImplementedError(
+                "CrossEntropyLoss(weight=...) is not supported: with reduction='mean' a class weight "
+                "cancels for a sample alone; pass sample_weight= instead"
+            )
+        return _CrossEntropy(_mean(loss), loss.ignore_index, loss.label_smoothing)
+    if isinstance(loss, nn.MSELoss):
+        return _MeanSquaredError(_mean(loss))
+    if isinstance(loss, nn.BCEWithLogitsLoss):
+        for option in ("weight", "pos_weight"):
+            if getattr(loss, option) is not None:
+                raise NotImplementedError(
+                    f"BCEWithLogitsLoss({option}=...) is not supported; pass sample_weight= or "
+                    "output_root= instead"
+                )
+        return _BinaryCrossEntropy(_mean(loss))
+    raise TypeError(
+        "loss must be nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss() or have a method "
+        f"output_root(outputs, targets) -> [N, r, c]; got {loss!r}"
+    )
+
+
+def _mean(loss: nn.Module) -> bool:
+    reduction = loss.reduction
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"loss.reduction must be 'mean' or 'sum', got {reduction!r}")
+    return bool(reduction == "mean")
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _same_shape(outputs: Tensor, targets: Any, name: str) -> Tensor:
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a tensor for {name}, got {type(targets).__name__}")
+    if targets.shape != outputs.shape:
+        raise ValueError(
+            f"targets must have the outputs' shape {list(outputs.shape)} for {name}, "
+            f"got {list(targets.shape)}"
+        )
+    return targets
+
+
+@dataclass(frozen=True)
+class _CrossEntropy(Loss):
+    """Softmax cross-entropy on outputs [N, c] or [N, c, t...] (tokens, pixels).
+
+    Label smoothing and probabilistic targets leave A = diag(p) - p p^T as it is, since the smoothed
+    target also sums to one. A sample whose targets are all ``ignore_index`` does not count.
+    """
+
+    mean: bool
+    ignore_index: int
+    label_smoothing: float
+
+    def check(self, outputs: Tensor, targets: Any) -> None:
+        if outputs.dim() < 2:
+            raise ValueError(
+                f"outputs must be [N, c] or [N, c, t...] for cross-entropy, got "
+                f"{list(outputs.shape)}"
+            )
+        if not isinstance(targets, Tensor):
+            raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
+        if targets.is_floating_point():
+            _same_shape(outputs, targets, "cross-entropy with probabilities")
+            total = targets.sum(1)
+            if (targets < 0).any() or ((total - 1).abs() > 1e-3).any():
+                raise ValueError(
+                    "targets given as probabilities must be non-negative and sum to one over the "
+                    f"class axis; found sums from {total.min():g} to {total.max():g}"
+                )
+            return
+        expected = [outputs.shape[0], *outputs.shape[2:]]
+        if list(targets.shape) != expected:
+            raise ValueError(f"targets must be {expected}, got {list(targets.shape)}")
+        if targets.dtype == torch.bool or targets.is_complex():
+            raise TypeError(f"targets must be class indices (int64), got {targets.dtype}")
+        classes = outputs.shape[1]
+        bad = ((targets < 0) | (targets >= classes)) & (targets != self.ignore_index)
+        if bad.any():
+            raise ValueError(
+                f"targets must lie in [0, {classes}) or equal ignore_index={self.ignore_index}; "
+                f"found {targets[bad][0].item()}"
+            )
+
+    def _mask(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """[N, t] bool, tokens that count."""
+        if targets.is_floating_point():
+            return torch.ones(
+                len(outputs), outputs[0, 0].numel(), dtype=torch.bool, device=outputs.device
+            )
+        return (targets != self.ignore_index).reshape(len(targets), -1)
+
+    def counted(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        mask = self._mask(outputs, targets)
+        return None if bool(mask.all()) else mask.any(1)
+
+    def _token_scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """[N, t]: 1/sqrt(unmasked tokens) for ``mean``, 1 for ``sum``, 0 where masked."""
+        mask = self._mask(outputs, targets).to(_at_least_float32(outputs).dtype)
+        if not self.mean:
+            return mask
+        return mask / mask.sum(1, keepdim=True).clamp(min=1).sqrt()
+
+    def exact(self, outputs: Tensor, targets: Any) -> Rows:
+        # Closed-form root of diag(p) - p p^T with c - 1 rows: its LDL^T factors (Tanabe & Sagae,
+        # J. R. Stat. Soc. B 54, 1992). With tails q_j = p_{j+1} + ... + p_c, row j is
+        # sqrt(p_j q_j / (p_j + q_j)) (e_j - p_{>j} / q_j).
+        flat = _at_least_float32(outputs.detach()).reshape(len(outputs), outputs.shape[1], -1)
+        c, tokens = flat.shape[1:]
+        p = flat.softmax(1)
+        # Summed from the small end: 1 - p_1 - ... - p_j would lose all digits of a small tail.
+        sums = p.flip(1).cumsum(1).flip(1)
+        tail = torch.cat([sums[:, 1:], torch.zeros_like(sums[:, :1])], dim=1)
+        scale = (p * tail / (p + tail).clamp(min=torch.finfo(p.dtype).tiny)).sqrt()
+        scale = scale * self._token_scale(outputs, targets).unsqueeze(1)
+        inverse = torch.where(tail > 0, 1 / tail.clamp(min=torch.finfo(p.dtype).tiny), 0.0)
+
+        def row(index: int) -> Tensor:
+            token, j = divmod(index, c - 1)
+            out = torch.zeros_like(flat)
+            s = scale[:, j, token]
+            out[:, j, token] = s
+            out[:, j + 1 :, token] = -p[:, j + 1 :, token] * (s * inverse[:, j, token]).unsqueeze(1)
+            return out.reshape(outputs.shape).to(outputs.dtype)
+
+        return Rows(tokens * (c - 1), row)
+
+    def sampled(
+        self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
+    ) -> Rows:
+        flat = _at_least_float32(outputs.detach()).reshape(len(outputs), outputs.shape[1], -1)
+        n, c, tokens = flat.shape
+        p = flat.softmax(1)
+        scale = self._token_scale(outputs, targets).unsqueeze(1) / samples**0.5
+        draws = torch.multinomial(
+            p.transpose(1, 2).reshape(n * tokens, c).cpu(),
+            samples,
+            replacement=True,
+            generator=generator,
+        ).to(p.device)
+        labels = draws.reshape(n, tokens, samples)
+
+        def row(index: int) -> Tensor:
+            one_hot = F.one_hot(labels[..., index], c).transpose(1, 2)
+            return ((p - one_hot) * scale).reshape(outputs.shape).to(outputs.dtype)
+
+        return Rows(samples, row)
+
+    def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
+        losses = F.cross_entropy(
+            outputs,
+            targets,
+            reduction="none",
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+        ).reshape(len(outputs), -1)
+        mask = self._mask(outputs, targets)
+        total = losses.sum(1)
+        return total / mask.sum(1).clamp(min=1) if self.mean else total
+
+
+class _Elementwise(Loss):
+    """A loss that is a sum (or mean) over output elements: A is diagonal."""
+
+    mean: bool
+    name: str
+
+    @abstractmethod
+    def _curvature(self, outputs: Tensor) -> Tensor:
+        """Second derivative of every element's loss, the outputs' shape."""
+
+    @abstractmethod
+    def _sampled_gradient(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        """Random [N, ...] with mean outer product diag(curvature)."""
+
+    def check(self, outputs: Tensor, targets: Any) -> None:
+        _same_shape(outputs, targets, self.name)
+
+    def _scale(self, outputs: Tensor) -> float:
+        return 1.0 / max(outputs[0].numel(), 1) if self.mean and len(outputs) else 1.0
+
+    def exact(self, outputs: Tensor, targets: Any) -> Rows:
+        flat = _at_least_float32(outputs.detach())
+        root = (self._curvature(flat) * self._scale(outputs)).sqrt().reshape(len(outputs), -1)
+
+        def row(index: int) -> Tensor:
+            out = torch.zeros_like(root)
+            out[:, index] = root[:, index]
+            return out.reshape(outputs.shape).to(outputs.dtype)
+
+        return Rows(root.shape[1], row)
+
+    def sampled(
+        self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
+    ) -> Rows:
+        flat = _at_least_float32(outputs.detach())
+        scale = (self._scale(outputs) / samples) ** 0.5
+        rows = [scale * self._sampled_gradient(flat, generator) for _ in range(samples)]
+        return Rows(samples, lambda index: rows[index].to(outputs.dtype))
+
+
+@dataclass(frozen=True)
+class _MeanSquaredError(_Elementwise):
+    """Squared error: A = 2/c I for ``mean``, 2 I for ``sum``."""
+
+    mean: bool
+    name = "MSELoss"
+
+    def _curvature(self, outputs: Tensor) -> Tensor:
+        return torch.full_like(outputs, 2.0)
+
+    def _sampled_gradient(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype)
+        return 2.0**0.5 * noise.to(outputs.device)
+
+    def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
+        losses = F.mse_loss(outputs, targets, reduction="none").reshape(len(outputs), -1)
+        return losses.mean(1) if self.mean else losses.sum(1)
+
+
+@dataclass(frozen=True)
+class _BinaryCrossEntropy(_Elementwise):
+    """Logistic loss per output: A = diag(sigma (1 - sigma)), divided by c for ``mean``."""
+
+    mean: bool
+    name = "BCEWithLogitsLoss"
+
+    def check(self, outputs: Tensor, targets: Any) -> None:
+        super().check(outputs, targets)
+        if (targets < 0).any() or (targets > 1).any():
+            raise ValueError(
+                f"targets must lie in [0, 1] for BCEWithLogitsLoss; found values from "
+                f"{targets.min():g} to {targets.max():g}"
+            )
+
+    def _curvature(self, outputs: Tensor) -> Tensor:
+        return outputs.sigmoid() * (-outputs).sigmoid()
+
+    def _sampled_gradient(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+        p = outputs.sigmoid()
+        labels = torch.bernoulli(p.cpu(), generator=generator).to(p.device)
+        return p - labels
+
+    def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
+        losses = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs), reduction="none")
+        losses = losses.reshape(len(outputs), -1)
+        return losses.mean(1) if self.mean else losses.sum(1)
+
+
+@dataclass(frozen=True)
+class _Custom(Loss):
+    """A user's ``output_root(outputs, targets) -> [N, r, *outputs.shape[1:]]`` with Q^T Q = A."""
+
+    output_root: Callable[..., Tensor]
+    loss: Any
+
+    def check(self, outputs: Tensor, targets: Any) -> None:
+        return None
+
+    def exact(self, outputs: Tensor, targets: Any) -> Rows:
+        root = self.output_root(outputs.detach(), targets)
+        if not isinstance(root, Tensor):
+            raise TypeError(f"output_root must return a tensor, got {type(root).__name__}")
+        if root.dim() != outputs.dim() + 1 or (
+            root.shape[0] != outputs.shape[0] or root.shape[2:] != outputs.shape[1:]
+        ):
+            raise ValueError(
+                f"output_root must return [N, r, *outputs.shape[1:]] = [{outputs.shape[0]}, r, "
+                f"{', '.join(map(str, outputs.shape[1:]))}], got {list(root.shape)}"
+            )
+        root = root.detach().to(outputs.dtype)
+        return Rows(root.shape[1], lambda index: root[:, index])
+
+    def sampled(
+        self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
+    ) -> Rows:
+        exact = self.exact(outputs, targets)
+        noise = torch.randn(len(outputs), exact.count, samples, generator=generator)
+        noise = (noise / samples**0.5).to(outputs)
+        shape = (-1,) + (1,) * (outputs.dim() - 1)
+
+        def row(index: int) -> Tensor:
+            out = torch.zeros_like(outputs)
+            for j in range(exact.count):
+                out += noise[:, j, index].reshape(shape) * exact.row(j)
+            return out
+
+        return Rows(samples, row)
+
+    def empirical(self, outputs: Tensor, targets: Any) -> Rows:
+        raise NotImplementedError(
+            "output='empirical' needs a loss with a gradient; output_root only gives its curvature"
+        )
+
+    def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
+        if self.loss is None or not callable(getattr(self.loss, "per_sample", None)):
+            raise NotImplementedError(
+                "autograd needs the loss itself: give the loss object a method "
+                "per_sample(outputs, targets) -> [N] beside output_root"
+            )
+        return self.loss.per_sample(outputs, targets)

@@ -1,0 +1,326 @@
+"""Curvature operators: symmetric matrices known by their products with vectors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import scipy.sparse.linalg as sparse
+import torch
+from torch import Tensor, nn
+
+from hesskern import ops
+from hesskern.capture import batches, frozen_eval, run_model
+from hesskern.losses import resolve_loss
+from hesskern.progress import Progress, reporter
+from hesskern.roots import model_device
+
+if TYPE_CHECKING:
+    from hesskern.results import EigenResult
+
+__all__ = ["AutogradHessian", "CurvatureOperator", "KroneckerOperator"]
+
+
+class CurvatureOperator(ABC):
+    """A symmetric [P, P] matrix: ``H @ v`` for v [P], ``H @ V`` for a block V [P, k].
+
+    Attributes:
+        shape: (P, P).
+        dtype, device: of the vectors it takes and gives.
+    """
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @abstractmethod
+    def _matmul(self, block: Tensor) -> Tensor:
+        """Product with rows: block [k, P] -> [k, P]."""
+
+    @abstractmethod
+    def trace(self) -> float:
+        """Sum of the eigenvalues."""
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """[P] diagonal."""
+
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        """Product with one vector [P] or a block [P, k].
+
+        Raises:
+            TypeError: ``vectors`` is not a tensor, or of another dtype.
+            ValueError: its shape or device do not fit, or it contains NaN or Inf.
+        """
+        if not isinstance(vectors, Tensor):
+            raise TypeError(f"vectors must be a tensor, got {type(vectors).__name__}")
+        size = self.shape[0]
+        if vectors.dim() not in (1, 2) or vectors.shape[0] != size:
+            raise ValueError(f"vectors must be [{size}] or [{size}, k], got {list(vectors.shape)}")
+        if vectors.dtype != self.dtype:
+            raise TypeError(f"vectors must be {self.dtype}, got {vectors.dtype}")
+        if vectors.device != self.device:
+            raise ValueError(f"vectors must be on {self.device}, got {vectors.device}")
+        with torch.no_grad():
+            if vectors.dim() == 1:
+                return self._matmul(vectors.unsqueeze(0))[0]
+            return self._matmul(vectors.T.contiguous()).T
+
+    def to_dense(self) -> Tensor:
+        """[P, P]; for small layers."""
+        eye = torch.eye(self.shape[0], dtype=self.dtype, device=self.device)
+        dense = self @ eye
+        return (dense + dense.T) / 2
+
+    def to_scipy(self) -> sparse.LinearOperator:
+        """The same operator for ``scipy.sparse.linalg``."""
+
+        def product(array: np.ndarray) -> np.ndarray:
+            flat = array.reshape(self.shape[0], -1)
+            vectors = torch.as_tensor(flat.copy(), dtype=self.dtype, device=self.device)
+            return (self @ vectors).cpu().numpy().reshape(array.shape)
+
+        numpy_dtype = np.float64 if self.dtype == torch.float64 else np.float32
+        return sparse.LinearOperator(
+            self.shape, matvec=product, matmat=product, rmatvec=product, dtype=numpy_dtype
+        )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]}, {self.dtype})"
+
+
+class KroneckerOperator(CurvatureOperator):
+    """A (x) B, row-major: vectors are matrices [m, d] flattened, and K vec(X) = vec(A X B^T).
+
+    With groups K is block diagonal: block i is A_ii (x) B_i, with A_ii the i-th diagonal block of A.
+
+    Args:
+        A: [m, m] symmetric, e.g. the output Hessian.
+        B: [d, d] symmetric, e.g. the input covariance; or [g, d, d].
+
+    Raises:
+        ValueError: a factor is not square, dtypes or devices differ, or g does not divide m.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        if A.dim() != 2 or A.shape[0] != A.shape[1]:
+            raise ValueError(f"A must be [m, m], got {list(A.shape)}")
+        if B.dim() not in (2, 3) or B.shape[-1] != B.shape[-2]:
+            raise ValueError(f"B must be [d, d] or [g, d, d], got {list(B.shape)}")
+        if A.dtype != B.dtype or A.device != B.device:
+            raise ValueError(
+                f"A and B must agree in dtype and device, got {A.dtype} on {A.device} and "
+                f"{B.dtype} on {B.device}"
+            )
+        groups = B.shape[0] if B.dim() == 3 else 1
+        if A.shape[0] % groups:
+            raise ValueError(f"B has {groups} groups, which do not divide m = {A.shape[0]}")
+        self.A, self.B = A, B
+        self.groups = groups
+        self.layer_shape = (A.shape[0], B.shape[-1])
+        size = A.shape[0] * B.shape[-1]
+        self.shape = (size, size)
+        self.dtype, self.device = A.dtype, A.device
+        step = A.shape[0] // groups
+        self._left = [
+            A[i * step : (i + 1) * step, i * step : (i + 1) * step] for i in range(groups)
+        ]
+        self._right = list(B) if B.dim() == 3 else [B]
+
+    def _blocks(self, block: Tensor) -> list[Tensor]:
+        """[k, P] -> per group [k, m/g, d]."""
+        shaped = block.reshape(len(block), self.groups, -1, self.layer_shape[1])
+        return list(shaped.unbind(1))
+
+    @staticmethod
+    def _joined(blocks: list[Tensor]) -> Tensor:
+        return torch.stack(blocks, 1).flatten(1)
+
+    def _matmul(self, block: Tensor) -> Tensor:
+        return self._joined(ops.grouped_kron_matmul(self._left, self._right, self._blocks(block)))
+
+    @cached_property
+    def eigenbases(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per group: eigenvectors U [m/g, m/g] of A and V [d, d] of B, and the products of their
+        eigenvalues S [m/g, d]; ascending along both axes."""
+        left, right, values = [], [], []
+        for a, b in zip(self._left, self._right, strict=True):
+            tau, u = torch.linalg.eigh(a.double())
+            gamma, v = torch.linalg.eigh(b.double())
+            left.append(u.to(self.dtype))
+            right.append(v.to(self.dtype))
+            values.append(torch.outer(tau, gamma).to(self.dtype))
+        return left, right, values
+
+    def trace(self) -> float:
+        return float(
+            sum(
+                a.diagonal().double().sum() * b.diagonal().double().sum()
+                for a, b in zip(self._left, self._right, strict=True)
+            )
+        )
+
+    def diagonal(self) -> Tensor:
+        return torch.cat(
+            [
+                torch.outer(a.diagonal(), b.diagonal()).flatten()
+                for a, b in zip(self._left, self._right, strict=True)
+            ]
+        )
+
+    def to_dense(self) -> Tensor:
+        return torch.block_diag(
+            *(torch.kron(a, b) for a, b in zip(self._left, self._right, strict=True))
+        )
+
+    def eigsh(self, k: int) -> EigenResult:
+        """The k largest eigenpairs, from the factors' own: products of eigenvalues, u (x) v.
+
+        Raises:
+            ValueError: k is not in [1, P].
+        """
+        from hesskern.results import EigenResult
+
+        if not 1 <= k <= self.shape[0]:
+            raise ValueError(f"k must lie in [1, {self.shape[0]}], got {k}")
+        left, right, products = self.eigenbases
+        flat = torch.cat([s.flatten() for s in products])
+        values, index = flat.topk(k)
+        m, d = left[0].shape[0], right[0].shape[0]
+        group = index // (m * d)
+        row, column = index % (m * d) // d, index % d
+        u = torch.stack(left)[group, :, row]
+        v = torch.stack(right)[group, :, column]
+        vectors = torch.zeros(k, self.groups, m, d, dtype=self.dtype, device=self.device)
+        vectors[torch.arange(k), group] = u.unsqueeze(2) * v.unsqueeze(1)
+        vectors = vectors.flatten(1).T
+        scale = values.abs().max().clamp(min=torch.finfo(self.dtype).tiny)
+        residuals = (self @ vectors - vectors * values).norm(dim=0) / scale
+        return EigenResult(values, vectors, residuals, True, 0)
+
+    def solve_shifted(self, vectors: Tensor, shifts: Tensor, floor: float = 1e-3) -> Tensor:
+        """(K - shift_j I)^-1 vectors_j in K's eigenbasis, guarded away from its poles.
+
+        Args:
+            vectors: [P, k].
+            shifts: [k].
+            floor: differences smaller than ``floor * |shift|`` are moved out to it, sign kept.
+
+        Returns:
+            [P, k].
+        """
+        left, right, products = self.eigenbases
+        blocks = self._blocks(vectors.T.contiguous())
+        theta = shifts.to(self.dtype).reshape(-1, 1, 1)
+        gap = floor * theta.abs().clamp(min=torch.finfo(self.dtype).tiny)
+        rotated = ops.grouped_kron_matmul([u.T for u in left], [v.T for v in right], blocks)
+        scaled = []
+        for y, s in zip(rotated, products, strict=True):
+            difference = s - theta
+            sign = torch.where(difference >= 0, 1.0, -1.0).to(self.dtype)
+            scaled.append(y / (sign * torch.maximum(difference.abs(), gap)))
+        return self._joined(ops.grouped_kron_matmul(left, right, scaled)).T
+
+
+class AutogradHessian(CurvatureOperator):
+    """The Hessian of the mean loss in chosen parameters, by double backward passes.
+
+    The reference for everything else here, and the way for layers followed by smooth activations.
+
+    Args:
+        model: runs in eval mode and comes back as it was.
+        data: re-iterable of (inputs, targets) or (inputs, targets, weight [N]).
+        loss: as in :func:`hesskern.kronecker_factors`; an object with ``output_root`` also needs
+            ``per_sample(outputs, targets) -> [N]``.
+        params: names from ``model.named_parameters()``; None for all. P counts their entries,
+            concatenated in this order.
+        sample_weight: [total samples].
+        progress: True for a bar per product, or a callback.
+
+    Raises:
+        ValueError: a name is unknown, or the data is empty or can be iterated only once.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        loss: Any = None,
+        params: Iterable[str] | None = None,
+        *,
+        sample_weight: Tensor | None = None,
+        progress: bool | Progress = False,
+    ) -> None:
+        known = dict(model.named_parameters())
+        if isinstance(params, str):
+            params = [params]
+        self.params = list(known) if params is None else list(params)
+        for name in self.params:
+            if name not in known:
+                raise ValueError(
+                    f"params: the model has no parameter {name!r}; it has {', '.join(known)}"
+                )
+        if not self.params:
+            raise ValueError("params must name at least one parameter")
+        if iter(data) is data:
+            raise ValueError("data must be re-iterable (a DataLoader or a list), got an iterator")
+        self._model, self._data, self._loss = model, data, resolve_loss(loss)
+        self._sample_weight, self._progress = sample_weight, reporter(progress)
+        self._parameters = [known[name] for name in self.params]
+        size = sum(p.numel() for p in self._parameters)
+        self.shape = (size, size)
+        self.dtype, self.device = self._parameters[0].dtype, self._parameters[0].device
+
+    def _matmul(self, block: Tensor) -> Tensor:
+        total = torch.zeros_like(block)
+        count = 0.0
+        with frozen_eval(self._model):
+            for parameter in self._parameters:
+                parameter.requires_grad_(True)
+            for batch in batches(
+                self._data,
+                model_device(self._model),
+                self._sample_weight,
+                self._progress,
+                "Autograd Hessian",
+            ):
+                outputs = run_model(self._model, batch.inputs)
+                self._loss.check(outputs, batch.targets)
+                losses = self._loss.per_sample(outputs, batch.targets)
+                weight = torch.ones_like(losses) if batch.weight is None else batch.weight
+                counted = self._loss.counted(outputs, batch.targets)
+                if counted is not None:
+                    weight = weight * counted
+                count += float(weight.sum())
+                gradients = torch.autograd.grad(
+                    (losses * weight).sum(),
+                    self._parameters,
+                    create_graph=True,
+                    materialize_grads=True,
+                )
+                flat = torch.cat([g.reshape(-1) for g in gradients])
+                if not flat.requires_grad:
+                    continue
+                for j, vector in enumerate(block):
+                    products = torch.autograd.grad(
+                        flat,
+                        self._parameters,
+                        grad_outputs=vector,
+                        retain_graph=j < len(block) - 1,
+                        materialize_grads=True,
+                    )
+                    total[j] += torch.cat([p.reshape(-1) for p in products])
+        if count == 0:
+            raise ValueError("data yielded no samples")
+        return total / count
+
+    def trace(self) -> float:
+        """Exact, by P products; for small models."""
+        return float(self.to_dense().diagonal().double().sum())
+
+    def diagonal(self) -> Tensor:
+        """[P], exact, by P products; for small models."""
+        return self.to_dense().diagonal().clone()

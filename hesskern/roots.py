@@ -1,0 +1,167 @@
+"""Root rows of a batch for every layer: what factors and Hessians both accumulate from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesskern.capture import Batch, Capture, LayerUse
+from hesskern.layers import LayerSpec
+from hesskern.losses import Loss, Rows
+
+__all__ = [
+    "BatchRoots",
+    "accumulator_dtype",
+    "check_finite",
+    "check_output",
+    "model_device",
+    "positions_last",
+]
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Device of the model's first parameter or buffer; CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything below."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_finite(total: Tensor, exact: Callable[[], Tensor], what: str, batch: int) -> None:
+    """Raises if a tensor holds NaN or Inf, at the price of its sum.
+
+    Args:
+        total: a sum (or partial sums) of the tensor; finite only if every entry is.
+        exact: gives the tensor, looked at only when the sum is not finite (it may have overflowed).
+        what: for the message, e.g. "inputs of layer 'fc1'".
+        batch: index of the batch, for the message.
+
+    Raises:
+        ValueError: the tensor has an entry that is NaN or Inf.
+    """
+    if bool(torch.isfinite(total).all()) or bool(torch.isfinite(exact()).all()):
+        return
+    raise ValueError(
+        f"data: {what} contain NaN or Inf in batch {batch}; nothing of this batch was accumulated"
+    )
+
+
+class BatchRoots:
+    """Forward pass of one batch, checked, with its rows ready to run backwards.
+
+    Attributes:
+        count: weighted number of samples that count (sum of the weights).
+        uses: per reached layer, its calls with inputs in the model's dtype.
+        weight_root: [N] square roots of the sample weights, or None if all are one.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        batch: Batch,
+        loss: Loss,
+        output: str,
+        samples: int,
+        generator: torch.Generator,
+    ) -> None:
+        self._capture, self._batch = capture, batch
+        self.outputs, self.uses = capture.forward(batch)
+        n = self.outputs.shape[0]
+        loss.check(self.outputs, batch.targets)
+        for name, layer in self.uses.items():
+            for use in layer:
+                check_finite(
+                    use.x.sum(), lambda u=use: u.x, f"inputs of layer {name!r}", batch.index
+                )
+        check_finite(self.outputs.sum(), lambda: self.outputs, "the model's outputs", batch.index)
+        weight = self._weights(n, loss)
+        self.count = float(n) if weight is None else float(weight.sum())
+        self.weight_root = None if weight is None else weight.sqrt()
+        self._rows = self._make_rows(loss, output, samples, generator)
+
+    def _weights(self, n: int, loss: Loss) -> Tensor | None:
+        weight = self._batch.weight
+        if weight is not None:
+            if not isinstance(weight, Tensor) or weight.shape != (n,):
+                found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+                raise ValueError(f"sample_weight must be [N] = [{n}] per batch, got {found}")
+            if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
+                raise ValueError("sample_weight must be finite and non-negative")
+            weight = weight.to(accumulator_dtype(self.outputs.dtype))
+        counted = loss.counted(self.outputs, self._batch.targets)
+        if counted is not None:
+            mask = counted.to(accumulator_dtype(self.outputs.dtype))
+            weight = mask if weight is None else weight * mask
+        return weight
+
+    def _make_rows(self, loss: Loss, output: str, samples: int, generator: torch.Generator) -> Rows:
+        targets = self._batch.targets
+        if output == "exact":
+            return loss.exact(self.outputs, targets)
+        if output == "mc":
+            return loss.sampled(self.outputs, targets, samples, generator)
+        return loss.empirical(self.outputs, targets)
+
+    @property
+    def rows(self) -> int:
+        """Number r of root rows per sample."""
+        return self._rows.count
+
+    def inputs(self, use: LayerUse) -> Tensor:
+        """The use's inputs times the square roots of the sample weights; shape of ``use.x``."""
+        return self._weighted(use.x)
+
+    def _weighted(self, tensor: Tensor) -> Tensor:
+        if self.weight_root is None:
+            return tensor
+        shape = (-1,) + (1,) * (tensor.dim() - 1)
+        return tensor * self.weight_root.reshape(shape).to(tensor.dtype)
+
+    def gradients(self) -> Iterator[dict[str, list[Tensor | None]]]:
+        """Per root row, every layer's root-times-Jacobian: per use the layer output's shape, or None.
+
+        The rows carry the square roots of the sample weights.
+
+        Raises:
+            ValueError: a gradient is NaN or Inf; names the layer and the batch.
+        """
+        for j in range(self.rows):
+            row = self._weighted(self._rows.row(j))
+            grads = self._capture.backward(self.outputs, row, self.uses, last=j == self.rows - 1)
+            for name, layer in grads.items():
+                for grad in layer:
+                    if grad is not None:
+                        check_finite(
+                            grad.sum(),
+                            lambda g=grad: g,
+                            f"output gradients of layer {name!r}",
+                            self._batch.index,
+                        )
+            yield grads
+
+
+def positions_last(spec: LayerSpec, tensor: Tensor) -> Tensor:
+    """[N, q, t] for conv outputs or inputs [N, q, ...] and sequence tensors [N, t..., q]; [N, q] stays.
+
+    A view where the layout permits.
+    """
+    if spec.kind == "conv":
+        return tensor.flatten(2)
+    if tensor.dim() == 2:
+        return tensor
+    return tensor.flatten(1, -2).transpose(1, 2)
+
+
+def check_output(output: Any, mc_samples: Any) -> None:
+    """Raises ValueError for an unknown ``output`` or a bad number of samples."""
+    if output not in ("exact", "mc", "empirical"):
+        raise ValueError(f"output must be 'exact', 'mc' or 'empirical', got {output!r}")
+    if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
+        raise ValueError(f"mc_samples must be a positive integer, got {mc_samples!r}")

@@ -1,0 +1,211 @@
+"""Samples as a layer's Hessian needs them: inputs and root-times-Jacobian rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesskern.layers import LayerSpec
+from hesskern.reference import unfold
+from hesskern.roots import BatchRoots, accumulator_dtype, positions_last
+
+__all__ = ["SampleRows", "join", "layer_rows"]
+
+# Samples are joined up to this many bytes, so that a product runs over few large pieces.
+_JOINED_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """H's part R^T R from some samples: R_nc = sum_t s_nct x_nt^T, flattened.
+
+    Attributes:
+        x: [N, d] or [N, d, t]. Where per-sample rows are smaller than inputs and gradients, they are
+            stored instead, with x = ones [N, 1] and s = rows [N, r, m d].
+        s: [N, r, m] or [N, r, m, t].
+    """
+
+    x: Tensor
+    s: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.x.nbytes + self.s.nbytes
+
+    def select(self, keep: Tensor) -> SampleRows:
+        """The samples where keep [N] is True."""
+        return SampleRows(self.x[keep], self.s[keep])
+
+    def shares(self) -> Tensor:
+        """[N] float64: each sample's part of tr(R^T R), which bounds its part of the spectrum."""
+        if self.x.dim() == 2:
+            x = self.x.square().sum(1, dtype=torch.float64)
+            return x * self.s.square().sum((1, 2), dtype=torch.float64)
+        n, r, m, t = self.s.shape
+        if m * self.x.shape[1] <= t * t:
+            rows = torch.matmul(self.s.flatten(1, 2), self.x.transpose(1, 2))
+            return rows.square().sum((1, 2), dtype=torch.float64)
+        inputs = torch.matmul(self.x.transpose(1, 2), self.x)
+        gradients = torch.matmul(self.s.flatten(1, 2).transpose(1, 2), self.s.flatten(1, 2))
+        return (inputs * gradients).sum((1, 2), dtype=torch.float64)
+
+    def diagonal(self) -> Tensor:
+        """[m d] diagonal of R^T R."""
+        if self.x.dim() == 2:
+            return (self.s.square().sum(1).T @ self.x.square()).flatten()
+        total = self.s.new_zeros(self.s.shape[2] * self.x.shape[1])
+        for rows in self.dense_rows():
+            total += rows.square().sum(0)
+        return total
+
+    def dense_rows(self, limit: int = 2**26) -> Iterator[Tensor]:
+        """R as matrices [rows, m d], about ``limit`` bytes at a time."""
+        n, r, m = self.s.shape[:3]
+        d = self.x.shape[1]
+        step = max(1, limit // max(1, r * m * d * self.s.element_size()))
+        for start in range(0, n, step):
+            x, s = self.x[start : start + step], self.s[start : start + step]
+            if x.dim() == 2:
+                rows = s.unsqueeze(3) * x[:, None, None, :]
+            else:
+                rows = torch.matmul(s.flatten(1, 2), x.transpose(1, 2))
+            yield rows.reshape(-1, m * d)
+
+
+def join(chunks: list[SampleRows]) -> list[SampleRows]:
+    """The same samples in few pieces; empties the list it is given, to hold them only once."""
+    joined: list[SampleRows] = []
+    group: list[SampleRows] = []
+    size = 0
+    chunks.reverse()
+    while chunks:
+        chunk = chunks.pop()
+        fits = not group or (
+            size + chunk.nbytes <= _JOINED_BYTES
+            and group[0].x.shape[1:] == chunk.x.shape[1:]
+            and group[0].s.shape[1:] == chunk.s.shape[1:]
+        )
+        if not fits:
+            joined.append(_concatenate(group))
+            group, size = [], 0
+        if chunk.s.numel():
+            group.append(chunk)
+            size += chunk.nbytes
+    if group:
+        joined.append(_concatenate(group))
+    return joined
+
+
+def _concatenate(group: list[SampleRows]) -> SampleRows:
+    if len(group) == 1:
+        return group[0]
+    return SampleRows(torch.cat([c.x for c in group]), torch.cat([c.s for c in group]))
+
+
+def layer_rows(
+    specs: dict[str, LayerSpec], roots: BatchRoots, budget: int
+) -> Iterator[tuple[str, SampleRows]]:
+    """Every layer's sample rows of one batch, in pieces over root rows.
+
+    Args:
+        specs: the layers wanted.
+        roots: the batch.
+        budget: bytes for gradients of all layers at a time; decides how many root rows a piece has.
+
+    Yields:
+        (name, rows); a layer may come several times, with different root rows of the same samples.
+    """
+    makers = {name: _Maker(spec, roots) for name, spec in specs.items() if name in roots.uses}
+    if not makers or roots.rows == 0:
+        return
+    per_row = sum(maker.row_bytes for maker in makers.values())
+    step = min(roots.rows, max(1, budget // max(1, per_row)))
+    begun = 0
+    for index, grads in enumerate(roots.gradients()):
+        if index == begun:
+            rows = min(step, roots.rows - begun)
+            for maker in makers.values():
+                maker.begin(rows)
+        for name, maker in makers.items():
+            maker.put(index - begun, grads[name])
+        if index + 1 == min(begun + step, roots.rows):
+            for name, maker in makers.items():
+                yield name, maker.finish()
+            begun = index + 1
+
+
+class _Maker:
+    """Fills one layer's :class:`SampleRows` row by row, in the smaller of both forms."""
+
+    def __init__(self, spec: LayerSpec, roots: BatchRoots) -> None:
+        self._spec = spec
+        uses = roots.uses[spec.name]
+        self._dtype = accumulator_dtype(uses[0].x.dtype)
+        inputs = [_columns(spec, use.x).to(self._dtype) for use in uses]
+        self._plain = len(inputs) == 1 and inputs[0].dim() == 2
+        n = inputs[0].shape[0]
+        if self._plain:
+            self._x = inputs[0]
+            self._positions = [1]
+        else:
+            columns = [x if x.dim() == 3 else x.unsqueeze(2) for x in inputs]
+            self._positions = [x.shape[2] for x in columns]
+            self._x = columns[0] if len(columns) == 1 else torch.cat(columns, 2)
+        if spec.joint:
+            ones = self._x.new_ones(n, spec.groups, *self._x.shape[2:])
+            grouped = self._x.unflatten(1, (spec.groups, -1))
+            self._x = torch.cat([grouped, ones.unsqueeze(2)], 2).flatten(1, 2)
+        m, d = spec.shape
+        t = sum(self._positions)
+        stored = m * d
+        self._stored = not self._plain and (
+            spec.groups > 1 or roots.rows * stored < roots.rows * m * t + d * t
+        )
+        self._shape: tuple[int, ...] = (m,) if self._plain else (m, t)
+        if self._stored:
+            self._shape = (stored,)
+        self._n = n
+        size = 1
+        for axis in self._shape:
+            size *= axis
+        self.row_bytes = n * size * torch.empty((), dtype=self._dtype).element_size()
+
+    def begin(self, rows: int) -> None:
+        self._s = self._x.new_empty(self._n, rows, *self._shape)
+
+    def put(self, index: int, grads: list[Tensor | None]) -> None:
+        """Takes the gradients of one root row, one per use."""
+        target = self._s[:, index]
+        columns = [
+            self._x.new_zeros(self._n, self._spec.outputs, t)
+            if grad is None
+            else positions_last(self._spec, grad).to(self._dtype)
+            for grad, t in zip(grads, self._positions, strict=True)
+        ]
+        if self._plain:
+            target.copy_(columns[0].reshape(self._n, -1))
+            return
+        columns = [c if c.dim() == 3 else c.unsqueeze(2) for c in columns]
+        s = columns[0] if len(columns) == 1 else torch.cat(columns, 2)
+        if not self._stored:
+            target.copy_(s)
+            return
+        groups = self._spec.groups
+        product = torch.matmul(
+            s.unflatten(1, (groups, -1)), self._x.unflatten(1, (groups, -1)).transpose(2, 3)
+        )
+        target.copy_(product.flatten(1))
+
+    def finish(self) -> SampleRows:
+        x = self._x.new_ones(self._n, 1) if self._stored else self._x
+        return SampleRows(x, self._s)
+
+
+def _columns(spec: LayerSpec, x: Tensor) -> Tensor:
+    """[N, d] or [N, d, t] inputs of one use; for a grouped convolution d counts all groups."""
+    if spec.kind == "conv":
+        return unfold(x, spec.kernel_size, spec.stride, spec.padding, spec.dilation)
+    return positions_last(spec, x)

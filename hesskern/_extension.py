@@ -28,7 +28,7 @@ def load() -> ModuleType:
             C++ sources of the checkout it stands in; the message says how to build it.
     """
     try:
-        from hesskern import _C
+        from hesskern import _C  # type: ignore[attr-defined]
     except ImportError as error:
         raise ImportError(
             f"hesskern's compiled operators could not be loaded ({error}). {_BUILD}"
@@ -56,5 +56,5 @@ _C = load()
 
 
 def build_info() -> dict[str, Any]:
-    """How the extension was built: torch, CUDA, architectures, compiler, and the SIMD level in use."""
+    """How the extension was built: torch, CUDA, architectures, compiler; and the SIMD level."""
     return dict(_C.build_info())

@@ -114,7 +114,7 @@ class FactorAccumulator:
         self._model = model
         self._decay = decay
         self._memory_budget = memory_budget
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "output": output,
             "bias": bias,
             "mc_samples": mc_samples,
@@ -175,8 +175,8 @@ class FactorAccumulator:
             capture,
             Batch(self._batches, batch.inputs, batch.targets, batch.weight),
             self._loss,
-            str(settings["output"]),
-            int(settings["mc_samples"]),
+            settings["output"],
+            settings["mc_samples"],
             self._generator,
         )
         if self._by_name and capture.reasons:

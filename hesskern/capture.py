@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,7 +130,7 @@ def batches(
     """
     if isinstance(data, Tensor) or not isinstance(data, Iterable):
         raise TypeError(f"data must be an iterable of (inputs, targets), got {type(data).__name__}")
-    total = len(data) if hasattr(data, "__len__") else None
+    total = len(data) if isinstance(data, Sized) else None
     offset = 0
     for index, element in enumerate(data):
         if not isinstance(element, (tuple, list)) or len(element) not in (2, 3):

@@ -106,7 +106,7 @@ class LayerFactors:
         return KroneckerOperator(self.output_hessian, self.input_covariance)
 
     def eigsh(self, k: int) -> EigenResult:
-        """Top k eigenpairs of :meth:`operator` from the factors' own; the product is never formed."""
+        """Top k eigenpairs of :meth:`operator` from the factors' own, which is never formed."""
         return self.operator().eigsh(k)
 
 
@@ -215,7 +215,7 @@ def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu
                 raise ValueError(f"path: {str(path)!r} does not hold hesskern factors")
             layers = {}
             for entry in header["layers"]:
-                fields = {
+                fields: dict[str, Any] = {
                     key: tuple(value) if isinstance(value, list) else value
                     for key, value in entry["spec"].items()
                 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -136,9 +137,13 @@ def _specify(name: str, module: nn.Module, joint: bool) -> LayerSpec:
         module.groups,
         tuple(module.kernel_size),
         tuple(module.stride),
-        tuple(module.padding) if plain else (0,) * len(module.kernel_size),
+        (0,) * len(module.kernel_size) if not plain else _sizes(module.padding),
         tuple(module.dilation),
     )
+
+
+def _sizes(values: Any) -> tuple[int, ...]:
+    return tuple(int(value) for value in values)
 
 
 def pad_input(module: nn.Module, x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Losses as their curvature: rows whose outer products sum to the Hessian in the model's outputs.
 
-For one sample with outputs f and loss l, A = d²l/df² is written as Q^T Q. A layer's output Hessian is
-then (Q G)^T (Q G) with G = df/dz, so every row of Q is one backward pass. l is torch's loss on that
-sample alone; a reduction of ``mean`` divides by the number of outputs (or unmasked tokens) of the
-sample, ``sum`` does not.
+For one sample with outputs f and loss l, A = d²l/df² is written as Q^T Q. A layer's output Hessian
+is then (Q G)^T (Q G) with G = df/dz, so every row of Q is one backward pass. l is torch's loss on
+that sample alone; a reduction of ``mean`` divides by the number of outputs (or unmasked tokens) of
+the sample, ``sum`` does not.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def resolve_loss(loss: Any, output_root: Callable[..., Tensor] | None = None) ->
     if isinstance(loss, nn.CrossEntropyLoss):
         if loss.weight is not None:
             raise NotImplementedError(
-                "CrossEntropyLoss(weight=...) is not supported: with reduction='mean' a class weight "
-                "cancels for a sample alone; pass sample_weight= instead"
+                "CrossEntropyLoss(weight=...) is not supported: with reduction='mean' a class "
+                "weight cancels for a sample alone; pass sample_weight= instead"
             )
         return _CrossEntropy(_mean(loss), loss.ignore_index, loss.label_smoothing)
     if isinstance(loss, nn.MSELoss):

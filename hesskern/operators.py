@@ -95,7 +95,7 @@ class CurvatureOperator(ABC):
 class KroneckerOperator(CurvatureOperator):
     """A (x) B, row-major: vectors are matrices [m, d] flattened, and K vec(X) = vec(A X B^T).
 
-    With groups K is block diagonal: block i is A_ii (x) B_i, with A_ii the i-th diagonal block of A.
+    With groups K is block diagonal: block i is A_ii (x) B_i, A_ii the i-th diagonal block of A.
 
     Args:
         A: [m, m] symmetric, e.g. the output Hessian.

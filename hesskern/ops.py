@@ -308,11 +308,13 @@ def _save_grouped_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None
 
 
 def _kron_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _kron_gradients(ctx.needs_input_grad, *ctx.saved_tensors, grad)
+    A, B, X = ctx.saved_tensors
+    return _kron_gradients(ctx.needs_input_grad, A, B, X, grad)
 
 
 def _eigen_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return _eigen_gradients(ctx.needs_input_grad, *ctx.saved_tensors, grad)
+    U, S, V, X = ctx.saved_tensors
+    return _eigen_gradients(ctx.needs_input_grad, U, S, V, X, grad)
 
 
 def _grouped_backward(gradients: Any) -> Any:

@@ -9,31 +9,32 @@ from torch.autograd.graph import GradientEdge
 
 __all__ = ["layers_followed_by_smooth"]
 
-# Operations that are linear or piecewise linear in their differentiable operand. The names are those
-# of autograd's nodes without "Backward" and the trailing number. What is not here counts as smooth,
-# so an unknown operation can only make the answer more careful.
+# Operations that are linear or piecewise linear in their differentiable operand. The names are
+# those of autograd's nodes without "Backward" and the trailing number. What is not here counts as
+# smooth, so an unknown operation can only make the answer more careful.
 _LINEAR = frozenset(
-    """
-    Abs AdaptiveAvgPool2D AdaptiveAvgPool1D AdaptiveMaxPool1D AdaptiveMaxPool2D Alias AsStrided
-    AvgPool2D AvgPool1D AvgPool3D Cat Chunk Clamp ClampMax ClampMin Clone Constant Pad ConstantPadNd
-    Copy CopySlices Cudnn Cumsum Detach Diagonal Expand Flip Gather Hardtanh HardtanhBackward Index
-    IndexSelect LeakyRelu MaskedFill MaskedSelect Max MaxPool2DWithIndices MaxPool2DWithIndicesBackward
-    MaxPool3DWithIndices Mean Min Mkldnn Narrow Neg Permute PixelShuffle PixelUnshuffle ReflectionPad1D
-    ReflectionPad2D Relu Relu6 Repeat ReplicationPad1D ReplicationPad2D Reshape ReshapeAlias Roll Select
-    Slice Split SplitWithSizes Squeeze Stack Sub Sum SumBackward T Threshold ToCopy Transpose Unbind
-    Unfold Im2Col Unsqueeze UnsafeSplit UnsafeView UpsampleNearest1D UpsampleNearest2D
-    UpsampleBilinear2D View Add Rsub Rrelu RreluWithNoise Hardshrink Softshrink Trace Tril Triu
-    MaxPool1D Where Identity ReluBackward Amax Amin Maximum Minimum
-    """.split()
+    (
+        "Abs AdaptiveAvgPool2D AdaptiveAvgPool1D AdaptiveMaxPool1D AdaptiveMaxPool2D Alias"
+        " AsStrided AvgPool2D AvgPool1D AvgPool3D Cat Chunk Clamp ClampMax ClampMin Clone Constant"
+        " Pad ConstantPadNd Copy CopySlices Cudnn Cumsum Detach Diagonal Expand Flip Gather"
+        " Hardtanh HardtanhBackward Index IndexSelect LeakyRelu MaskedFill MaskedSelect Max"
+        " MaxPool2DWithIndices MaxPool2DWithIndicesBackward MaxPool3DWithIndices Mean Min Mkldnn"
+        " Narrow Neg Permute PixelShuffle PixelUnshuffle ReflectionPad1D ReflectionPad2D Relu Relu6"
+        " Repeat ReplicationPad1D ReplicationPad2D Reshape ReshapeAlias Roll Select Slice Split"
+        " SplitWithSizes Squeeze Stack Sub Sum SumBackward T Threshold ToCopy Transpose Unbind"
+        " Unfold Im2Col Unsqueeze UnsafeSplit UnsafeView UpsampleNearest1D UpsampleNearest2D"
+        " UpsampleBilinear2D View Add Rsub Rrelu RreluWithNoise Hardshrink Softshrink Trace Tril"
+        " Triu MaxPool1D Where Identity ReluBackward Amax Amin Maximum Minimum"
+    ).split()
 )
 
 # Linear in each operand: linear as long as only one of them depends on a layer.
 _BILINEAR = frozenset(
-    """
-    Addmm Addmv Addbmm Baddbmm Bmm Mm Mv Dot Mul Div Convolution ConvolutionOverrideable
-    MkldnnConvolution CudnnConvolution ThnnConv2D SlowConv2D Linear MkldnnLinear Prelu PreluKernel
-    NativeBatchNorm CudnnBatchNorm MiopenBatchNorm Addcmul Lerp
-    """.split()
+    (
+        "Addmm Addmv Addbmm Baddbmm Bmm Mm Mv Dot Mul Div Convolution ConvolutionOverrideable"
+        " MkldnnConvolution CudnnConvolution ThnnConv2D SlowConv2D Linear MkldnnLinear Prelu"
+        " PreluKernel NativeBatchNorm CudnnBatchNorm MiopenBatchNorm Addcmul Lerp"
+    ).split()
 )
 
 

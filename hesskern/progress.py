@@ -1,4 +1,4 @@
-"""Progress of long work: one callback shape, and a bar with the time left when rich is installed."""
+"""Progress of long work: one callback shape, and a bar with the time left if rich is there."""
 
 from __future__ import annotations
 

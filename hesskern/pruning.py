@@ -1,8 +1,8 @@
 """Leaving out samples and root rows under a bound that holds.
 
-H = 1/N sum_n R_n^T R_n is a sum of positive semi-definite parts, so what is left out changes H by at
-most its trace in the spectral norm: 0 <= H - H_t and ‖H - H_t‖_2 <= tr(H - H_t). Each sample's rows
-are first rotated to their own principal axes, where few of them carry almost everything.
+H = 1/N sum_n R_n^T R_n is a sum of positive semi-definite parts, so what is left out changes H by
+at most its trace in the spectral norm: 0 <= H - H_t and ‖H - H_t‖_2 <= tr(H - H_t). Stored rows are
+first rotated to their sample's principal axes, where few of them carry almost everything.
 """
 
 from __future__ import annotations
@@ -52,26 +52,18 @@ def prune(
         the pieces kept, and the trace (times the number of samples) of what was left out.
     """
     total = sum(float(s.sum()) for s in shares)
-    # Half for whole samples, cheap to find; the rest for single rows of the samples kept.
-    keep, dropped = kept_samples(shares, tolerance / 2)
+    # Where a product's time goes into the inputs, single rows of a sample save nothing. Where rows
+    # are stored whole, half is for whole samples, cheap to find, and the rest for single rows.
+    stored = all(chunk.stored for chunk in chunks)
+    keep, dropped = kept_samples(shares, tolerance / 2 if stored else tolerance)
     chunks.reverse()
-    kept: list[SampleRows] = []
-    row_shares: list[Tensor] = []
-    for mask in keep:
-        chunk = chunks.pop().select(mask)
-        if chunk.x.dim() == 3 or chunk.s.shape[1] < 2:
-            kept.append(chunk)
-            row_shares.append(chunk.shares().unsqueeze(1))
-            continue
-        gram = torch.matmul(chunk.s, chunk.s.transpose(1, 2))
-        # eigh in float64: the bound must not rest on rounding.
-        values, axes = torch.linalg.eigh(gram.double())
-        rotated = torch.matmul(axes.flip(2).transpose(1, 2).to(chunk.s.dtype), chunk.s)
-        kept.append(SampleRows(chunk.x, rotated))
-        x = chunk.x.square().sum(1, dtype=torch.float64)
-        row_shares.append(rotated.square().sum(2, dtype=torch.float64) * x.unsqueeze(1))
-    if total <= 0:
+    kept = [chunks.pop().select(mask) for mask in keep]
+    if not stored or total <= 0:
         return kept, dropped
+    row_shares: list[Tensor] = []
+    for i, chunk in enumerate(kept):
+        kept[i] = chunk.rotated()
+        row_shares.append(kept[i].row_shares())
     remaining = sum(float(s.sum()) for s in row_shares)
     allowance = (tolerance * total - dropped) / remaining if remaining > 0 else 0.0
     rows, more = kept_samples(row_shares, max(0.0, allowance))
@@ -83,10 +75,7 @@ def prune(
 
 
 def _by_rows(chunk: SampleRows, mask: Tensor) -> list[tuple[int, SampleRows]]:
-    """The chunk split by how many rows of a sample stay; mask [N, r] (or [N, 1] for all or none)."""
-    if mask.shape[1] != chunk.s.shape[1]:
-        keep = mask[:, 0]
-        return [(chunk.s.shape[1], chunk.select(keep))] if bool(keep.any()) else []
+    """The chunk split by how many rows of a sample stay; mask [N, r]."""
     result = []
     counts = mask.sum(1)
     for count in range(1, mask.shape[1] + 1):

@@ -60,7 +60,7 @@ def conv_input_covariance(
     groups: int = 1,
     alpha: float = 1.0,
 ) -> Tensor:
-    """``alpha sum_n X_n X_n^T`` per group, [g, C k k / g, C k k / g], of x [N, C, H, W] or [N, C, L]."""
+    """``alpha sum_n X_n X_n^T`` [g, C k k / g, C k k / g] of x [N, C, H, W] or [N, C, L]."""
     patches = unfold(x, kernel_size, stride, padding, dilation)
     patches = patches.unflatten(1, (groups, patches.shape[1] // groups))
     return alpha * torch.einsum("ngip,ngjp->gij", patches, patches)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -34,19 +34,19 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_finite(total: Tensor, exact: Callable[[], Tensor], what: str, batch: int) -> None:
+def check_finite(tensor: Tensor, what: str, batch: int) -> None:
     """Raises if a tensor holds NaN or Inf, at the price of its sum.
 
     Args:
-        total: a sum (or partial sums) of the tensor; finite only if every entry is.
-        exact: gives the tensor, looked at only when the sum is not finite (it may have overflowed).
+        tensor: any shape.
         what: for the message, e.g. "inputs of layer 'fc1'".
         batch: index of the batch, for the message.
 
     Raises:
-        ValueError: the tensor has an entry that is NaN or Inf.
+        ValueError: an entry is NaN or Inf.
     """
-    if bool(torch.isfinite(total).all()) or bool(torch.isfinite(exact()).all()):
+    # The sum is finite only if every entry is; it may also overflow, so a bad sum is looked into.
+    if bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
         return
     raise ValueError(
         f"data: {what} contain NaN or Inf in batch {batch}; nothing of this batch was accumulated"
@@ -77,10 +77,8 @@ class BatchRoots:
         loss.check(self.outputs, batch.targets)
         for name, layer in self.uses.items():
             for use in layer:
-                check_finite(
-                    use.x.sum(), lambda u=use: u.x, f"inputs of layer {name!r}", batch.index
-                )
-        check_finite(self.outputs.sum(), lambda: self.outputs, "the model's outputs", batch.index)
+                check_finite(use.x, f"inputs of layer {name!r}", batch.index)
+        check_finite(self.outputs, "the model's outputs", batch.index)
         weight = self._weights(n, loss)
         self.count = float(n) if weight is None else float(weight.sum())
         self.weight_root = None if weight is None else weight.sqrt()
@@ -125,7 +123,7 @@ class BatchRoots:
         return tensor * self.weight_root.reshape(shape).to(tensor.dtype)
 
     def gradients(self) -> Iterator[dict[str, list[Tensor | None]]]:
-        """Per root row, every layer's root-times-Jacobian: per use the layer output's shape, or None.
+        """Per root row, every layer's root times Jacobian: per use the output's shape, or None.
 
         The rows carry the square roots of the sample weights.
 
@@ -138,17 +136,12 @@ class BatchRoots:
             for name, layer in grads.items():
                 for grad in layer:
                     if grad is not None:
-                        check_finite(
-                            grad.sum(),
-                            lambda g=grad: g,
-                            f"output gradients of layer {name!r}",
-                            self._batch.index,
-                        )
+                        check_finite(grad, f"output gradients of layer {name!r}", self._batch.index)
             yield grads
 
 
 def positions_last(spec: LayerSpec, tensor: Tensor) -> Tensor:
-    """[N, q, t] for conv outputs or inputs [N, q, ...] and sequence tensors [N, t..., q]; [N, q] stays.
+    """[N, q, t] of conv tensors [N, q, ...] and sequence tensors [N, t..., q]; [N, q] stays.
 
     A view where the layout permits.
     """

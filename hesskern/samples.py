@@ -23,8 +23,8 @@ class SampleRows:
     """H's part R^T R from some samples: R_nc = sum_t s_nct x_nt^T, flattened.
 
     Attributes:
-        x: [N, d] or [N, d, t]. Where per-sample rows are smaller than inputs and gradients, they are
-            stored instead, with x = ones [N, 1] and s = rows [N, r, m d].
+        x: [N, d] or [N, d, t]. Where a sample's rows are smaller than its inputs and gradients,
+            they are stored instead, with x = ones [N, 1] and s = rows [N, r, m d].
         s: [N, r, m] or [N, r, m, t].
     """
 
@@ -39,12 +39,29 @@ class SampleRows:
         """The samples where keep [N] is True."""
         return SampleRows(self.x[keep], self.s[keep])
 
+    @property
+    def stored(self) -> bool:
+        """Whether the rows themselves are stored."""
+        return self.x.dim() == 2 and self.x.shape[1] == 1
+
+    def rotated(self) -> SampleRows:
+        """The same R^T R with every sample's rows in their principal axes, largest first."""
+        gram = torch.matmul(self.s, self.s.transpose(1, 2))
+        # In float64: what is left out later must not rest on rounding.
+        axes = torch.linalg.eigh(gram.double()).eigenvectors.flip(2)
+        return SampleRows(self.x, torch.matmul(axes.transpose(1, 2).to(self.s.dtype), self.s))
+
+    def row_shares(self) -> Tensor:
+        """[N, r] float64: each stored row's part of tr(R^T R)."""
+        x = self.x.square().sum(1, dtype=torch.float64)
+        return self.s.square().sum(2, dtype=torch.float64) * x.unsqueeze(1)
+
     def shares(self) -> Tensor:
         """[N] float64: each sample's part of tr(R^T R), which bounds its part of the spectrum."""
         if self.x.dim() == 2:
             x = self.x.square().sum(1, dtype=torch.float64)
             return x * self.s.square().sum((1, 2), dtype=torch.float64)
-        n, r, m, t = self.s.shape
+        m, t = self.s.shape[2:]
         if m * self.x.shape[1] <= t * t:
             rows = torch.matmul(self.s.flatten(1, 2), self.x.transpose(1, 2))
             return rows.square().sum((1, 2), dtype=torch.float64)

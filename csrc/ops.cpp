@@ -6,6 +6,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "build_config.h"
 #include "cpu/simd.h"
 
 TORCH_LIBRARY(hesskern, m) {

@@ -1,0 +1,82 @@
+#include <algorithm>
+#include <limits>
+
+#include "mirror.h"
+
+namespace hesskern::cuda {
+
+namespace {
+
+constexpr int kTile = 32;
+constexpr int kRows = 8;
+
+// acc [groups, d, d]; a block moves one tile at a time from the source triangle
+// through shared memory, so that its reads and its writes both run along x.
+//
+// The tiles (i, j), i <= j, of one matrix are folded into a rectangle, row r
+// beside the row that completes it, so that no block is launched for the other
+// triangle and a tile's place needs no square root.
+template <typename T>
+__global__ void __launch_bounds__(kTile* kRows)
+    mirror_kernel(T* acc, int64_t groups, int64_t d, int64_t stride_group, int64_t stride_y,
+                  int64_t stride_x, bool source_is_lower) {
+  // One column more than a tile: a column is then read from distinct banks.
+  __shared__ T tile[kTile][kTile + 1];
+  const int64_t tiles = (d + kTile - 1) / kTile;
+  const int64_t even = 1 - tiles % 2;
+  const int64_t width = tiles + even;
+  const int64_t per_matrix = tiles * (tiles + 1) / 2;
+  const int x = threadIdx.x;
+
+  for (int64_t item = blockIdx.x; item < groups * per_matrix; item += gridDim.x) {
+    T* a = acc + item / per_matrix * stride_group;
+    const int64_t row = item % per_matrix / width, col = item % per_matrix % width;
+    const bool upper_part = col >= row + even;
+    const int64_t i = upper_part ? row : tiles - even - row;
+    const int64_t j = upper_part ? col - even : tiles - 1 - col;
+    const int64_t source_y0 = (source_is_lower ? j : i) * kTile;
+    const int64_t source_x0 = (source_is_lower ? i : j) * kTile;
+
+    for (int y = threadIdx.y; y < kTile; y += kRows) {
+      if (source_y0 + y < d && source_x0 + x < d) {
+        tile[y][x] = a[(source_y0 + y) * stride_y + (source_x0 + x) * stride_x];
+      }
+    }
+    __syncthreads();
+    for (int y = threadIdx.y; y < kTile; y += kRows) {
+      const bool inside = source_x0 + y < d && source_y0 + x < d;
+      // On a diagonal tile only the strict target triangle changes.
+      const bool target = i != j || (source_is_lower ? x > y : x < y);
+      if (inside && target) {
+        a[(source_x0 + y) * stride_y + (source_y0 + x) * stride_x] = tile[x][y];
+      }
+    }
+    __syncthreads();
+  }
+}
+
+}  // namespace
+
+template <typename T>
+cudaError_t mirror(T* acc, int64_t groups, int64_t d, int64_t stride_group, int64_t stride_row,
+                   int64_t stride_col, cudaStream_t stream) {
+  const int64_t tiles = (d + kTile - 1) / kTile;
+  const int64_t items = groups * (tiles * (tiles + 1) / 2);
+  if (items == 0) return cudaSuccess;
+  // Neighbouring threads take the axis with the smaller stride. Swapping the axes
+  // of a column-major matrix turns its upper triangle into the lower one.
+  const bool column_major = stride_row < stride_col;
+  const int64_t stride_y = column_major ? stride_col : stride_row;
+  const int64_t stride_x = column_major ? stride_row : stride_col;
+  const int64_t blocks = std::min<int64_t>(items, std::numeric_limits<int32_t>::max());
+  mirror_kernel<T><<<static_cast<unsigned>(blocks), dim3(kTile, kRows), 0, stream>>>(
+      acc, groups, d, stride_group, stride_y, stride_x, column_major);
+  return cudaGetLastError();
+}
+
+template cudaError_t mirror<float>(float*, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                   cudaStream_t);
+template cudaError_t mirror<double>(double*, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                    cudaStream_t);
+
+}  // namespace hesskern::cuda

@@ -203,7 +203,6 @@ class FactorAccumulator:
             torch.zeros(shape, dtype=dtype, device=device),
             torch.zeros(m, m, dtype=dtype, device=device),
         )
-        images = []
         for use in uses:
             x = roots.inputs(use)
             if spec.kind == "linear":
@@ -218,17 +217,20 @@ class FactorAccumulator:
                     spec.dilation,
                     spec.groups,
                 )
-            images.append(self._image_sum(use, roots, dtype))
+        images = [
+            self._image_sum(use, total, roots)
+            for use, total in zip(uses, roots.input_sums[spec.name], strict=True)
+        ]
         sums.add_images(images)
         sums.positions = roots.count * sum(_positions(spec, use) for use in uses)
         return sums
 
     @staticmethod
-    def _image_sum(use: LayerUse, roots: BatchRoots, dtype: torch.dtype) -> Tensor:
+    def _image_sum(use: LayerUse, total: Tensor, roots: BatchRoots) -> Tensor:
         if roots.weight_root is None:
-            return use.x.sum(0, dtype=dtype)
-        weight = roots.weight_root.to(dtype).square()
-        return torch.tensordot(weight, use.x.to(dtype), dims=1)
+            return total
+        weight = roots.weight_root.to(total.dtype).square()
+        return torch.tensordot(weight, use.x.to(total.dtype), dims=1)
 
     def _add_outputs(self, roots: BatchRoots, fresh: dict[str, _Sums]) -> None:
         """Adds the batch's output Hessians, a few root rows at a time."""
@@ -248,6 +250,8 @@ class FactorAccumulator:
                 self._flush(kept, fresh, share)
                 held = 0
         self._flush(kept, fresh, share)
+        for name, sums in fresh.items():
+            roots.check_gradients(name, sums.outputs.diagonal())
 
     def _flush(
         self, kept: dict[str, list[Tensor]], fresh: dict[str, _Sums], share: dict[str, float]

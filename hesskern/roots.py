@@ -34,19 +34,21 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_finite(tensor: Tensor, what: str, batch: int) -> None:
+def check_finite(tensor: Tensor, what: str, batch: int, total: Tensor | None = None) -> None:
     """Raises if a tensor holds NaN or Inf, at the price of its sum.
 
     Args:
         tensor: any shape.
         what: for the message, e.g. "inputs of layer 'fc1'".
         batch: index of the batch, for the message.
+        total: sums of the tensor's entries, where the caller has them.
 
     Raises:
         ValueError: an entry is NaN or Inf.
     """
-    # The sum is finite only if every entry is; it may also overflow, so a bad sum is looked into.
-    if bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all()):
+    # A sum is finite only if every entry is; it may also overflow, so a bad one is looked into.
+    total = tensor.sum() if total is None else total.sum()
+    if bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all()):
         return
     raise ValueError(
         f"data: {what} contain NaN or Inf in batch {batch}; nothing of this batch was accumulated"
@@ -59,6 +61,8 @@ class BatchRoots:
     Attributes:
         count: weighted number of samples that count (sum of the weights).
         uses: per reached layer, its calls with inputs in the model's dtype.
+        input_sums: per reached layer and use, the inputs summed over samples, [d], [t, d] or
+            [C, (H,) W], unweighted.
         weight_root: [N] square roots of the sample weights, or None if all are one.
     """
 
@@ -75,9 +79,12 @@ class BatchRoots:
         self.outputs, self.uses = capture.forward(batch)
         n = self.outputs.shape[0]
         loss.check(self.outputs, batch.targets)
+        self.input_sums: dict[str, list[Tensor]] = {}
         for name, layer in self.uses.items():
-            for use in layer:
-                check_finite(use.x, f"inputs of layer {name!r}", batch.index)
+            sums = [use.x.sum(0, dtype=accumulator_dtype(use.x.dtype)) for use in layer]
+            for use, total in zip(layer, sums, strict=True):
+                check_finite(use.x, f"inputs of layer {name!r}", batch.index, total)
+            self.input_sums[name] = sums
         check_finite(self.outputs, "the model's outputs", batch.index)
         weight = self._weights(n, loss)
         self.count = float(n) if weight is None else float(weight.sum())
@@ -125,19 +132,16 @@ class BatchRoots:
     def gradients(self) -> Iterator[dict[str, list[Tensor | None]]]:
         """Per root row, every layer's root times Jacobian: per use the output's shape, or None.
 
-        The rows carry the square roots of the sample weights.
-
-        Raises:
-            ValueError: a gradient is NaN or Inf; names the layer and the batch.
+        The rows carry the square roots of the sample weights. Whoever sums them up checks the sums
+        with :meth:`check_gradients`.
         """
         for j in range(self.rows):
             row = self._weighted(self._rows.row(j))
-            grads = self._capture.backward(self.outputs, row, self.uses, last=j == self.rows - 1)
-            for name, layer in grads.items():
-                for grad in layer:
-                    if grad is not None:
-                        check_finite(grad, f"output gradients of layer {name!r}", self._batch.index)
-            yield grads
+            yield self._capture.backward(self.outputs, row, self.uses, last=j == self.rows - 1)
+
+    def check_gradients(self, name: str, tensor: Tensor) -> None:
+        """Raises ValueError if a layer's gradients, or sums of their squares, hold NaN or Inf."""
+        check_finite(tensor, f"output gradients of layer {name!r}", self._batch.index)
 
 
 def positions_last(spec: LayerSpec, tensor: Tensor) -> Tensor:

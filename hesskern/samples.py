@@ -150,7 +150,9 @@ def layer_rows(
             maker.put(index - begun, grads[name])
         if index + 1 == min(begun + step, roots.rows):
             for name, maker in makers.items():
-                yield name, maker.finish()
+                rows_of_layer = maker.finish()
+                roots.check_gradients(name, rows_of_layer.s)
+                yield name, rows_of_layer
             begun = index + 1
 
 

@@ -3,8 +3,19 @@
 from hesskern import ops
 from hesskern._extension import build_info
 from hesskern.accumulate import FactorAccumulator
+from hesskern.eigen import eigsh
 from hesskern.factors import Factors, LayerFactors, kronecker_factors, load_factors
 from hesskern.layer_hessian import LayerHessian, layer_hessians
+from hesskern.metrics import (
+    Correspondence,
+    DecouplingError,
+    InputAutocorrelation,
+    decoupling_error,
+    eigenvector_correspondence,
+    input_autocorrelation,
+    rank_one_ratio,
+    subspace_overlap,
+)
 from hesskern.operators import AutogradHessian, CurvatureOperator, KroneckerOperator
 from hesskern.results import EigenResult
 
@@ -12,16 +23,25 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AutogradHessian",
+    "Correspondence",
     "CurvatureOperator",
+    "DecouplingError",
     "EigenResult",
     "FactorAccumulator",
     "Factors",
+    "InputAutocorrelation",
     "KroneckerOperator",
     "LayerFactors",
     "LayerHessian",
     "build_info",
+    "decoupling_error",
+    "eigenvector_correspondence",
+    "eigsh",
+    "input_autocorrelation",
     "kronecker_factors",
     "layer_hessians",
     "load_factors",
     "ops",
+    "rank_one_ratio",
+    "subspace_overlap",
 ]

@@ -45,8 +45,8 @@ def eigsh(
     repeated eigenvalues come out with their multiplicity.
 
     Args:
-        H: [P, P] with ``shape``, ``dtype``, ``device`` and ``H @ V`` for [P] and [P, k]; a symmetric
-            tensor will do.
+        H: [P, P] with ``shape``, ``dtype``, ``device`` and ``H @ V`` for [P] and [P, k]; a
+            symmetric tensor will do.
         k: number of pairs.
         which: "LA" largest, "SA" smallest, "LM" largest in absolute value.
         tol: bound on every residual ‖H v - λ v‖ / |λ_1|.

@@ -207,7 +207,9 @@ def _find(
 def _read_idx(path: Path, axes: int) -> np.ndarray:
     """An IDX file of unsigned bytes (gzipped or plain): big-endian sizes, then the values."""
     try:
-        raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+        raw = path.read_bytes()
+        if path.suffix == ".gz":
+            raw = gzip.decompress(raw)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is no readable gzip file ({error})") from error
     header = 4 + 4 * axes
@@ -258,7 +260,7 @@ def _read_packed(path: Path, count: int = _PACKED_IMAGES) -> tuple[np.ndarray, n
     JPEG-LS (Weinberger, Seroussi, Sapiro 2000). Residuals: [3, count, 32, 32].
     """
     try:
-        raw = lzma.open(path).read()
+        raw = lzma.decompress(path.read_bytes())
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise ValueError(f"{path} is no readable xz file ({error})") from error
     values = count * _CIFAR_PIXELS

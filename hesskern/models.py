@@ -67,7 +67,7 @@ def fully_connected(
 def lenet5(
     input_shape: Sequence[int], classes: int = 10, batch_norm: bool = False
 ) -> nn.Sequential:
-    """LeNet5: two 5 x 5 convolutions (6, 16 channels) with max pooling, then 120, 84 and the outputs.
+    """LeNet5: 5 x 5 convolutions (6, 16 channels) with max pooling, then 120, 84 and the outputs.
 
     MNIST's 28 x 28 images are padded by two pixels, as in LeCun et al. 1998, so that both shapes
     lead to the same network; CIFAR's 32 x 32 images are not.

@@ -74,7 +74,7 @@ class _Bars:
         )
 
         if description != self._description:
-            self._close()
+            self.close()
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -89,12 +89,13 @@ class _Bars:
             self._description = description
         self._bar.update(self._task, completed=done, total=total)
         if total is not None and done >= total:
-            self._close()
+            self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Takes an unfinished bar off the terminal."""
         if self._bar is not None:
             self._bar.stop()
         self._bar = self._description = None
 
     def __del__(self) -> None:
-        self._close()
+        self.close()

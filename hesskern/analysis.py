@@ -1,0 +1,409 @@
+"""What ``hesskern analyze`` computes: one plain dictionary of numbers, no drawing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import hesskern
+from hesskern import data as datasets
+from hesskern import metrics, models, published, training
+from hesskern.eigen import eigsh
+from hesskern.factors import LayerFactors, kronecker_factors
+from hesskern.layer_hessian import LayerHessian, layer_hessians
+from hesskern.progress import Progress, reporter
+
+__all__ = ["Analysis", "Settings", "analyze"]
+
+FORMAT = "hesskern.analyze/1"
+_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_EIGEN_TOLERANCE = 1e-5
+# Rows of the correspondence heat maps and of the factors' spectra that are kept.
+_SHOWN = 20
+# Bytes for the Kronecker eigenvectors of one layer of one model when models are compared.
+_PAIR_BUDGET = 384 * 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to look at; the fields are the options of ``hesskern analyze``.
+
+    Attributes:
+        data, root, limit: see :func:`hesskern.data.load`.
+        model: see :func:`hesskern.models.build`.
+        checkpoints: files to load instead of training, one model each.
+        layers: names of the layers to look at; None for all.
+        top: eigenpairs per layer.
+        seed, seeds: the models are trained from seeds ``seed`` ... ``seed + seeds - 1``.
+        recipe, epochs: see :func:`hesskern.training.recipe_for`; ``epochs`` replaces the recipe's.
+        batch_size: samples per batch of the curvature passes.
+        tolerance: see :func:`hesskern.layer_hessians`.
+    """
+
+    data: str = "digits"
+    root: Path | None = None
+    limit: int | None = None
+    model: str = "f64x2"
+    checkpoints: tuple[Path, ...] = ()
+    layers: tuple[str, ...] | None = None
+    top: int = 50
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+    seeds: int = 2
+    recipe: str = "quick"
+    epochs: int | None = None
+    batch_size: int = 512
+    tolerance: float = 0.0
+
+
+@dataclass
+class Network:
+    """One model under study: trained from a seed, or loaded from a checkpoint."""
+
+    label: str
+    model: nn.Module
+    seed: int | None = None
+    checkpoint: Path | None = None
+    history: training.History | None = None
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The numbers (ready for JSON) and the models they belong to."""
+
+    result: dict[str, Any]
+    networks: list[Network]
+
+
+@dataclass(frozen=True)
+class _Spectrum:
+    """What the comparison between models needs of one layer."""
+
+    factors: LayerFactors
+    vectors: Tensor
+
+
+class _Clock:
+    """Seconds of every step, and progress with the model's label in front."""
+
+    def __init__(self, progress: bool | Progress) -> None:
+        self._report = reporter(progress)
+        self.rows: list[dict[str, Any]] = []
+        self.label = ""
+
+    def __call__(self, description: str, done: int, total: int | None) -> None:
+        prefix = f"{self.label}: " if self.label else ""
+        self._report(f"{prefix}{description}", done, total)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.rows.append(
+            {"model": self.label, "step": name, "seconds": time.perf_counter() - started}
+        )
+
+
+def analyze(
+    settings: Settings, progress: bool | Progress = False, command: str | None = None
+) -> Analysis:
+    """Trains or loads the models, computes everything the report shows.
+
+    Args:
+        settings: what to look at.
+        progress: see :func:`hesskern.progress.reporter`.
+        command: the command line, for the report.
+
+    Raises:
+        ValueError: a setting is wrong; the message names it.
+    """
+    _check(settings)
+    started = time.perf_counter()
+    clock = _Clock(progress)
+    device, dtype = torch.device(settings.device), _DTYPES[settings.dtype]
+    with clock.step("read the data"):
+        data = datasets.load(settings.data, settings.root, limit=settings.limit)
+        test = datasets.load(settings.data, settings.root, train=False)
+        data, test = data.to(device, dtype), test.to(device, dtype)
+
+    entries, spectra, networks = [], [], []
+    skipped: dict[str, str] = {}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for network in _networks(settings, data, clock):
+            clock.label = network.label
+            layers, spectrum, reasons = _look_at(network.model, data, settings, clock)
+            skipped.update(reasons)
+            networks.append(network)
+            spectra.append(spectrum)
+            entries.append(_describe(network, data, test) | {"layers": layers})
+    clock.label = ""
+    with clock.step("compare the models"):
+        pairs = [
+            {
+                "models": [i, j],
+                "layers": {
+                    name: _compare(spectra[i][name], spectra[j][name], settings.top)
+                    for name in spectra[i]
+                },
+            }
+            for i in range(len(spectra))
+            for j in range(i + 1, len(spectra))
+        ]
+    parameters = sum(p.numel() for p in networks[0].model.parameters())
+    result = {
+        "format": FORMAT,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command,
+        "settings": asdict(settings),
+        "versions": _versions(settings.device),
+        "data": {
+            "name": data.name,
+            "source": data.source,
+            "samples": len(data),
+            "test_samples": len(test),
+            "classes": data.classes,
+            "input_shape": data.input_shape,
+        },
+        "network": {
+            "name": settings.model,
+            "parameters": parameters,
+            "layers": list(spectra[0]),
+            "skipped": skipped,
+        },
+        "models": entries,
+        "pairs": pairs,
+        "published": published.figures_for(settings.data, settings.model),
+        "warnings": list(dict.fromkeys(str(w.message) for w in caught)),
+        "times": clock.rows,
+        "seconds": time.perf_counter() - started,
+    }
+    return Analysis(_plain(result), networks)
+
+
+def _check(settings: Settings) -> None:
+    if settings.dtype not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {settings.dtype!r}")
+    for name in ("top", "seeds", "batch_size"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    if settings.epochs is not None and settings.epochs < 0:
+        raise ValueError(f"epochs must not be negative, got {settings.epochs}")
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device {settings.device!r} cannot be used here ({reason})") from None
+
+
+def _networks(settings: Settings, data: datasets.Dataset, clock: _Clock) -> Iterator[Network]:
+    """Every model, trained or loaded, one after the other."""
+    dtype = _DTYPES[settings.dtype]
+
+    def build(seed: int) -> nn.Module:
+        model = models.build(settings.model, data.input_shape, data.classes, seed)
+        return model.to(settings.device, dtype)
+
+    if settings.checkpoints:
+        for path in settings.checkpoints:
+            model = models.load_checkpoint(build(settings.seed), path)
+            yield Network(path.stem, model, checkpoint=path)
+        return
+    recipe = training.recipe_for(settings.recipe, settings.data)
+    if settings.epochs is not None:
+        recipe = replace(recipe, epochs=settings.epochs)
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        model = build(seed)
+        clock.label = f"seed {seed}"
+        with clock.step("train"):
+            history = training.train(model, data, recipe, seed, progress=clock)
+        yield Network(f"seed {seed}", model, seed, history=history)
+
+
+def _describe(network: Network, data: datasets.Dataset, test: datasets.Dataset) -> dict[str, Any]:
+    def measured(split: datasets.Dataset) -> dict[str, float]:
+        loss, accuracy = training.evaluate(network.model, split)
+        return {"loss": loss, "accuracy": accuracy}
+
+    return {
+        "label": network.label,
+        "seed": network.seed,
+        "checkpoint": network.checkpoint,
+        "training": network.history.to_dict() if network.history else None,
+        "train": measured(data),
+        "test": measured(test),
+    }
+
+
+def _look_at(
+    model: nn.Module, data: datasets.Dataset, settings: Settings, clock: _Clock
+) -> tuple[dict[str, Any], dict[str, _Spectrum], dict[str, str]]:
+    """One model: its layers' numbers, what the comparison needs, and the layers left out."""
+    batches, loss = data.batches(settings.batch_size), nn.CrossEntropyLoss()
+    with clock.step("Kronecker factors"):
+        factors = kronecker_factors(model, batches, loss, settings.layers, progress=clock)
+    if not factors:
+        raise ValueError(f"model {settings.model!r} has no supported layer: {factors.skipped}")
+    with clock.step("exact layer-wise Hessians"):
+        hessians = layer_hessians(
+            model, batches, loss, list(factors), settings.tolerance, progress=clock
+        )
+    entries, spectra = {}, {}
+    for name, layer_factors in factors.items():
+        entries[name], spectra[name] = _look_at_layer(
+            hessians[name], layer_factors, data.classes, settings, clock
+        )
+    return entries, spectra, dict(factors.skipped)
+
+
+def _look_at_layer(
+    H: LayerHessian, factors: LayerFactors, classes: int, settings: Settings, clock: _Clock
+) -> tuple[dict[str, Any], _Spectrum]:
+    name, K = factors.name, factors.operator()
+    size = H.shape[0]
+    k = min(settings.top, size)
+
+    def renamed(_: str, done: int, total: int | None) -> None:
+        clock(f"top eigenpairs of {name}", done, total)
+
+    with clock.step(f"top eigenpairs of {name}"):
+        exact = eigsh(H, k, tol=_EIGEN_TOLERANCE, start=K, progress=renamed)
+    with clock.step(f"Kronecker form of {name}"):
+        kronecker = factors.eigsh(k)
+        overlap = metrics.subspace_overlap(exact.vectors, kronecker.vectors)
+        rayleigh = (kronecker.vectors * (H @ kronecker.vectors)).sum(0).double()
+        captured = rayleigh.cumsum(0) / exact.values.double().cumsum(0)
+        rank_one = metrics.rank_one_ratio(exact.vectors, factors.layer_shape)
+    with clock.step(f"decoupling error of {name}"):
+        decoupling = metrics.decoupling_error(H, K)
+    entry = {
+        "kind": factors.kind,
+        "shape": factors.layer_shape,
+        "groups": factors.groups,
+        "positions": factors.positions,
+        "parameters": size,
+        "is_exact": H.is_exact,
+        "inexact_reason": H.inexact_reason,
+        "pruning_error": H.pruning_error,
+        "trace": {"exact": H.trace(), "kronecker": K.trace()},
+        "eigenvalues": {"exact": exact.values, "kronecker": kronecker.values},
+        "residuals": exact.residuals,
+        "converged": exact.converged,
+        "matvecs": exact.matvecs,
+        "overlap": overlap,
+        "captured": captured,
+        "rank_one": rank_one,
+        "decoupling": asdict(decoupling),
+    }
+    if factors.groups == 1:
+        along = metrics.eigenvector_correspondence(exact.vectors, factors)
+        entry["correspondence"] = {
+            "output": along.output[:_SHOWN],
+            "input": along.input[:_SHOWN],
+        }
+        entry["autocorrelation"] = asdict(metrics.input_autocorrelation(factors))
+        entry["factors"] = {
+            "output_eigenvalues": _descending(factors.output_hessian)[:_SHOWN],
+            "input_eigenvalues": _descending(factors.input_covariance)[:_SHOWN],
+        }
+    return entry, _Spectrum(factors, exact.vectors)
+
+
+def _descending(matrix: Tensor) -> Tensor:
+    return torch.linalg.eigvalsh(matrix.double()).flip(-1)
+
+
+def _compare(first: _Spectrum, second: _Spectrum, top: int) -> dict[str, Any]:
+    """Overlap of one layer's leading spaces in two models.
+
+    The exact eigenvectors give the curve up to ``top``. The Kronecker ones cost next to nothing and
+    carry it on past k = m, where the predictor of arXiv 2010.04261, section 4, puts its peak.
+    """
+    m, d = first.factors.layer_shape
+    size = m * d
+    affordable = _PAIR_BUDGET // (size * first.vectors.element_size())
+    wanted = max(top, math.ceil(2.25 * m))
+    k = max(min(wanted, size, affordable, 600), first.vectors.shape[1])
+    curves = [s.factors.eigsh(k).vectors for s in (first, second)]
+    entry = {
+        "exact": metrics.subspace_overlap(first.vectors, second.vectors),
+        "kronecker": metrics.subspace_overlap(*curves),
+        "prediction": None,
+    }
+    if first.factors.groups == 1:
+        entry["prediction"] = _prediction(first.factors, second.factors)
+    return entry
+
+
+def _prediction(first: LayerFactors, second: LayerFactors) -> dict[str, Any]:
+    """``applies``: tau_m gamma_1 > tau_1 gamma_2 in both models, tau of E[M], gamma of E[x x^T];
+    then the overlap grows as (k / m) (t^T t')², t the first input eigenvectors."""
+    applies, directions = True, []
+    for factors in (first, second):
+        tau = _descending(factors.output_hessian)
+        gamma, vectors = torch.linalg.eigh(factors.input_covariance.double())
+        applies &= len(gamma) > 1 and bool(tau[-1] * gamma[-1] > tau[0] * gamma[-2])
+        directions.append(vectors[:, -1])
+    return {
+        "applies": applies,
+        "squared_cosine": float(directions[0] @ directions[1]) ** 2,
+        "m": first.layer_shape[0],
+    }
+
+
+def _versions(device: str) -> dict[str, Any]:
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy")}
+    on_cuda = torch.device(device).type == "cuda"
+    return {
+        "hesskern": hesskern.__version__,
+        "python": platform.python_version(),
+        **libraries,
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "build": hesskern.build_info(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+_SIGNIFICANT = 6
+
+
+def _plain(value: Any) -> Any:
+    """Nested containers, tensors, paths and numbers as JSON knows them.
+
+    Floats keep six significant digits; infinite ones and NaN become None.
+    """
+    if isinstance(value, Tensor):
+        return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float):
+        return float(f"{value:.{_SIGNIFICANT}g}") if math.isfinite(value) else None
+    return value

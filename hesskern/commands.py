@@ -1,0 +1,220 @@
+"""The subcommands of ``hesskern``; they read options, call the library, and show what comes back."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save
+
+from hesskern import __version__, build_info
+from hesskern.analysis import Analysis, Settings, analyze
+from hesskern.data import DATASETS
+from hesskern.models import KNOWN_MODELS
+from hesskern.progress import Progress, reporter
+from hesskern.report import write_files, write_report
+from hesskern.training import RECIPES
+from hesskern.wording import layer_table, view
+
+__all__ = ["hesskern"]
+
+_DEFAULT_MODELS = {"digits": "f64x2", "mnist": "f200x2", "cifar10": "lenet5"}
+_INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="hesskern")
+def hesskern() -> None:
+    """Curvature of neural-network layers: exact Hessians and their Kronecker form."""
+
+
+@contextmanager
+def _command(context: click.Context) -> Iterator[Progress]:
+    """Progress for a long command; wrong input and Ctrl-C end it with one line."""
+    report = reporter(True)
+    try:
+        yield report
+    except KeyboardInterrupt:
+        _close(report)
+        click.echo("Interrupted; nothing was written.", err=True)
+        context.exit(_INTERRUPTED)
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        _close(report)
+        raise click.ClickException(str(error)) from error
+
+
+def _close(report: Progress) -> None:
+    close = getattr(report, "close", None)
+    if close is not None:
+        close()
+
+
+def _command_line(context: click.Context) -> str:
+    """The command as it was typed, options in their declared order."""
+    words = context.command_path.split()
+    for parameter in context.command.params:
+        if not isinstance(parameter, click.Option) or parameter.name is None:
+            continue
+        if context.get_parameter_source(parameter.name) != ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[parameter.name]
+        for item in value if parameter.multiple else (value,):
+            words += [parameter.opts[0]] if parameter.is_flag else [parameter.opts[0], str(item)]
+    return shlex.join(words)
+
+
+@hesskern.command("analyze")
+@click.option(
+    "--data",
+    type=click.Choice(list(DATASETS)),
+    default="digits",
+    show_default=True,
+    help="Data set.",
+)
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    help="Folder with the data's files.  [default: $HESSKERN_DATA, else ../shared/data]",
+)
+@click.option(
+    "--model",
+    help=f"Network: {KNOWN_MODELS}.  [default: f64x2 for digits, f200x2 for mnist, lenet5 for "
+    "cifar10]",
+)
+@click.option(
+    "--checkpoint",
+    "checkpoints",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="State dict (.pt or .safetensors) to load instead of training; repeat to compare models.",
+)
+@click.option("--layers", help="Names of layers, separated by commas.  [default: all]")
+@click.option(
+    "--top", type=int, default=50, show_default=True, help="Exact eigenpairs of every layer."
+)
+@click.option("--device", default="cpu", show_default=True, help="Torch device, e.g. cuda.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float64"]),
+    default="float32",
+    show_default=True,
+    help="Arithmetic of model and Hessians.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first model.")
+@click.option(
+    "--seeds", type=int, default=2, show_default=True, help="Number of models, seeds counted up."
+)
+@click.option(
+    "--recipe",
+    type=click.Choice(["quick", *RECIPES]),
+    default="quick",
+    show_default=True,
+    help="Training: quick, or the published settings (1000 epochs) without or with momentum.",
+)
+@click.option("--epochs", type=int, help="Epochs of training instead of the recipe's; 0 for none.")
+@click.option("--limit", type=int, help="Use only the first so many training samples.")
+@click.option(
+    "--tolerance",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Leave out samples while the error of H is certain to stay below this part of its trace.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("hesskern-report"),
+    show_default=True,
+    help="Folder for report.html, result.json, overview.png and the trained weights.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON; all else goes to stderr."
+)
+@click.pass_context
+def analyze_command(
+    context: click.Context,
+    model: str | None,
+    layers: str | None,
+    output: Path,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Look at a network's curvature and write a report about it.
+
+    Trains a small network twice (or loads checkpoints), computes the exact layer-wise Hessians,
+    their Kronecker form and the leading eigenpairs of both, compares them with each other and
+    between the models, and writes one HTML page with every figure.
+    """
+    settings = Settings(
+        model=model or _DEFAULT_MODELS[options["data"]],
+        layers=tuple(part.strip() for part in layers.split(",")) if layers else None,
+        **options,
+    )
+    with _command(context) as progress:
+        analysis = analyze(settings, progress, _command_line(context))
+        paths = write_report(analysis.result, output)
+        paths += write_files(output, _weights(analysis))
+    console = Console(stderr=as_json, highlight=False)
+    _show(console, analysis.result)
+    console.print(f"\n[bold]Report:[/bold] {paths[0]}", soft_wrap=True)
+    for path in paths[1:]:
+        console.print(f"        {path}", soft_wrap=True)
+    if as_json:
+        click.echo(json.dumps(analysis.result, allow_nan=False))
+
+
+def _weights(analysis: Analysis) -> dict[str, bytes]:
+    """The trained models' state dicts as files, to be looked at again with ``--checkpoint``."""
+    return {
+        f"seed{network.seed}.safetensors": save(
+            {k: v.contiguous().cpu() for k, v in network.model.state_dict().items()}
+        )
+        for network in analysis.networks
+        if network.history is not None
+    }
+
+
+def _show(console: Console, result: dict[str, Any]) -> None:
+    """The summary's sentences and the table of layers, on the terminal."""
+    words = view(result)
+    console.print(f"\n[bold]{words['heading']}[/bold]  {words['subtitle']}\n")
+    for sentence in words["summary"]:
+        console.print(f"• {sentence}")
+    headings, rows = layer_table(words)
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print()
+    console.print(table)
+
+
+@hesskern.command()
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def info(as_json: bool) -> None:
+    """Show versions and how the compiled kernels were built."""
+    import torch
+
+    facts = {
+        "hesskern": __version__,
+        "torch installed": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "CUDA available": torch.cuda.is_available(),
+        **{f"built: {key}": value for key, value in build_info().items()},
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for key, value in facts.items():
+        table.add_row(key, "none" if value in ("", [], None) else str(value))
+    Console(highlight=False).print(table)

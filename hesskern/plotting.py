@@ -1,0 +1,343 @@
+"""Figures of the report: small panels as SVG, and one picture of the whole as PNG.
+
+Every panel is about as wide as a phone, so that a page can lay them side by side or one below the
+other without shrinking their type.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+__all__ = [
+    "between_panel",
+    "colour",
+    "correspondence_panel",
+    "eigenvalue_panel",
+    "overlap_panel",
+    "overview",
+    "rank_one_panel",
+]
+
+# Okabe and Ito's palette without its yellow: told apart by colour-blind readers and in print.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+_INK, _MUTED, _GRID = "#1b1f24", "#5b6470", "#e3e6ea"
+_PANEL = (4.4, 3.15)
+_SHOWN_EIGENVALUES = 20
+
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "path",
+    "svg.hashsalt": "hesskern",
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _MUTED,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": _MUTED,
+    "ytick.color": _MUTED,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "figure.facecolor": "white",
+}
+
+Layer = Mapping[str, Any]
+Curves = Sequence[Sequence[float]]
+
+
+def _style() -> AbstractContextManager[None]:
+    return matplotlib.rc_context(_STYLE)
+
+
+def colour(index: int) -> str:
+    """The colour of the layer with this index, the same in every figure."""
+    return _COLOURS[index % len(_COLOURS)]
+
+
+def _svg(draw: Callable[[Axes], None], size: tuple[float, float] = _PANEL) -> str:
+    """One panel as a standalone SVG document; the same numbers give the same bytes."""
+    with _style():
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure.add_subplot())
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    return stream.getvalue()
+
+
+def eigenvalue_panel(
+    name: str, index: int, layer: Layer, published: Mapping[str, Sequence[float]] | None = None
+) -> str:
+    """Leading eigenvalues of H and of its Kronecker form, on a logarithmic axis."""
+    return _svg(lambda axes: _eigenvalues(axes, name, index, layer, published))
+
+
+def _eigenvalues(
+    axes: Axes,
+    name: str,
+    index: int,
+    layer: Layer,
+    published: Mapping[str, Sequence[float]] | None,
+) -> None:
+    looks = {
+        "exact": ("exact H", dict(marker="o", markersize=5, linewidth=1.2)),
+        "kronecker": (
+            "Kronecker form",
+            dict(marker="o", markersize=5, markerfacecolor="white", linewidth=1.2, linestyle="--"),
+        ),
+    }
+    for key, (label, look) in looks.items():
+        values = [v for v in layer["eigenvalues"][key][:_SHOWN_EIGENVALUES] if v > 0]
+        axes.plot(range(1, len(values) + 1), values, color=colour(index), label=label, **look)
+    for key, marker in (("exact", "x"), ("kronecker", "+")) if published else ():
+        values = list(published[key])
+        axes.plot(
+            range(1, len(values) + 1),
+            values,
+            marker,
+            color=_INK,
+            markersize=6,
+            markeredgewidth=1.2,
+            label=f"published, {'exact' if key == 'exact' else 'Kronecker'}",
+        )
+    axes.set_yscale("log")
+    _readable_log_axis(axes)
+    axes.set(title=name, xlabel="index", ylabel="eigenvalue")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend()
+
+
+def _readable_log_axis(axes: Axes) -> None:
+    """Plain numbers on the axis, and enough of them when it spans less than two decades."""
+    low, high = axes.get_ylim()
+    narrow = high / low < 100
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def overlap_panel(
+    layers: Sequence[str],
+    curves: Mapping[str, Curves],
+    mark: int,
+    published: Mapping[str, Any] | None = None,
+) -> str:
+    """Overlap of the top-k spaces of H and of its Kronecker form: mean and range over models.
+
+    Args:
+        layers: names in the network's order.
+        curves: per layer, one curve [k] of every model.
+        mark: the k = c - 1 that is marked.
+        published: ``k`` and, under ``layers``, the overlaps at those k.
+    """
+    return _svg(lambda axes: _overlap(axes, layers, curves, mark, published))
+
+
+def _overlap(
+    axes: Axes,
+    layers: Sequence[str],
+    curves: Mapping[str, Curves],
+    mark: int,
+    published: Mapping[str, Any] | None = None,
+) -> None:
+    for index, name in enumerate(layers):
+        _band(axes, curves[name], index, name)
+        if published and name in published["layers"]:
+            axes.plot(
+                published["k"],
+                published["layers"][name],
+                "x",
+                color=colour(index),
+                markersize=6,
+                markeredgewidth=1.6,
+                clip_on=False,
+            )
+    if published:
+        axes.plot([], [], "x", color=_MUTED, label="published")
+    _mark(axes, mark, f"k = c − 1 = {mark}")
+    axes.set(
+        title="Exact H against its Kronecker form",
+        xlabel="k, dimension of the leading space",
+        ylabel="overlap",
+        ylim=(0, 1.03),
+        xlim=(0, None),
+    )
+    axes.legend(ncols=2 if len(layers) > 3 else 1, loc="lower left")
+
+
+def _band(axes: Axes, curves: Curves, index: int, label: str, **look: Any) -> None:
+    """Mean curve with the range over models, from k = 1."""
+    stacked = np.array(curves)
+    k = np.arange(1, stacked.shape[1] + 1)
+    axes.plot(k, stacked.mean(0), color=colour(index), label=label, **look)
+    if len(stacked) > 1:
+        axes.fill_between(
+            k, stacked.min(0), stacked.max(0), color=colour(index), alpha=0.15, linewidth=0
+        )
+
+
+def _mark(axes: Axes, x: float, text: str) -> None:
+    axes.axvline(x, color=_MUTED, linewidth=0.9, linestyle=":")
+    axes.annotate(
+        text,
+        (x, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(4, -2),
+        textcoords="offset points",
+        color=_MUTED,
+        fontsize=9,
+        va="top",
+    )
+
+
+def between_panel(name: str, index: int, pairs: Sequence[Mapping[str, Any]]) -> str:
+    """Overlap of one layer's leading spaces between models trained from different seeds.
+
+    Args:
+        name, index: of the layer.
+        pairs: per pair of models ``exact`` [k], ``kronecker`` [k'], ``prediction``.
+    """
+    return _svg(lambda axes: _between(axes, name, index, pairs))
+
+
+def _between(axes: Axes, name: str, index: int, pairs: Sequence[Mapping[str, Any]]) -> None:
+    exact = [pair["exact"] for pair in pairs]
+    kronecker = [pair["kronecker"] for pair in pairs]
+    _band(axes, kronecker, index, "Kronecker form", linestyle="--", linewidth=1.3)
+    _band(axes, exact, index, "exact H", linewidth=2.4)
+    predictions = [p["prediction"] for p in pairs if p["prediction"] is not None]
+    top = max(max(map(max, kronecker)), max(map(max, exact)))
+    if predictions:
+        m = predictions[0]["m"]
+        if m <= len(kronecker[0]):
+            _mark(axes, m, f"k = m = {m}")
+        if all(p["applies"] for p in predictions):
+            height = float(np.mean([p["squared_cosine"] for p in predictions]))
+            top = max(top, height)
+            axes.plot(
+                [0, m], [0, height], color=_INK, linewidth=1, linestyle=":", label="predicted"
+            )
+    axes.set(
+        title=name,
+        xlabel="k, dimension of the leading space",
+        ylabel="overlap between models",
+        xlim=(0, None),
+        ylim=(0, min(1.03, 1.25 * top)),
+    )
+    axes.legend()
+
+
+def rank_one_panel(layers: Sequence[str], curves: Mapping[str, Curves], mark: int) -> str:
+    """‖Mat(h)‖_2 / ‖Mat(h)‖_F of the leading eigenvectors of H: mean and range over models."""
+
+    def draw(axes: Axes) -> None:
+        for index, name in enumerate(layers):
+            _band(axes, curves[name], index, name)
+        _mark(axes, mark, f"k = c − 1 = {mark}")
+        axes.set(
+            title="How close eigenvectors are to rank one",
+            xlabel="index of the eigenvector of H",
+            ylabel="‖Mat(h)‖₂ / ‖Mat(h)‖_F",
+            ylim=(0, 1.03),
+            xlim=(0, None),
+        )
+        axes.set_ylabel(r"$\Vert\mathrm{Mat}(h)\Vert_2\,/\,\Vert\mathrm{Mat}(h)\Vert_F$")
+        axes.legend(ncols=2 if len(layers) > 3 else 1, loc="lower left")
+
+    return _svg(draw)
+
+
+def correspondence_panel(name: str, side: str, squares: Curves) -> str:
+    """Heat map of squared components of H's eigenvectors along a factor's eigenvectors.
+
+    Args:
+        name: of the layer.
+        side: ``"input"`` or ``"output"``.
+        squares: [rows, k], row i for the factor's eigenvector i, columns for those of H.
+    """
+
+    def draw(axes: Axes) -> None:
+        matrix = np.array(squares)[:_SHOWN_EIGENVALUES, :_SHOWN_EIGENVALUES]
+        rows, columns = matrix.shape
+        image = axes.imshow(
+            matrix,
+            cmap="magma_r",
+            vmin=0,
+            vmax=1,
+            extent=(0.5, columns + 0.5, rows + 0.5, 0.5),
+            interpolation="nearest",
+            aspect="auto",
+        )
+        factor = "E[x xᵀ]" if side == "input" else "E[M]"
+        axes.set(
+            title=f"{name}, {side} side",
+            xlabel="eigenvector of H",
+            ylabel=f"eigenvector of {factor}",
+        )
+        axes.grid(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        bar = axes.figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02)
+        bar.outline.set_visible(False)  # type: ignore[operator]
+
+    return _svg(draw)
+
+
+def overview(
+    layers: Sequence[str],
+    eigenvalues: tuple[str, Layer],
+    curves: Mapping[str, Curves],
+    mark: int,
+    pairs: Mapping[str, Sequence[Mapping[str, Any]]],
+    published: Mapping[str, Any] | None = None,
+) -> bytes:
+    """One PNG of three panels: eigenvalues of one layer, overlaps, the same between models.
+
+    Args:
+        layers: names in the network's order.
+        eigenvalues: the layer shown on the left, and its numbers.
+        curves, mark, published: see :func:`overlap_panel`; ``published`` holds both figures.
+        pairs: per layer, see :func:`between_panel`; may be empty.
+    """
+    first, layer = eigenvalues
+    count = 3 if pairs else 2
+    with _style():
+        figure = Figure(figsize=(4.3 * count, 3.4), layout="constrained", dpi=150)
+        axes = figure.subplots(1, count)
+        shown = published["eigenvalues"].get(first) if published else None
+        _eigenvalues(axes[0], first, layers.index(first), layer, shown)
+        axes[0].set_title(f"Leading eigenvalues of {first}")
+        _overlap(axes[1], layers, curves, mark, published["overlap"] if published else None)
+        if pairs:
+            for index, name in enumerate(layers):
+                _band(axes[2], [pair["exact"] for pair in pairs[name]], index, name)
+            axes[2].set(
+                title="Exact H between seeds",
+                xlabel="k, dimension of the leading space",
+                ylabel="overlap between models",
+                xlim=(0, None),
+                ylim=(0, 1.03),
+            )
+            axes[2].legend()
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()

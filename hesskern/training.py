@@ -1,0 +1,151 @@
+"""Deterministic SGD, so that the command line has trained networks to look at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from hesskern.data import Dataset
+from hesskern.progress import Progress, reporter
+
+__all__ = ["RECIPES", "History", "Recipe", "evaluate", "recipe_for", "train"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """SGD's settings; the loss is cross-entropy, the learning rate constant."""
+
+    epochs: int
+    learning_rate: float = 0.01
+    batch_size: int = 128
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+
+RECIPES: Mapping[str, Recipe] = {
+    # arXiv 2010.04261: the default and the alternative of its experiments.
+    "paper": Recipe(epochs=1000),
+    "paper-momentum": Recipe(epochs=1000, momentum=0.9, weight_decay=5e-4),
+}
+"""Published settings by name; ``"quick"`` (see :func:`recipe_for`) depends on the data set."""
+
+_QUICK: Mapping[str, Recipe] = {
+    "digits": Recipe(epochs=15, batch_size=64, momentum=0.9),
+    "mnist": Recipe(epochs=8, momentum=0.9),
+    "cifar10": Recipe(epochs=10, momentum=0.9),
+}
+
+
+def recipe_for(name: str, data: str) -> Recipe:
+    """The recipe called ``name``: ``"quick"`` (seconds, minutes at most) or a published one.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
+    if name == "quick":
+        return _QUICK[data]
+    if name not in RECIPES:
+        raise ValueError(f"recipe must be one of quick, {', '.join(RECIPES)}; got {name!r}")
+    return RECIPES[name]
+
+
+@dataclass
+class History:
+    """Mean training loss and accuracy of each epoch (measured while training), and the seconds."""
+
+    seed: int
+    recipe: Recipe
+    loss: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, ready for JSON."""
+        return asdict(self)
+
+
+def train(
+    model: nn.Module,
+    data: Dataset,
+    recipe: Recipe,
+    seed: int = 0,
+    progress: bool | Progress = False,
+    description: str = "training",
+) -> History:
+    """Trains ``model`` in place on cross-entropy; the same seed gives the same weights.
+
+    Args:
+        model: network [N, *input_shape] -> [N, classes], on the data's device.
+        data: inputs [N, *input_shape], targets [N].
+        recipe: SGD's settings.
+        seed: seed of the order of samples (and of dropout).
+        progress: see :func:`hesskern.progress.reporter`.
+        description: what progress calls the work.
+
+    Raises:
+        ValueError: the loss is no longer finite (the learning rate is too high).
+    """
+    report = reporter(progress)
+    history = History(seed, recipe)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
+    order = torch.Generator().manual_seed(seed)
+    device = data.inputs.device
+    per_epoch = -(-len(data) // recipe.batch_size)
+    was_training = model.training
+    started = time.perf_counter()
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for epoch in range(recipe.epochs):
+                loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+                hits = torch.zeros((), dtype=torch.int64, device=device)
+                permutation = torch.randperm(len(data), generator=order).to(device)
+                for step, rows in enumerate(permutation.split(recipe.batch_size)):
+                    inputs, targets = data.inputs[rows], data.targets[rows]
+                    logits = model(inputs)
+                    loss = nn.functional.cross_entropy(logits, targets)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+                    loss_sum += loss.detach() * len(rows)
+                    hits += (logits.detach().argmax(1) == targets).sum()
+                    report(description, epoch * per_epoch + step + 1, recipe.epochs * per_epoch)
+                history.loss.append(float(loss_sum) / len(data))
+                history.accuracy.append(int(hits) / len(data))
+                if not torch.isfinite(loss_sum):
+                    raise ValueError(
+                        f"training diverged in epoch {epoch + 1}: the loss is not finite with "
+                        f"learning rate {recipe.learning_rate}"
+                    )
+    finally:
+        model.train(was_training)
+        model.zero_grad(set_to_none=True)
+    history.seconds = time.perf_counter() - started
+    return history
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Dataset, batch_size: int = 1024) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy of ``model`` in eval mode over ``data``."""
+    was_training = model.training
+    model.eval()
+    try:
+        loss, hits = 0.0, 0
+        for inputs, targets in data.batches(batch_size):
+            logits = model(inputs)
+            loss += float(nn.functional.cross_entropy(logits, targets, reduction="sum"))
+            hits += int((logits.argmax(1) == targets).sum())
+        return loss / len(data), hits / len(data)
+    finally:
+        model.train(was_training)

@@ -208,9 +208,9 @@ class _CrossEntropy(Loss):
         inverse = torch.where(tail > 0, 1 / tail.clamp(min=torch.finfo(p.dtype).tiny), 0.0)
 
         if tokens == 1 and c > 1:
-            ratio = (scale * inverse)[:, : c - 1, 0]
-            below = torch.ones(c - 1, c, dtype=p.dtype, device=p.device).triu(1)
-            rows = torch.einsum("nj,nb,jb->jnb", ratio, -p[:, :, 0], below)
+            ratio = (scale * inverse)[:, : c - 1, 0].T.unsqueeze(2)
+            rows = -p[:, :, 0] * ratio
+            rows *= torch.ones(c - 1, c, dtype=p.dtype, device=p.device).triu(1).unsqueeze(1)
             rows.diagonal(dim1=0, dim2=2).copy_(scale[:, : c - 1, 0])
             rows = rows.to(outputs.dtype)
             return Rows(c - 1, lambda j: rows[j].reshape(outputs.shape))

@@ -16,6 +16,7 @@ from hesskern.metrics import (
     rank_one_ratio,
     subspace_overlap,
 )
+from hesskern.nearest import nearest_kronecker
 from hesskern.operators import AutogradHessian, CurvatureOperator, KroneckerOperator
 from hesskern.results import EigenResult
 
@@ -41,6 +42,7 @@ __all__ = [
     "kronecker_factors",
     "layer_hessians",
     "load_factors",
+    "nearest_kronecker",
     "ops",
     "rank_one_ratio",
     "subspace_overlap",

@@ -31,6 +31,7 @@ class LayerHessian(CurvatureOperator):
     Attributes:
         name: of the layer.
         layer_shape: (m, d) of the weight as a matrix; vectors are such matrices, flattened.
+        groups: of a convolution, 1 otherwise.
         is_exact: True if this is the Hessian: all that follows the layer is piecewise linear and
             the layer is used once. False: it is the Gauss-Newton block.
         inexact_reason: why ``is_exact`` is False, or None.
@@ -53,6 +54,7 @@ class LayerHessian(CurvatureOperator):
     ) -> None:
         self.name = spec.name
         self.layer_shape = spec.shape
+        self.groups = spec.groups
         size = spec.outputs * spec.inputs
         self.shape = (size, size)
         self.dtype, self.device = dtype, device
@@ -83,6 +85,26 @@ class LayerHessian(CurvatureOperator):
         for chunk in self._chunks():
             total += chunk.diagonal()
         return total / self.num_samples
+
+    def contract_inputs(self, B: Tensor) -> Tensor:
+        """sum_kl H_(ik)(jl) B_kl, [m, m], for a symmetric positive semi-definite B [d, d]."""
+        values, vectors = torch.linalg.eigh(B.double())
+        root = (vectors * values.clamp(min=0).sqrt()).to(self.dtype)
+        return self._contract(root, side=0)
+
+    def contract_outputs(self, A: Tensor) -> Tensor:
+        """sum_ij A_ij H_(ik)(jl), [d, d], for a symmetric positive semi-definite A [m, m]."""
+        values, vectors = torch.linalg.eigh(A.double())
+        root = (vectors * values.clamp(min=0).sqrt()).to(self.dtype)
+        return self._contract(root, side=1)
+
+    def _contract(self, root: Tensor, side: int) -> Tensor:
+        size = self.layer_shape[side]
+        total = torch.zeros(size, size, dtype=self.dtype, device=self.device)
+        for chunk in self._chunks():
+            for rows in chunk.contracted_rows(root, side, self.layer_shape):
+                ops.input_covariance_(total, rows, 1.0 / self.num_samples)
+        return ops.mirror_(total)
 
     def to_dense(self) -> Tensor:
         """[P, P]; for small layers."""

@@ -91,6 +91,31 @@ class SampleRows:
                 rows = torch.matmul(s.flatten(1, 2), x.transpose(1, 2))
             yield rows.reshape(-1, m * d)
 
+    def contracted_rows(
+        self, root: Tensor, side: int, layer_shape: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        """Matrices [., q] whose Gram sum is R contracted with root root^T on its other side.
+
+        Args:
+            root: [d, d] for side 0 (q = m), [m, m] for side 1 (q = d).
+            side: which side of R is kept.
+            layer_shape: (m, d).
+        """
+        if self.x.dim() == 2 and not self.stored:
+            if side == 0:
+                weight = (self.x @ root).norm(dim=1)
+                yield (self.s * weight[:, None, None]).flatten(0, 1)
+            else:
+                weight = torch.matmul(self.s, root).flatten(1).norm(dim=1)
+                yield self.x * weight[:, None]
+            return
+        for rows in self.dense_rows():
+            matrices = rows.reshape(-1, *layer_shape)
+            if side == 0:
+                yield torch.matmul(matrices, root).transpose(1, 2).flatten(0, 1)
+            else:
+                yield torch.matmul(matrices.transpose(1, 2), root).transpose(1, 2).flatten(0, 1)
+
 
 def join(chunks: list[SampleRows]) -> list[SampleRows]:
     """The same samples in few pieces; empties the list it is given, to hold them only once."""

@@ -72,7 +72,12 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
         model.eval()
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
+        # Compiled models run eagerly: hooks and double backward need the plain graph.
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
             yield
     finally:
         for module, mode in modes:

@@ -279,10 +279,12 @@ def _look_at_layer(
     def renamed(_: str, done: int, total: int | None) -> None:
         clock(f"top eigenpairs of {name}", done, total)
 
-    with clock.step(f"top eigenpairs of {name}"):
-        exact = eigsh(H, k, tol=_EIGEN_TOLERANCE, start=K, progress=renamed)
     with clock.step(f"Kronecker form of {name}"):
         kronecker = factors.eigsh(k)
+    with clock.step(f"top eigenpairs of {name}"):
+        exact = eigsh(H, k, tol=_EIGEN_TOLERANCE, start=kronecker.vectors, progress=renamed)
+        renamed("", k, k)
+    with clock.step(f"comparison of {name}"):
         overlap = metrics.subspace_overlap(exact.vectors, kronecker.vectors)
         rayleigh = (kronecker.vectors * (H @ kronecker.vectors)).sum(0).double()
         captured = rayleigh.cumsum(0) / exact.values.double().cumsum(0)
@@ -338,7 +340,7 @@ def _compare(first: _Spectrum, second: _Spectrum, top: int) -> dict[str, Any]:
     wanted = max(top, math.ceil(2.25 * m))
     k = max(min(wanted, size, affordable, 600), first.vectors.shape[1])
     curves = [s.factors.eigsh(k).vectors for s in (first, second)]
-    entry = {
+    entry: dict[str, Any] = {
         "exact": metrics.subspace_overlap(first.vectors, second.vectors),
         "kronecker": metrics.subspace_overlap(*curves),
         "prediction": None,

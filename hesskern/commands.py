@@ -1,4 +1,4 @@
-"""The subcommands of ``hesskern``; they read options, call the library, and show what comes back."""
+"""The subcommands of ``hesskern``: they read options, call the library, show what comes back."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from safetensors.torch import save
 from hesskern import __version__, build_info
 from hesskern.analysis import Analysis, Settings, analyze
 from hesskern.data import DATASETS
+from hesskern.digest import Digest, counted, listed
 from hesskern.models import KNOWN_MODELS
 from hesskern.progress import Progress, reporter
 from hesskern.report import write_files, write_report
+from hesskern.tables import layer_table
 from hesskern.training import RECIPES
-from hesskern.wording import layer_table, view
+from hesskern.wording import subject, summary
 
 __all__ = ["hesskern"]
 
@@ -184,14 +186,17 @@ def _weights(analysis: Analysis) -> dict[str, bytes]:
 
 def _show(console: Console, result: dict[str, Any]) -> None:
     """The summary's sentences and the table of layers, on the terminal."""
-    words = view(result)
-    console.print(f"\n[bold]{words['heading']}[/bold]  {words['subtitle']}\n")
-    for sentence in words["summary"]:
-        console.print(f"• {sentence}")
-    headings, rows = layer_table(words)
-    table = Table(box=None, padding=(0, 1), header_style="bold")
+    digest = Digest(result)
+    models = listed([model["label"] for model in result["models"]])
+    samples = counted(result["data"]["samples"], "training sample")
+    console.print(f"\nCurvature of {subject(result)}", style="bold", markup=False)
+    console.print(f"{samples}; {models}\n", markup=False)
+    for sentence in summary(digest):
+        console.print(f"• {sentence}", markup=False)
+    headings, rows = layer_table(digest)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i == 0 else "right")
+        table.add_column(heading, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     console.print()

@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -66,7 +67,7 @@ Curves = Sequence[Sequence[float]]
 
 
 def _style() -> AbstractContextManager[None]:
-    return matplotlib.rc_context(_STYLE)
+    return matplotlib.rc_context(_STYLE)  # type: ignore[arg-type]
 
 
 def colour(index: int) -> str:
@@ -98,27 +99,35 @@ def _eigenvalues(
     layer: Layer,
     published: Mapping[str, Sequence[float]] | None,
 ) -> None:
-    looks = {
-        "exact": ("exact H", dict(marker="o", markersize=5, linewidth=1.2)),
-        "kronecker": (
-            "Kronecker form",
-            dict(marker="o", markersize=5, markerfacecolor="white", linewidth=1.2, linestyle="--"),
-        ),
-    }
-    for key, (label, look) in looks.items():
+    looks = (
+        ("exact", "exact H", "-", colour(index)),
+        ("kronecker", "Kronecker form", "--", "white"),
+    )
+    for key, label, line, face in looks:
         values = [v for v in layer["eigenvalues"][key][:_SHOWN_EIGENVALUES] if v > 0]
-        axes.plot(range(1, len(values) + 1), values, color=colour(index), label=label, **look)
-    for key, marker in (("exact", "x"), ("kronecker", "+")) if published else ():
-        values = list(published[key])
         axes.plot(
             range(1, len(values) + 1),
             values,
-            marker,
-            color=_INK,
-            markersize=6,
-            markeredgewidth=1.2,
-            label=f"published, {'exact' if key == 'exact' else 'Kronecker'}",
+            color=colour(index),
+            label=label,
+            marker="o",
+            markersize=5,
+            markerfacecolor=face,
+            linestyle=line,
+            linewidth=1.2,
         )
+    for key, label, marker in (("exact", "exact", "x"), ("kronecker", "Kronecker", "+")):
+        values = list(published[key]) if published else []
+        if values:
+            axes.plot(
+                range(1, len(values) + 1),
+                values,
+                marker,
+                color=_INK,
+                markersize=6,
+                markeredgewidth=1.2,
+                label=f"published, {label}",
+            )
     axes.set_yscale("log")
     _readable_log_axis(axes)
     axes.set(title=name, xlabel="index", ylabel="eigenvalue")
@@ -176,11 +185,10 @@ def _overlap(
     _mark(axes, mark, f"k = c − 1 = {mark}")
     axes.set(
         title="Exact H against its Kronecker form",
-        xlabel="k, dimension of the leading space",
         ylabel="overlap",
         ylim=(0, 1.03),
-        xlim=(0, None),
     )
+    _k_axis(axes)
     axes.legend(ncols=2 if len(layers) > 3 else 1, loc="lower left")
 
 
@@ -193,6 +201,12 @@ def _band(axes: Axes, curves: Curves, index: int, label: str, **look: Any) -> No
         axes.fill_between(
             k, stacked.min(0), stacked.max(0), color=colour(index), alpha=0.15, linewidth=0
         )
+
+
+def _k_axis(axes: Axes, label: str = "k, dimension of the leading space") -> None:
+    axes.set_xlim(0, None)
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _mark(axes: Axes, x: float, text: str) -> None:
@@ -209,26 +223,34 @@ def _mark(axes: Axes, x: float, text: str) -> None:
     )
 
 
-def between_panel(name: str, index: int, pairs: Sequence[Mapping[str, Any]]) -> str:
+def between_panel(
+    name: str, index: int, parameters: int, pairs: Sequence[Mapping[str, Any]]
+) -> str:
     """Overlap of one layer's leading spaces between models trained from different seeds.
 
     Args:
-        name, index: of the layer.
+        name, index, parameters: of the layer.
         pairs: per pair of models ``exact`` [k], ``kronecker`` [k'], ``prediction``.
     """
-    return _svg(lambda axes: _between(axes, name, index, pairs))
+    return _svg(lambda axes: _between(axes, name, index, parameters, pairs))
 
 
-def _between(axes: Axes, name: str, index: int, pairs: Sequence[Mapping[str, Any]]) -> None:
+def _between(
+    axes: Axes, name: str, index: int, parameters: int, pairs: Sequence[Mapping[str, Any]]
+) -> None:
     exact = [pair["exact"] for pair in pairs]
     kronecker = [pair["kronecker"] for pair in pairs]
     _band(axes, kronecker, index, "Kronecker form", linestyle="--", linewidth=1.3)
     _band(axes, exact, index, "exact H", linewidth=2.4)
+    longest = len(kronecker[0])
+    axes.plot(
+        [0, longest], [0, longest / parameters], color=_MUTED, linewidth=1, label="random spaces"
+    )
     predictions = [p["prediction"] for p in pairs if p["prediction"] is not None]
     top = max(max(map(max, kronecker)), max(map(max, exact)))
     if predictions:
         m = predictions[0]["m"]
-        if m <= len(kronecker[0]):
+        if m <= longest:
             _mark(axes, m, f"k = m = {m}")
         if all(p["applies"] for p in predictions):
             height = float(np.mean([p["squared_cosine"] for p in predictions]))
@@ -238,11 +260,10 @@ def _between(axes: Axes, name: str, index: int, pairs: Sequence[Mapping[str, Any
             )
     axes.set(
         title=name,
-        xlabel="k, dimension of the leading space",
         ylabel="overlap between models",
-        xlim=(0, None),
         ylim=(0, min(1.03, 1.25 * top)),
     )
+    _k_axis(axes)
     axes.legend()
 
 
@@ -255,22 +276,25 @@ def rank_one_panel(layers: Sequence[str], curves: Mapping[str, Curves], mark: in
         _mark(axes, mark, f"k = c − 1 = {mark}")
         axes.set(
             title="How close eigenvectors are to rank one",
-            xlabel="index of the eigenvector of H",
-            ylabel="‖Mat(h)‖₂ / ‖Mat(h)‖_F",
             ylim=(0, 1.03),
-            xlim=(0, None),
         )
+        _k_axis(axes, "index of the eigenvector of H")
         axes.set_ylabel(r"$\Vert\mathrm{Mat}(h)\Vert_2\,/\,\Vert\mathrm{Mat}(h)\Vert_F$")
         axes.legend(ncols=2 if len(layers) > 3 else 1, loc="lower left")
 
     return _svg(draw)
 
 
-def correspondence_panel(name: str, side: str, squares: Curves) -> str:
+def _shades(index: int) -> LinearSegmentedColormap:
+    """White, the layer's colour at one half, a dark shade of it."""
+    return LinearSegmentedColormap.from_list(f"layer{index}", ["white", colour(index), "#101418"])
+
+
+def correspondence_panel(name: str, index: int, side: str, squares: Curves) -> str:
     """Heat map of squared components of H's eigenvectors along a factor's eigenvectors.
 
     Args:
-        name: of the layer.
+        name, index: of the layer.
         side: ``"input"`` or ``"output"``.
         squares: [rows, k], row i for the factor's eigenvector i, columns for those of H.
     """
@@ -280,7 +304,7 @@ def correspondence_panel(name: str, side: str, squares: Curves) -> str:
         rows, columns = matrix.shape
         image = axes.imshow(
             matrix,
-            cmap="magma_r",
+            cmap=_shades(index),
             vmin=0,
             vmax=1,
             extent=(0.5, columns + 0.5, rows + 0.5, 0.5),
@@ -294,15 +318,17 @@ def correspondence_panel(name: str, side: str, squares: Curves) -> str:
             ylabel=f"eigenvector of {factor}",
         )
         axes.grid(False)
+        axes.spines[:].set_visible(True)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         bar = axes.figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set(linewidth=0.6, edgecolor=_MUTED)
 
     return _svg(draw)
 
 
 def overview(
+    title: str,
     layers: Sequence[str],
     eigenvalues: tuple[str, Layer],
     curves: Mapping[str, Curves],
@@ -313,30 +339,30 @@ def overview(
     """One PNG of three panels: eigenvalues of one layer, overlaps, the same between models.
 
     Args:
+        title: of the network and data.
         layers: names in the network's order.
         eigenvalues: the layer shown on the left, and its numbers.
         curves, mark, published: see :func:`overlap_panel`; ``published`` holds both figures.
         pairs: per layer, see :func:`between_panel`; may be empty.
     """
-    first, layer = eigenvalues
+    shown_name, layer = eigenvalues
     count = 3 if pairs else 2
     with _style():
         figure = Figure(figsize=(4.3 * count, 3.4), layout="constrained", dpi=150)
         axes = figure.subplots(1, count)
-        shown = published["eigenvalues"].get(first) if published else None
-        _eigenvalues(axes[0], first, layers.index(first), layer, shown)
-        axes[0].set_title(f"Leading eigenvalues of {first}")
+        shown = published["eigenvalues"].get(shown_name) if published else None
+        _eigenvalues(axes[0], shown_name, layers.index(shown_name), layer, shown)
+        axes[0].set_title(f"{title}: eigenvalues of {shown_name}")
         _overlap(axes[1], layers, curves, mark, published["overlap"] if published else None)
         if pairs:
             for index, name in enumerate(layers):
                 _band(axes[2], [pair["exact"] for pair in pairs[name]], index, name)
             axes[2].set(
                 title="Exact H between seeds",
-                xlabel="k, dimension of the leading space",
                 ylabel="overlap between models",
-                xlim=(0, None),
                 ylim=(0, 1.03),
             )
+            _k_axis(axes[2])
             axes[2].legend()
         stream = io.BytesIO()
         figure.savefig(stream, format="png", metadata={"Software": None})

@@ -12,7 +12,8 @@ from typing import Any
 
 import jinja2
 
-from hesskern import plotting, wording
+from hesskern import plotting, tables, wording
+from hesskern.digest import Digest
 
 __all__ = ["overview", "render", "write_files", "write_report"]
 
@@ -31,11 +32,17 @@ def render(result: Result) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
     )
-    view = wording.view(result)
     layers = result["network"]["layers"]
-    colours = {name: plotting.colour(i) for i, name in enumerate(layers)}
     return environment.get_template("report.html.j2").render(
-        result=result, colours=colours, figures=_figures(result), **view
+        result=result,
+        digest=Digest(result),
+        tables=tables,
+        wording=wording,
+        subject=wording.subject(result),
+        colours={name: plotting.colour(i) for i, name in enumerate(layers)},
+        figures=_figures(result),
+        labels=[model["label"] for model in result["models"]],
+        trained=all(model["training"] for model in result["models"]),
     )
 
 
@@ -44,10 +51,11 @@ def overview(result: Result) -> bytes:
     layers = result["network"]["layers"]
     chosen = next((n for n in layers if n in _published(result, "eigenvalues")), layers[0])
     return plotting.overview(
+        wording.subject(result),
         layers,
         (chosen, result["models"][0]["layers"][chosen]),
         _curves(result, "overlap"),
-        result["data"]["classes"] - 1,
+        Digest(result).mark,
         _pairs(result),
         result["published"],
     )
@@ -83,7 +91,7 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
 def _figures(result: Result) -> dict[str, list[dict[str, str]]]:
     layers = result["network"]["layers"]
     first = result["models"][0]["layers"]
-    mark = result["data"]["classes"] - 1
+    mark = Digest(result).mark
     overlaps, pairs = _curves(result, "overlap"), _pairs(result)
     published = result["published"]
     return {
@@ -110,7 +118,7 @@ def _figures(result: Result) -> dict[str, list[dict[str, str]]]:
         ],
         "between": [
             _picture(
-                plotting.between_panel(name, i, pairs[name]),
+                plotting.between_panel(name, i, first[name]["parameters"], pairs[name]),
                 f"Overlap of leading spaces between models, {name}",
             )
             for i, name in enumerate(layers)
@@ -118,11 +126,11 @@ def _figures(result: Result) -> dict[str, list[dict[str, str]]]:
         ],
         "correspondence": [
             _picture(
-                plotting.correspondence_panel(name, side, first[name]["correspondence"][side]),
+                plotting.correspondence_panel(name, i, side, first[name]["correspondence"][side]),
                 f"Components of the leading eigenvectors of {name} along the {side} factor",
             )
             for side in ("input", "output")
-            for name in layers
+            for i, name in enumerate(layers)
             if "correspondence" in first[name]
         ],
     }

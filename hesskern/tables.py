@@ -1,0 +1,222 @@
+"""The report's tables: rows of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from hesskern.digest import Digest, number, percent, seconds
+
+__all__ = [
+    "input_rows",
+    "layer_rows",
+    "layer_table",
+    "model_rows",
+    "published_eigenvalues",
+    "published_overlaps",
+    "published_statistics",
+    "tiles",
+    "time_rows",
+]
+
+Row = dict[str, Any]
+
+
+def tiles(digest: Digest) -> list[Row]:
+    """The two numbers of every layer that matter most."""
+    return [
+        {
+            "name": name,
+            "overlap": percent(digest.marked(name, "overlap")),
+            "captured": percent(digest.marked(name, "captured")),
+        }
+        for name in digest.layers
+    ]
+
+
+def layer_rows(digest: Digest) -> list[Row]:
+    """Per layer: shape, eigenvalues, overlaps, errors and traces, means over the models."""
+    return [_layer_row(digest, name) for name in digest.layers]
+
+
+def _layer_row(digest: Digest, name: str) -> Row:
+    entries = digest.entries(name)
+    shape, groups = entries[0]["shape"], entries[0]["groups"]
+
+    def largest(form: str) -> str:
+        return number(digest.mean(name, lambda entry: entry["eigenvalues"][form][0]))
+
+    return {
+        "name": name,
+        "shape": " × ".join(map(str, shape)) + (f", {groups} groups" if groups > 1 else ""),
+        "is_exact": all(entry["is_exact"] for entry in entries),
+        "top_exact": largest("exact"),
+        "top_kronecker": largest("kronecker"),
+        "overlaps": [number(digest.at(name, "overlap", k)) for k in digest.columns],
+        "captured": percent(digest.marked(name, "captured")),
+        "spectral": number(digest.part(name, "decoupling", "spectral")),
+        "frobenius": number(digest.part(name, "decoupling", "frobenius")),
+        "trace_exact": number(digest.part(name, "trace", "exact")),
+        "trace_kronecker": number(digest.part(name, "trace", "kronecker")),
+    }
+
+
+def layer_table(digest: Digest) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the layers' table, as far as a terminal is wide."""
+    last = digest.columns[-1]
+    shown = [digest.columns.index(k) for k in dict.fromkeys((1, digest.mark, last))]
+    headings = ["layer", "shape", "λ₁ of H", "of K"]
+    headings += [
+        f"overlap k={digest.columns[i]}" if i == 0 else f"k={digest.columns[i]}" for i in shown
+    ]
+    headings += ["captured", "error ‖·‖₂", "‖·‖F"]
+    rows = [
+        [
+            row["name"] + ("" if row["is_exact"] else " *"),
+            row["shape"],
+            row["top_exact"],
+            row["top_kronecker"],
+            *(row["overlaps"][i] for i in shown),
+            row["captured"],
+            row["spectral"],
+            row["frobenius"],
+        ]
+        for row in layer_rows(digest)
+    ]
+    return headings, rows
+
+
+def input_rows(digest: Digest) -> list[Row]:
+    """Per layer: how nearly rank one its inputs are."""
+    rows = []
+    for name in digest.with_inputs:
+        ratio = digest.ratio(name)
+        weight = digest.mean(name, lambda e: fmean(e["correspondence"]["input"][0][: digest.mark]))
+        rows.append(
+            {
+                "name": name,
+                "alignment": number(digest.alignment(name)),
+                "ratio": "∞" if ratio is None else number(ratio),
+                "weight": percent(weight),
+            }
+        )
+    return rows
+
+
+def model_rows(result: Mapping[str, Any]) -> list[Row]:
+    """Per model: losses and accuracies."""
+    return [
+        {
+            "label": model["label"],
+            **{f"{split}_loss": number(model[split]["loss"]) for split in ("train", "test")},
+            **{
+                f"{split}_accuracy": f"{100 * model[split]['accuracy']:.1f} %"
+                for split in ("train", "test")
+            },
+        }
+        for model in result["models"]
+    ]
+
+
+def time_rows(result: Mapping[str, Any]) -> list[Row]:
+    """Seconds of every step, one column per model; what is done once for all comes last."""
+    labels = [model["label"] for model in result["models"]]
+    steps: dict[str, dict[str, float]] = {}
+    for row in result["times"]:
+        steps.setdefault(row["step"], {})[row["model"]] = row["seconds"]
+    own = {step: row for step, row in steps.items() if "" not in row}
+    common = {step: row[""] for step, row in steps.items() if "" in row}
+    return [
+        {
+            "step": step,
+            "values": [seconds(row[label]) if label in row else "–" for label in labels],
+            "common": False,
+        }
+        for step, row in own.items()
+    ] + [
+        {"step": step, "values": [seconds(value)], "common": True} for step, value in common.items()
+    ]
+
+
+def published_overlaps(digest: Digest) -> list[Row]:
+    """Per layer: overlaps of H and its Kronecker form, ours and published."""
+    figures = (digest.result["published"] or {}).get("overlap", {"k": [], "layers": {}})
+    return [
+        {
+            "name": name,
+            "ours": [number(digest.at(name, "overlap", k)) for k in figures["k"]],
+            "published": [number(value) for value in values],
+        }
+        for name, values in figures["layers"].items()
+        if name in digest.layers
+    ]
+
+
+def published_eigenvalues(digest: Digest) -> list[Row]:
+    """Per layer with published eigenvalues: ours of every model, and the published ones."""
+    figures = (digest.result["published"] or {}).get("eigenvalues", {})
+    tables = []
+    for name in (n for n in figures if n in digest.layers):
+        count = len(figures[name]["exact"])
+        rows = []
+        for form, label in (("exact", "exact"), ("kronecker", "Kronecker")):
+            for model in digest.result["models"]:
+                values = model["layers"][name]["eigenvalues"][form][:count]
+                values = values + [None] * (count - len(values))
+                rows.append((f"{label}, {model['label']}", values, False))
+            rows.append((f"{label}, published", figures[name][form], True))
+        tables.append(
+            {
+                "name": name,
+                "index": list(range(1, count + 1)),
+                "rows": [
+                    {"label": label, "values": [number(v) for v in values], "minor": minor}
+                    for label, values, minor in rows
+                ],
+            }
+        )
+    return tables
+
+
+def published_statistics(digest: Digest) -> list[Row]:
+    """Input statistics and overlaps between models, ours and published."""
+    figures = digest.result["published"]
+    if not figures:
+        return []
+    rows = []
+    inner = [name for name in digest.layers[1:] if name in digest.with_inputs]
+    ratios = [ratio for name in inner if (ratio := digest.ratio(name)) is not None]
+    if inner:
+        rows.append(
+            {
+                "label": "(v₁·E[x])² / ‖E[x]‖², mean of the layers behind the first",
+                "ours": f"{fmean(digest.alignment(name) for name in inner):.3f}",
+                "published": f"{figures['autocorrelation']['mean_alignment']:.3f}",
+            }
+        )
+    if ratios:
+        mean, low, high = figures["autocorrelation"]["eigenvalue_ratio"]
+        rows.append(
+            {
+                "label": "λ₁ / λ₂ of E[x xᵀ], mean [min, max] of these layers",
+                "ours": f"{fmean(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]",
+                "published": f"{mean:.2f} [{low:.2f}, {high:.2f}]",
+            }
+        )
+    for name, point in figures["between"].items():
+        k = point["k"]
+        exact = digest.between(name, "exact", k) if name in digest.layers else None
+        ours = exact
+        if ours is None and name in digest.layers:
+            ours = digest.between(name, "kronecker", k)
+        if ours is not None:
+            form = "" if exact is not None else " (ours: of the Kronecker forms)"
+            rows.append(
+                {
+                    "label": f"overlap between seeds, {name}, k = {k}{form}",
+                    "ours": number(ours),
+                    "published": number(point["overlap"]),
+                }
+            )
+    return rows

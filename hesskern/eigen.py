@@ -236,12 +236,9 @@ class _Lanczos:
                     return
             if done and verified is not None and self._same(verified, values) and full:
                 return
-            if done and verified is None:
-                verified = values[: self.k].clone()
-                self._restart(min(self.k + 2, self.count))
-                vector = self._next(self._random())
-                continue
-            if done and full and verified is not None:
+            if done and (verified is None or full):
+                # What a fresh start vector brings in converges from scratch.
+                best, stalled = float("inf"), 0
                 verified = values[: self.k].clone()
                 self._restart(min(self.k + 2, self.count))
                 vector = self._next(self._random())

@@ -42,9 +42,7 @@ def installed_torch():
 def switch(name: str, default: str, choices: tuple[str, ...]) -> str:
     value = os.environ.get(name, "").lower() or default
     if value not in choices:
-        raise SystemExit(
-            f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}; got {value!r}"
-        )
+        raise SystemExit(f"{name} must be one of {', '.join(choices)}; got {value!r}")
     return value
 
 
@@ -67,15 +65,30 @@ def cuda_home() -> str | None:
     return str(Path(top[1].strip() if top else Path(nvcc).parent.parent).resolve())
 
 
+def toolkit_version(toolkit: str) -> str | None:
+    """The release that the toolkit's nvcc names, e.g. "13.0"; None if it names none."""
+    nvcc = shutil.which("nvcc", path=str(Path(toolkit) / "bin"))
+    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+\.\d+)", said)
+    return release[1] if release else None
+
+
 def cuda_wanted(torch_cuda: str | None, toolkit: str | None) -> bool:
     """Whether the CUDA kernels are built; never asks for a GPU, builders have none."""
     choice = switch("HESSKERN_CUDA", "auto", ("auto", "0", "1"))
-    if choice == "1":
-        if torch_cuda is None:
-            raise SystemExit("HESSKERN_CUDA=1 needs a CUDA build of torch; found a CPU build")
-        if toolkit is None:
-            raise SystemExit("HESSKERN_CUDA=1 needs nvcc on PATH or below CUDA_HOME; found none")
-    return choice != "0" and torch_cuda is not None and toolkit is not None
+    if choice == "1" and torch_cuda is None:
+        raise SystemExit("HESSKERN_CUDA=1 needs a CUDA build of torch; found a build without CUDA")
+    if choice == "1" and toolkit is None:
+        raise SystemExit("HESSKERN_CUDA=1 needs nvcc on PATH or below CUDA_HOME; found none")
+    if choice == "0" or torch_cuda is None or toolkit is None:
+        return False
+    found = toolkit_version(toolkit)
+    if found is not None and found.split(".")[0] != torch_cuda.split(".")[0]:
+        raise SystemExit(
+            f"torch was built with CUDA {torch_cuda} but nvcc in {toolkit} is CUDA {found}; point "
+            f"CUDA_HOME to a toolkit of CUDA {torch_cuda.split('.')[0]}, or set HESSKERN_CUDA=0"
+        )
+    return True
 
 
 def cuda_architectures(torch_flags: str) -> str:
@@ -114,9 +127,10 @@ def compiler_flags(platform: str, torch_root: Path, sanitize: bool) -> tuple[lis
         compile_flags.append("-fopenmp")
     if sanitize:
         sanitizers = "-fsanitize=address,undefined"
-        # vptr checks need the type information of torch's classes, which torch does not export.
+        # vptr checks need the type information of torch's classes, which torch does not export;
+        # Python's own flags have -fwrapv, under which an overflow counts as defined.
         compile_flags += [sanitizers, "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined"]
-        compile_flags += ["-fno-omit-frame-pointer", "-g1", "-O1"]
+        compile_flags += ["-fno-wrapv", "-fno-omit-frame-pointer", "-g1", "-O1"]
         link_flags.append(sanitizers)
     return compile_flags, link_flags
 

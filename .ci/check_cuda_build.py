@@ -1,0 +1,21 @@
+"""Checks a build with CUDA on a machine that need not have a GPU: versions and registrations."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+import hesskern
+
+info = hesskern.build_info()
+assert info["cuda"] == torch.version.cuda, info
+assert info["cuda_architectures"], info
+
+bindings = (Path(hesskern.__file__).parents[1] / "csrc" / "cuda" / "bindings.cpp").read_text()
+registered = re.findall(r'm\.impl\("(\w+)"', bindings)
+assert "mirror_" in registered, registered
+for name in registered:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"hesskern::{name}", "CUDA"), name
+print("CUDA build imports:", info, "; CUDA kernels:", ", ".join(registered))

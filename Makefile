@@ -1,0 +1,115 @@
+# make demo, make test: Python >= 3.10, make and a C++ compiler are all they need.
+# `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+CUDA_VENV ?= .venv-cuda
+# What `make cuda-compile` compiles for; nvcc alone, no torch.
+CUDA_ARCHITECTURES ?= 80 90
+# More arguments for pytest, e.g. PYTEST_ARGS="-k eigsh".
+PYTEST_ARGS ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+CSRC := $(wildcard csrc/*.* csrc/*/*.*)
+BUILD_FILES := $(CSRC) setup.py hesskern/_digest.py
+# What a copy of the tree needs in order to build and to run the tests.
+TREE := $(wildcard setup.py pyproject.toml MANIFEST.in README.md LICENSE csrc hesskern tests)
+COPY = rm -rf $(1)/csrc $(1)/hesskern $(1)/tests && mkdir -p $(1) && \
+	tar -cf - --exclude='*.so' --exclude=__pycache__ $(TREE) | tar -xf - -C $(1)
+
+.PHONY: help demo test lint format package sanitize cuda-compile cuda-build clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | \
+		column -t -s '|'
+
+demo: $(VENV)/built ## digits, a small network, and a report in demo/report.html
+	$(VENV)/bin/hesskern analyze --output demo
+	@echo "Open demo/report.html in a browser."
+
+test: $(VENV)/built ## the whole test suite
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/built ## ruff, mypy, clang-format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+
+format: $(VENV)/built ## rewrite the sources as lint wants them
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CSRC)
+
+package: $(VENV)/built ## sdist and wheel in dist/, installed and checked
+	rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation
+	$(VENV)/bin/python .ci/check_package.py dist
+
+# torch first and alone: with another package in the same request pip may choose another build.
+# Arguments: venv, constraints file.
+define make_venv
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Python >= 3.10 is needed")'
+	@echo "Installing $$(grep '^torch==' $(2)) into $(1) (a large download)"
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install -q --upgrade pip
+	$(1)/bin/python -m pip install -q "$$(grep '^torch==' $(2))"
+	$(1)/bin/python -m pip install -q 'setuptools>=77' wheel ninja
+endef
+
+$(VENV)/torch: constraints.txt
+	$(call make_venv,$(VENV),constraints.txt)
+	@touch $@
+
+$(VENV)/built: $(VENV)/torch $(BUILD_FILES) pyproject.toml
+	@echo "Building hesskern and installing it into $(VENV)"
+	@touch $@.begun
+	PYTHONWARNINGS=ignore $(VENV)/bin/python -m pip install -q --no-build-isolation \
+		-c constraints.txt -e '.[cli,test,dev]'
+	@mv $@.begun $@  # as old as the build's begin: a source edited meanwhile is newer
+
+# Preloaded: the interpreter is not instrumented, and exceptions cross from torch into hesskern.
+SANITIZERS = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 \
+	UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2
+SANITIZE_TESTS ?= $(wildcard tests/test_ops*.py)
+
+sanitize: $(VENV)/built ## the operators' tests under AddressSanitizer and UBSan
+	$(call COPY,build/sanitize)
+	cd build/sanitize && HESSKERN_CUDA=0 HESSKERN_SANITIZE=1 \
+		$(abspath $(VENV))/bin/python setup.py -q build_ext --inplace >build.log 2>&1 || \
+		{ cat build.log; exit 1; }
+	cd build/sanitize && $(SANITIZERS) $(abspath $(VENV))/bin/python -c \
+		"from hesskern import _extension as e; assert e.build_info()['sanitized'], 'not sanitized'"
+	# The file descriptors stay as they are, or an abort would take its own report along.
+	cd build/sanitize && $(SANITIZERS) $(abspath $(VENV))/bin/python -m pytest \
+		-p no:cacheprovider --capture=sys $(SANITIZE_TESTS)
+
+cuda-compile: ## every .cu file with nvcc alone, warnings as errors; no GPU, no torch
+	@mkdir -p build/cuda-compile
+	@for source in csrc/cuda/*.cu; do \
+		echo "nvcc $$source for $(CUDA_ARCHITECTURES:%=sm_%)"; \
+		nvcc -std=c++17 -O3 --Werror all-warnings -Xcompiler=-Wall,-Wextra,-Werror \
+			$(foreach a,$(CUDA_ARCHITECTURES),-gencode arch=compute_$(a),code=sm_$(a)) \
+			-Icsrc -c $$source -o build/cuda-compile/$$(basename $$source .cu).o; \
+	done
+
+$(CUDA_VENV)/torch: constraints-cuda.txt
+	$(call make_venv,$(CUDA_VENV),constraints-cuda.txt)
+	@touch $@
+
+cuda-build: $(CUDA_VENV)/torch ## build against a CUDA torch (6 GB, own environment), CPU tests there
+	$(call COPY,build/cuda)
+	cd build/cuda && HESSKERN_CUDA=1 $(abspath $(CUDA_VENV))/bin/python -m pip install -q \
+		--no-build-isolation -c $(abspath constraints-cuda.txt) -e '.[cli,test]'
+	cd build/cuda && $(abspath $(CUDA_VENV))/bin/python $(abspath .ci/check_cuda_build.py)
+	cd build/cuda && $(abspath $(CUDA_VENV))/bin/python -m pytest -p no:cacheprovider $(PYTEST_ARGS)
+
+clean: ## everything that make made
+	rm -rf $(VENV) $(CUDA_VENV) build dist demo hesskern.egg-info hesskern/_C*.so
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find hesskern tests -name __pycache__ -prune -exec rm -rf {} +

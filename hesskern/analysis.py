@@ -29,7 +29,7 @@ __all__ = ["Analysis", "Settings", "analyze"]
 
 FORMAT = "hesskern.analyze/1"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
-_EIGEN_TOLERANCE = 1e-5
+_EIGEN_TOLERANCE = 1e-4
 # Rows of the correspondence heat maps and of the factors' spectra that are kept.
 _SHOWN = 20
 # Bytes for the Kronecker eigenvectors of one layer of one model when models are compared.

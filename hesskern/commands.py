@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from hesskern.data import DATASETS
 from hesskern.digest import Digest, counted, listed
 from hesskern.models import KNOWN_MODELS
 from hesskern.progress import Progress, reporter
-from hesskern.report import write_files, write_report
+from hesskern.report import write_report
 from hesskern.tables import layer_table
 from hesskern.training import RECIPES
 from hesskern.wording import subject, summary
@@ -46,7 +47,7 @@ def _command(context: click.Context) -> Iterator[Progress]:
         yield report
     except KeyboardInterrupt:
         _close(report)
-        click.echo("Interrupted; nothing was written.", err=True)
+        click.echo("Interrupted; no file was left half-written.", err=True)
         context.exit(_INTERRUPTED)
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         _close(report)
@@ -161,9 +162,9 @@ def analyze_command(
         **options,
     )
     with _command(context) as progress:
+        _check_writable(output)
         analysis = analyze(settings, progress, _command_line(context))
-        paths = write_report(analysis.result, output)
-        paths += write_files(output, _weights(analysis))
+        paths = write_report(analysis.result, output, _weights(analysis))
     console = Console(stderr=as_json, highlight=False)
     _show(console, analysis.result)
     console.print(f"\n[bold]Report:[/bold] {paths[0]}", soft_wrap=True)
@@ -171,6 +172,13 @@ def analyze_command(
         console.print(f"        {path}", soft_wrap=True)
     if as_json:
         click.echo(json.dumps(analysis.result, allow_nan=False))
+
+
+def _check_writable(folder: Path) -> None:
+    """Says before the work, not after it, that its results could not be kept."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"output {folder} cannot be written: {existing} is no writable folder")
 
 
 def _weights(analysis: Analysis) -> dict[str, bytes]:

@@ -234,6 +234,8 @@ class _ArrayUnpickler(pickle.Unpickler):
             return self._reconstruct
         if module == "numpy" and name in ("ndarray", "dtype"):
             return getattr(np, name)
+        if (module, name) == ("_codecs", "encode"):  # how python 3 writes bytes for python 2
+            return lambda text, encoding: str(text).encode("latin-1")
         raise pickle.UnpicklingError(f"the name {module}.{name} has no place in image data")
 
 

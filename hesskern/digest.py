@@ -28,7 +28,7 @@ class Digest:
         self.layers: list[str] = result["network"]["layers"]
         lengths = [len(entry["overlap"]) for n in self.layers for entry in self.entries(n)]
         self.mark = min(max(result["data"]["classes"] - 1, 1), *lengths)
-        candidates = (1, self.mark, self.mark + 1, 2 * (self.mark + 1), max(lengths))
+        candidates = (1, self.mark, 2 * (self.mark + 1), max(lengths))
         self.columns = sorted({k for k in candidates if k <= max(lengths)})
         self.with_inputs = [
             n for n in self.layers if all("autocorrelation" in e for e in self.entries(n))

@@ -183,7 +183,29 @@ def _build_users(spec: str, input_shape: Sequence[int], classes: int) -> nn.Modu
             f"model {spec!r}: {function_name} must return a torch.nn.Module, "
             f"got {type(model).__name__}"
         )
+    _check_fit(model, spec, input_shape, classes)
     return model
+
+
+def _check_fit(model: nn.Module, spec: str, input_shape: Sequence[int], classes: int) -> None:
+    """Runs two zero inputs through a user's model and looks at what comes out."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            outputs = model(torch.zeros(2, *input_shape))
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"model {spec!r} does not take inputs of shape {[2, *input_shape]}: {error}"
+        ) from error
+    finally:
+        model.train(was_training)
+    if not isinstance(outputs, Tensor) or tuple(outputs.shape) != (2, classes):
+        found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(
+            f"model {spec!r} must turn inputs {[2, *input_shape]} into logits {[2, classes]}, "
+            f"got {found}"
+        )
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:

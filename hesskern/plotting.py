@@ -189,7 +189,7 @@ def _overlap(
         ylim=(0, 1.03),
     )
     _k_axis(axes)
-    axes.legend(ncols=2 if len(layers) > 3 else 1, loc="lower left")
+    axes.legend(ncols=2 if len(layers) > 3 else 1, loc="lower right")
 
 
 def _band(axes: Axes, curves: Curves, index: int, label: str, **look: Any) -> None:
@@ -280,7 +280,7 @@ def rank_one_panel(layers: Sequence[str], curves: Mapping[str, Curves], mark: in
         )
         _k_axis(axes, "index of the eigenvector of H")
         axes.set_ylabel(r"$\Vert\mathrm{Mat}(h)\Vert_2\,/\,\Vert\mathrm{Mat}(h)\Vert_F$")
-        axes.legend(ncols=2 if len(layers) > 3 else 1, loc="lower left")
+        axes.legend(ncols=2 if len(layers) > 3 else 1, loc="lower right")
 
     return _svg(draw)
 

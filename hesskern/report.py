@@ -61,20 +61,25 @@ def overview(result: Result) -> bytes:
     )
 
 
-def write_report(result: Result, folder: Path) -> list[Path]:
+def write_report(
+    result: Result, folder: Path, others: Mapping[str, bytes] | None = None
+) -> list[Path]:
     """Writes ``report.html``, ``result.json`` and ``overview.png`` into ``folder``.
 
+    Args:
+        result: what :func:`hesskern.analysis.analyze` computed.
+        folder: is made if it is not there.
+        others: further files, contents by name.
+
     Returns:
-        the three paths, the report first.
+        the paths, the report first.
     """
-    return write_files(
-        folder,
-        {
-            "report.html": render(result).encode(),
-            "result.json": (json.dumps(result, indent=1, allow_nan=False) + "\n").encode(),
-            "overview.png": overview(result),
-        },
-    )
+    files = {
+        "report.html": render(result).encode(),
+        "result.json": (json.dumps(result, indent=1, allow_nan=False) + "\n").encode(),
+        "overview.png": overview(result),
+    }
+    return write_files(folder, {**files, **(others or {})})
 
 
 def write_files(folder: Path, files: Mapping[str, bytes]) -> list[Path]:

@@ -17,8 +17,8 @@ def nearest_kronecker(
     """A (x) B with the least ‖H - A (x) B‖_F.
 
     Alternates A <- sum_kl H_(ik)(jl) B_kl / ‖B‖² and its mirror image: power iteration on the
-    rearranged matrix, whose leading singular pair is the answer. H is positive semi-definite, and so
-    are A and B. They are scaled to equal Frobenius norms.
+    rearranged matrix, whose leading singular pair is the answer. H is positive semi-definite, and
+    so are A and B. They are scaled to equal Frobenius norms.
 
     Args:
         H: a layer's Hessian, of a layer with one group.

@@ -104,8 +104,9 @@ $(CUDA_VENV)/torch: constraints-cuda.txt
 
 cuda-build: $(CUDA_VENV)/torch ## build against a CUDA torch (6 GB, own environment), CPU tests there
 	$(call COPY,build/cuda)
-	cd build/cuda && HESSKERN_CUDA=1 $(abspath $(CUDA_VENV))/bin/python -m pip install -q \
-		--no-build-isolation -c $(abspath constraints-cuda.txt) -e '.[cli,test]'
+	cd build/cuda && PYTHONWARNINGS=ignore HESSKERN_CUDA=1 \
+		$(abspath $(CUDA_VENV))/bin/python -m pip install -q --no-build-isolation \
+		-c $(abspath constraints-cuda.txt) -e '.[cli,test]'
 	cd build/cuda && $(abspath $(CUDA_VENV))/bin/python $(abspath .ci/check_cuda_build.py)
 	cd build/cuda && $(abspath $(CUDA_VENV))/bin/python -m pytest -p no:cacheprovider $(PYTEST_ARGS)
 

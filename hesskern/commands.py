@@ -25,7 +25,7 @@ from hesskern.progress import Progress, reporter
 from hesskern.report import write_report
 from hesskern.tables import layer_table
 from hesskern.training import RECIPES
-from hesskern.wording import subject, summary
+from hesskern.wording import notes, subject, summary
 
 __all__ = ["hesskern"]
 
@@ -209,6 +209,8 @@ def _show(console: Console, result: dict[str, Any]) -> None:
         table.add_row(*row)
     console.print()
     console.print(table)
+    for note in notes(result):
+        console.print(note, style="yellow", markup=False)
 
 
 @hesskern.command()

@@ -188,8 +188,8 @@ def notes(result: Result) -> list[str]:
     ]
     for model in result["models"]:
         texts += [
-            f"Eigenpairs of {name} ({model['label']}) did not all reach the tolerance; their "
-            "residuals are in result.json."
+            f"Eigenpairs of {name} ({model['label']}) did not all reach the tolerance: the worst "
+            f"residual is {max(entry['residuals']):.1e}."
             for name, entry in model["layers"].items()
             if not entry["converged"]
         ]

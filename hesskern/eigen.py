@@ -1,34 +1,30 @@
-"""Eigensolvers for symmetric operators that are known by their products with vectors."""
+"""Eigenpairs of symmetric operators that are known by their products with vectors."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 import warnings
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hesskern.davidson import davidson, olsen, seed_block, seed_preconditioner
+from hesskern.lanczos import Search, confirm, lanczos, restart
 from hesskern.progress import Progress, reporter
 from hesskern.results import EigenResult
+from hesskern.subspace import CountedOperator, OutOfProducts, Subspace, SymmetricOperator
 
 __all__ = ["eigsh"]
 
-# Up to this order the matrix is formed and solved densely.
-_DENSE = 256
-
-
-class _Symmetric(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def device(self) -> torch.device: ...
-    def __matmul__(self, vectors: Tensor, /) -> Tensor: ...
+_SMALL = 128
+_PENDING = 16
+_CHAIN_ROOM = 20
 
 
 def eigsh(
-    H: _Symmetric,
+    H: SymmetricOperator | Tensor,
     k: int,
     which: str = "LA",
     tol: float = 1e-4,
@@ -37,250 +33,228 @@ def eigsh(
     max_matvecs: int | None = None,
     progress: bool | Progress = False,
 ) -> EigenResult:
-    """The k most wanted eigenpairs of a symmetric operator.
+    """The ``k`` most wanted eigenpairs of a symmetric operator.
 
-    Lanczos with full reorthogonalization and thick restart (Wu & Simon, SIAM J. Matrix Anal. Appl.
-    22, 2000). Krylov spaces of one vector hold one vector per eigenspace, so after convergence the
-    search goes on from a random vector outside everything found, until that changes nothing:
-    repeated eigenvalues come out with their multiplicity.
+    Thick-restart Lanczos with full reorthogonalization by default. Repeated eigenvalues are found
+    with their multiplicity: when all residuals are small the search goes on from a random vector
+    orthogonal to everything found, until it can tell that nothing is missing. Operators that are
+    hardly larger than the basis this takes (and all with P <= 128) are formed and solved densely.
 
     Args:
-        H: [P, P] with ``shape``, ``dtype``, ``device`` and ``H @ V`` for [P] and [P, k]; a
-            symmetric tensor will do.
-        k: number of pairs.
-        which: "LA" largest, "SA" smallest, "LM" largest in absolute value.
-        tol: bound on every residual ‖H v - λ v‖ / |λ_1|.
-        start: [P, s] vectors whose span is a first guess, or None.
-        seed: of the random vectors.
-        max_matvecs: products after which the search gives up; None: 100 k + 1000.
-        progress: True for a bar, or a callback.
+        H: [P, P], float32 or float64: a symmetric tensor, or anything with ``shape``, ``dtype``,
+            ``device`` and ``H @ v`` for ``v`` [P] and [P, b]; ``to_dense()`` is used if it is there
+            and P is small.
+        k: number of pairs, 1 <= k <= P.
+        which: "LA" the largest eigenvalues, "SA" the smallest, "LM" the largest in absolute value.
+        tol: bound on every residual ‖H v - λ v‖ / |λ_1| (see :class:`EigenResult`). Below about
+            1e-6 in float32 rounding is in the way: the search ends with a warning.
+        start: None; or [P, s], vectors near the wanted ones; or an operator near H that has
+            ``eigsh(k)`` and ``solve_shifted(R [P, b], shifts [b])``, such as a
+            :class:`KroneckerOperator`. The latter's leading eigenvectors seed a generalized
+            Davidson iteration preconditioned by it when one product says that this is cheaper,
+            and a Lanczos run otherwise. It fits "LA" and "LM".
+        seed: of the random vectors; equal seeds give equal results.
+        max_matvecs: largest number of single-vector products, at least k; None: 1000 + 10 P.
+        progress: True for a bar on stderr, or a callback ``("eigsh", converged pairs, k)``.
 
     Returns:
-        :class:`EigenResult`.
+        :class:`EigenResult`; ``matvecs`` counts single vectors (a block of b counts b, a dense
+        solution P).
 
     Raises:
-        ValueError: bad arguments, or a product with NaN or Inf.
+        ValueError: an argument is out of range, ``start`` does not fit, or ``H @ v`` gave NaN,
+            Inf, or another shape or dtype.
 
     Warns:
         RuntimeWarning: not converged; names the worst residual.
     """
-    size = _check(H, k, which, tol)
+    operator = _checked(H, k, which, tol, max_matvecs)
+    start = _checked_start(start, which, operator)
     report = reporter(progress)
-    if size <= _DENSE or 2 * k >= size:
-        values, vectors = _dense(H, size)
-        image = H @ vectors
-        order = _order(values, which)[:k]
-        return _result(H, values[order], vectors[:, order], image[:, order], tol, 2 * size)
-    solver = _Lanczos(H, size, k, which, tol, seed, max_matvecs or 100 * k + 1000)
-    solver.run(start, report)
-    return _result(H, *solver.pairs(), tol, solver.matvecs)
+    size = operator.size
+    capacity = 2 * k + 40
+    if size <= max(_SMALL, capacity) <= operator.limit:
+        values, vectors, residuals, scale = _dense(H, operator, k, which)
+        report("eigsh", k, k)
+    else:
+        search = Search(
+            k,
+            which,
+            float(tol),
+            torch.Generator().manual_seed(seed),
+            lambda done: report("eigsh", done, k),
+        )
+        space = Subspace(operator, capacity, _PENDING)
+        values, vectors, residuals, scale = _iterate(space, search, start)
+        report("eigsh", k, k)
+    converged = bool((residuals <= tol).all())
+    if not converged:
+        why = (
+            f"at the limit of {operator.limit} products"
+            if operator.left == 0
+            else f"at the rounding of {operator.dtype}"
+        )
+        warnings.warn(
+            f"eigsh stopped {why}: the worst residual is {float(residuals.max()):.2g}, "
+            f"above tol={tol:g}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    pruned = float(getattr(H, "pruning_error", 0.0) or 0.0)
+    if pruned:
+        residuals = residuals + (pruned / scale if scale else math.inf)
+    return EigenResult(
+        values.to(vectors), vectors, residuals.to(vectors), converged, operator.count
+    )
 
 
-def _check(H: Any, k: int, which: str, tol: float) -> int:
-    shape = tuple(H.shape)
-    if len(shape) != 2 or shape[0] != shape[1]:
-        raise ValueError(f"H must be square [P, P], got {list(shape)}")
+def _checked(H: Any, k: int, which: str, tol: float, max_matvecs: int | None) -> CountedOperator:
+    shape = tuple(getattr(H, "shape", ()))
+    if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+        raise ValueError(f"H must be square, [P, P] with P >= 1, got shape {list(shape)}")
+    if getattr(H, "dtype", None) not in (torch.float32, torch.float64):
+        raise ValueError(f"H must be float32 or float64, got {getattr(H, 'dtype', None)}")
+    if isinstance(H, Tensor):
+        H = H.detach()
+        gap, largest = float((H - H.T).abs().max()), float(H.abs().max())
+        if gap > 100 * torch.finfo(H.dtype).eps * largest:
+            raise ValueError(f"H must be symmetric, got |H - H^T| up to {gap:.2g}")
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= shape[0]:
+        raise ValueError(f"k must be an integer with 1 <= k <= P = {shape[0]}, got {k!r}")
     if which not in ("LA", "SA", "LM"):
         raise ValueError(f"which must be 'LA', 'SA' or 'LM', got {which!r}")
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= shape[0]:
-        raise ValueError(f"k must be an integer in [1, {shape[0]}], got {k!r}")
-    if not tol > 0:
+    if not (isinstance(tol, float | int) and 0 < tol < math.inf):
         raise ValueError(f"tol must be positive, got {tol!r}")
-    return int(shape[0])
+    if max_matvecs is None:
+        return CountedOperator(H, 1000 + 10 * shape[0])
+    if isinstance(max_matvecs, bool) or not isinstance(max_matvecs, int) or max_matvecs < k:
+        raise ValueError(f"max_matvecs must be an integer >= k = {k}, got {max_matvecs!r}")
+    return CountedOperator(H, max_matvecs)
+
+
+def _checked_start(start: Any, which: str, operator: CountedOperator) -> Any:
+    size = operator.size
+    if start is None:
+        return None
+    if isinstance(start, Tensor):
+        if start.dim() != 2 or start.shape[0] != size or start.shape[1] == 0:
+            raise ValueError(f"start must be [P, s] = [{size}, s], got {list(start.shape)}")
+        if not bool(torch.isfinite(start).all()):
+            raise ValueError("start must be finite, got NaN or Inf")
+        return start.detach().to(operator.dtype).to(operator.device)
+    if not (hasattr(start, "eigsh") and hasattr(start, "solve_shifted")):
+        raise ValueError(
+            "start must be None, a tensor [P, s] or an operator with eigsh and solve_shifted, "
+            f"got {type(start).__name__}"
+        )
+    if tuple(start.shape) != (size, size) or start.dtype != operator.dtype:
+        raise ValueError(
+            f"start must be [{size}, {size}] of {operator.dtype} like H, "
+            f"got {list(start.shape)} of {start.dtype}"
+        )
+    if which == "SA":
+        raise ValueError("start: an operator gives leading eigenvectors, which='SA' wants the last")
+    return start
 
 
 def _order(values: Tensor, which: str) -> Tensor:
-    """Indices of values [n], most wanted first."""
     if which == "LM":
-        return values.abs().argsort(descending=True)
-    return values.argsort(descending=which == "LA")
+        return values.abs().argsort(descending=True, stable=True)
+    return values.argsort(descending=which == "LA", stable=True)
 
 
-def _dense(H: _Symmetric, size: int) -> tuple[Tensor, Tensor]:
-    matrix = H @ torch.eye(size, dtype=H.dtype, device=H.device)
-    _check_finite(matrix)
-    values, vectors = torch.linalg.eigh(((matrix + matrix.T) / 2).double())
-    return values.to(H.dtype), vectors.to(H.dtype)
+def _dense(
+    H: Any, operator: CountedOperator, k: int, which: str
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Values [k], vectors [P, k], relative residuals [k] and |λ_1|, from the formed matrix."""
+    if isinstance(H, Tensor) or not hasattr(H, "to_dense"):
+        identity = torch.eye(operator.size, dtype=operator.dtype, device=operator.device)
+        matrix = operator.apply(identity)
+    else:
+        matrix = H.to_dense()
+        operator.count = operator.size
+        if not bool(torch.isfinite(matrix).all()):
+            raise ValueError("H: H @ v must be finite, got NaN or Inf")
+    matrix = matrix.double()
+    matrix = (matrix + matrix.T) / 2
+    values, vectors = torch.linalg.eigh(matrix)
+    scale = float(values.abs().max())
+    order = _order(values, which)[:k]
+    values, vectors = values[order], vectors[:, order].to(operator.dtype)
+    residuals = (matrix @ vectors.double() - vectors.double() * values).norm(dim=0)
+    return values, vectors, residuals / scale if scale else residuals, scale
 
 
-def _check_finite(product: Tensor) -> None:
-    if not bool(torch.isfinite(product).all()):
-        raise ValueError("H @ v contains NaN or Inf")
+def _iterate(space: Subspace, search: Search, start: Any) -> tuple[Tensor, Tensor, Tensor, float]:
+    """As :func:`_dense`, by products alone."""
+    with contextlib.suppress(OutOfProducts):
+        _search(space, search, start)
+    values, coefficients = search.ritz(space)
+    values, coefficients = values[: search.k], coefficients[:, : search.k]
+    residuals = space.residual_norms(values, coefficients)
+    vectors = space.combine(coefficients).T.contiguous()
+    scale = space.scale
+    return values, vectors, residuals / scale if scale else residuals, scale
 
 
-def _result(
-    H: _Symmetric, values: Tensor, vectors: Tensor, image: Tensor, tol: float, matvecs: int
-) -> EigenResult:
-    scale = max(float(values.abs().max()), torch.finfo(H.dtype).tiny)
-    residuals = (image - vectors * values).norm(dim=0) / scale
-    converged = bool((residuals <= tol).all())
-    if not converged:
-        warnings.warn(
-            f"eigsh stopped after {matvecs} products with a worst residual of "
-            f"{float(residuals.max()):.2g}, above tol={tol:g}",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    pruning = float(getattr(H, "pruning_error", 0.0))
-    return EigenResult(values, vectors, residuals + pruning / scale, converged, matvecs)
-
-
-class _Lanczos:
-    """The basis Q, its image H Q, and the Rayleigh matrix of one search."""
-
-    def __init__(
-        self,
-        H: _Symmetric,
-        size: int,
-        k: int,
-        which: str,
-        tol: float,
-        seed: int,
-        max_matvecs: int,
-    ) -> None:
-        self.H, self.k, self.which, self.tol = H, k, which, tol
-        self.size, self.max_matvecs = size, max_matvecs
-        self.capacity = min(size, max(2 * k + 10, k + 32))
-        options: dict[str, Any] = {"dtype": H.dtype, "device": H.device}
-        # Rows are basis vectors: contiguous to write, and GEMM takes either order.
-        self.basis = torch.zeros(self.capacity, size, **options)
-        self.image = torch.zeros(self.capacity, size, **options)
-        self.rayleigh = torch.zeros(self.capacity, self.capacity, dtype=torch.float64)
-        self.count = 0
-        self.matvecs = 0
-        self.scale = 0.0
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def _random(self) -> Tensor:
-        noise = torch.randn(self.size, generator=self.generator, dtype=torch.float64)
-        return noise.to(self.H.dtype).to(self.H.device)
-
-    def _orthogonalized(self, vector: Tensor) -> Tensor | None:
-        """Unit vector outside the basis, or None if nothing is left of it but rounding."""
-        before = float(vector.norm())
-        if before == 0.0:
-            return None
-        basis = self.basis[: self.count]
-        for _ in range(2):
-            vector = vector - basis.T @ (basis @ vector)
-        after = float(vector.norm())
-        if after <= 100 * torch.finfo(self.H.dtype).eps * max(before, self.scale):
-            return None
-        vector = vector / after
-        # Normalizing magnified what rounding had left inside the basis.
-        vector = vector - basis.T @ (basis @ vector)
-        return vector / vector.norm()
-
-    def _append(self, vector: Tensor) -> Tensor:
-        """Takes one more basis vector; returns its image."""
-        j = self.count
-        product = self.H @ vector
-        _check_finite(product)
-        self.matvecs += 1
-        self.basis[j], self.image[j] = vector, product
-        self.count = j + 1
-        column = (self.basis[: j + 1] @ product).double().cpu()
-        self.rayleigh[: j + 1, j] = column
-        self.rayleigh[j, : j + 1] = column
-        self.scale = max(self.scale, float(product.norm()))
-        return product
-
-    def _ritz(self) -> tuple[Tensor, Tensor]:
-        """All Ritz values, most wanted first, and their coefficients [count, count]."""
-        n = self.count
-        values, coefficients = torch.linalg.eigh(self.rayleigh[:n, :n])
-        order = _order(values, self.which)
-        return values[order], coefficients[:, order]
-
-    def _residuals(self, values: Tensor, coefficients: Tensor) -> Tensor:
-        """[k] true residuals ‖H v - λ v‖ / |λ_1| of the k most wanted Ritz pairs."""
-        k = min(self.k, len(values))
-        c = coefficients[:, :k].to(self.H.dtype).to(self.H.device).T
-        theta = values[:k].to(self.H.dtype).to(self.H.device).unsqueeze(1)
-        gap = c @ self.image[: self.count] - theta * (c @ self.basis[: self.count])
-        largest = max(float(values.abs().max()), torch.finfo(self.H.dtype).tiny)
-        return gap.norm(dim=1).double().cpu() / largest
-
-    def _restart(self, keep: int) -> None:
-        """Shrinks the basis to its ``keep`` most wanted Ritz vectors."""
-        values, coefficients = self._ritz()
-        c = coefficients[:, :keep].to(self.H.dtype).to(self.H.device).T
-        n = self.count
-        self.basis[:keep] = c @ self.basis[:n]
-        self.image[:keep] = c @ self.image[:n]
-        self.rayleigh.zero_()
-        self.rayleigh[:keep, :keep] = values[:keep].diag()
-        self.count = keep
-
-    def run(self, start: Any, report: Progress) -> None:
-        self._seed_basis(start)
-        vector = self._next(self._random())
-        verified: Tensor | None = None
-        best = float("inf")
-        stalled = 0
-        while vector is not None and self.matvecs < self.max_matvecs:
-            product = self._append(vector)
-            full = self.count == self.capacity
-            if self.count < self.k or not (full or self.count % 8 == 0):
-                vector = self._next(product)
-                continue
-            values, coefficients = self._ritz()
-            residuals = self._residuals(values, coefficients)
-            report("eigsh", int((residuals <= self.tol).sum()), self.k)
-            worst = float(residuals.max())
-            done = worst <= self.tol
-            if full:
-                stalled = stalled + 1 if worst > 0.9 * best else 0
-                best = min(best, worst)
-                if stalled >= 8 and not done:
-                    return
-            if done and verified is not None and self._same(verified, values) and full:
-                return
-            if done and (verified is None or full):
-                # What a fresh start vector brings in converges from scratch.
-                best, stalled = float("inf"), 0
-                verified = values[: self.k].clone()
-                self._restart(min(self.k + 2, self.count))
-                vector = self._next(self._random())
-                continue
-            if full:
-                outside = self._orthogonalized(product)
-                self._restart(min(self.k + max(2, (self.capacity - self.k) // 3), self.count - 1))
-                vector = self._next(product if outside is None else outside)
-                continue
-            vector = self._next(product)
-
-    def _same(self, before: Tensor, values: Tensor) -> bool:
-        largest = max(float(values.abs().max()), torch.finfo(torch.float64).tiny)
-        return float((before - values[: self.k]).abs().max()) <= self.tol * largest
-
-    def _next(self, vector: Tensor) -> Tensor | None:
-        """The vector made orthogonal; a random one if it lies in the basis; None if that is all."""
-        for _ in range(4):
-            if self.count >= self.size:
-                return None
-            unit = self._orthogonalized(vector)
-            if unit is not None:
-                return unit
-            vector = self._random()
-        return None
-
-    def _seed_basis(self, start: Any) -> None:
-        if start is None:
+def _search(space: Subspace, search: Search, start: Any) -> None:
+    block = max(4, min(8, search.k // 25))
+    preconditioned = _seed(space, search, start)
+    corrections = olsen(start) if preconditioned and not isinstance(start, Tensor) else None
+    chains = 1
+    while True:
+        if preconditioned:
+            davidson(space, search, block, corrections)
+        elif not lanczos(space, search):
             return
-        if not isinstance(start, Tensor) or start.dim() != 2 or start.shape[0] != self.size:
-            found = list(start.shape) if isinstance(start, Tensor) else type(start).__name__
-            raise ValueError(f"start must be None or [P, s] = [{self.size}, s], got {found}")
-        for column in start.to(self.H.dtype).to(self.H.device).T[: self.capacity - 2]:
-            unit = self._orthogonalized(column)
-            if unit is not None:
-                self._append(unit)
+        _settle(space, search, block)
+        if space.room < _CHAIN_ROOM:
+            restart(space, search)
+        values, _ = search.ritz(space)
+        complete = confirm(space, search, values[: search.k], chains)
+        if space.restarts:
+            space.orthonormalize()
+        if complete and _converged(space, search):
+            return
+        # More copies at a time, as long as one chain outside the basis has room to be conclusive.
+        chains = 2 if chains == 1 else 1
 
-    def pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Values [k], vectors [P, k] and their images [P, k]."""
-        values, coefficients = self._ritz()
-        c = coefficients[:, : self.k].to(self.H.dtype).to(self.H.device).T
-        vectors, image = c @ self.basis[: self.count], c @ self.image[: self.count]
-        norms = vectors.norm(dim=1, keepdim=True)
-        values = values[: self.k].to(self.H.dtype).to(self.H.device)
-        return values, (vectors / norms).T, (image / norms).T
+
+def _seed(space: Subspace, search: Search, start: Any) -> bool:
+    """Puts the start into the basis; tells whether Davidson's method goes on from there."""
+    if start is None:
+        return False
+    if not isinstance(start, Tensor):
+        return seed_preconditioner(space, search, start)
+    rows = start.T[: space.capacity - _PENDING]
+    if len(rows) == 1:
+        space.push(rows)
+        return False
+    seed_block(space, rows)
+    return space.size > 0
+
+
+def _settle(space: Subspace, search: Search, block: int) -> None:
+    """Makes sure that the residuals computed from vectors are within the tolerance.
+
+    What a recurrence has lost to rounding is made up by corrections; where these no longer help,
+    the images are recomputed, and what remains then is the floor that the tolerance is raised to.
+    """
+    refreshed = False
+    while not _converged(space, search):
+        if davidson(space, search, block, None):
+            continue
+        values, coefficients = search.ritz(space)
+        values, coefficients = values[: search.k], coefficients[:, : search.k]
+        if refreshed:
+            search.tol = 1.5 * float(space.residual_norms(values, coefficients).max()) / space.scale
+            return
+        space.restart(values, coefficients)
+        space.refresh()
+        refreshed = True
+
+
+def _converged(space: Subspace, search: Search) -> bool:
+    values, coefficients = search.ritz(space)
+    norms = space.residual_norms(values[: search.k], coefficients[:, : search.k])
+    return search.count_converged(norms, space.scale) == search.k

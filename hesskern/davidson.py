@@ -1,0 +1,191 @@
+"""Block generalized Davidson: the basis grows by corrections computed from residuals.
+
+Morgan and Scott, "Generalizations of Davidson's method for computing eigenvalues of sparse
+symmetric matrices", SIAM Journal on Scientific and Statistical Computing 7 (1986), 817-825; the
+projected correction is Olsen's (Chemical Physics Letters 169 (1990), 463-472).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hesskern.lanczos import Search, restart
+from hesskern.results import EigenResult
+from hesskern.subspace import Subspace
+
+__all__ = ["Correction", "Preconditioner", "davidson", "olsen", "seed_block", "seed_preconditioner"]
+
+Correction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``correction(residuals [b, P], values [b], vectors [b, P])``: new directions [b, P]."""
+
+_PATIENCE = 20
+
+
+class Preconditioner(Protocol):
+    """An operator near H that knows its eigenpairs and solves shifted systems."""
+
+    def eigsh(self, k: int, /) -> EigenResult: ...
+
+    def solve_shifted(self, vectors: Tensor, shifts: Tensor, /) -> Tensor: ...
+
+
+def olsen(preconditioner: Preconditioner) -> Correction:
+    """t = -(K - θ I)^-1 (r - ε v) with ε such that t is orthogonal to v.
+
+    Without the second term the correction of an exact preconditioner would be v itself.
+    """
+
+    def correct(residuals: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
+        count = len(values)
+        both = torch.cat([residuals, vectors]).T
+        solved = preconditioner.solve_shifted(both, torch.cat([values, values])).T
+        t, u = solved[:count], solved[count:]
+        inner = (u * vectors).sum(dim=1)
+        # A shift on one of K's eigenvalues makes both terms large and the quotient still fine;
+        # only v orthogonal to (K - θ I)^-1 v leaves nothing to project with.
+        safe = inner.abs() > 1e-3 * u.norm(dim=1)
+        epsilon = torch.where(safe, (t * vectors).sum(dim=1) / torch.where(safe, inner, 1.0), 0.0)
+        return epsilon[:, None] * u - t
+
+    return correct
+
+
+def davidson(space: Subspace, search: Search, block: int, correct: Correction | None) -> bool:
+    """Expands ``space`` by corrections of the leading pairs that have not converged.
+
+    Pairs that have converged stay in the basis and get no more corrections.
+
+    Args:
+        space: holds at least one vector, and its pending directions are dropped.
+        search: what is searched.
+        block: how many corrections at a time.
+        correct: None for the residuals themselves.
+
+    Returns:
+        True when all residuals, computed from vectors, are within the tolerance; False when
+        rounding keeps them from it.
+
+    Raises:
+        OutOfProducts: at the limit of products; ``space`` holds what was found.
+    """
+    settled, reference = 0, torch.zeros(0, dtype=torch.float64)
+    best, stalled = math.inf, 0
+    epsilon = torch.finfo(space.operator.dtype).eps
+    space.drop_pending()
+    while True:
+        if space.room < block:
+            restart(space, search)
+            space.drop_pending()
+        values, coefficients = search.ritz(space)
+        bound = search.tol * space.scale
+        wanted = min(search.k, space.size)
+        moved = (values[:settled] - reference[:settled]).abs() > bound
+        before = settled
+        settled = int(moved.nonzero()[0]) if bool(moved.any()) else settled
+        settled, targets, residuals = _open_pairs(
+            space, values, coefficients, settled, wanted, block, bound
+        )
+        reference = values[:wanted].clone()
+        search.report(settled)
+        if not targets:
+            if wanted == search.k:
+                return True
+            if not space.push_random(1, search.generator):
+                return True
+        else:
+            worst = float(residuals.norm(dim=1)[0]) / max(space.scale, 1e-300)
+            progress = settled > before or worst < 0.7 * best
+            best = worst if progress else best
+            stalled = 0 if progress else stalled + 1
+            if stalled >= _PATIENCE:
+                if worst < 1e4 * epsilon:
+                    return False
+                correct, stalled = None, 0
+            added = 0
+            if correct is not None:
+                theta = values[targets].to(residuals)
+                vectors = space.combine(coefficients[:, targets])
+                added = space.push(correct(residuals, theta, vectors))
+            if not added and not space.push(residuals):
+                return False
+        space.advance(list(range(min(space.pending, max(1, space.operator.left)))), krylov=False)
+        space.drop_pending()
+
+
+def _open_pairs(
+    space: Subspace,
+    values: Tensor,
+    coefficients: Tensor,
+    settled: int,
+    wanted: int,
+    block: int,
+    bound: float,
+) -> tuple[int, list[int], Tensor]:
+    """The first ``block`` pairs from ``settled`` on with residuals above ``bound``.
+
+    Returns:
+        How many leading pairs are settled now, the positions of the open ones, their residuals.
+    """
+    targets: list[int] = []
+    rows: list[Tensor] = []
+    for start in range(settled, wanted, block):
+        part = slice(start, min(start + block, wanted))
+        residuals = space.residuals(values[part], coefficients[:, part])
+        for position, norm in enumerate(residuals.norm(dim=1).tolist(), start):
+            if norm > bound and len(targets) < block:
+                targets.append(position)
+                rows.append(residuals[position - start])
+        if len(targets) == block:
+            break
+    settled = targets[0] if targets else wanted
+    return settled, targets, torch.stack(rows) if rows else values.new_zeros(0, 0)
+
+
+def seed_block(space: Subspace, rows: Tensor) -> None:
+    """Puts the span of ``rows`` [s, P] into the basis, at one product per dimension."""
+    step = 8
+    for start in range(0, len(rows), step):
+        if space.push(rows[start : start + step]):
+            space.advance(list(range(space.pending)), krylov=False)
+    space.drop_pending()
+
+
+def seed_preconditioner(space: Subspace, search: Search, preconditioner: Preconditioner) -> bool:
+    """Starts from K's leading eigenvectors and tells whether Davidson's method will pay.
+
+    One product with a signed sum of them measures how near K is to H. A pair costs Davidson one
+    product to seed and one for every factor that (K - θ I)^-1 (H - K) takes off its residual;
+    Lanczos needs little more than two products per pair whatever it starts from. So K must be near
+    H: otherwise the sum is the start vector of a Lanczos run, and nothing is lost.
+
+    Returns:
+        True with all k seeds in the basis; False with the sum alone, ready for Lanczos steps.
+    """
+    pairs = preconditioner.eigsh(search.k)
+    kappa = pairs.values.double().cpu()
+    size = kappa.abs().clamp(min=1e-6 * float(kappa.abs().max()))
+    signs = torch.randint(0, 2, (search.k,), generator=search.generator).double() * 2 - 1
+    rows = pairs.vectors.T
+    mixed = (signs / size).to(rows) @ rows
+    if not space.push(mixed[None]):
+        return False
+    space.advance([0])
+    predicted = space.images(torch.ones(1, 1))[0] * mixed.norm()
+    difference = float((predicted - (signs * kappa / size).to(rows) @ rows).norm())
+    relative = difference / math.sqrt(search.k)
+    residual = relative * float(kappa.square().mean().sqrt() / size.max())
+    factor = 1.5 * relative
+    if factor >= 1:
+        return False
+    products = 1.0
+    if residual > search.tol:
+        products += math.log(residual / search.tol) / -math.log(max(factor, 1e-12))
+    if products > 2.3:
+        return False
+    seed_block(space, rows)
+    return True

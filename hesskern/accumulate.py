@@ -11,19 +11,23 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.capture import Batch, Capture, LayerUse, batches
-from hesskern.factors import Factors, LayerFactors
+from hesskern.factors import Factors, LayerFactors, unfolded
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import resolve_loss
 from hesskern.progress import Progress, reporter
 from hesskern.roots import (
     BatchRoots,
     accumulator_dtype,
+    check_budget,
+    check_fraction,
     check_output,
     model_device,
     positions_last,
 )
 
 __all__ = ["FactorAccumulator"]
+
+_STATE = ("count", "batches", "reasons", "generator", "settings", "layers")
 
 
 @dataclass
@@ -33,22 +37,30 @@ class _Sums:
     Attributes:
         inputs: [d, d] or [g, d, d], without the bias.
         outputs: [m, m].
+        column: [g d] sum of the inputs over samples and positions; used with a joint bias.
         images: sums of the inputs, one per use; None once their shapes varied.
         positions: weighted sum of positions per sample.
     """
 
     inputs: Tensor
     outputs: Tensor
+    column: Tensor
     images: list[Tensor] | None = field(default_factory=list)
     positions: float = 0.0
 
-    def copy(self) -> _Sums:
-        images = None if self.images is None else [image.clone() for image in self.images]
-        return _Sums(self.inputs.clone(), self.outputs.clone(), images, self.positions)
+    def copy(self, device: torch.device | None = None) -> _Sums:
+        def clone(tensor: Tensor) -> Tensor:
+            return tensor.to(device, copy=True)
+
+        images = None if self.images is None else [clone(image) for image in self.images]
+        return _Sums(
+            clone(self.inputs), clone(self.outputs), clone(self.column), images, self.positions
+        )
 
     def scale(self, factor: float) -> None:
         self.inputs *= factor
         self.outputs *= factor
+        self.column *= factor
         self.positions *= factor
         for image in self.images or ():
             image *= factor
@@ -56,6 +68,7 @@ class _Sums:
     def add(self, other: _Sums) -> None:
         self.inputs += other.inputs
         self.outputs += other.outputs
+        self.column += other.column
         self.positions += other.positions
         self.add_images(other.images)
 
@@ -104,16 +117,14 @@ class FactorAccumulator:
         memory_budget: int = 2**30,
     ) -> None:
         check_output(output, mc_samples)
-        if decay is not None and not 0 <= decay < 1:
-            raise ValueError(f"decay must be None or lie in [0, 1), got {decay!r}")
-        if memory_budget < 0:
-            raise ValueError(f"memory_budget must be non-negative bytes, got {memory_budget!r}")
+        if decay is not None:
+            check_fraction("decay", decay)
         self._loss = resolve_loss(loss, output_root)
         self._specs, self._skipped = select_layers(model, layers, bias)
         self._by_name = layers is not None
         self._model = model
         self._decay = decay
-        self._memory_budget = memory_budget
+        self._memory_budget = check_budget(memory_budget)
         self._settings: dict[str, Any] = {
             "output": output,
             "bias": bias,
@@ -179,18 +190,19 @@ class FactorAccumulator:
             settings["mc_samples"],
             self._generator,
         )
-        if self._by_name and capture.reasons:
-            name, reason = next(iter(capture.reasons.items()))
-            raise ValueError(f"layers: {name!r} {reason}")
-        self._reasons.update(capture.reasons)
         fresh = {
             name: self._batch_sums(spec, roots)
             for name, spec in self._specs.items()
-            if name in roots.uses and name not in self._reasons
+            if name in roots.uses
         }
         self._add_outputs(roots, fresh)
         # From here on nothing can fail: the batch is in as a whole or not at all.
         self._commit(fresh, roots.count)
+        self._note({**self._reasons, **capture.reasons})
+
+    def _note(self, reasons: dict[str, str]) -> None:
+        """Keeps the reasons of layers that no batch has reached."""
+        self._reasons = {n: reason for n, reason in reasons.items() if n not in self._sums}
 
     def _batch_sums(self, spec: LayerSpec, roots: BatchRoots) -> _Sums:
         """The batch's input sums of one layer, and zeros for its output Hessian."""
@@ -202,6 +214,7 @@ class FactorAccumulator:
         sums = _Sums(
             torch.zeros(shape, dtype=dtype, device=device),
             torch.zeros(m, m, dtype=dtype, device=device),
+            torch.zeros(spec.groups * d, dtype=dtype, device=device),
         )
         for use in uses:
             x = roots.inputs(use)
@@ -222,6 +235,9 @@ class FactorAccumulator:
             for use, total in zip(uses, roots.input_sums[spec.name], strict=True)
         ]
         sums.add_images(images)
+        if spec.joint:
+            for image in images:
+                sums.column += unfolded(spec, image).sum(1)
         sums.positions = roots.count * sum(_positions(spec, use) for use in uses)
         return sums
 
@@ -291,10 +307,13 @@ class FactorAccumulator:
         """The factors of everything seen so far; the accumulator can go on afterwards.
 
         Raises:
-            ValueError: no samples were seen.
+            ValueError: no samples were seen, or a layer asked for by name was never reached.
         """
         if not self._count > 0:
             raise ValueError("data yielded no samples, so there are no factors")
+        if self._by_name and self._reasons:
+            name, reason = next(iter(self._reasons.items()))
+            raise ValueError(f"layers: {name!r} {reason}")
         layers = {
             name: self._layer(self._specs[name], self._sums[name])
             for name in self._specs
@@ -312,14 +331,9 @@ class FactorAccumulator:
         outputs = ops.mirror_(sums.outputs / count)
         images = None if sums.images is None else tuple(image / count for image in sums.images)
         positions = sums.positions / count
-        result = LayerFactors(spec, inputs, outputs, count, positions, images)
-        if not spec.joint:
-            return result
-        mean = result.input_mean
-        column = (mean if mean.dim() == 2 else mean[:, None])[:-1].sum(1)
-        return LayerFactors(
-            spec, _bordered(inputs, column, positions), outputs, count, positions, images
-        )
+        if spec.joint:
+            inputs = _bordered(inputs, sums.column / count, positions)
+        return LayerFactors(spec, inputs, outputs, count, positions, images)
 
     def merge(self, other: FactorAccumulator) -> None:
         """Adds what another accumulator of the same model and settings has seen.
@@ -344,7 +358,7 @@ class FactorAccumulator:
                 self._sums[name].add(sums)
         self._count += other._count
         self._batches += other._batches
-        self._reasons.update(other._reasons)
+        self._note({**other._reasons, **self._reasons})
 
     def state_dict(self) -> dict[str, Any]:
         """Everything accumulated, as tensors and plain numbers: to stop and go on later."""
@@ -361,19 +375,32 @@ class FactorAccumulator:
         """Takes over what :meth:`state_dict` gave, in place of what was accumulated here.
 
         Raises:
-            ValueError: the state belongs to other settings or other layers.
+            ValueError: the state is none, or belongs to other settings or other layers; what was
+                accumulated here then stays.
         """
+        missing = [key for key in _STATE if key not in state]
+        if missing:
+            raise ValueError(f"state must come from state_dict(); it lacks {', '.join(missing)}")
         if state["settings"] != self._settings:
             raise ValueError(
                 f"state was made with settings {state['settings']}, this one with {self._settings}"
             )
-        unknown = sorted(set(state["layers"]) - set(self._specs))
-        if unknown:
-            raise ValueError(f"state has layers that this accumulator lacks: {', '.join(unknown)}")
-        self._sums = {name: _Sums(**sums).copy() for name, sums in state["layers"].items()}
+        device = model_device(self._model)
+        loaded = {name: _Sums(**sums).copy(device) for name, sums in state["layers"].items()}
+        for name, sums in loaded.items():
+            spec = self._specs.get(name)
+            if spec is None:
+                raise ValueError(f"state has a layer {name!r} that this accumulator lacks")
+            found = (sums.outputs.shape[0], sums.inputs.shape[-1])
+            if found != (spec.outputs, spec.weight_inputs):
+                raise ValueError(
+                    f"state has layer {name!r} with (m, d) = {found}, the model has "
+                    f"{(spec.outputs, spec.weight_inputs)}"
+                )
+        self._generator.set_state(state["generator"])
+        self._sums = loaded
         self._count, self._batches = state["count"], state["batches"]
         self._reasons = dict(state["reasons"])
-        self._generator.set_state(state["generator"])
 
 
 def _positions(spec: LayerSpec, use: LayerUse) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,17 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from hesskern.layers import LayerSpec, pad_input
 from hesskern.piecewise import layers_followed_by_smooth
 from hesskern.progress import Progress
+from hesskern.tying import WeightReads
 
-__all__ = ["Batch", "Capture", "LayerUse", "batches", "frozen_eval", "run_model"]
+__all__ = [
+    "Batch",
+    "Capture",
+    "LayerUse",
+    "batches",
+    "check_iterable",
+    "frozen_eval",
+    "run_model",
+]
 
 
 @dataclass(frozen=True)
@@ -41,31 +50,44 @@ class LayerUse:
 
     Attributes:
         x: input [N, d], [N, t, d] or [N, C, (H,) W], detached, padded.
-        edge: where the gradient with respect to the layer's output arrives; None where the
-            model ran the layer without gradients.
+        edge: where the gradient with respect to the layer's output arrives.
+        version: of x when the layer read it.
     """
 
     x: Tensor
-    edge: GradientEdge | None
+    edge: GradientEdge
     version: int
 
 
 class _Root(torch.autograd.Function):
-    """Makes a tensor without history a non-leaf, without a copy, so that gradients stop at it."""
+    """The same tensor, without a copy, as a non-leaf that is no view.
+
+    Gradients then have a node to arrive at, and an in-place activation shows up in the graph by
+    its own name instead of as ``CopySlices``.
+    """
+
+    piecewise_linear = True
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, anchor: Tensor) -> Tensor:
-        ctx.mark_dirty(z)
-        return z
+        return z.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return None, None
+        return grads[0] if ctx.needs_input_grad[0] else None, None
 
 
 @contextmanager
 def frozen_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode with every parameter frozen; modes and flags come back, also after an error."""
+    """Eval mode with every parameter frozen; modes and flags come back, also after an error.
+
+    Raises:
+        ValueError: the model was made under ``torch.inference_mode()``.
+    """
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            "model must not be made under torch.inference_mode(): autograd cannot run through it"
+        )
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -130,12 +152,16 @@ def batches(
         description: what the progress bar says.
 
     Raises:
-        TypeError: data is not iterable, or an element is not such a tuple.
+        TypeError: data is not iterable, or an element is not such a tuple; ``sample_weight`` is not
+            a tensor.
         ValueError: ``sample_weight`` has another length than the data.
     """
-    if isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise TypeError(f"data must be an iterable of (inputs, targets), got {type(data).__name__}")
-    total = len(data) if isinstance(data, Sized) else None
+    check_iterable(data)
+    if sample_weight is not None and not isinstance(sample_weight, Tensor):
+        raise TypeError(f"sample_weight must be a tensor, got {type(sample_weight).__name__}")
+    if sample_weight is not None and sample_weight.dim() != 1:
+        raise ValueError(f"sample_weight must be [total samples], got {list(sample_weight.shape)}")
+    total = _length(data)
     offset = 0
     for index, element in enumerate(data):
         if not isinstance(element, (tuple, list)) or len(element) not in (2, 3):
@@ -167,13 +193,32 @@ def batches(
         )
 
 
+def check_iterable(data: Any) -> None:
+    """Raises TypeError if data cannot be an iterable of batches."""
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise TypeError(f"data must be an iterable of (inputs, targets), got {type(data).__name__}")
+
+
+def _length(data: Iterable[Any]) -> int | None:
+    if not isinstance(data, Sized):
+        return None
+    try:
+        return len(data)
+    except TypeError:
+        # A DataLoader over an iterable data set has a length only in name.
+        return None
+
+
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        # Autograd refuses tensors made under inference_mode; a clone is a normal one.
+        value = value.to(device, non_blocking=True)
+        return value.clone() if value.is_inference() else value
     if isinstance(value, Mapping):
         return {key: _move(item, device) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(_move(item, device) for item in value)
+        items = [_move(item, device) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 
@@ -194,26 +239,28 @@ class Capture:
     Attributes:
         model: in eval mode and frozen inside the block.
         specs: the layers, by name.
-        reasons: layers that have no curvature in this model, with the reason; filled by the first
-            forward pass.
-        inexact: layers whose Gauss-Newton block is not their Hessian, with the reason; filled by
-            the first forward pass.
+        examine: whether every forward pass looks for layers whose Gauss-Newton block is not their
+            Hessian.
+        inexact: such layers, with the reason.
     """
 
     model: nn.Module
     specs: dict[str, LayerSpec]
-    reasons: dict[str, str] = field(default_factory=dict)
+    examine: bool = False
     inexact: dict[str, str] = field(default_factory=dict)
     _uses: dict[str, list[LayerUse]] = field(default_factory=dict)
+    _reached: set[str] = field(default_factory=set)
+    _without_gradients: set[str] = field(default_factory=set)
     _copy: bool = False
-    _first: bool = True
 
     def __enter__(self) -> Capture:
-        modules = dict(self.model.named_modules())
+        self._modules = dict(self.model.named_modules())
         self._state = frozen_eval(self.model)
         self._state.__enter__()
         self._handles = [
-            modules[name].register_forward_hook(self._hook(name), prepend=True, with_kwargs=True)
+            self._modules[name].register_forward_hook(
+                self._hook(name), prepend=True, with_kwargs=True
+            )
             for name in self.specs
         ]
         return self
@@ -224,18 +271,29 @@ class Capture:
         self._uses = {}
         self._state.__exit__(*error)
 
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Layers without curvature in any batch so far, with the reason."""
+        return {
+            name: "runs under torch.no_grad() inside the model"
+            if name in self._without_gradients
+            else "was never reached in the forward pass"
+            for name in self.specs
+            if name not in self._reached
+        }
+
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, z: Tensor) -> Tensor | None:
+            if not torch.is_grad_enabled():
+                self._without_gradients.add(name)
+                return None
             x = (args[0] if args else kwargs["input"]).detach()
             x = pad_input(module, x.clone() if self._copy else x)
-            uses = self._uses.setdefault(name, [])
-            if not torch.is_grad_enabled():
-                uses.append(LayerUse(x, None, x._version))
-                return None
             out = None
-            if not z.requires_grad:
+            if not z.requires_grad or z._is_view():
                 out = z = _Root.apply(z, torch.zeros((), requires_grad=True))
-            uses.append(LayerUse(x, get_gradient_edge(z), x._version))
+            use = LayerUse(x, get_gradient_edge(z), x._version)
+            self._uses.setdefault(name, []).append(use)
             return out
 
         return hook
@@ -249,18 +307,25 @@ class Capture:
         Raises:
             ValueError: a layer's first axis does not count the samples.
         """
-        self._uses = {}
-        outputs = run_model(self.model, batch.inputs)
-        if any(use.x._version != use.version for uses in self._uses.values() for use in uses):
+        weights = self._weights() if self.examine else {}
+        reads = WeightReads(weights.values())
+        versions = _versions(batch.inputs)
+        with reads if weights else nullcontext():
+            outputs, uses = self._run(batch)
+        if any(use.x._version != use.version for layer in uses.values() for use in layer):
             # An in-place operation overwrote a layer's input after the layer had read it.
+            if _versions(batch.inputs) != versions:
+                raise ValueError(
+                    "model must not overwrite its own inputs in place after a layer has read them; "
+                    "let its forward() work on a copy"
+                )
             self._copy = True
-            self._uses = {}
-            outputs = run_model(self.model, batch.inputs)
-        if self._first:
-            self._first = False
-            self._examine(outputs)
-        for name, uses in self._uses.items():
-            for use in uses:
+            outputs, uses = self._run(batch)
+        self._reached.update(uses)
+        if self.examine:
+            self._examine(outputs, uses, weights, reads)
+        for name, layer in uses.items():
+            for use in layer:
                 axes = self.specs[name].spatial_axes
                 if use.x.dim() < 2 + axes or use.x.shape[0] != outputs.shape[0]:
                     raise ValueError(
@@ -268,7 +333,14 @@ class Capture:
                         f"{outputs.shape[0]} samples; the first axis of a layer's input must count "
                         "the samples (leave the layer out with layers=[...])"
                     )
-        return outputs, self._uses
+        return outputs, uses
+
+    def _run(self, batch: Batch) -> tuple[Tensor, dict[str, list[LayerUse]]]:
+        self._uses = {}
+        outputs = run_model(self.model, batch.inputs)
+        # Checkpointed parts run again in the backward pass; their hooks must not add to these.
+        uses, self._uses = self._uses, {}
+        return outputs, uses
 
     def backward(
         self, outputs: Tensor, row: Tensor, uses: dict[str, list[LayerUse]], last: bool
@@ -284,7 +356,7 @@ class Capture:
         Returns:
             per layer and use, the layer output's shape, or None where nothing flows back.
         """
-        edges = [use.edge for layer in uses.values() for use in layer if use.edge is not None]
+        edges = [use.edge for layer in uses.values() for use in layer]
         grads: Iterable[Tensor | None] = (
             torch.autograd.grad(
                 outputs, edges, grad_outputs=row, retain_graph=not last, allow_unused=True
@@ -293,31 +365,45 @@ class Capture:
             else [None] * len(edges)
         )
         gradients = iter(grads)
-        return {
-            name: [None if use.edge is None else next(gradients) for use in layer]
-            for name, layer in uses.items()
-        }
+        return {name: [next(gradients) for _ in layer] for name, layer in uses.items()}
 
-    def _examine(self, outputs: Tensor) -> None:
-        """Finds, once, layers without curvature here and layers whose block is not the Hessian."""
-        owners: dict[int, str] = {}
-        modules = dict(self.model.named_modules())
+    def _weights(self) -> dict[str, Tensor]:
+        """The layers' weights; not those that the layer computes anew at every access."""
+        weights = {name: self._modules[name]._parameters.get("weight") for name in self.specs}
+        return {name: weight for name, weight in weights.items() if weight is not None}
+
+    def _examine(
+        self,
+        outputs: Tensor,
+        uses: dict[str, list[LayerUse]],
+        weights: dict[str, Tensor],
+        reads: WeightReads,
+    ) -> None:
+        """Finds layers whose block is not the Hessian."""
         edges: dict[str, list[GradientEdge]] = {}
-        for name in self.specs:
-            weight = getattr(modules[name], "weight", None)
-            first = owners.setdefault(id(weight), name)
-            uses = self._uses.get(name, [])
-            if not uses:
-                self.reasons[name] = "was never reached in the forward pass"
-            elif all(use.edge is None for use in uses):
-                self.reasons[name] = "runs under torch.no_grad() inside the model"
-            if first != name:
-                for one in (first, name):
-                    self.inexact[one] = f"shares its weight between {first!r} and {name!r}"
-            if len(uses) > 1:
-                self.inexact[name] = f"is used {len(uses)} times in one forward pass"
-            edges[name] = [use.edge for use in uses if use.edge is not None]
+        for name, layer in uses.items():
+            edges[name] = [use.edge for use in layer]
+            if len(layer) > 1:
+                self.inexact[name] = f"is used {len(layer)} times in one forward pass"
+            elif name in weights and reads.counts[id(weights[name])] > 1:
+                self.inexact[name] = self._sharing(name, weights[name])
         for name, operation in layers_followed_by_smooth(outputs, edges).items():
             self.inexact.setdefault(
-                name, f"is followed by {operation}, which is not piecewise linear"
+                name, f"is followed by {operation}, which is not known to be piecewise linear"
             )
+
+    def _sharing(self, name: str, weight: Tensor) -> str:
+        for other, module in self._modules.items():
+            if other != name and any(p is weight for p in module._parameters.values()):
+                return f"shares its weight with {other!r}"
+        return "has a weight that the forward pass also uses outside the layer"
+
+
+def _versions(inputs: Any) -> list[int]:
+    """Version counters of the tensors in a batch's inputs."""
+    if isinstance(inputs, Tensor):
+        return [inputs._version]
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    if not isinstance(values, Iterable):
+        return []
+    return [value._version for value in values if isinstance(value, Tensor)]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hesskern.progress import Progress
     from hesskern.results import EigenResult
 
-__all__ = ["Factors", "LayerFactors", "kronecker_factors", "load_factors"]
+__all__ = ["Factors", "LayerFactors", "kronecker_factors", "load_factors", "unfolded"]
 
 _FORMAT = "hesskern.factors/1"
 
@@ -81,7 +81,7 @@ class LayerFactors:
                 f"input_mean of layer {self.name!r} is not defined: its input shapes varied "
                 "between batches"
             )
-        columns = [_unfolded(self.spec, image) for image in self.input_images]
+        columns = [unfolded(self.spec, image) for image in self.input_images]
         mean = torch.cat(columns, dim=1)
         if self.spec.joint:
             mean = torch.cat([mean, mean.new_ones(1, mean.shape[1])])
@@ -96,6 +96,8 @@ class LayerFactors:
         mean = self.input_mean
         if mean.dim() == 1:
             return mean / mean.norm().clamp(min=torch.finfo(mean.dtype).tiny)
+        if not bool(mean.any()):
+            return torch.zeros_like(mean[:, 0])
         left = torch.linalg.svd(mean.double(), full_matrices=False).U[:, 0]
         return (left * (1.0 if left.sum() >= 0 else -1.0)).to(mean.dtype)
 
@@ -110,7 +112,7 @@ class LayerFactors:
         return self.operator().eigsh(k)
 
 
-def _unfolded(spec: LayerSpec, image: Tensor) -> Tensor:
+def unfolded(spec: LayerSpec, image: Tensor) -> Tensor:
     """[d, t] columns of one use's mean input [d], [t, d] or [C, (H,) W]."""
     if spec.kind == "linear":
         return image.reshape(-1, image.shape[-1]).T
@@ -213,29 +215,34 @@ def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu
             header = json.loads((file.metadata() or {}).get("hesskern", "null"))
             if not isinstance(header, dict) or header.get("format") != _FORMAT:
                 raise ValueError(f"path: {str(path)!r} does not hold hesskern factors")
-            layers = {}
-            for entry in header["layers"]:
-                fields: dict[str, Any] = {
-                    key: tuple(value) if isinstance(value, list) else value
-                    for key, value in entry["spec"].items()
-                }
-                spec = LayerSpec(**fields)
-                count = entry["images"]
-                layers[spec.name] = LayerFactors(
-                    spec,
-                    file.get_tensor(f"{spec.name}.input_covariance"),
-                    file.get_tensor(f"{spec.name}.output_hessian"),
-                    entry["num_samples"],
-                    entry["positions"],
-                    None
-                    if count is None
-                    else tuple(
-                        file.get_tensor(f"{spec.name}.input_image.{i}") for i in range(count)
-                    ),
-                )
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            layers = [_read_layer(file, entry) for entry in header["layers"]]
+            return Factors(
+                {layer.name: layer for layer in layers},
+                header["num_samples"],
+                header["skipped"],
+                header["settings"],
+            )
+    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"path: {str(path)!r} is not a readable factors file ({error})") from error
-    return Factors(layers, header["num_samples"], header["skipped"], header["settings"])
+
+
+def _read_layer(file: Any, entry: dict[str, Any]) -> LayerFactors:
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in entry["spec"].items()
+    }
+    spec = LayerSpec(**fields)
+    count = entry["images"]
+    return LayerFactors(
+        spec,
+        file.get_tensor(f"{spec.name}.input_covariance"),
+        file.get_tensor(f"{spec.name}.output_hessian"),
+        entry["num_samples"],
+        entry["positions"],
+        None
+        if count is None
+        else tuple(file.get_tensor(f"{spec.name}.input_image.{i}") for i in range(count)),
+    )
 
 
 def kronecker_factors(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.capture import Batch, Capture, batches
+from hesskern.capture import Batch, Capture, batches, check_iterable
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
 from hesskern.operators import CurvatureOperator
 from hesskern.progress import Progress, reporter
 from hesskern.pruning import kept_samples, prune
-from hesskern.roots import BatchRoots, accumulator_dtype, model_device
+from hesskern.roots import (
+    BatchRoots,
+    accumulator_dtype,
+    check_budget,
+    check_fraction,
+    model_device,
+)
 from hesskern.samples import SampleRows, join, layer_rows
 
 __all__ = ["LayerHessian", "layer_hessians"]
@@ -65,26 +72,39 @@ class LayerHessian(CurvatureOperator):
         self.cached = cached
         self._chunks = chunks
 
+    @contextmanager
+    def _samples(self) -> Iterator[Iterable[SampleRows]]:
+        """The pieces; what runs the model again is shut down at once, also after an error."""
+        with torch.inference_mode(False), torch.no_grad():
+            chunks = self._chunks()
+            try:
+                yield chunks
+            finally:
+                if isinstance(chunks, Generator):
+                    chunks.close()
+
     def _matmul(self, block: Tensor) -> Tensor:
-        total = torch.zeros_like(block)
         alpha = 1.0 / self.num_samples
-        for chunk in self._chunks():
-            m, d = chunk.s.shape[2], chunk.x.shape[1]
-            product = ops.layer_hessian_matmul(chunk.x, chunk.s, block.reshape(-1, m, d), alpha)
-            total += product.reshape(total.shape)
+        with self._samples() as chunks:
+            total = torch.zeros_like(block)
+            for chunk in chunks:
+                m, d = chunk.s.shape[2], chunk.x.shape[1]
+                rows = block.reshape(len(block), m, d)
+                total += ops.layer_hessian_matmul(chunk.x, chunk.s, rows, alpha).flatten(1)
         return total
 
     def trace(self) -> float:
         """tr(H), exact; with ``tolerance`` of what was kept (add ``pruning_error`` for all)."""
-        total = sum(float(chunk.shares().sum()) for chunk in self._chunks())
-        return total / self.num_samples
+        with self._samples() as chunks:
+            return sum(float(chunk.shares().sum()) for chunk in chunks) / self.num_samples
 
     def diagonal(self) -> Tensor:
         """[P] diagonal, exact."""
-        total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-        for chunk in self._chunks():
-            total += chunk.diagonal()
-        return total / self.num_samples
+        with self._samples() as chunks:
+            total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+            for chunk in chunks:
+                total += chunk.diagonal()
+            return total / self.num_samples
 
     def contract_inputs(self, B: Tensor) -> Tensor:
         """sum_kl H_(ik)(jl) B_kl, [m, m], for a symmetric positive semi-definite B [d, d]."""
@@ -100,19 +120,21 @@ class LayerHessian(CurvatureOperator):
 
     def _contract(self, root: Tensor, side: int) -> Tensor:
         size = self.layer_shape[side]
-        total = torch.zeros(size, size, dtype=self.dtype, device=self.device)
-        for chunk in self._chunks():
-            for rows in chunk.contracted_rows(root, side, self.layer_shape):
-                ops.input_covariance_(total, rows, 1.0 / self.num_samples)
-        return ops.mirror_(total)
+        with self._samples() as chunks:
+            total = torch.zeros(size, size, dtype=self.dtype, device=self.device)
+            for chunk in chunks:
+                for rows in chunk.contracted_rows(root, side, self.layer_shape):
+                    ops.input_covariance_(total, rows, 1.0 / self.num_samples)
+            return ops.mirror_(total)
 
     def to_dense(self) -> Tensor:
         """[P, P]; for small layers."""
-        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        for chunk in self._chunks():
-            for rows in chunk.dense_rows():
-                ops.input_covariance_(total, rows, 1.0 / self.num_samples)
-        return ops.mirror_(total)
+        with self._samples() as chunks:
+            total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            for chunk in chunks:
+                for rows in chunk.dense_rows():
+                    ops.input_covariance_(total, rows, 1.0 / self.num_samples)
+            return ops.mirror_(total)
 
 
 @dataclass
@@ -122,13 +144,24 @@ class _Layer:
     Attributes:
         chunks: sample rows kept so far, or None once they exceeded the memory budget.
         held: bytes in ``chunks``.
-        shares: per batch, every sample's share of the trace; only with pruning.
+        shares: per piece, every sample's share of the trace; only with pruning.
+        batches: per piece, the batch that it belongs to; only with pruning.
+        dtype: of the sample rows; None before the first.
     """
 
     spec: LayerSpec
     chunks: list[SampleRows] | None = field(default_factory=list)
     held: int = 0
     shares: list[Tensor] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
+    dtype: torch.dtype | None = None
+
+    def shares_by_batch(self) -> list[Tensor]:
+        """Shares of the samples of every batch: a batch comes in pieces over root rows."""
+        totals: dict[int, Tensor] = {}
+        for batch, shares in zip(self.batches, self.shares, strict=True):
+            totals[batch] = totals[batch] + shares if batch in totals else shares
+        return [totals[batch] for batch in sorted(totals)]
 
 
 def layer_hessians(
@@ -171,34 +204,36 @@ def layer_hessians(
     Warns:
         UserWarning: once, naming the layers whose block is not the Hessian, and why.
     """
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance must lie in [0, 1), got {tolerance!r}")
+    check_fraction("tolerance", tolerance)
+    memory_budget = check_budget(memory_budget)
+    check_iterable(data)
     resolved = resolve_loss(loss, output_root)
     specs, _ = select_layers(model, layers, bias)
     gathered = {name: _Layer(spec) for name, spec in specs.items()}
-    again = None if iter(data) is data else data
+    again = None if isinstance(data, Iterator) else data
     device = model_device(model)
     report = reporter(progress)
-    count, dtype = 0.0, torch.float32
-    with Capture(model, specs) as capture:
+    count = 0.0
+    with Capture(model, specs, examine=True) as capture:
         for batch in batches(data, device, sample_weight, report, "Layer Hessians"):
             roots = _roots(capture, batch, resolved)
-            if layers is not None and capture.reasons:
-                name, reason = next(iter(capture.reasons.items()))
-                raise ValueError(f"layers: {name!r} {reason}")
-            dtype = accumulator_dtype(roots.outputs.dtype)
             count += roots.count
             wanted = {
                 n: layer.spec
                 for n, layer in gathered.items()
-                if n not in capture.reasons and (layer.chunks is not None or tolerance > 0)
+                if layer.chunks is not None or tolerance > 0
             }
+            for name in roots.uses:
+                gathered[name].dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
             for name, chunk in layer_rows(wanted, roots, memory_budget):
-                _keep(gathered[name], chunk, tolerance)
+                _keep(gathered[name], chunk, batch.index, tolerance)
                 _evict(gathered, memory_budget, again is not None)
         reasons, inexact = capture.reasons, capture.inexact
     if not count > 0:
         raise ValueError("data yielded no samples, so there are no Hessians")
+    if layers is not None and reasons:
+        name, reason = next(iter(reasons.items()))
+        raise ValueError(f"layers: {name!r} {reason}")
     shown = {name: inexact[name] for name in gathered if name in inexact and name not in reasons}
     if shown:
         text = "; ".join(f"{name!r} {reason}" for name, reason in shown.items())
@@ -213,9 +248,7 @@ def layer_hessians(
         if name in reasons:
             continue
         again_chunks = _Rerun(model, again, resolved, layer.spec, sample_weight, memory_budget)
-        result[name] = _finish(
-            layer, again_chunks, count, dtype, device, tolerance, inexact.get(name)
-        )
+        result[name] = _finish(layer, again_chunks, count, device, tolerance, inexact.get(name))
     if not result:
         raise ValueError(
             "no layer of the model has a Hessian: "
@@ -228,9 +261,10 @@ def _roots(capture: Capture, batch: Batch, loss: Loss) -> BatchRoots:
     return BatchRoots(capture, batch, loss, "exact", 1, torch.Generator())
 
 
-def _keep(layer: _Layer, chunk: SampleRows, tolerance: float) -> None:
+def _keep(layer: _Layer, chunk: SampleRows, batch: int, tolerance: float) -> None:
     if tolerance > 0:
         layer.shares.append(chunk.shares())
+        layer.batches.append(batch)
     if layer.chunks is not None:
         layer.chunks.append(chunk)
         layer.held += chunk.nbytes
@@ -250,7 +284,12 @@ def _evict(gathered: dict[str, _Layer], budget: int, can_rerun: bool) -> None:
 
 @dataclass
 class _Rerun:
-    """Sample rows of one layer made anew, batch by batch, a few root rows at a time."""
+    """Sample rows of one layer made anew, batch by batch, a few root rows at a time.
+
+    Attributes:
+        keep: per batch that reaches the layer, which samples [N] stay; None for all.
+        shares: with ``keep``, the samples' shares [N] of the trace when ``keep`` was decided.
+    """
 
     model: nn.Module
     data: Iterable[Any] | None
@@ -259,12 +298,14 @@ class _Rerun:
     sample_weight: Tensor | None
     memory_budget: int
     keep: list[Tensor] | None = None
+    shares: list[Tensor] | None = None
 
     def __post_init__(self) -> None:
         self._versions = self._current()
 
-    def _current(self) -> list[int]:
-        return [p._version for p in (*self.model.parameters(), *self.model.buffers())]
+    def _current(self) -> list[tuple[int, int]]:
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 
     def __call__(self) -> Iterator[SampleRows]:
         if self._current() != self._versions:
@@ -277,19 +318,44 @@ class _Rerun:
         with Capture(self.model, {self.spec.name: self.spec}) as capture:
             for batch in batches(self.data, model_device(self.model), self.sample_weight):
                 roots = _roots(capture, batch, self.loss)
-                for _, chunk in layer_rows({self.spec.name: self.spec}, roots, self.memory_budget):
-                    if self.keep is None:
-                        yield chunk
-                    else:
-                        yield chunk.select(self.keep[position])
+                pieces = layer_rows({self.spec.name: self.spec}, roots, self.memory_budget)
+                chunks = (chunk for _, chunk in pieces)
+                if self.keep is None:
+                    yield from chunks
+                elif self.spec.name in roots.uses and roots.rows:
+                    yield from self._kept(chunks, position)
                     position += 1
+        if self.keep is not None and position != len(self.keep):
+            raise self._other_order()
+
+    def _kept(self, chunks: Iterable[SampleRows], position: int) -> Iterator[SampleRows]:
+        """The samples of one batch that stay, if it is the batch that ``keep`` was made for."""
+        assert self.keep is not None
+        assert self.shares is not None
+        if position >= len(self.keep):
+            raise self._other_order()
+        keep, before = self.keep[position], self.shares[position]
+        now = torch.zeros_like(before)
+        for chunk in chunks:
+            shares = chunk.shares()
+            if shares.shape != before.shape:
+                raise self._other_order()
+            now += shares
+            yield chunk.select(keep)
+        if not torch.allclose(now, before, rtol=1e-3, atol=1e-6 * float(before.sum())):
+            raise self._other_order()
+
+    def _other_order(self) -> RuntimeError:
+        return RuntimeError(
+            "data must come in the same order in every pass (no shuffling, no random augmentation) "
+            f"where tolerance > 0 and layer {self.spec.name!r} exceeds memory_budget"
+        )
 
 
 def _finish(
     layer: _Layer,
     rerun: _Rerun,
     count: float,
-    dtype: torch.dtype,
     device: torch.device,
     tolerance: float,
     reason: str | None,
@@ -304,12 +370,13 @@ def _finish(
         joined = join(kept)
         chunks = lambda: joined  # noqa: E731  (a closure over this layer's list)
     elif tolerance > 0:
-        rerun.keep, dropped = kept_samples(layer.shares, tolerance)
+        rerun.shares = layer.shares_by_batch()
+        rerun.keep, dropped = kept_samples(rerun.shares, tolerance)
     return LayerHessian(
         layer.spec,
         chunks,
         count,
-        dtype,
+        layer.dtype or torch.float32,
         device,
         inexact_reason=reason,
         pruning_error=dropped / count,

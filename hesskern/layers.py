@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["LayerSpec", "pad_input", "select_layers"]
 
@@ -68,7 +69,9 @@ def select_layers(
         specifications by name, in the model's order, and reasons by name for skipped modules.
 
     Raises:
-        ValueError: a name is unknown, ``bias`` is unknown, or nothing is left.
+        TypeError: ``model`` is not a module, or ``layers`` not an iterable of names.
+        ValueError: a name is unknown, ``bias`` is unknown, nothing is left, or the model couples
+            the samples of a batch.
         NotImplementedError: a layer that was asked for is of an unsupported kind.
     """
     if not isinstance(model, nn.Module):
@@ -77,7 +80,15 @@ def select_layers(
         raise ValueError(f"bias must be 'none' or 'joint', got {bias!r}")
     if isinstance(layers, str):
         layers = [layers]
+    if layers is not None and not isinstance(layers, Iterable):
+        raise TypeError(f"layers must be names of modules or None, got {type(layers).__name__}")
     modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"model must not couple the samples of a batch, but {name!r} is a batch norm "
+                "without running statistics, which normalizes by the batch's own in eval mode too"
+            )
     chosen = None if layers is None else list(layers)
     if chosen is not None:
         for name in chosen:
@@ -108,10 +119,15 @@ def select_layers(
     return specs, skipped
 
 
+_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
+
+
 def _unsupported(module: nn.Module) -> str | None:
     if isinstance(module, (nn.LazyLinear, nn.LazyConv1d, nn.LazyConv2d)):
         return "is lazy and not initialized; run one forward pass first"
     if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+        if getattr(module.forward, "__func__", None) not in _FORWARDS:
+            return f"is a {type(module).__name__} with a forward() of its own"
         return None
     return f"is a {type(module).__name__}; supported are Linear, Conv1d and Conv2d"
 

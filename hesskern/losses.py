@@ -8,6 +8,7 @@ the sample, ``sum`` does not.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -121,6 +122,17 @@ def _at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
+def _flat(outputs: Tensor) -> Tensor:
+    """[N, c, t] in float32 or float64 of outputs [N, c, t...], detached; also for N = 0."""
+    tokens = math.prod(outputs.shape[2:])
+    return _at_least_float32(outputs.detach()).reshape(*outputs.shape[:2], tokens)
+
+
+def _per_sample(values: Tensor) -> Tensor:
+    """[N, everything else] of [N, ...], also for N = 0."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))
+
+
 def _same_shape(outputs: Tensor, targets: Any, name: str) -> Tensor:
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets must be a tensor for {name}, got {type(targets).__name__}")
@@ -155,17 +167,22 @@ class _CrossEntropy(Loss):
         if targets.is_floating_point():
             _same_shape(outputs, targets, "cross-entropy with probabilities")
             total = targets.sum(1)
-            if (targets < 0).any() or ((total - 1).abs() > 1e-3).any():
+            # Written so that NaN fails.
+            good = bool((targets >= 0).all()) and bool(((total - 1).abs() <= 1e-3).all())
+            if not good:
                 raise ValueError(
                     "targets given as probabilities must be non-negative and sum to one over the "
-                    f"class axis; found sums from {total.min():g} to {total.max():g}"
+                    f"class axis; found values down to {targets.min():g} and sums from "
+                    f"{total.min():g} to {total.max():g}"
                 )
             return
         expected = [outputs.shape[0], *outputs.shape[2:]]
         if list(targets.shape) != expected:
             raise ValueError(f"targets must be {expected}, got {list(targets.shape)}")
-        if targets.dtype == torch.bool or targets.is_complex():
-            raise TypeError(f"targets must be class indices (int64), got {targets.dtype}")
+        if targets.dtype not in (torch.int64, torch.uint8):
+            raise TypeError(
+                f"targets must be class indices (int64) or probabilities, got {targets.dtype}"
+            )
         classes = outputs.shape[1]
         bad = ((targets < 0) | (targets >= classes)) & (targets != self.ignore_index)
         if bad.any():
@@ -177,10 +194,9 @@ class _CrossEntropy(Loss):
     def _mask(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """[N, t] bool, tokens that count."""
         if targets.is_floating_point():
-            return torch.ones(
-                len(outputs), outputs[0, 0].numel(), dtype=torch.bool, device=outputs.device
-            )
-        return (targets != self.ignore_index).reshape(len(targets), -1)
+            size = (len(outputs), math.prod(outputs.shape[2:]))
+            return torch.ones(size, dtype=torch.bool, device=outputs.device)
+        return _per_sample(targets != self.ignore_index)
 
     def counted(self, outputs: Tensor, targets: Any) -> Tensor | None:
         mask = self._mask(outputs, targets)
@@ -197,7 +213,7 @@ class _CrossEntropy(Loss):
         # Closed-form root of diag(p) - p p^T with c - 1 rows: its LDL^T factors (Tanabe & Sagae,
         # J. R. Stat. Soc. B 54, 1992). With tails q_j = p_{j+1} + ... + p_c, row j is
         # sqrt(p_j q_j / (p_j + q_j)) (e_j - p_{>j} / q_j).
-        flat = _at_least_float32(outputs.detach()).reshape(len(outputs), outputs.shape[1], -1)
+        flat = _flat(outputs)
         c, tokens = flat.shape[1:]
         p = flat.softmax(1)
         # Summed from the small end: 1 - p_1 - ... - p_j would lose all digits of a small tail.
@@ -228,7 +244,7 @@ class _CrossEntropy(Loss):
     def sampled(
         self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
     ) -> Rows:
-        flat = _at_least_float32(outputs.detach()).reshape(len(outputs), outputs.shape[1], -1)
+        flat = _flat(outputs)
         n, c, tokens = flat.shape
         p = flat.softmax(1)
         scale = self._token_scale(outputs, targets).unsqueeze(1) / samples**0.5
@@ -247,13 +263,15 @@ class _CrossEntropy(Loss):
         return Rows(samples, row)
 
     def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
-        losses = F.cross_entropy(
-            outputs,
-            targets,
-            reduction="none",
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-        ).reshape(len(outputs), -1)
+        losses = _per_sample(
+            F.cross_entropy(
+                outputs,
+                targets.to(outputs.dtype) if targets.is_floating_point() else targets,
+                reduction="none",
+                ignore_index=self.ignore_index,
+                label_smoothing=self.label_smoothing,
+            )
+        )
         mask = self._mask(outputs, targets)
         total = losses.sum(1)
         return total / mask.sum(1).clamp(min=1) if self.mean else total
@@ -277,11 +295,11 @@ class _Elementwise(Loss):
         _same_shape(outputs, targets, self.name)
 
     def _scale(self, outputs: Tensor) -> float:
-        return 1.0 / max(outputs[0].numel(), 1) if self.mean and len(outputs) else 1.0
+        return 1.0 / max(math.prod(outputs.shape[1:]), 1) if self.mean else 1.0
 
     def exact(self, outputs: Tensor, targets: Any) -> Rows:
         flat = _at_least_float32(outputs.detach())
-        root = (self._curvature(flat) * self._scale(outputs)).sqrt().reshape(len(outputs), -1)
+        root = _per_sample((self._curvature(flat) * self._scale(outputs)).sqrt())
 
         def row(index: int) -> Tensor:
             out = torch.zeros_like(root)
@@ -314,7 +332,7 @@ class _MeanSquaredError(_Elementwise):
         return 2.0**0.5 * noise.to(outputs.device)
 
     def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
-        losses = F.mse_loss(outputs, targets, reduction="none").reshape(len(outputs), -1)
+        losses = _per_sample(F.mse_loss(outputs, targets.to(outputs), reduction="none"))
         return losses.mean(1) if self.mean else losses.sum(1)
 
 
@@ -327,7 +345,7 @@ class _BinaryCrossEntropy(_Elementwise):
 
     def check(self, outputs: Tensor, targets: Any) -> None:
         super().check(outputs, targets)
-        if (targets < 0).any() or (targets > 1).any():
+        if not bool(((targets >= 0) & (targets <= 1)).all()):
             raise ValueError(
                 f"targets must lie in [0, 1] for BCEWithLogitsLoss; found values from "
                 f"{targets.min():g} to {targets.max():g}"
@@ -342,8 +360,9 @@ class _BinaryCrossEntropy(_Elementwise):
         return p - labels
 
     def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
-        losses = F.binary_cross_entropy_with_logits(outputs, targets.to(outputs), reduction="none")
-        losses = losses.reshape(len(outputs), -1)
+        losses = _per_sample(
+            F.binary_cross_entropy_with_logits(outputs, targets.to(outputs), reduction="none")
+        )
         return losses.mean(1) if self.mean else losses.sum(1)
 
 
@@ -388,14 +407,26 @@ class _Custom(Loss):
         return Rows(samples, row)
 
     def empirical(self, outputs: Tensor, targets: Any) -> Rows:
-        raise NotImplementedError(
-            "output='empirical' needs a loss with a gradient; output_root only gives its curvature"
-        )
+        if self._own_per_sample is None:
+            raise NotImplementedError(
+                "output='empirical' needs a loss with a gradient; output_root only gives its "
+                "curvature (give the loss object a method per_sample(outputs, targets) -> [N])"
+            )
+        return super().empirical(outputs, targets)
+
+    @property
+    def _own_per_sample(self) -> Callable[..., Tensor] | None:
+        method = getattr(self.loss, "per_sample", None)
+        return method if callable(method) else None
 
     def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
-        if self.loss is None or not callable(getattr(self.loss, "per_sample", None)):
+        if self._own_per_sample is None:
             raise NotImplementedError(
                 "autograd needs the loss itself: give the loss object a method "
                 "per_sample(outputs, targets) -> [N] beside output_root"
             )
-        return self.loss.per_sample(outputs, targets)
+        losses = self._own_per_sample(outputs, targets)
+        if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
+            found = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(f"per_sample must return [N] = [{len(outputs)}], got {found}")
+        return losses

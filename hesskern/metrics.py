@@ -197,7 +197,8 @@ def decoupling_error(
     if H.shape != K.shape:
         raise ValueError(f"H and K must have the same shape, got {H.shape} and {K.shape}")
     if H.shape[0] <= dense_below:
-        dense, difference = H.to_dense().double(), (H.to_dense() - K.to_dense()).double()
+        dense = H.to_dense().double()
+        difference = dense - K.to_dense().double()
         norm = float(torch.linalg.matrix_norm(dense, 2))
         if norm == 0:
             raise ValueError("H is zero, so a relative error is not defined")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,13 @@ import numpy as np
 import scipy.sparse.linalg as sparse
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesskern import ops
-from hesskern.capture import batches, frozen_eval, run_model
+from hesskern.capture import batches, check_iterable, frozen_eval, run_model
 from hesskern.losses import resolve_loss
 from hesskern.progress import Progress, reporter
-from hesskern.roots import model_device
+from hesskern.roots import model_device, sample_weights
 
 if TYPE_CHECKING:
     from hesskern.results import EigenResult
@@ -53,7 +54,7 @@ class CurvatureOperator(ABC):
 
         Raises:
             TypeError: ``vectors`` is not a tensor, or of another dtype.
-            ValueError: its shape or device do not fit, or it contains NaN or Inf.
+            ValueError: its shape or device do not fit.
         """
         if not isinstance(vectors, Tensor):
             raise TypeError(f"vectors must be a tensor, got {type(vectors).__name__}")
@@ -64,7 +65,9 @@ class CurvatureOperator(ABC):
             raise TypeError(f"vectors must be {self.dtype}, got {vectors.dtype}")
         if vectors.device != self.device:
             raise ValueError(f"vectors must be on {self.device}, got {vectors.device}")
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
+            if vectors.is_inference():
+                vectors = vectors.clone()
             if vectors.dim() == 1:
                 return self._matmul(vectors.unsqueeze(0))[0]
             return self._matmul(vectors.T.contiguous()).T
@@ -132,7 +135,8 @@ class KroneckerOperator(CurvatureOperator):
 
     def _blocks(self, block: Tensor) -> list[Tensor]:
         """[k, P] -> per group [k, m/g, d]."""
-        shaped = block.reshape(len(block), self.groups, -1, self.layer_shape[1])
+        m, d = self.layer_shape
+        shaped = block.reshape(len(block), self.groups, m // self.groups, d)
         return list(shaped.unbind(1))
 
     @staticmethod
@@ -207,7 +211,8 @@ class KroneckerOperator(CurvatureOperator):
         Args:
             vectors: [P, k].
             shifts: [k].
-            floor: differences smaller than ``floor * |shift|`` are moved out to it, sign kept.
+            floor: differences smaller than ``floor * |shift|`` are moved out to it, sign kept; for
+                shifts near zero |shift| counts as the rounding of K's largest eigenvalue.
 
         Returns:
             [P, k].
@@ -215,7 +220,9 @@ class KroneckerOperator(CurvatureOperator):
         left, right, products = self.eigenbases
         blocks = self._blocks(vectors.T.contiguous())
         theta = shifts.to(self.dtype).reshape(-1, 1, 1)
-        gap = floor * theta.abs().clamp(min=torch.finfo(self.dtype).tiny)
+        info = torch.finfo(self.dtype)
+        largest = torch.stack([s.abs().max() for s in products]).max()
+        gap = (floor * torch.maximum(theta.abs(), info.eps * largest)).clamp(min=info.tiny)
         rotated = ops.grouped_kron_matmul([u.T for u in left], [v.T for v in right], blocks)
         scaled = []
         for y, s in zip(rotated, products, strict=True):
@@ -241,6 +248,7 @@ class AutogradHessian(CurvatureOperator):
         progress: True for a bar per product, or a callback.
 
     Raises:
+        TypeError: ``model`` is not a module, or ``data`` not iterable.
         ValueError: a name is unknown, or the data is empty or can be iterated only once.
     """
 
@@ -254,6 +262,9 @@ class AutogradHessian(CurvatureOperator):
         sample_weight: Tensor | None = None,
         progress: bool | Progress = False,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_iterable(data)
         known = dict(model.named_parameters())
         if isinstance(params, str):
             params = [params]
@@ -265,7 +276,7 @@ class AutogradHessian(CurvatureOperator):
                 )
         if not self.params:
             raise ValueError("params must name at least one parameter")
-        if iter(data) is data:
+        if isinstance(data, Iterator):
             raise ValueError("data must be re-iterable (a DataLoader or a list), got an iterator")
         self._model, self._data, self._loss = model, data, resolve_loss(loss)
         self._sample_weight, self._progress = sample_weight, reporter(progress)
@@ -277,7 +288,8 @@ class AutogradHessian(CurvatureOperator):
     def _matmul(self, block: Tensor) -> Tensor:
         total = torch.zeros_like(block)
         count = 0.0
-        with frozen_eval(self._model):
+        # Fused attention has no second derivative; its plain form has.
+        with frozen_eval(self._model), sdpa_kernel(SDPBackend.MATH):
             for parameter in self._parameters:
                 parameter.requires_grad_(True)
             for batch in batches(
@@ -290,13 +302,13 @@ class AutogradHessian(CurvatureOperator):
                 outputs = run_model(self._model, batch.inputs)
                 self._loss.check(outputs, batch.targets)
                 losses = self._loss.per_sample(outputs, batch.targets)
-                weight = torch.ones_like(losses) if batch.weight is None else batch.weight
-                counted = self._loss.counted(outputs, batch.targets)
-                if counted is not None:
-                    weight = weight * counted
-                count += float(weight.sum())
+                weight = sample_weights(batch, outputs, self._loss)
+                count += float(len(losses) if weight is None else weight.sum())
+                loss = losses.sum() if weight is None else (losses * weight).sum()
+                if not loss.requires_grad:
+                    continue
                 gradients = torch.autograd.grad(
-                    (losses * weight).sum(),
+                    loss,
                     self._parameters,
                     create_graph=True,
                     materialize_grads=True,

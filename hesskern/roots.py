@@ -15,10 +15,13 @@ from hesskern.losses import Loss, Rows
 __all__ = [
     "BatchRoots",
     "accumulator_dtype",
+    "check_budget",
     "check_finite",
+    "check_fraction",
     "check_output",
     "model_device",
     "positions_last",
+    "sample_weights",
 ]
 
 
@@ -55,6 +58,37 @@ def check_finite(tensor: Tensor, what: str, batch: int, total: Tensor | None = N
     )
 
 
+def sample_weights(batch: Batch, outputs: Tensor, loss: Loss) -> Tensor | None:
+    """[N] weights of a batch's samples, 0 for those that do not count; None if all are one.
+
+    Args:
+        batch: with its weights [N], or None.
+        outputs: [N, ...] of the model.
+        loss: says which samples count.
+
+    Raises:
+        ValueError: the weights are not [N], or not finite and non-negative.
+    """
+    n, dtype = outputs.shape[0], accumulator_dtype(outputs.dtype)
+    weight = batch.weight
+    if weight is not None:
+        if not isinstance(weight, Tensor) or weight.shape != (n,):
+            found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"sample_weight must be [N] = [{n}] per batch, got {found}")
+        bad = ~torch.isfinite(weight) | (weight < 0)
+        if bool(bad.any()):
+            raise ValueError(
+                f"sample_weight must be finite and non-negative, got {weight[bad][0].item()} in "
+                f"batch {batch.index}"
+            )
+        weight = weight.to(dtype)
+    counted = loss.counted(outputs, batch.targets)
+    if counted is not None:
+        mask = counted.to(dtype)
+        weight = mask if weight is None else weight * mask
+    return weight
+
+
 class BatchRoots:
     """Forward pass of one batch, checked, with its rows ready to run backwards.
 
@@ -77,7 +111,6 @@ class BatchRoots:
     ) -> None:
         self._capture, self._batch = capture, batch
         self.outputs, self.uses = capture.forward(batch)
-        n = self.outputs.shape[0]
         loss.check(self.outputs, batch.targets)
         self.input_sums: dict[str, list[Tensor]] = {}
         for name, layer in self.uses.items():
@@ -86,25 +119,10 @@ class BatchRoots:
                 check_finite(use.x, f"inputs of layer {name!r}", batch.index, total)
             self.input_sums[name] = sums
         check_finite(self.outputs, "the model's outputs", batch.index)
-        weight = self._weights(n, loss)
-        self.count = float(n) if weight is None else float(weight.sum())
+        weight = sample_weights(batch, self.outputs, loss)
+        self.count = float(len(self.outputs)) if weight is None else float(weight.sum())
         self.weight_root = None if weight is None else weight.sqrt()
         self._rows = self._make_rows(loss, output, samples, generator)
-
-    def _weights(self, n: int, loss: Loss) -> Tensor | None:
-        weight = self._batch.weight
-        if weight is not None:
-            if not isinstance(weight, Tensor) or weight.shape != (n,):
-                found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-                raise ValueError(f"sample_weight must be [N] = [{n}] per batch, got {found}")
-            if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
-                raise ValueError("sample_weight must be finite and non-negative")
-            weight = weight.to(accumulator_dtype(self.outputs.dtype))
-        counted = loss.counted(self.outputs, self._batch.targets)
-        if counted is not None:
-            mask = counted.to(accumulator_dtype(self.outputs.dtype))
-            weight = mask if weight is None else weight * mask
-        return weight
 
     def _make_rows(self, loss: Loss, output: str, samples: int, generator: torch.Generator) -> Rows:
         targets = self._batch.targets
@@ -154,6 +172,25 @@ def positions_last(spec: LayerSpec, tensor: Tensor) -> Tensor:
     if tensor.dim() == 2:
         return tensor
     return tensor.flatten(1, -2).transpose(1, 2)
+
+
+def check_budget(memory_budget: Any) -> int:
+    """The number of bytes, or a TypeError or ValueError that names the argument."""
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, (int, float)):
+        raise TypeError(
+            f"memory_budget must be a number of bytes, got {type(memory_budget).__name__}"
+        )
+    if not memory_budget >= 0:
+        raise ValueError(f"memory_budget must be non-negative bytes, got {memory_budget!r}")
+    return int(min(memory_budget, 2**62))
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError unless the argument called ``name`` is in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1), got {type(value).__name__}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
 
 
 def check_output(output: Any, mc_samples: Any) -> None:

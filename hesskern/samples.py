@@ -230,7 +230,7 @@ class _Maker:
             for grad, t in zip(grads, self._positions, strict=True)
         ]
         if self._plain:
-            target.copy_(columns[0].reshape(self._n, -1))
+            target.copy_(columns[0].reshape(self._n, self._spec.outputs))
             return
         columns = [c if c.dim() == 3 else c.unsqueeze(2) for c in columns]
         s = columns[0] if len(columns) == 1 else torch.cat(columns, 2)

@@ -209,6 +209,12 @@ def _show(console: Console, result: dict[str, Any]) -> None:
         table.add_row(*row)
     console.print()
     console.print(table)
+    console.print(
+        "k: overlap of the top-k spaces of H and its Kronecker form K; captured: curvature of H "
+        f"along K's top {digest.mark}, of what is possible; errors are relative.",
+        style="dim",
+        markup=False,
+    )
     for note in notes(result):
         console.print(note, style="yellow", markup=False)
 

@@ -96,11 +96,10 @@ def number(value: float | None) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of one as per cent; never rounded up to 100."""
+    """A share of one as per cent, with a space that does not break."""
     value = 100 * share
-    if value < 0.1:
-        return f"{value:.1g} %"
-    return f"{value:.0f} %" if 9.95 <= value < 99 else f"{value:.1f} %"
+    digits = f"{value:.1g}" if value < 0.1 else f"{value:.0f}" if 9.95 <= value < 99 else ""
+    return f"{digits or format(value, '.1f')}\u00a0%"
 
 
 def span(values: Iterable[float], show: Callable[[float], str] = number) -> str:

@@ -63,7 +63,7 @@ def _layer_row(digest: Digest, name: str) -> Row:
 
 
 def layer_table(digest: Digest) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the layers' table, as far as a terminal is wide."""
+    """Headings and rows of the layers' table for a terminal; columns ``k = ...`` are overlaps."""
     last = digest.columns[-1]
     shown = [digest.columns.index(k) for k in dict.fromkeys((1, digest.mark, last))]
     headings = ["layer", "shape", "λ₁ of H", "of K"]
@@ -111,7 +111,7 @@ def model_rows(result: Mapping[str, Any]) -> list[Row]:
             "label": model["label"],
             **{f"{split}_loss": number(model[split]["loss"]) for split in ("train", "test")},
             **{
-                f"{split}_accuracy": f"{100 * model[split]['accuracy']:.1f} %"
+                f"{split}_accuracy": f"{100 * model[split]['accuracy']:.1f}\u00a0%"
                 for split in ("train", "test")
             },
         }

@@ -106,9 +106,7 @@ class _Layer:
 
             start = torch.randn(size, generator=torch.Generator().manual_seed(0)).numpy()
             operator = sparse.LinearOperator((size, size), matvec=multiply, dtype=np.float32)
-            values, vectors = sparse.eigsh(
-                operator, _PAIRS, which="LA", tol=tolerance, v0=start
-            )
+            values, vectors = sparse.eigsh(operator, _PAIRS, which="LA", tol=tolerance, v0=start)
             _close(report)
             order = np.argsort(-values)
             return _Pairs(

@@ -75,11 +75,16 @@ def _network(
         f"{case.title}: Kronecker product of all layers with one vector",
         "factors of the same samples, exact",
         [
-            Contender("hesskern", lambda: partial(hk.ops.grouped_kron_matmul, A, B, X), read=_as_list),
-            Contender("torch, loop of A @ X @ B.T", lambda: _loop(A, B, X), read=_as_list, limit=_AGREEMENT),
             Contender(
-                "curvlinops KFAC", curvlinops, *_CURVLINOPS, read=_as_list, limit=_AGREEMENT
+                "hesskern", lambda: partial(hk.ops.grouped_kron_matmul, A, B, X), read=_as_list
             ),
+            Contender(
+                "torch, loop of A @ X @ B.T",
+                lambda: _loop(A, B, X),
+                read=_as_list,
+                limit=_AGREEMENT,
+            ),
+            Contender("curvlinops KFAC", curvlinops, *_CURVLINOPS, read=_as_list, limit=_AGREEMENT),
         ],
     )
 
@@ -224,9 +229,9 @@ def _small_layers(settings: Settings) -> tuple[str, str, list[Contender]]:
             ),
             Contender(
                 "hesskern, loop",
-                lambda: lambda: [
-                    hk.ops.kron_matmul(a, b, x) for a, b, x in zip(A, B, X, strict=True)
-                ],
+                lambda: (
+                    lambda: [hk.ops.kron_matmul(a, b, x) for a, b, x in zip(A, B, X, strict=True)]
+                ),
                 read=_as_list,
                 limit=_AGREEMENT,
             ),

@@ -7,6 +7,7 @@ prints by how many bytes the peak exceeded it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -19,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark.utils.common import set_torch_threads
 
 from hesskern.bench.settings import Settings
 
@@ -60,24 +62,24 @@ def measure(suite: str, key: str, name: str, settings: Settings) -> int:
     """
     from hesskern.bench.suites import find_problem
 
-    torch.set_num_threads(settings.threads)
-    _, _, contenders = find_problem(suite, key).build(settings)
-    found = [contender for contender in contenders if contender.name == name]
-    if not found:
-        raise ValueError(f"problem {key!r} of {suite!r} has no contender {name!r}")
-    contender = found[0]
-    if contender.module is not None:
-        importlib.import_module(contender.module)
-    _load_kernels()
-    warnings.simplefilter("ignore")
-    if contender.warm:
-        call = contender.prepare()
-        before = _idle()
-        call()
-    else:
-        before = _idle()
-        contender.prepare()()
-    return max(0, _peak() - before)
+    with set_torch_threads(settings.threads), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, _, contenders = find_problem(suite, key).build(settings)
+        found = [contender for contender in contenders if contender.name == name]
+        if not found:
+            raise ValueError(f"problem {key!r} of {suite!r} has no contender {name!r}")
+        contender = found[0]
+        if contender.module is not None:
+            importlib.import_module(contender.module)
+        _load_kernels()
+        if contender.warm:
+            call = contender.prepare()
+            before = _idle()
+            call()
+        else:
+            before = _idle()
+            contender.prepare()()
+        return max(0, _peak() - before)
 
 
 def _load_kernels() -> None:
@@ -89,10 +91,8 @@ def _load_kernels() -> None:
 def _idle() -> int:
     """Resident bytes now, with freed memory returned and the peak set back where Linux allows."""
     gc.collect()
-    try:
+    with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        pass
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")

@@ -125,7 +125,7 @@ def _eigenthings_operator(case: Case, parameter: str) -> Any:
     from hessian_eigenthings import HessianOperator, match_names, supervised_loss
 
     return HessianOperator(
-        case.model, case.batch, supervised_loss(LOSS), param_filter=match_names([parameter])
+        case.model, case.batch, supervised_loss(LOSS), param_filter=match_names(parameter)
     )
 
 
@@ -150,12 +150,8 @@ def eigenthings_lanczos(
         progress(done)
         return operator.matvec(vector)
 
-    counted = LambdaOperator(
-        product, operator.size, device=operator.device, dtype=operator.dtype
-    )
-    return lambda: lanczos(
-        counted, k=k, max_iter=steps, which="LA", reorthogonalize=True, seed=0
-    )
+    counted = LambdaOperator(product, operator.size, device=operator.device, dtype=operator.dtype)
+    return lambda: lanczos(counted, k=k, max_iter=steps, which="LA", reorthogonalize=True, seed=0)
 
 
 def pyhessian_product(case: Case, parameter: str, vector: Tensor) -> Call:

@@ -116,9 +116,7 @@ def run_problem(problem: Problem, settings: Settings, progress: Progress) -> Gro
     return group
 
 
-def _start(
-    contender: Contender, once: bool, repeats: int
-) -> tuple[Row, _Runner | None]:
+def _start(contender: Contender, once: bool, repeats: int) -> tuple[Row, _Runner | None]:
     """Prepares a contender and calls it a first time, which also warms it up."""
     row = Row(contender.name)
     if contender.package and installed_version(contender.package) is None:

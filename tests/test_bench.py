@@ -60,6 +60,7 @@ def group() -> Group:
 def test_every_contender_has_a_row_and_all_rounds(group: Group) -> None:
     assert [row.name for row in group.rows] == ["hesskern", "other", "absent", "broken"]
     subject, other, absent, broken = group.rows
+    assert len(subject.cpu_seconds) == 3
     assert len(subject.seconds) == len(other.seconds) == len(other.ratios) == 3
     assert subject.ratios == [1.0, 1.0, 1.0]
     assert other.ratios == [b / a for a, b in zip(subject.seconds, other.seconds, strict=True)]
@@ -135,6 +136,13 @@ def test_tables_leave_out_what_nobody_has() -> None:
     headings, cells = report.columns(Group("s", "k", "t", "d", rows, gradient_seconds=0.001))
     assert headings == ["contender", "median", "gradients", "over hesskern"]
     assert cells == [["hesskern", "2.1 ms", "2.1", "1x"], ["other", "2.5 s", "2500", "1190x"]]
+    rows[0].cpu_seconds = [0.004]
+    assert report.columns(Group("s", "k", "t", "d", rows))[1][0] == [
+        "hesskern",
+        "2.1 ms",
+        "4 ms",
+        "1x",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +160,7 @@ def test_report_files_hold_the_tables(group: Group, tmp_path: Path) -> None:
         "cpu": "some CPU",
         "instructions": "AVX2",
         "threads": 1,
+        "load": 0.5,
         "torch": "2",
         "blas": "MKL",
         "hesskern": "0",

@@ -82,12 +82,13 @@ def bench(
     to_stdout = json_file is not None and str(json_file) == "-"
     console = Console(stderr=to_stdout, highlight=False)
     with _command(context) as progress:
+        machine = facts(settings.threads)
         names = list(dict.fromkeys(suites)) or list(SUITES)
         groups = run_suites(names, settings, progress, console)
         plain = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(settings).items()}
         run = report.result(
             groups,
-            facts(settings.threads),
+            machine,
             plain,
             " ".join([_command_line(context), *suites]),
             datetime.date.today().isoformat(),

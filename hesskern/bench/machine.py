@@ -56,10 +56,15 @@ def _blas() -> str:
 
 
 def facts(threads: int) -> dict[str, Any]:
-    """CPU, threads, versions, BLAS, and how the kernels were built."""
+    """CPU, load, threads, versions, BLAS, and how the kernels were built.
+
+    The load average is that of the last minute: called before a run, it says how quiet the machine
+    was.
+    """
     return {
         "cpu": _cpu(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "load": os.getloadavg()[0],
         "system": platform.platform(),
         "threads": threads,
         "python": platform.python_version(),

@@ -59,6 +59,7 @@ def columns(group: Group) -> tuple[list[str], list[list[str]]]:
         ("contender", [row.name for row in group.rows]),
         ("median", [duration(row.median) if row.median else "" for row in group.rows]),
         ("quartiles", [_spread(row) for row in group.rows]),
+        ("CPU time", [_cpu(row) for row in group.rows]),
         ("gradients", [_in_gradients(row, group) for row in group.rows]),
         (f"over {subject.name}", [_ratio(row) for row in group.rows]),
         ("peak memory", [_memory(row) for row in group.rows]),
@@ -77,6 +78,10 @@ def _spread(row: Row) -> str:
         return ""
     low, _, high = quartiles(row.seconds)
     return f"{duration(low)} to {duration(high)}"
+
+
+def _cpu(row: Row) -> str:
+    return duration(quartiles(row.cpu_seconds)[1]) if row.cpu_seconds else ""
 
 
 def _in_gradients(row: Row, group: Group) -> str:
@@ -146,7 +151,7 @@ def _machine_lines(run: dict[str, Any]) -> list[tuple[str, str]]:
     peers = [f"{name} {version or 'not installed'}" for name, version in machine["peers"].items()]
     return [
         ("CPU", f"{machine['cpu']}; {machine['instructions']}"),
-        ("threads", str(machine["threads"])),
+        ("threads", f"{machine['threads']}; load average before the run {machine['load']:.2f}"),
         ("torch", f"{machine['torch']}, {machine['blas']}"),
         ("hesskern", f"{machine['hesskern']}, kernels {machine['build'].get('sources', '')}"),
         ("peers", ", ".join(peers)),

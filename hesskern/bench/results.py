@@ -24,6 +24,8 @@ class Row:
     Attributes:
         name: as shown.
         seconds: time of each round; empty where it did not run.
+        cpu_seconds: processor time of the same, all threads together; says what a busy machine
+            took away.
         setup_seconds: what had to be done once before (a pass over the data, a compilation).
         ratios: per round, this contender's time over that of the problem's subject.
         peak_bytes: peak memory beyond an idle process with the same imports and data.
@@ -35,6 +37,7 @@ class Row:
 
     name: str
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     setup_seconds: float | None = None
     ratios: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
@@ -83,7 +86,7 @@ class Group:
         """Plain numbers, with medians and quartiles beside the raw times."""
         result = asdict(self)
         for row, plain in zip(self.rows, result["rows"], strict=True):
-            for name in ("seconds", "ratios"):
+            for name in ("seconds", "cpu_seconds", "ratios"):
                 values = getattr(row, name)
                 plain[f"{name}_quartiles"] = list(quartiles(values)) if values else None
             plain["disagrees"] = row.disagrees

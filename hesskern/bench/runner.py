@@ -46,14 +46,17 @@ class _Runner:
     result: Any
 
     def block(self) -> float:
-        """Seconds per call over one block of calls."""
+        """Runs one block of calls; returns, and notes, the seconds per call."""
         gc.disable()
         try:
             with _own_warnings(self.contender):
-                started = time.perf_counter()
+                busy, started = time.process_time(), time.perf_counter()
                 for _ in range(self.number):
                     self.call()
-                return (time.perf_counter() - started) / self.number
+                seconds = (time.perf_counter() - started) / self.number
+                self.row.seconds.append(seconds)
+                self.row.cpu_seconds.append((time.process_time() - busy) / self.number)
+                return seconds
         finally:
             gc.enable()
 
@@ -95,7 +98,7 @@ def run_problem(problem: Problem, settings: Settings, progress: Progress) -> Gro
                 progress(shown, min(done, total - 1), total)
                 if index < runner.rounds:
                     times[runner.contender.name] = runner.block()
-            _record(runners, times, contenders[0].name)
+            _pair(runners, times, contenders[0].name)
         _compare(problem, runners)
         progress(shown, total, total)
     _summarize(runners, settings.threads)
@@ -126,9 +129,10 @@ def _start(contender: Contender, once: bool, repeats: int) -> tuple[Row, _Runner
         with _own_warnings(contender):
             started = time.perf_counter()
             call = contender.prepare()
-            prepared = time.perf_counter()
+            busy, prepared = time.process_time(), time.perf_counter()
             result = call()
             first = time.perf_counter() - prepared
+            first_cpu = time.process_time() - busy
     except Exception as error:
         if contender.package is None:
             raise
@@ -143,6 +147,7 @@ def _start(contender: Contender, once: bool, repeats: int) -> tuple[Row, _Runner
     del result
     if once and first > _CONTENDER_SECONDS / 10:
         row.seconds.append(first)
+        row.cpu_seconds.append(first_cpu)
         return row, _Runner(contender, row, call, 1, 0, kept)
     seconds = first
     if first < _BLOCK_SECONDS:
@@ -155,13 +160,11 @@ def _start(contender: Contender, once: bool, repeats: int) -> tuple[Row, _Runner
     return row, _Runner(contender, row, call, number, rounds, kept)
 
 
-def _record(runners: Sequence[_Runner], times: dict[str, float], subject: str) -> None:
+def _pair(runners: Sequence[_Runner], times: dict[str, float], subject: str) -> None:
+    """Ratios to the subject of what ran in this round."""
     for runner in runners:
         seconds = times.get(runner.contender.name)
-        if seconds is None:
-            continue
-        runner.row.seconds.append(seconds)
-        if subject in times:
+        if seconds is not None and subject in times:
             runner.row.ratios.append(seconds / times[subject])
 
 

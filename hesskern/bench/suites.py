@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hesskern.bench import eigen, factors, kernels, kron, matvec
 from hesskern.bench.contenders import Problem
-from hesskern.bench.results import Group, Row
+from hesskern.bench.results import Group, Row, quartiles
 
 __all__ = ["SUITES", "Suite", "find_problem", "sum_over"]
 
@@ -71,6 +71,7 @@ def sum_over(suite: str, title: str, groups: list[Group]) -> Group:
         row = Row(name)
         if len(known) == len(groups):
             row.seconds = [sum(known)]
+            row.cpu_seconds = [sum(quartiles(part.cpu_seconds)[1] for part in parts)]
             row.setup_seconds = sum(part.setup_seconds or 0.0 for part in parts)
             for heading in parts[0].figures:
                 values = [part.figures[heading] for part in parts]

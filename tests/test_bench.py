@@ -17,6 +17,7 @@ from hesskern.bench.contenders import Contender, Problem, relative_difference
 from hesskern.bench.results import Group, Row, quartiles
 from hesskern.bench.settings import Settings
 from hesskern.bench.suites import SUITES, Suite, sum_over
+from hesskern.progress import Progress
 
 _QUIET = Settings(quick=True, threads=1, repeats=3, memory=False)
 
@@ -47,7 +48,7 @@ def _problem(key: str = "tiny", **values: float) -> Problem:
     return Problem(
         "fake",
         key,
-        lambda settings: ("Title", "what it is", _contenders(**values)),
+        lambda settings, progress: ("Title", "what it is", _contenders(**values)),
         relative_difference,
     )
 
@@ -85,7 +86,7 @@ def test_nan_is_a_disagreement() -> None:
 
 
 def test_limits_may_depend_on_the_subjects_result() -> None:
-    def build(settings: Settings) -> tuple[str, str, list[Contender]]:
+    def build(settings: Settings, progress: Progress) -> tuple[str, str, list[Contender]]:
         ours, other, *_ = _contenders(ours=2.0, other=3.0)
         return "t", "d", [ours, replace(other, limit=lambda reference: float(reference[0]))]
 
@@ -95,7 +96,9 @@ def test_limits_may_depend_on_the_subjects_result() -> None:
 
 
 def test_an_error_of_ours_is_raised() -> None:
-    problem = Problem("fake", "k", lambda settings: ("t", "d", [Contender("hesskern", _failing)]))
+    problem = Problem(
+        "fake", "k", lambda settings, progress: ("t", "d", [Contender("hesskern", _failing)])
+    )
     with pytest.raises(RuntimeError, match="does not take this layer"):
         runner.run_problem(problem, _QUIET, _silent)
 
@@ -104,7 +107,7 @@ def test_slow_contenders_run_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(runner, "_CONTENDER_SECONDS", 0.0)
     calls: list[int] = []
     contenders = [Contender("hesskern", lambda: lambda: calls.append(1))]
-    once = Problem("fake", "k", lambda settings: ("t", "d", contenders), once=True)
+    once = Problem("fake", "k", lambda settings, progress: ("t", "d", contenders), once=True)
     row = runner.run_problem(once, _QUIET, _silent).rows[0]
     assert len(calls) == len(row.seconds) == len(row.ratios) == 1
     calls.clear()
@@ -115,7 +118,7 @@ def test_slow_contenders_run_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> No
 def test_threads_are_set_for_the_run_and_set_back() -> None:
     before, seen = torch.get_num_threads(), []
     contender = Contender("hesskern", lambda: lambda: seen.append(torch.get_num_threads()))
-    problem = Problem("fake", "k", lambda settings: ("t", "d", [contender]))
+    problem = Problem("fake", "k", lambda settings, progress: ("t", "d", [contender]))
     runner.run_problem(problem, replace(_QUIET, threads=1), _silent)
     assert set(seen) == {1}
     assert torch.get_num_threads() == before
@@ -190,7 +193,7 @@ def test_peak_memory_counts_what_the_contender_allocates(
         Contender("small", lambda: lambda: None),
         Contender("large", lambda: lambda: bytearray(size)),
     ]
-    problem = Problem("fake", "tiny", lambda settings: ("t", "d", contenders))
+    problem = Problem("fake", "tiny", lambda settings, progress: ("t", "d", contenders))
     monkeypatch.setitem(SUITES, "fake", Suite("fake", lambda: [problem]))
     small = memory.measure("fake", "tiny", "small", _QUIET)
     large = memory.measure("fake", "tiny", "large", _QUIET)

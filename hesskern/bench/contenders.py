@@ -13,8 +13,11 @@ from torch import Tensor, nn
 import hesskern as hk
 from hesskern.bench.cases import Case
 from hesskern.bench.settings import Settings
+from hesskern.progress import Progress
 
 __all__ = [
+    "Build",
+    "Built",
     "Contender",
     "Problem",
     "compiled_product",
@@ -58,13 +61,20 @@ class Contender:
     unit: bool = False
 
 
+Built = tuple[str, str, list[Contender]]
+"""Title, description, and the contenders, the subject first."""
+
+Build = Callable[[Settings, Progress], Built]
+
+
 @dataclass(frozen=True)
 class Problem:
     """What contenders compete on; the first contender is the subject that ratios refer to.
 
     Attributes:
         suite, key: its name; ``key`` is unique within the suite.
-        build: makes the data, returns title, description and contenders.
+        build: makes the data, returns title, description and contenders; those that take minutes
+            report their progress.
         difference: relative difference of a result to the subject's, both as ``read`` gives them.
         memory: whether peak memory is measured.
         once: whether contenders that take over ten seconds run only once (the first call counts).
@@ -72,7 +82,7 @@ class Problem:
 
     suite: str
     key: str
-    build: Callable[[Settings], tuple[str, str, list[Contender]]]
+    build: Build
     difference: Callable[[Any, Any], float] | None = None
     memory: bool = False
     once: bool = False

@@ -14,10 +14,10 @@ from torch import Tensor
 import hesskern as hk
 from hesskern.bench import peers
 from hesskern.bench.cases import Case, f200
-from hesskern.bench.contenders import LOSS, Call, Contender, Problem, eager_product
+from hesskern.bench.contenders import LOSS, Built, Call, Contender, Problem, eager_product
 from hesskern.bench.matvec import LAYERS, TOLERANCE
 from hesskern.bench.settings import Settings
-from hesskern.progress import reporter
+from hesskern.progress import Progress
 
 __all__ = ["problems"]
 
@@ -52,8 +52,8 @@ def _difference(values: Tensor, reference: Tensor) -> float:
 class _Layer:
     """A layer's exact Hessian for residuals, and the ways to find its leading eigenpairs."""
 
-    def __init__(self, case: Case, layer: str) -> None:
-        self.case, self.layer = case, layer
+    def __init__(self, case: Case, layer: str, progress: Progress) -> None:
+        self.case, self.layer, self.progress = case, layer, progress
         self.parameter = f"{layer}.weight"
         self.exact = hk.layer_hessians(case.model, case.batch, LOSS, layers=[layer])[layer]
 
@@ -92,7 +92,6 @@ class _Layer:
         product = eager_product(self.case, self.parameter, vector)
         known = hk.eigsh(self.exact, _PAIRS, tol=_RESIDUAL)
         tolerance = _RESIDUAL * float(known.values[0] / known.values[-1])
-        report = reporter(True)
 
         def call() -> _Pairs:
             count = 0
@@ -100,14 +99,13 @@ class _Layer:
             def multiply(array: np.ndarray) -> np.ndarray:
                 nonlocal count
                 count += 1
-                report(f"ARPACK on {self.layer}, products", count, None)
+                self.progress(f"ARPACK on {self.layer}, products", count, None)
                 vector.copy_(torch.from_numpy(array.reshape(-1)))
                 return product().numpy()
 
             start = torch.randn(size, generator=torch.Generator().manual_seed(0)).numpy()
             operator = sparse.LinearOperator((size, size), matvec=multiply, dtype=np.float32)
             values, vectors = sparse.eigsh(operator, _PAIRS, which="LA", tol=tolerance, v0=start)
-            _close(report)
             order = np.argsort(-values)
             return _Pairs(
                 torch.from_numpy(values[order].copy()),
@@ -119,11 +117,10 @@ class _Layer:
 
     def eigenthings(self) -> Call:
         """Lanczos by hessian-eigenthings, a fixed number of steps."""
-        report = reporter(True)
         steps = min(_LANCZOS_STEPS, self.exact.shape[0])
         name = f"hessian-eigenthings on {self.layer}, products"
         search = peers.eigenthings_lanczos(
-            self.case, self.parameter, _PAIRS, steps, lambda done: report(name, done, steps)
+            self.case, self.parameter, _PAIRS, steps, lambda done: self.progress(name, done, steps)
         )
 
         def call() -> _Pairs:
@@ -133,15 +130,9 @@ class _Layer:
         return call
 
 
-def _close(report: Any) -> None:
-    close = getattr(report, "close", None)
-    if close is not None:
-        close()
-
-
-def _build(name: str, settings: Settings) -> tuple[str, str, list[Contender]]:
+def _build(name: str, settings: Settings, progress: Progress) -> Built:
     case = f200(settings)
-    layer = _Layer(case, name)
+    layer = _Layer(case, name, progress)
 
     def ours(label: str, tolerance: float, started: bool, limit: Any) -> Contender:
         return Contender(

@@ -11,6 +11,7 @@ from torch import Tensor
 from hesskern.bench import cases, peers
 from hesskern.bench.cases import Case
 from hesskern.bench.contenders import (
+    Built,
     Contender,
     Problem,
     gradient,
@@ -18,6 +19,7 @@ from hesskern.bench.contenders import (
     relative_difference,
 )
 from hesskern.bench.settings import Settings
+from hesskern.progress import Progress
 
 __all__ = ["problems"]
 
@@ -46,8 +48,8 @@ def problems() -> list[Problem]:
 
 
 def _build(
-    make: Callable[[Settings], Case], output: str, settings: Settings
-) -> tuple[str, str, list[Contender]]:
+    make: Callable[[Settings], Case], output: str, settings: Settings, progress: Progress
+) -> Built:
     case = make(settings)
     drawn = output == "mc"
     counts = peers.positions(case)

@@ -7,7 +7,6 @@ that defines ``problems() -> list[Problem]`` is read, and its problems follow th
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from torch import Tensor
 
 import hesskern as hk
 from hesskern import reference
-from hesskern.bench.contenders import Call, Contender, Problem, relative_difference
+from hesskern.bench.contenders import Build, Built, Call, Contender, Problem, relative_difference
 from hesskern.bench.settings import Settings
+from hesskern.progress import Progress
 
 __all__ = ["problems"]
 
@@ -36,7 +36,7 @@ _LAYERS = ((60_000, 9, 200, 784), (60_000, 9, 200, 200), (60_000, 9, 10, 200))
 
 def problems() -> list[Problem]:
     """The problems of this module, and those of scripts that define ``problems``."""
-    own: list[tuple[str, Callable[[Settings], tuple[str, str, list[Contender]]]]] = [
+    own: list[tuple[str, Build]] = [
         *(
             (f"conv_input_covariance-{'x'.join(map(str, c))}", partial(_convolution, c))
             for c in _CONVOLUTIONS
@@ -89,9 +89,7 @@ def _pair(ours: Call, theirs: dict[str, Call]) -> list[Contender]:
     ]
 
 
-def _convolution(
-    shape: tuple[int, int, int, int], settings: Settings
-) -> tuple[str, str, list[Contender]]:
+def _convolution(shape: tuple[int, int, int, int], settings: Settings, progress: Progress) -> Built:
     count, channels, side, size = shape
     count = _samples(settings, count)
     x = _normal(count, channels, side, side)
@@ -112,7 +110,7 @@ def _convolution(
     )
 
 
-def _linear(samples: int, d: int, settings: Settings) -> tuple[str, str, list[Contender]]:
+def _linear(samples: int, d: int, settings: Settings, progress: Progress) -> Built:
     count = _samples(settings, samples)
     x = _normal(count, d)
     return (
@@ -125,7 +123,7 @@ def _linear(samples: int, d: int, settings: Settings) -> tuple[str, str, list[Co
     )
 
 
-def _output(samples: int, c: int, m: int, settings: Settings) -> tuple[str, str, list[Contender]]:
+def _output(samples: int, c: int, m: int, settings: Settings, progress: Progress) -> Built:
     count = _samples(settings, samples)
     jacobian = _normal(count, c, m)
     probabilities = _normal(count, c).softmax(1)
@@ -146,9 +144,7 @@ def _output(samples: int, c: int, m: int, settings: Settings) -> tuple[str, str,
     )
 
 
-def _layer(
-    shape: tuple[int, int, int, int], settings: Settings
-) -> tuple[str, str, list[Contender]]:
+def _layer(shape: tuple[int, int, int, int], settings: Settings, progress: Progress) -> Built:
     samples, c, m, d = shape
     count = _samples(settings, samples)
     x, s, V = _normal(count, d), _normal(count, c, m), _normal(m, d)

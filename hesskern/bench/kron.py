@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import hesskern as hk
 from hesskern.bench import cases, peers
 from hesskern.bench.cases import Case
-from hesskern.bench.contenders import Contender, Problem, relative_difference
+from hesskern.bench.contenders import Built, Contender, Problem, relative_difference
 from hesskern.bench.settings import Settings
+from hesskern.progress import Progress
 
 __all__ = ["problems"]
 
@@ -58,9 +59,7 @@ def _loop(A: list[Tensor], B: list[Tensor], X: list[Tensor]) -> Callable[[], lis
     return lambda: [a @ x @ b.T for a, b, x in zip(A, B, X, strict=True)]
 
 
-def _network(
-    make: Callable[[Settings], Case], settings: Settings
-) -> tuple[str, str, list[Contender]]:
+def _network(make: Callable[[Settings], Case], settings: Settings, progress: Progress) -> Built:
     case = make(settings)
     A, B, X = _factors(case)
     shapes = [m.weight.shape for m in case.model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
@@ -109,7 +108,7 @@ def _flops(A: Tensor, B: Tensor) -> float:
     return 2.0 * m * d * (m + d)
 
 
-def _large(settings: Settings) -> tuple[str, str, list[Contender]]:
+def _large(settings: Settings, progress: Progress) -> Built:
     A, B, X = _random(settings, 1024, 2048)
     m, d = X.shape
     left = torch.randn(m, m + d)
@@ -160,7 +159,7 @@ def _curvlinops_with(A: Tensor, B: Tensor, X: Tensor) -> Callable[[], Any]:
     return lambda: operator @ vectors
 
 
-def _eigenbasis(settings: Settings) -> tuple[str, str, list[Contender]]:
+def _eigenbasis(settings: Settings, progress: Progress) -> Built:
     A, B, X = _random(settings, 256, 2304)
     tau, U = torch.linalg.eigh(A)
     gamma, V = torch.linalg.eigh(B)
@@ -212,7 +211,7 @@ def _eigenbasis(settings: Settings) -> tuple[str, str, list[Contender]]:
     )
 
 
-def _small_layers(settings: Settings) -> tuple[str, str, list[Contender]]:
+def _small_layers(settings: Settings, progress: Progress) -> Built:
     count, m, d = (20 if settings.quick else 200), 16, 48
     generator = torch.Generator().manual_seed(5)
     A = [_symmetric(m, generator) for _ in range(count)]

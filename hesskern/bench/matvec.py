@@ -13,6 +13,7 @@ from hesskern.bench import peers
 from hesskern.bench.cases import f200
 from hesskern.bench.contenders import (
     LOSS,
+    Built,
     Call,
     Contender,
     Problem,
@@ -23,6 +24,7 @@ from hesskern.bench.contenders import (
     relative_difference,
 )
 from hesskern.bench.settings import Settings
+from hesskern.progress import Progress
 
 __all__ = ["LAYERS", "TOLERANCE", "problems"]
 
@@ -39,7 +41,7 @@ def problems() -> list[Problem]:
     ]
 
 
-def _build(layer: str, settings: Settings) -> tuple[str, str, list[Contender]]:
+def _build(layer: str, settings: Settings, progress: Progress) -> Built:
     case = f200(settings)
     parameter = f"{layer}.weight"
     weight = case.model.get_parameter(parameter)

@@ -23,6 +23,7 @@ import torch
 from torch.utils.benchmark.utils.common import set_torch_threads
 
 from hesskern.bench.settings import Settings
+from hesskern.progress import reporter
 
 __all__ = ["measure", "peak_memory"]
 
@@ -64,7 +65,7 @@ def measure(suite: str, key: str, name: str, settings: Settings) -> int:
 
     with set_torch_threads(settings.threads), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, _, contenders = find_problem(suite, key).build(settings)
+        _, _, contenders = find_problem(suite, key).build(settings, reporter(False))
         found = [contender for contender in contenders if contender.name == name]
         if not found:
             raise ValueError(f"problem {key!r} of {suite!r} has no contender {name!r}")

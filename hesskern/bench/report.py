@@ -58,7 +58,7 @@ def columns(group: Group) -> tuple[list[str], list[list[str]]]:
     table: list[tuple[str, list[str]]] = [
         ("contender", [row.name for row in group.rows]),
         ("median", [duration(row.median) if row.median else "" for row in group.rows]),
-        ("quartiles", [_spread(row) for row in group.rows]),
+        ("IQR", [_spread(row) for row in group.rows]),
         ("CPU time", [_cpu(row) for row in group.rows]),
         ("gradients", [_in_gradients(row, group) for row in group.rows]),
         (f"over {subject.name}", [_ratio(row) for row in group.rows]),
@@ -66,7 +66,7 @@ def columns(group: Group) -> tuple[list[str], list[list[str]]]:
         ("once before", [_setup(row) for row in group.rows]),
         *((name, [_figure(row.figures.get(name)) for row in group.rows]) for name in extra),
         ("difference", [_difference(row) for row in group.rows]),
-        ("note", [row.note for row in group.rows]),
+        ("note", [_note(row) for row in group.rows]),
     ]
     kept = [(heading, cells) for heading, cells in table if any(cells)]
     rows = [list(cells) for cells in zip(*(cells for _, cells in kept), strict=True)]
@@ -76,8 +76,8 @@ def columns(group: Group) -> tuple[list[str], list[list[str]]]:
 def _spread(row: Row) -> str:
     if len(row.seconds) < 2:
         return ""
-    low, _, high = quartiles(row.seconds)
-    return f"{duration(low)} to {duration(high)}"
+    low, middle, high = quartiles(row.seconds)
+    return f"{100 * (high - low) / middle:.0f}%"
 
 
 def _cpu(row: Row) -> str:
@@ -112,10 +112,12 @@ def _figure(value: float | str | None) -> str:
 
 
 def _difference(row: Row) -> str:
-    if row.difference is None:
-        return ""
-    text = f"{row.difference:.1e}"
-    return f"{text} DISAGREES, limit {row.limit:.1e}" if row.disagrees else text
+    return "" if row.difference is None else f"{row.difference:.1e}"
+
+
+def _note(row: Row) -> str:
+    wrong = f"DISAGREES, limit {row.limit:.1e}" if row.disagrees else ""
+    return "; ".join(filter(None, [wrong, row.note]))
 
 
 def show(console: Console, group: Group) -> None:
@@ -124,7 +126,8 @@ def show(console: Console, group: Group) -> None:
     table = Table(box=None, padding=(0, 1), header_style="bold")
     for i, heading in enumerate(headings):
         left = i == 0 or heading == "note"
-        table.add_column(escape(heading), justify="left" if left else "right")
+        # Figures stay whole; names and notes give way on a narrow terminal.
+        table.add_column(escape(heading), justify="left" if left else "right", no_wrap=not left)
     for row, cells in zip(group.rows, rows, strict=True):
         table.add_row(*map(escape, cells), style="red" if row.disagrees else None)
     console.print(f"\n[bold]{escape(group.title)}[/bold]\n[dim]{escape(group.description)}[/dim]")

@@ -80,7 +80,7 @@ def run_problem(problem: Problem, settings: Settings, progress: Progress) -> Gro
     A package that is missing or fails becomes a row that says so; an error in hesskern is raised.
     """
     with set_torch_threads(settings.threads):
-        title, description, contenders = problem.build(settings)
+        title, description, contenders = problem.build(settings, progress)
         shown = f"{problem.suite}: {title}"
         total = len(contenders) * (1 + settings.repeats)
         rows, runners = [], []

@@ -44,7 +44,7 @@ SUITES: dict[str, Suite] = {
         summed="leading eigenpairs of every layer",
     ),
     "kron": Suite("products with Kronecker factors", kron.problems),
-    "kernels": Suite("every kernel over a grid of shapes", kernels.problems),
+    "kernels": Suite("single operators against torch", kernels.problems),
 }
 
 

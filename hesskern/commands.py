@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 from hesskern import __version__, build_info
 from hesskern.analysis import Analysis, Settings, analyze
+from hesskern.bench.command import bench
 from hesskern.data import DATASETS
 from hesskern.digest import Digest, counted, listed
 from hesskern.models import KNOWN_MODELS
@@ -239,3 +240,6 @@ def info(as_json: bool) -> None:
     for key, value in facts.items():
         table.add_row(key, "none" if value in ("", [], None) else str(value))
     Console(highlight=False).print(table)
+
+
+hesskern.add_command(bench)

@@ -1,0 +1,113 @@
+"""Suite ``factors``: Kronecker factors of every layer, exact and from drawn targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from hesskern.bench import cases, peers
+from hesskern.bench.cases import Case
+from hesskern.bench.contenders import (
+    Built,
+    Contender,
+    Problem,
+    gradient,
+    hesskern_factors,
+    relative_difference,
+)
+from hesskern.bench.settings import Settings
+from hesskern.progress import Progress
+
+__all__ = ["problems"]
+
+_AGREEMENT = 1e-5
+# BackPACK sums over positions before it sums over samples; its float32 rounding is larger.
+_BACKPACK_AGREEMENT = 1e-4
+_NETWORKS = {"mlp": cases.mlp, "lenet5": cases.lenet5, "cnn": cases.cnn}
+
+Pairs = dict[str, tuple[Tensor | None, Tensor]]
+"""Per layer, output Hessian [m, m] (None: drawn, not comparable) and input covariance [d, d]."""
+
+
+def problems() -> list[Problem]:
+    """Exact factors of three networks, then factors from drawn targets."""
+    return [
+        Problem(
+            "factors",
+            f"{network}-{output}",
+            partial(_build, make, output),
+            _difference,
+            memory=True,
+        )
+        for output in ("exact", "mc")
+        for network, make in _NETWORKS.items()
+    ]
+
+
+def _build(
+    make: Callable[[Settings], Case], output: str, settings: Settings, progress: Progress
+) -> Built:
+    case = make(settings)
+    drawn = output == "mc"
+    counts = peers.positions(case)
+
+    def ours(factors: Any) -> Pairs:
+        return {
+            name: (None if drawn else f.output_hessian, f.input_covariance)
+            for name, f in factors.items()
+        }
+
+    def curvlinops(operator: Any) -> Pairs:
+        # It averages input outer products over positions and sums the gradients' over them.
+        return {
+            name: (
+                None if drawn else operator._gradient_covariances[name] / counts[name],
+                operator._input_covariances[name] * counts[name],
+            )
+            for name in counts
+        }
+
+    def backpack(factors: dict[str, list[Tensor]]) -> Pairs:
+        return {
+            name: (None if drawn else output_factor / counts[name], input_factor)
+            for name, (output_factor, input_factor) in factors.items()
+        }
+
+    kind = "from one drawn target per sample (MC)" if drawn else "exact (type 2)"
+    return (
+        f"{case.title}: factors {kind}",
+        f"{case.description}; weights only, all layers",
+        [
+            Contender("hesskern", lambda: hesskern_factors(case, output), read=ours),
+            Contender(
+                "curvlinops KFAC",
+                lambda: peers.curvlinops_factors(case, output),
+                "curvlinops-for-pytorch",
+                "curvlinops",
+                read=curvlinops,
+                limit=_AGREEMENT,
+            ),
+            Contender(
+                f"BackPACK {'KFAC' if drawn else 'KFLR'}",
+                lambda: peers.backpack_factors(case, output),
+                "backpack-for-pytorch",
+                "backpack.extensions",
+                read=backpack,
+                limit=_BACKPACK_AGREEMENT,
+            ),
+            gradient(case),
+        ],
+    )
+
+
+def _difference(result: Pairs, reference: Pairs) -> float:
+    """The largest relative difference of any factor of any layer."""
+    worst = 0.0
+    for name, pair in reference.items():
+        for factor, expected in zip(result[name], pair, strict=True):
+            if factor is not None and expected is not None:
+                worst = max(worst, relative_difference(factor, expected))
+    return worst

@@ -219,7 +219,8 @@ class _CrossEntropy(Loss):
         # Summed from the small end: 1 - p_1 - ... - p_j would lose all digits of a small tail.
         sums = p.flip(1).cumsum(1).flip(1)
         tail = torch.cat([sums[:, 1:], torch.zeros_like(sums[:, :1])], dim=1)
-        scale = (p * tail / (p + tail).clamp(min=torch.finfo(p.dtype).tiny)).sqrt()
+        # The ratio first: p * tail underflows where both are small.
+        scale = (p * (tail / (p + tail).clamp(min=torch.finfo(p.dtype).tiny))).sqrt()
         scale = scale * self._token_scale(outputs, targets).unsqueeze(1)
         inverse = torch.where(tail > 0, 1 / tail.clamp(min=torch.finfo(p.dtype).tiny), 0.0)
 

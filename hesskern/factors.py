@@ -164,7 +164,13 @@ class Factors(Mapping[str, LayerFactors]):
         """Writes one safetensors file: the tensors, and everything else as JSON in its header.
 
         The file appears whole or not at all.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
         """
+        target = Path(path)
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"path: there is no folder {str(target.parent)!r}")
         tensors: dict[str, Tensor] = {}
         layers = []
         for name, f in self._layers.items():
@@ -187,7 +193,6 @@ class Factors(Mapping[str, LayerFactors]):
             "settings": self.settings,
             "layers": layers,
         }
-        target = Path(path)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             save_file(tensors, temporary, metadata={"hesskern": json.dumps(header)})
@@ -216,6 +221,14 @@ def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu
             if not isinstance(header, dict) or header.get("format") != _FORMAT:
                 raise ValueError(f"path: {str(path)!r} does not hold hesskern factors")
             layers = [_read_layer(file, entry) for entry in header["layers"]]
+            for f in layers:
+                m, d = f.layer_shape
+                shape = (d, d) if f.groups == 1 else (f.groups, d, d)
+                if f.output_hessian.shape != (m, m) or f.input_covariance.shape != shape:
+                    raise ValueError(
+                        f"path: {str(path)!r} is damaged: the factors of layer {f.name!r} do not "
+                        f"have its shape {f.layer_shape}"
+                    )
             return Factors(
                 {layer.name: layer for layer in layers},
                 header["num_samples"],

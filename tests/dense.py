@@ -127,3 +127,119 @@ def gauss_newton(
         share = jacobian.new_ones(len(outputs)) if weight is None else weight
         parts.append(torch.einsum("ncp,ncb,nbq,n->pq", jacobian, curvature, jacobian, share))
     return sum(parts) / _total(weights, [len(targets) for _, targets in batches])
+
+
+def patches(module: nn.Module, x: Tensor) -> Tensor:
+    """[d, t] columns that a layer's weight sees of one sample's input [d], [t, d] or [C, (H,) W].
+
+    Cut out one position at a time; d counts the channels of all groups.
+    """
+    if isinstance(module, nn.Linear):
+        return x.reshape(-1, x.shape[-1]).T
+    axes = x.dim() - 1
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    if module.padding == "valid":
+        padding = [(0, 0)] * axes
+    elif module.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        padding = [(total // 2, total - total // 2) for total in totals]
+    else:
+        padding = [(p, p) for p in module.padding]
+    flat = [amount for pair in reversed(padding) for amount in pair]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    x = torch.nn.functional.pad(x[None], flat, mode=mode)[0]
+    sizes = [
+        (x.shape[i + 1] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(axes)
+    ]
+    columns = []
+    for position in torch.cartesian_prod(*[torch.arange(size) for size in sizes]).reshape(-1, axes):
+        cut = x
+        for i, p in enumerate(position.tolist()):
+            first = p * stride[i]
+            index = torch.arange(kernel[i]) * dilation[i] + first
+            cut = cut.index_select(i + 1, index)
+        columns.append(cut.flatten())
+    return torch.stack(columns, 1)
+
+
+def _root_rows(z: list[Tensor], outputs: Tensor) -> list[Tensor]:
+    """Per use [outputs per sample, m, t] Jacobian of one sample's outputs in a layer's outputs."""
+    rows: list[list[Tensor]] = [[] for _ in z]
+    for element in outputs.flatten():
+        grads = torch.autograd.grad(
+            element, z, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for use, grad in zip(rows, grads, strict=True):
+            use.append(grad)
+    return [torch.stack(use) for use in rows]
+
+
+def layer_factors(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: SampleLoss,
+    layer: str,
+    *,
+    joint: bool = False,
+    weights: Sequence[Tensor | None] | None = None,
+) -> dict[str, Tensor]:
+    """Both Kronecker factors and the mean input of a layer, by a loop over single samples.
+
+    Returns:
+        ``input_covariance`` [d, d] or [g, d, d] summed over positions and uses, ``output_hessian``
+        [m, m] averaged over them, ``input_mean`` [g d (+ 1), t] and ``positions``.
+    """
+    module = model.get_submodule(layer)
+    batches = list(data)
+    weights = weights or [None] * len(batches)
+    groups = getattr(module, "groups", 1)
+    covariance = hessian = mean = torch.zeros(()).double()
+    total = 0.0
+    for (inputs, targets), weight in zip(batches, weights, strict=True):
+        for n in range(len(targets)):
+            share = 1.0 if weight is None else float(weight[n])
+            uses: list[tuple[Tensor, Tensor]] = []
+
+            def hook(_: nn.Module, args: Any, z: Tensor, uses: Any = uses) -> Tensor:
+                z = z.detach().requires_grad_() if not z.requires_grad else z
+                uses.append((args[0].detach(), z))
+                return z.clone()
+
+            handle = module.register_forward_hook(hook)
+            outputs = run(model, _sample(inputs, n))
+            handle.remove()
+            curvature = output_curvature(loss, outputs, targets[n : n + 1])[0]
+            jacobians_of_uses = _root_rows([z for _, z in uses], outputs)
+            x = torch.cat([patches(module, x[0]) for x, _ in uses], 1)
+            g = torch.cat(
+                [
+                    (
+                        j[:, 0].flatten(2)
+                        if not isinstance(module, nn.Linear)
+                        else j[:, 0].reshape(len(j), -1, j.shape[-1]).transpose(1, 2)
+                    )
+                    for j in jacobians_of_uses
+                ],
+                2,
+            )
+            positions = x.shape[1]
+            parts = x.reshape(groups, -1, positions)
+            if joint:
+                parts = torch.cat([parts, parts.new_ones(groups, 1, positions)], 1)
+            covariance = covariance + share * parts @ parts.transpose(1, 2)
+            hessian = hessian + share * torch.einsum("cit,cb,bjt->ij", g, curvature, g) / positions
+            mean = mean + share * (torch.cat([x, x.new_ones(1, positions)]) if joint else x)
+            total += share
+    return {
+        "input_covariance": (covariance if groups > 1 else covariance[0]) / total,
+        "output_hessian": hessian / total,
+        "input_mean": mean / total,
+    }
+
+
+def _sample(inputs: Any, n: int) -> Any:
+    if isinstance(inputs, dict):
+        return {key: value[n : n + 1] for key, value in inputs.items()}
+    if isinstance(inputs, tuple):
+        return tuple(value[n : n + 1] for value in inputs)
+    return inputs[n : n + 1]

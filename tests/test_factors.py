@@ -1,0 +1,532 @@
+"""Kronecker factors against a loop over single samples, and their file."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense import layer_factors, relative_error
+from networks import CASES, SharedOverPositions, Twice, classes, randn, seeded
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import hesskern as hk
+
+CE = nn.CrossEntropyLoss()
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even:UserWarning")
+
+
+def sample_loss(outputs: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, target)
+
+
+def columns(mean: Tensor) -> Tensor:
+    """[d, t] of an ``input_mean``, which is [d] for one position."""
+    return mean[:, None] if mean.dim() == 1 else mean
+
+
+def check(found: hk.LayerFactors, expected: dict[str, Tensor], bound: float) -> None:
+    assert relative_error(found.input_covariance, expected["input_covariance"]) <= bound
+    assert relative_error(found.output_hessian, expected["output_hessian"]) <= bound
+    assert relative_error(columns(found.input_mean), expected["input_mean"]) <= bound
+    assert found.positions == expected["input_mean"].shape[1]
+    # Both factors are whole matrices, not triangles.
+    assert torch.equal(found.output_hessian, found.output_hessian.T)
+    assert torch.equal(found.input_covariance, found.input_covariance.mT)
+
+
+@pytest.mark.parametrize("bias", ["none", "joint"])
+@pytest.mark.parametrize("name", CASES)
+def test_against_a_loop_over_samples(name: str, bias: str) -> None:
+    case = CASES[name]
+    model, data = case.model(), case.data()
+    factors = hk.kronecker_factors(model, data, CE, bias=bias)
+    assert list(factors) == [n for n, _ in model.named_modules() if n in case.layers]
+    assert factors.num_samples == 7
+    for layer, found in factors.items():
+        module = model.get_submodule(layer)
+        joint = bias == "joint" and module.bias is not None
+        expected = layer_factors(model, data, sample_loss, layer, joint=joint)
+        check(found, expected, 1e-12)
+        assert found.name == layer
+        assert found.kind == ("linear" if isinstance(module, nn.Linear) else "conv")
+        assert found.groups == getattr(module, "groups", 1)
+        assert found.layer_shape == (len(module.weight), module.weight[0].numel() + joint)
+        assert found.num_samples == 7
+        assert found.output_hessian.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "name", ["relu", "conv groups", "conv1d", "sequence", "twice", "conv same"]
+)
+def test_float32(name: str) -> None:
+    case = CASES[name]
+    found = hk.kronecker_factors(case.model(torch.float32), case.data(torch.float32), CE)
+    model = case.model(torch.float32).double()
+    data = [(x.double(), y) for x, y in case.data(torch.float32)]
+    for layer, f in found.items():
+        assert f.output_hessian.dtype == f.input_covariance.dtype == torch.float32
+        check(f, layer_factors(model, data, sample_loss, layer), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["relu", "conv stride", "sequence"])
+def test_half_precision_accumulates_in_float32(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    model = case.model(dtype)
+    data = [(x.to(dtype), y) for x, y in case.data()]
+    found = hk.kronecker_factors(model, data, CE)
+    wide = case.model(dtype).double()
+    expected = {
+        layer: layer_factors(wide, [(x.double(), y) for x, y in data], sample_loss, layer)
+        for layer in found
+    }
+    for layer, f in found.items():
+        assert f.output_hessian.dtype == f.input_covariance.dtype == torch.float32
+        assert relative_error(f.output_hessian, expected[layer]["output_hessian"]) <= 0.05
+    # The first layer's inputs are exact, so only its accumulation could lose digits.
+    first = next(iter(found))
+    covariance = expected[first]["input_covariance"]
+    assert relative_error(found[first].input_covariance, covariance) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["relu", "conv groups", "sequence", "shared convolution", "dict"])
+def test_sample_weights(name: str) -> None:
+    case = CASES[name]
+    model, data = case.model(), case.data()
+    weights = [randn(len(y), seed=i).abs() for i, (_, y) in enumerate(data)]
+    weights[1][0] = 0.0
+    in_data = [(x, y, w) for (x, y), w in zip(data, weights, strict=True)]
+    for bias in ("none", "joint"):
+        by_keyword = hk.kronecker_factors(
+            model, data, CE, sample_weight=torch.cat(weights), bias=bias
+        )
+        by_data = hk.kronecker_factors(model, in_data, CE, bias=bias)
+        for layer, found in by_data.items():
+            joint = bias == "joint" and model.get_submodule(layer).bias is not None
+            expected = layer_factors(model, data, sample_loss, layer, joint=joint, weights=weights)
+            check(found, expected, 1e-12)
+            assert found.num_samples == pytest.approx(float(torch.cat(weights).sum()))
+            assert torch.equal(by_keyword[layer].output_hessian, found.output_hessian)
+            assert torch.equal(by_keyword[layer].input_covariance, found.input_covariance)
+
+
+def test_a_batch_of_zero_weights_and_an_empty_batch_add_nothing() -> None:
+    for name in ("relu", "conv groups", "sequence"):
+        case = CASES[name]
+        model, data = case.model(), case.data()
+        (x, y), _ = data
+        expected = hk.kronecker_factors(model, data, CE, bias="joint")
+        more = [(x[:0], y[:0]), *data, (5 * x, y, torch.zeros(4)), (x[:0], y[:0])]
+        found = hk.kronecker_factors(model, more, CE, bias="joint")
+        assert found.num_samples == 7
+        for layer in expected:
+            assert (
+                relative_error(found[layer].output_hessian, expected[layer].output_hessian) <= 1e-14
+            )
+            assert (
+                relative_error(found[layer].input_covariance, expected[layer].input_covariance)
+                <= 1e-14
+            )
+
+
+@pytest.mark.parametrize("output", ["exact", "empirical", "mc"])
+def test_memory_budget_changes_nothing_but_memory(output: str) -> None:
+    for name in ("relu", "conv stride", "sequence"):
+        case = CASES[name]
+        model, data = case.model(), case.data()
+        wide = hk.kronecker_factors(model, data, CE, output=output, mc_samples=3)
+        tight = hk.kronecker_factors(model, data, CE, output=output, mc_samples=3, memory_budget=0)
+        for layer in wide:
+            error = relative_error(tight[layer].output_hessian, wide[layer].output_hessian)
+            assert error <= 1e-14
+
+
+def test_lengths_that_vary_between_batches() -> None:
+    model = seeded(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
+    data = [(randn(2, t, 3, seed=t), randn(2, t, 2, seed=t + 50)) for t in (3, 5)]
+
+    def loss(outputs: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(outputs, target)
+
+    for bias in ("none", "joint"):
+        factors = hk.kronecker_factors(model, data, nn.MSELoss(), bias=bias)
+        for layer, f in factors.items():
+            parts = [
+                layer_factors(model, [batch], loss, layer, joint=bias == "joint") for batch in data
+            ]
+            for factor in ("input_covariance", "output_hessian"):
+                expected = (parts[0][factor] + parts[1][factor]) / 2
+                assert relative_error(getattr(f, factor), expected) <= 1e-12
+            assert f.positions == 4
+            with pytest.raises(ValueError, match=f"input_mean of layer '{layer}' is not defined"):
+                _ = f.input_mean
+
+
+def test_images_that_vary_between_batches() -> None:
+    model = seeded(
+        nn.Sequential(
+            nn.Conv2d(2, 4, 2, groups=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        )
+    )
+    data = [(randn(2, 2, s, 3, seed=s), classes(2, c=4, seed=s)) for s in (3, 4)]
+    f = hk.kronecker_factors(model, data, CE, bias="joint")["0"]
+    parts = [layer_factors(model, [batch], sample_loss, "0", joint=True) for batch in data]
+    for factor in ("input_covariance", "output_hessian"):
+        expected = (parts[0][factor] + parts[1][factor]) / 2
+        assert relative_error(getattr(f, factor), expected) <= 1e-12
+
+
+def test_input_mean_direction() -> None:
+    case = CASES["relu"]
+    f = hk.kronecker_factors(case.model(), case.data(), CE)["2"]
+    assert f.input_mean.shape == (6,)
+    assert relative_error(f.input_mean_direction, f.input_mean / f.input_mean.norm()) <= 1e-14
+    case = CASES["conv stride"]
+    f = hk.kronecker_factors(case.model(), case.data(), CE)["0"]
+    assert f.input_mean.shape == (12, 12)
+    _, vectors = torch.linalg.eigh(f.input_mean @ f.input_mean.T)
+    direction = f.input_mean_direction
+    assert direction.shape == (12,)
+    assert abs(float(direction @ vectors[:, -1])) == pytest.approx(1, abs=1e-12)
+    assert float(direction.sum()) >= 0
+
+
+@pytest.mark.parametrize("positions", [1, 4])
+def test_input_mean_direction_of_a_zero_mean_is_zero(positions: int) -> None:
+    model = seeded(nn.Linear(3, 2))
+    # Small integers, so that the sum is zero without rounding.
+    x = classes(2, positions, 3, c=9).double().squeeze(1)
+    data = [(torch.cat([x, -x]), torch.zeros(4, *x.shape[1:-1], 2).double())]
+    f = hk.kronecker_factors(model, data, nn.MSELoss())[""]
+    assert torch.equal(f.input_mean_direction, torch.zeros(3).double())
+
+
+def test_a_layer_used_twice_sums_inputs_and_averages_curvature_over_uses() -> None:
+    # Spelt out once more, without the loop that the other tests share.
+    model = seeded(Twice())
+    x, y = randn(5, 4), classes(5, c=3)
+    f = hk.kronecker_factors(model, [(x, y)], CE)["shared"]
+    first = model.shared(x).detach().requires_grad_()
+    h = F.relu(first)
+    second = model.shared(h)
+    logits = model.out(F.relu(second))
+    expected = torch.zeros(4, 4).double()
+    p = logits.detach().softmax(1)
+    rows = [
+        torch.autograd.grad(logits[:, c].sum(), [first, second], retain_graph=True)
+        for c in range(3)
+    ]
+    for z in range(2):
+        g = torch.stack([row[z] for row in rows], 1)
+        A = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+        expected += torch.einsum("nci,ncb,nbj->ij", g, A, g) / 5 / 2
+    assert relative_error(f.output_hessian, expected) <= 1e-12
+    assert relative_error(f.input_covariance, (x.T @ x + (h.T @ h).detach()) / 5) <= 1e-12
+    assert f.positions == 2
+    assert relative_error(f.input_mean, torch.stack([x.mean(0), h.detach().mean(0)], 1)) <= 1e-12
+
+
+# Which layers
+
+
+class Various(nn.Module):
+    """Supported layers among others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.norm = nn.LayerNorm(4)
+        self.fc = nn.Linear(4, 3)
+        self.bilinear = nn.Bilinear(3, 3, 2)
+        self.unused = nn.Linear(4, 4)
+        self.relu = nn.ReLU()
+
+        class Scaled(nn.Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return 2 * super().forward(x)
+
+        self.scaled = Scaled(2, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.relu(self.fc(self.norm(self.embed(tokens)).mean(1)))
+        return self.scaled(self.bilinear(h, h))
+
+
+def test_layers_without_factors_are_listed_with_reasons() -> None:
+    model = seeded(Various())
+    data = [(classes(4, 6, c=5), classes(4, c=3))]
+    factors = hk.kronecker_factors(model, data, CE)
+    assert list(factors) == ["fc"]
+    assert set(factors.skipped) == {"embed", "norm", "bilinear", "unused", "scaled"}
+    assert "Embedding" in factors.skipped["embed"]
+    assert "never reached" in factors.skipped["unused"]
+    assert "forward() of its own" in factors.skipped["scaled"]
+    with pytest.raises(KeyError, match="no factors for layer 'norm': it is a LayerNorm"):
+        _ = factors["norm"]
+    with pytest.raises(KeyError, match="no factors for layer 'nothing'; there are fc"):
+        _ = factors["nothing"]
+    for name in ("embed", "scaled"):
+        with pytest.raises(NotImplementedError, match=f"layers: '{name}' is a "):
+            hk.kronecker_factors(model, data, CE, layers=["fc", name])
+    text = repr(factors)
+    assert "fc" in text
+    assert "(3, 4)" in text
+
+
+def test_a_forward_replaced_on_the_instance_is_skipped_too() -> None:
+    model = seeded(nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)))
+    plain = model[0].forward
+    model[0].forward = lambda x: 3 * plain(x)
+    factors = hk.kronecker_factors(model, [(randn(4, 4), classes(4, c=3))], CE)
+    assert list(factors) == ["2"]
+    assert "forward() of its own" in factors.skipped["0"]
+
+
+def test_kinds_of_data_agree() -> None:
+    case = CASES["residual"]
+    model = case.model()
+    x, y = randn(7, 4), classes(7, c=3)
+    batches = [(x[:4], y[:4]), (x[4:], y[4:])]
+    expected = hk.kronecker_factors(model, batches, CE)
+    sources: list[Any] = [
+        DataLoader(TensorDataset(x, y), batch_size=4),
+        iter(batches),
+        (batch for batch in batches),
+        [[x[:4], y[:4]], [x[4:], y[4:]]],
+    ]
+    for source in sources:
+        found = hk.kronecker_factors(model, source, CE)
+        for layer in expected:
+            assert torch.equal(found[layer].output_hessian, expected[layer].output_hessian)
+            assert torch.equal(found[layer].input_covariance, expected[layer].input_covariance)
+
+
+def test_progress_is_reported_per_batch() -> None:
+    case = CASES["relu"]
+    seen: list[tuple[str, int, int | None]] = []
+    hk.kronecker_factors(case.model(), case.data(), CE, progress=lambda *event: seen.append(event))
+    assert [(done, total) for _, done, total in seen] == [(1, 2), (2, 2)]
+
+
+# The operator and its eigenpairs
+
+
+@pytest.mark.parametrize("name", ["relu", "conv stride", "conv groups", "sequence"])
+def test_operator_and_eigenpairs(name: str) -> None:
+    case = CASES[name]
+    for f in hk.kronecker_factors(case.model(), case.data(), CE).values():
+        K = f.operator()
+        m, step = f.layer_shape[0], f.layer_shape[0] // f.groups
+        blocks = f.input_covariance if f.groups > 1 else f.input_covariance[None]
+        expected = torch.block_diag(
+            *[
+                torch.kron(
+                    f.output_hessian[i * step : (i + 1) * step, i * step : (i + 1) * step],
+                    blocks[i],
+                )
+                for i in range(f.groups)
+            ]
+        )
+        assert K.shape == (m * f.layer_shape[1],) * 2
+        assert relative_error(K.to_dense(), expected) <= 1e-14
+        top = f.eigsh(4)
+        values = torch.linalg.eigvalsh(expected).flip(0)[:4]
+        assert relative_error(top.values, values) <= 1e-12
+        assert relative_error(expected @ top.vectors, top.vectors * top.values) <= 1e-10
+
+
+# The file
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[hk.Factors, Path]:
+    case = CASES["conv groups"]
+    factors = hk.kronecker_factors(case.model(), case.data(), CE, bias="joint", seed=7)
+    path = tmp_path / "run.safetensors"
+    factors.save(path)
+    return factors, path
+
+
+@pytest.mark.parametrize("name", ["relu", "conv groups", "conv1d", "sequence", "twice", "linear"])
+@pytest.mark.parametrize("bias", ["none", "joint"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_save_and_load(name: str, bias: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    case = CASES[name]
+    factors = hk.kronecker_factors(
+        case.model(dtype), case.data(dtype), CE, bias=bias, output="mc", mc_samples=2, seed=3
+    )
+    path = tmp_path / "run.safetensors"
+    factors.save(path)
+    loaded = hk.load_factors(path)
+    assert list(loaded) == list(factors)
+    assert loaded.num_samples == factors.num_samples
+    assert loaded.skipped == factors.skipped
+    assert loaded.settings == factors.settings
+    for layer, f in factors.items():
+        back = loaded[layer]
+        for attribute in (
+            "name",
+            "kind",
+            "layer_shape",
+            "groups",
+            "num_samples",
+            "positions",
+            "spec",
+        ):
+            assert getattr(back, attribute) == getattr(f, attribute)
+        for attribute in (
+            "input_covariance",
+            "output_hessian",
+            "input_mean",
+            "input_mean_direction",
+        ):
+            assert getattr(back, attribute).dtype == dtype
+            assert torch.equal(getattr(back, attribute), getattr(f, attribute))
+    assert os.listdir(tmp_path) == ["run.safetensors"]
+
+
+def test_save_and_load_where_shapes_varied(tmp_path: Path) -> None:
+    model = seeded(nn.Linear(3, 2))
+    data = [(randn(2, t, 3, seed=t), randn(2, t, 2, seed=t)) for t in (3, 5)]
+    factors = hk.kronecker_factors(model, data, nn.MSELoss())
+    factors.save(str(tmp_path / "run"))
+    loaded = hk.load_factors(str(tmp_path / "run"))
+    assert loaded[""].input_images is None
+    assert torch.equal(loaded[""].input_covariance, factors[""].input_covariance)
+
+
+def test_saving_over_a_file_replaces_it(saved: tuple[hk.Factors, Path]) -> None:
+    _, path = saved
+    case = CASES["relu"]
+    other = hk.kronecker_factors(case.model(), case.data(), CE)
+    other.save(path)
+    assert list(hk.load_factors(path)) == list(other)
+
+
+@pytest.mark.parametrize("stage", ["write", "rename"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_saving_that_fails_leaves_the_old_file_and_nothing_else(
+    saved: tuple[hk.Factors, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    error: type[BaseException],
+) -> None:
+    factors, path = saved
+    before = path.read_bytes()
+
+    def half(tensors: Any, filename: Any, metadata: Any = None) -> None:
+        Path(filename).write_bytes(b"half")
+        raise error("disk full")
+
+    def fail(*args: Any) -> None:
+        raise error("disk full")
+
+    if stage == "write":
+        monkeypatch.setattr("hesskern.factors.save_file", half)
+    else:
+        monkeypatch.setattr("hesskern.factors.os.replace", fail)
+    with pytest.raises(error, match="disk full"):
+        factors.save(path)
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == [path.name]
+    new = path.with_name("other.safetensors")
+    monkeypatch.setattr("hesskern.factors.os.replace", fail)
+    with pytest.raises(error):
+        factors.save(new)
+    assert os.listdir(path.parent) == [path.name]
+
+
+def _header(path: Path, change: Any) -> bytes:
+    """The file with its hesskern header changed."""
+    raw = path.read_bytes()
+    (size,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + size])
+    own = json.loads(header["__metadata__"]["hesskern"])
+    header["__metadata__"]["hesskern"] = json.dumps(change(own))
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + raw[8 + size :]
+
+
+def _without(own: dict[str, Any], key: str) -> dict[str, Any]:
+    return {k: v for k, v in own.items() if k != key}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.read_bytes()[:-100],
+        lambda path: path.read_bytes()[:5],
+        lambda path: b"",
+        lambda path: b"PK\x03\x04" + bytes(200),
+        lambda path: _header(path, lambda own: None),
+        lambda path: _header(path, lambda own: [1]),
+        lambda path: _header(path, lambda own: {**own, "format": "other/1"}),
+        lambda path: _header(
+            path, lambda own: {k: v for k, v in own.items() if k != "num_samples"}
+        ),
+        lambda path: _header(path, lambda own: {k: v for k, v in own.items() if k != "skipped"}),
+        lambda path: _header(path, lambda own: {**own, "layers": [7]}),
+        lambda path: _header(path, lambda own: {**own, "layers": 7}),
+        lambda path: _header(path, lambda own: {**own, "layers": [{"spec": {"name": "0"}}]}),
+        lambda path: _header(
+            path,
+            lambda own: {
+                **own,
+                "layers": [
+                    {**layer, "spec": {**layer["spec"], "name": "elsewhere"}}
+                    for layer in own["layers"]
+                ],
+            },
+        ),
+        lambda path: _header(
+            path,
+            lambda own: {
+                **own,
+                "layers": [
+                    {**layer, "spec": {**layer["spec"], "outputs": 77}} for layer in own["layers"]
+                ],
+            },
+        ),
+    ],
+    ids=range(14),
+)
+def test_damaged_and_foreign_files(saved: tuple[hk.Factors, Path], damage: Any) -> None:
+    _, path = saved
+    path.write_bytes(damage(path))
+    with pytest.raises(ValueError, match=r"path: .*run\.safetensors"):
+        hk.load_factors(path)
+
+
+def test_files_of_other_programs_and_no_file(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    foreign = tmp_path / "weights.safetensors"
+    save_file({"weight": torch.ones(2)}, foreign)
+    with pytest.raises(ValueError, match="does not hold hesskern factors"):
+        hk.load_factors(foreign)
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*nothing\.safetensors"):
+        hk.load_factors(tmp_path / "nothing.safetensors")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        hk.load_factors(tmp_path)
+
+
+def test_saving_into_a_folder_that_is_not_there(saved: tuple[hk.Factors, Path]) -> None:
+    factors, path = saved
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        factors.save(path.parent / "missing" / "run.safetensors")
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_shared_convolution_counts_positions_of_both_images() -> None:
+    model = seeded(SharedOverPositions())
+    f = hk.kronecker_factors(model, CASES["shared convolution"].data(), CE)["conv"]
+    assert f.positions == 1 + 9
+    assert f.input_mean.shape == (8, 10)

@@ -181,6 +181,18 @@ class FactorAccumulator:
                 self._add(capture, batch)
 
     def _add(self, capture: Capture, batch: Batch) -> None:
+        """Adds one batch as a whole, or nothing at all if anything goes wrong."""
+        state = self._generator.get_state()
+        try:
+            fresh, count = self._sums_of(capture, batch)
+        except BaseException:
+            self._generator.set_state(state)
+            raise
+        self._commit(fresh, count)
+        self._note({**self._reasons, **capture.reasons})
+
+    def _sums_of(self, capture: Capture, batch: Batch) -> tuple[dict[str, _Sums], float]:
+        """A batch's sums by layer, and its weighted number of samples."""
         settings = self._settings
         roots = BatchRoots(
             capture,
@@ -196,9 +208,7 @@ class FactorAccumulator:
             if name in roots.uses
         }
         self._add_outputs(roots, fresh)
-        # From here on nothing can fail: the batch is in as a whole or not at all.
-        self._commit(fresh, roots.count)
-        self._note({**self._reasons, **capture.reasons})
+        return fresh, roots.count
 
     def _note(self, reasons: dict[str, str]) -> None:
         """Keeps the reasons of layers that no batch has reached."""
@@ -267,6 +277,8 @@ class FactorAccumulator:
                 held = 0
         self._flush(kept, fresh, share)
         for name, sums in fresh.items():
+            # Finite entries may still have squares that are not.
+            roots.check_inputs(name, sums.inputs.diagonal(dim1=-2, dim2=-1))
             roots.check_gradients(name, sums.outputs.diagonal())
 
     def _flush(

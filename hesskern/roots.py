@@ -157,6 +157,10 @@ class BatchRoots:
             row = self._weighted(self._rows.row(j))
             yield self._capture.backward(self.outputs, row, self.uses, last=j == self.rows - 1)
 
+    def check_inputs(self, name: str, squares: Tensor) -> None:
+        """Raises ValueError if sums of a layer's squared inputs hold NaN or Inf."""
+        check_finite(squares, f"squared inputs of layer {name!r}", self._batch.index)
+
     def check_gradients(self, name: str, tensor: Tensor) -> None:
         """Raises ValueError if a layer's gradients, or sums of their squares, hold NaN or Inf."""
         check_finite(tensor, f"output gradients of layer {name!r}", self._batch.index)

@@ -105,10 +105,14 @@ class KroneckerOperator(CurvatureOperator):
         B: [d, d] symmetric, e.g. the input covariance; or [g, d, d].
 
     Raises:
+        TypeError: a factor is not a tensor.
         ValueError: a factor is not square, dtypes or devices differ, or g does not divide m.
     """
 
     def __init__(self, A: Tensor, B: Tensor) -> None:
+        for name, factor in (("A", A), ("B", B)):
+            if not isinstance(factor, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
         if A.dim() != 2 or A.shape[0] != A.shape[1]:
             raise ValueError(f"A must be [m, m], got {list(A.shape)}")
         if B.dim() not in (2, 3) or B.shape[-1] != B.shape[-2]:
@@ -201,7 +205,7 @@ class KroneckerOperator(CurvatureOperator):
         vectors = torch.zeros(k, self.groups, m, d, dtype=self.dtype, device=self.device)
         vectors[torch.arange(k), group] = u.unsqueeze(2) * v.unsqueeze(1)
         vectors = vectors.flatten(1).T
-        scale = values.abs().max().clamp(min=torch.finfo(self.dtype).tiny)
+        scale = flat.abs().max().clamp(min=torch.finfo(self.dtype).tiny)
         residuals = (self @ vectors - vectors * values).norm(dim=0) / scale
         return EigenResult(values, vectors, residuals, True, 0)
 

@@ -277,7 +277,8 @@ def _look_at_layer(
     k = min(settings.top, size)
 
     def renamed(_: str, done: int, total: int | None) -> None:
-        clock(f"top eigenpairs of {name}", done, total)
+        # All pairs may have converged before the solver has verified them.
+        clock(f"top eigenpairs of {name}", min(done, k - 1), k)
 
     with clock.step(f"Kronecker form of {name}"):
         kronecker = factors.eigsh(k)
@@ -286,7 +287,7 @@ def _look_at_layer(
             # The result says by itself which pairs did not converge; the report repeats it.
             warnings.simplefilter("ignore", RuntimeWarning)
             exact = eigsh(H, k, tol=_EIGEN_TOLERANCE, progress=renamed)
-        renamed("", k, k)
+        clock(f"top eigenpairs of {name}", k, k)
     with clock.step(f"comparison of {name}"):
         overlap = metrics.subspace_overlap(exact.vectors, kronecker.vectors)
         rayleigh = (kronecker.vectors * (H @ kronecker.vectors)).sum(0).double()

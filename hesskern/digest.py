@@ -40,6 +40,11 @@ class Digest:
         reasons = {entry["inexact_reason"] for n in self.layers for entry in self.entries(n)}
         return sorted(reason for reason in reasons if reason)
 
+    @property
+    def frobenius_error(self) -> float:
+        """Largest standard error of a Frobenius norm ratio; 0 where all were computed exactly."""
+        return max(e["decoupling"]["frobenius_error"] for n in self.layers for e in self.entries(n))
+
     def entries(self, name: str) -> list[Entry]:
         """The layer's numbers, of every model."""
         return [model["layers"][name] for model in self.result["models"]]

@@ -66,11 +66,9 @@ def layer_table(digest: Digest) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the layers' table for a terminal; columns ``k = ...`` are overlaps."""
     last = digest.columns[-1]
     shown = [digest.columns.index(k) for k in dict.fromkeys((1, digest.mark, last))]
-    headings = ["layer", "shape", "λ₁ of H", "of K"]
-    headings += [
-        f"overlap k={digest.columns[i]}" if i == 0 else f"k={digest.columns[i]}" for i in shown
-    ]
-    headings += ["captured", "error ‖·‖₂", "‖·‖F"]
+    headings = ["layer", "shape", "λ₁ H", "λ₁ K"]
+    headings += [f"k = {digest.columns[i]}" for i in shown]
+    headings += ["captured", "‖H−K‖₂", "‖H−K‖F"]
     rows = [
         [
             row["name"] + ("" if row["is_exact"] else " *"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from hesskern.bench import command, memory, report, runner, suites
+from hesskern.bench import cases, command, memory, report, runner, suites
 from hesskern.bench.contenders import Contender, Problem, relative_difference
 from hesskern.bench.results import Group, Row, quartiles
 from hesskern.bench.settings import Settings
@@ -265,3 +265,36 @@ def test_command_names_the_suites_it_knows() -> None:
     assert done.exit_code == 2
     for name in SUITES:
         assert name in done.output
+
+
+@pytest.mark.parametrize(
+    ("suite", "key"),
+    [
+        ("factors", "mlp-exact"),
+        ("factors", "mlp-mc"),
+        ("kron", "mlp"),
+        ("kron", "eigenbasis"),
+        ("kron", "small-layers"),
+        ("kernels", "conv_input_covariance-128x3x32x3"),
+        ("kernels", "input_covariance-200"),
+        ("kernels", "output_hessian-200"),
+        ("kernels", "layer_hessian-10x200"),
+    ],
+)
+def test_contenders_agree_on_small_data(suite: str, key: str) -> None:
+    settings = replace(_QUIET, repeats=1)
+    group = runner.run_problem(suites.find_problem(suite, key), settings, _silent)
+    assert not [(row.name, row.difference, row.limit) for row in group.rows if row.disagrees]
+    assert not [row.note for row in group.rows if row.note.startswith("failed")]
+    assert any(row.difference is not None for row in group.rows[1:])
+
+
+def test_synthetic_data_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HESSKERN_DATA", str(tmp_path))
+    path = tmp_path / "f200x2.safetensors"
+    cases.train_f200(_QUIET, path, _silent)
+    case = cases.f200(replace(_QUIET, checkpoint=path))
+    assert "SYNTHETIC" in case.description
+    assert case.inputs.shape == (2048, 1, 28, 28)
+    with pytest.raises(ValueError, match="MNIST"):
+        cases.f200(replace(_QUIET, checkpoint=path, root=tmp_path))

@@ -152,9 +152,10 @@ def _start(contender: Contender, once: bool, repeats: int) -> tuple[Row, _Runner
     seconds = first
     if first < _BLOCK_SECONDS:
         # The first call also loads code and fills caches.
-        started = time.perf_counter()
-        call()
-        seconds = time.perf_counter() - started
+        with _own_warnings(contender):
+            started = time.perf_counter()
+            call()
+            seconds = time.perf_counter() - started
     number = max(1, round(_BLOCK_SECONDS / max(seconds, 1e-9)))
     rounds = min(repeats, max(1, int(_CONTENDER_SECONDS / max(first, 1e-9))))
     return row, _Runner(contender, row, call, number, rounds, kept)

@@ -79,6 +79,7 @@ SANITIZERS = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:
 SANITIZE_TESTS ?= $(wildcard tests/test_ops*.py)
 
 sanitize: $(VENV)/built ## the operators' tests under AddressSanitizer and UBSan
+	@test -n "$(SANITIZE_TESTS)" || { echo "SANITIZE_TESTS names no test" >&2; exit 1; }
 	$(call COPY,build/sanitize)
 	cd build/sanitize && HESSKERN_CUDA=0 HESSKERN_SANITIZE=1 \
 		$(abspath $(VENV))/bin/python setup.py -q build_ext --inplace >build.log 2>&1 || \

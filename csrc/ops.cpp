@@ -16,6 +16,11 @@ TORCH_LIBRARY(hesskern, m) {
   m.def(
       "conv_input_covariance_(Tensor(a!) acc, Tensor x, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation, int groups=1, float alpha=1.0) -> ()");
+  // The same by one named way instead of the one the cost model picks; CPU only, for tests and
+  // benchmarks. path: "patches", "lags", "spectral".
+  m.def(
+      "_conv_input_covariance_by_(Tensor(a!) acc, Tensor x, int[] kernel_size, int[] stride, "
+      "int[] padding, int[] dilation, int groups, float alpha, str path) -> ()");
   // acc [m, m] += alpha sum of root rows, upper triangle; jacobian [N, c, m(, t)], probabilities [N, c]
   m.def(
       "output_hessian_(Tensor(a!) acc, Tensor jacobian, Tensor? probabilities=None, "

@@ -1,28 +1,59 @@
 #include "symmetric_update.h"
 
+#include <ATen/ATen.h>
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+
+#include "triangle.h"
+#include "pack.h"
+
 namespace hesskern::cpu {
 
 namespace {
 
-// Below this order one GEMM beats the saving of half a smaller one.
-constexpr int64_t kLeaf = 128;
+// Rows of at most this length are read where they lie: longer ones map to few
+// cache sets when the row length is a power of two.
+constexpr int64_t kDirectOrder = 64;
+
+// rows [K, d] with element strides stride_row, stride_col
+template <typename T>
+void update(T* acc, int64_t ld, const T* rows, int64_t K, int64_t d, int64_t stride_row,
+            int64_t stride_col, T alpha) {
+  const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
+  const int64_t threads = gram_threads(K, d);
+  auto pack = [&](T* dst, int64_t panel, int64_t row, int64_t count) {
+    pack_panel<T>(dst, W, rows + row * stride_row + panel * W * stride_col, stride_row, stride_col,
+                  count, std::min(W, d - panel * W));
+  };
+  // Vectors read up to W - 1 elements past the end of a row.
+  const int64_t safe_rows = std::max<int64_t>(0, K - (W + d - 1) / d);
+  const bool direct = d <= kDirectOrder && stride_col == 1;
+  gram<T>(acc, ld, d, K, alpha, threads, pack,
+          [&](T* buffer, int64_t row, int64_t count) -> Columns<T> {
+            if (direct && row + count <= safe_rows) return {rows + row * stride_row, W, stride_row};
+            for (int64_t panel = 0; panel < panels; ++panel) {
+              pack(buffer + panel * kPanelRows * W, panel, row, count);
+            }
+            return {buffer, kPanelRows * W, W};
+          });
+}
 
 }  // namespace
 
 void symmetric_update_(at::Tensor acc, const at::Tensor& rows, double alpha) {
   const int64_t d = acc.size(0);
   if (d == 0 || rows.size(0) == 0) return;
-  if (d <= kLeaf) {
-    acc.addmm_(rows.t(), rows, 1, alpha);
+  if (acc.stride(1) != 1) {
+    const at::Tensor sum = at::zeros({d, d}, acc.options());
+    symmetric_update_(sum, rows, alpha);
+    acc.add_(sum);
     return;
   }
-  // Halve at a multiple of 64 so that the blocks stay aligned for the GEMM.
-  const int64_t half = (d / 2 + 63) / 64 * 64;
-  const at::Tensor left = rows.narrow(1, 0, half);
-  const at::Tensor right = rows.narrow(1, half, d - half);
-  symmetric_update_(acc.narrow(0, 0, half).narrow(1, 0, half), left, alpha);
-  acc.narrow(0, 0, half).narrow(1, half, d - half).addmm_(left.t(), right, 1, alpha);
-  symmetric_update_(acc.narrow(0, half, d - half).narrow(1, half, d - half), right, alpha);
+  AT_DISPATCH_FLOATING_TYPES(acc.scalar_type(), "symmetric_update_", [&] {
+    update<scalar_t>(acc.mutable_data_ptr<scalar_t>(), acc.stride(0),
+                     rows.const_data_ptr<scalar_t>(), rows.size(0), d, rows.stride(0),
+                     rows.stride(1), static_cast<scalar_t>(alpha));
+  });
 }
 
 }  // namespace hesskern::cpu

@@ -1,0 +1,118 @@
+#include "conv_plan.h"
+
+#include <algorithm>
+#include <map>
+#include <tuple>
+
+namespace hesskern::cpu {
+
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+
+}  // namespace
+
+ConvAxis make_axis(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
+                   int64_t dilation, int64_t positions) {
+  ConvAxis axis{};
+  axis.size = size;
+  axis.stride = stride;
+  axis.padding = padding;
+  axis.taps = kernel;
+  axis.positions = positions;
+
+  std::vector<int64_t> phase(kernel), shift(kernel);
+  for (int64_t i = 0; i < kernel; ++i) {
+    const int64_t offset = dilation * i % stride;
+    const auto found = std::find(axis.phase_offset.begin(), axis.phase_offset.end(), offset);
+    phase[i] = found - axis.phase_offset.begin();
+    if (found == axis.phase_offset.end()) axis.phase_offset.push_back(offset);
+    shift[i] = dilation * i / stride;
+  }
+  axis.phases = static_cast<int64_t>(axis.phase_offset.size());
+
+  // Inside the image, and inside some window of the phase.
+  for (int64_t p = 0; p < axis.phases; ++p) {
+    int64_t least = INT64_MAX, most = INT64_MIN;
+    for (int64_t i = 0; i < kernel; ++i) {
+      if (phase[i] != p) continue;
+      least = std::min(least, shift[i]);
+      most = std::max(most, shift[i] + positions);
+    }
+    const int64_t offset = axis.phase_offset[p];
+    const int64_t low = std::max(least, ceil_div(padding - offset, stride));
+    const int64_t high = std::min(most, ceil_div(size + padding - offset, stride));
+    axis.low.push_back(low);
+    axis.high.push_back(std::max(low, high));
+  }
+  axis.first = *std::min_element(axis.low.begin(), axis.low.end());
+  axis.span = *std::max_element(axis.high.begin(), axis.high.end()) - axis.first;
+
+  std::map<std::tuple<int64_t, int64_t, int64_t>, std::vector<std::pair<int64_t, int64_t>>> chains;
+  for (int64_t i = 0; i < kernel; ++i) {
+    for (int64_t j = 0; j < kernel; ++j) {
+      chains[{phase[i], phase[j], shift[j] - shift[i]}].emplace_back(i, j);
+    }
+  }
+
+  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+  std::map<Key, int64_t> single_index;
+  axis.term_of_pair.assign(kernel * kernel, -1);
+  for (auto& [key, pairs] : chains) {
+    const auto [a, b, lag] = key;
+    std::sort(pairs.begin(), pairs.end(),
+              [&](const auto& l, const auto& r) { return shift[l.first] < shift[r.first]; });
+    axis.max_lag = std::max(axis.max_lag, std::abs(lag));
+    auto nonzero = [&, a = a, b = b, lag = lag](int64_t v) {
+      return v >= axis.low[a] && v < axis.high[a] && v + lag >= axis.low[b] &&
+             v + lag < axis.high[b];
+    };
+    auto add_single = [&, a = a, b = b, lag = lag](int64_t v, int64_t term, int sign) {
+      const auto [found, fresh] =
+          single_index.emplace(Key{a, b, v, v + lag}, static_cast<int64_t>(axis.singles.size()));
+      if (fresh) axis.singles.push_back({a, b, v, v + lag, {}});
+      axis.singles[found->second].terms.emplace_back(term, sign);
+    };
+    int64_t term = axis.terms++;
+    axis.previous.push_back(-1);
+    axis.lags.push_back({a, b, lag, term});
+    const int64_t begin = shift[pairs[0].first], end = begin + positions;
+    for (int64_t v = axis.low[a]; v < axis.high[a]; ++v) {
+      if (nonzero(v) && (v < begin || v >= end)) add_single(v, term, -1);
+    }
+    axis.term_of_pair[pairs[0].first * kernel + pairs[0].second] = term;
+    for (size_t n = 1; n < pairs.size(); ++n) {
+      const int64_t before = shift[pairs[n - 1].first], now = shift[pairs[n].first];
+      std::vector<std::pair<int64_t, int>> changes;
+      for (int64_t v = before; v < std::min(now, before + positions); ++v) {
+        if (nonzero(v)) changes.emplace_back(v, -1);
+      }
+      for (int64_t v = std::max(now, before + positions); v < now + positions; ++v) {
+        if (nonzero(v)) changes.emplace_back(v, +1);
+      }
+      if (!changes.empty()) {
+        axis.previous.push_back(term);
+        term = axis.terms++;
+        for (const auto& [v, sign] : changes) add_single(v, term, sign);
+      }
+      axis.term_of_pair[pairs[n].first * kernel + pairs[n].second] = term;
+    }
+  }
+
+  auto border = [&](int64_t p, int64_t position) {
+    for (size_t n = 0; n < axis.borders.size(); ++n) {
+      if (axis.borders[n].phase == p && axis.borders[n].position == position) {
+        return static_cast<int64_t>(n);
+      }
+    }
+    axis.borders.push_back({p, position});
+    return static_cast<int64_t>(axis.borders.size()) - 1;
+  };
+  for (const auto& single : axis.singles) {
+    axis.border_a.push_back(border(single.phase_a, single.position_a));
+    axis.border_b.push_back(border(single.phase_b, single.position_b));
+  }
+  return axis;
+}
+
+}  // namespace hesskern::cpu

@@ -36,6 +36,8 @@ def subspace_overlap(U: Tensor, V: Tensor) -> Tensor:
     """
     if U.dim() != 2 or U.shape != V.shape:
         raise ValueError(f"U and V must both be [P, K], got {list(U.shape)} and {list(V.shape)}")
+    common = torch.promote_types(U.dtype, V.dtype)
+    U, V = U.to(common), V.to(common)
     for name, matrix in (("U", U), ("V", V)):
         gram = matrix.T @ matrix
         worst = float((gram - torch.eye(len(gram)).to(gram)).abs().max())
@@ -187,23 +189,30 @@ def decoupling_error(
 
     Args:
         H, K: [P, P] operators of one dtype on one device.
-        probes: random vectors for the Frobenius norm.
+        probes: random vectors for the Frobenius norm, at least two.
         seed: of the random vectors.
         dense_below: largest P that is computed densely.
 
     Raises:
-        ValueError: shapes differ, or H is zero.
+        ValueError: shapes, dtypes or devices differ, H is zero, or ``probes`` is too small.
     """
     if H.shape != K.shape:
         raise ValueError(f"H and K must have the same shape, got {H.shape} and {K.shape}")
+    if H.dtype != K.dtype or H.device != K.device:
+        raise ValueError(
+            f"H and K must agree in dtype and device, got {H.dtype} on {H.device} and "
+            f"{K.dtype} on {K.device}"
+        )
+    if probes < 2:
+        raise ValueError(f"probes must be at least 2, got {probes!r}")
     if H.shape[0] <= dense_below:
         dense = H.to_dense().double()
         difference = dense - K.to_dense().double()
-        norm = float(torch.linalg.matrix_norm(dense, 2))
+        norm = float(torch.linalg.eigvalsh(dense).abs().max())
         if norm == 0:
             raise ValueError("H is zero, so a relative error is not defined")
         return DecouplingError(
-            float(torch.linalg.matrix_norm(difference, 2)) / norm,
+            float(torch.linalg.eigvalsh(difference).abs().max()) / norm,
             float(difference.norm() / dense.norm()),
             0.0,
         )

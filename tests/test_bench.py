@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 
 from hesskern.bench import cases, command, memory, report, runner, suites
 from hesskern.bench.contenders import Contender, Problem, relative_difference
@@ -93,6 +95,39 @@ def test_limits_may_depend_on_the_subjects_result() -> None:
     row = runner.run_problem(Problem("fake", "k", build, relative_difference), _QUIET, _silent)
     assert row.rows[1].limit == 2.0
     assert row.rows[1].difference == 0.5
+
+
+def test_a_reference_is_not_timed_and_the_subject_is_held_against_it() -> None:
+    def reference(name: str, value: float, package: str | None = None) -> Contender:
+        call = lambda: torch.full((3,), value)  # noqa: E731
+        return Contender(name, lambda: call, package, read=_read, reference=True)
+
+    ours, other, *_ = _contenders(ours=1.1)
+    listed = [
+        replace(ours, limit=1e-3),
+        other,
+        reference("missing", 3.0, "surely-not-a-distribution"),
+        reference("double", 1.0),
+    ]
+    problem = Problem(
+        "fake", "k", lambda settings, progress: ("t", "d", listed), relative_difference
+    )
+    rows = runner.run_problem(problem, _QUIET, _silent).rows
+    assert [row.name for row in rows] == ["hesskern", "other"]
+    assert rows[0].difference == pytest.approx(0.1, rel=1e-5)
+    assert rows[0].disagrees
+    assert rows[1].difference == 0.0
+
+
+def test_narrow_terminals_keep_names_times_and_notes() -> None:
+    rows = [Row("hesskern", [0.2, 0.3], [0.4], 1.0, [1.0], 10**6, note="something to know")]
+    group = Group("s", "k", "a title", "d", rows, gradient_seconds=0.1)
+    stream = io.StringIO()
+    report.show(Console(file=stream, width=60), group)
+    lines = stream.getvalue().splitlines()
+    assert "over hesskern" in lines[3]
+    assert "CPU time" not in lines[3]
+    assert "something to know" in lines[4]
 
 
 def test_an_error_of_ours_is_raised() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from hesskern.models import build, load_checkpoint
 from hesskern.progress import Progress
 from hesskern.training import evaluate, recipe_for, train
 
-__all__ = ["Case", "cnn", "f200", "lenet5", "mlp", "train_f200"]
+__all__ = ["Case", "cnn", "double", "f200", "lenet5", "mlp", "train_f200"]
 
 _MNIST_SAMPLES = 60_000
 
@@ -47,6 +48,12 @@ class Case:
     @property
     def samples(self) -> int:
         return len(self.inputs)
+
+
+def double(case: Case) -> Case:
+    """A copy in float64."""
+    model = copy.deepcopy(case.model).double()
+    return replace(case, model=model, inputs=case.inputs.double())
 
 
 def _random_case(

@@ -81,6 +81,9 @@ def bench(
     settings = Settings(threads=threads or 0, memory=not no_memory, **options)
     to_stdout = json_file is not None and str(json_file) == "-"
     console = Console(stderr=to_stdout, highlight=False)
+    if not console.is_terminal:
+        # A file or a pipe has no width; rich would take 80.
+        console.width = 160
     with _command(context) as progress:
         machine = facts(settings.threads)
         names = list(dict.fromkeys(suites)) or list(SUITES)

@@ -43,11 +43,13 @@ class Contender:
         package: distribution it comes from if that is another one; it may be missing.
         module: what to import of it, so that memory is counted without the package itself.
         read: brings a result into the form that the problem compares; None: not compared.
-        limit: what the difference to the subject's result must not exceed, or a function of the
-            subject's result for bounds that come out of ``prepare``; None: shown only.
+        limit: what the difference to the reference must not exceed, or a function of the
+            reference for bounds that come out of ``prepare``; None: shown only.
         figures: further numbers from a result.
         warm: whether the first call compiles, so that memory is that of the second.
         unit: whether this is the gradient in whose units times are given.
+        reference: it runs once, untimed, and all results are compared with its, the subject's too;
+            where several are given the first that works counts. None: the subject is the reference.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Contender:
     figures: Callable[[Any], dict[str, float | str]] | None = None
     warm: bool = False
     unit: bool = False
+    reference: bool = False
 
 
 Built = tuple[str, str, list[Contender]]
@@ -75,7 +78,7 @@ class Problem:
         suite, key: its name; ``key`` is unique within the suite.
         build: makes the data, returns title, description and contenders; those that take minutes
             report their progress.
-        difference: relative difference of a result to the subject's, both as ``read`` gives them.
+        difference: relative difference of a result to the reference, as ``read`` gives them.
         memory: whether peak memory is measured.
         once: whether contenders that take over ten seconds run only once (the first call counts).
     """

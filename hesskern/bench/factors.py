@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hesskern.bench import cases, peers
-from hesskern.bench.cases import Case
+from hesskern.bench.cases import Case, double
 from hesskern.bench.contenders import (
     Built,
     Contender,
@@ -24,8 +24,6 @@ from hesskern.progress import Progress
 __all__ = ["problems"]
 
 _AGREEMENT = 1e-5
-# BackPACK sums over positions before it sums over samples; its float32 rounding is larger.
-_BACKPACK_AGREEMENT = 1e-4
 _NETWORKS = {"mlp": cases.mlp, "lenet5": cases.lenet5, "cnn": cases.cnn}
 
 Pairs = dict[str, tuple[Tensor | None, Tensor]]
@@ -81,14 +79,18 @@ def _build(
         f"{case.title}: factors {kind}",
         f"{case.description}; weights only, all layers",
         [
-            Contender("hesskern", lambda: hesskern_factors(case, output), read=ours),
+            Contender(
+                "hesskern",
+                lambda: hesskern_factors(case, output),
+                read=ours,
+                limit=_AGREEMENT,
+            ),
             Contender(
                 "curvlinops KFAC",
                 lambda: peers.curvlinops_factors(case, output),
                 "curvlinops-for-pytorch",
                 "curvlinops",
                 read=curvlinops,
-                limit=_AGREEMENT,
             ),
             Contender(
                 f"BackPACK {'KFAC' if drawn else 'KFLR'}",
@@ -96,9 +98,23 @@ def _build(
                 "backpack-for-pytorch",
                 "backpack.extensions",
                 read=backpack,
-                limit=_BACKPACK_AGREEMENT,
             ),
             gradient(case),
+            # The other packages' float32 sums over all positions of all samples lose digits, so
+            # both sides are held against curvlinops in float64.
+            Contender(
+                "curvlinops KFAC, float64",
+                lambda: peers.curvlinops_factors(double(case), output),
+                "curvlinops-for-pytorch",
+                read=curvlinops,
+                reference=True,
+            ),
+            Contender(
+                "hesskern, float64",
+                lambda: hesskern_factors(double(case), output),
+                read=ours,
+                reference=True,
+            ),
         ],
     )
 

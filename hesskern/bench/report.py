@@ -122,7 +122,7 @@ def _note(row: Row) -> str:
 
 def show(console: Console, group: Group) -> None:
     """A group's table on the terminal."""
-    headings, rows = columns(group)
+    headings, rows = _narrowed(*columns(group), console.width)
     table = Table(box=None, padding=(0, 1), header_style="bold")
     for i, heading in enumerate(headings):
         left = i == 0 or heading == "note"
@@ -132,6 +132,25 @@ def show(console: Console, group: Group) -> None:
         table.add_row(*map(escape, cells), style="red" if row.disagrees else None)
     console.print(f"\n[bold]{escape(group.title)}[/bold]\n[dim]{escape(group.description)}[/dim]")
     console.print(table)
+
+
+# What a narrow terminal goes without, first things first.
+_DISPENSABLE = ("CPU time", "IQR", "once before", "gradients", "peak memory")
+
+
+def _narrowed(
+    headings: list[str], rows: list[list[str]], width: int
+) -> tuple[list[str], list[list[str]]]:
+    """The columns that fit into ``width`` characters, as far as there are dispensable ones."""
+    for name in _DISPENSABLE:
+        taken = sum(2 + max(map(len, column)) for column in zip(headings, *rows, strict=True))
+        if taken <= width:
+            break
+        if name in headings:
+            i = headings.index(name)
+            headings = headings[:i] + headings[i + 1 :]
+            rows = [cells[:i] + cells[i + 1 :] for cells in rows]
+    return headings, rows
 
 
 def markdown(run: dict[str, Any], groups: Sequence[Group]) -> str:

@@ -29,7 +29,7 @@ class Row:
         setup_seconds: what had to be done once before (a pass over the data, a compilation).
         ratios: per round, this contender's time over that of the problem's subject.
         peak_bytes: peak memory beyond an idle process with the same imports and data.
-        difference: relative difference of its result to the subject's; None: not compared.
+        difference: relative difference of its result to the reference; None: not compared.
         limit: what ``difference`` must not exceed; None: shown only.
         figures: further numbers, by heading (e.g. products with the operator).
         note: why there are no figures, or what else to know.
@@ -56,7 +56,7 @@ class Row:
 
     @property
     def disagrees(self) -> bool:
-        """Whether the result is further from the subject's than it may be, or not a number."""
+        """Whether the result is further from the reference than it may be, or not a number."""
         return (
             self.difference is not None
             and self.limit is not None

@@ -80,7 +80,9 @@ def run_problem(problem: Problem, settings: Settings, progress: Progress) -> Gro
     A package that is missing or fails becomes a row that says so; an error in hesskern is raised.
     """
     with set_torch_threads(settings.threads):
-        title, description, contenders = problem.build(settings, progress)
+        title, description, listed = problem.build(settings, progress)
+        references = [contender for contender in listed if contender.reference]
+        contenders = [contender for contender in listed if not contender.reference]
         shown = f"{problem.suite}: {title}"
         total = len(contenders) * (1 + settings.repeats)
         rows, runners = [], []
@@ -99,7 +101,7 @@ def run_problem(problem: Problem, settings: Settings, progress: Progress) -> Gro
                 if index < runner.rounds:
                     times[runner.contender.name] = runner.block()
             _pair(runners, times, contenders[0].name)
-        _compare(problem, runners)
+        _compare(problem, runners, references)
         progress(shown, total, total)
     _summarize(runners, settings.threads)
     unit = next((r for r in runners if r.contender.unit), None)
@@ -169,20 +171,38 @@ def _pair(runners: Sequence[_Runner], times: dict[str, float], subject: str) -> 
             runner.row.ratios.append(seconds / times[subject])
 
 
-def _compare(problem: Problem, runners: Sequence[_Runner]) -> None:
-    if problem.difference is None or not runners or runners[0].contender.read is None:
+def _compare(problem: Problem, runners: Sequence[_Runner], references: Sequence[Contender]) -> None:
+    """Differences of all results to that of the first reference that works, or the subject's."""
+    if problem.difference is None or not runners:
         return
-    subject = runners[0]
-    assert subject.contender.read is not None
-    reference = subject.contender.read(subject.result)
-    for runner in runners[1:]:
+    subject, read = runners[0], runners[0].contender.read
+    if read is None:
+        return
+    found = next(filter(None, map(_reference, references)), None)
+    compared = runners[1:] if found is None else runners
+    expected = read(subject.result) if found is None else found[0]
+    for runner in compared:
         contender = runner.contender
         if contender.read is None:
             continue
-        runner.row.difference = problem.difference(contender.read(runner.result), reference)
+        runner.row.difference = problem.difference(contender.read(runner.result), expected)
         limit = contender.limit
-        runner.row.limit = limit(reference) if callable(limit) else limit
+        runner.row.limit = limit(expected) if callable(limit) else limit
         runner.result = None
+
+
+def _reference(contender: Contender) -> tuple[Any] | None:
+    """A reference's result in a tuple of its own, or None where its package is missing or fails."""
+    if contender.package and installed_version(contender.package) is None:
+        return None
+    assert contender.read is not None
+    try:
+        with _own_warnings(contender):
+            return (contender.read(contender.prepare()()),)
+    except Exception:
+        if contender.package is None:
+            raise
+        return None
 
 
 def _summarize(runners: Sequence[_Runner], threads: int) -> None:

@@ -1,0 +1,13 @@
+"""Settings that every test shares."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import settings
+
+# The same examples on every run and machine; no deadline, since builders share their cores.
+settings.register_profile(
+    "hesskern", derandomize=True, deadline=None, max_examples=100, print_blob=True
+)
+settings.load_profile("hesskern")
+torch.manual_seed(0)

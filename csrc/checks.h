@@ -2,11 +2,14 @@
 // gets the same message on CPU and CUDA: argument, what was expected, what came.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
+#include <limits>
 #include <optional>
+#include <string>
 #include <vector>
 
 namespace hesskern {
@@ -24,6 +27,20 @@ struct ConvGeometry {
   int64_t taps() const { return kernel_h * kernel_w; }
 };
 
+inline void check_distinct_elements(const char* op, const at::Tensor& acc) {
+  TORCH_CHECK_VALUE(at::has_internal_overlap(acc) != at::MemOverlap::Yes, op,
+                    ": acc must have its own memory for every element, got an expanded tensor ",
+                    acc.sizes(), " with strides ", acc.strides());
+}
+
+inline void check_separate(const char* op, const at::Tensor& acc, const at::Tensor& input,
+                           const char* input_name) {
+  const auto overlap = at::get_overlap_status(acc, input);
+  TORCH_CHECK_VALUE(
+      overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial, op,
+      ": acc must not share memory with ", input_name, ", got two views of one storage");
+}
+
 inline void check_accumulator(const char* op, const at::Tensor& acc, const at::Tensor& input,
                               const char* input_name) {
   TORCH_CHECK_VALUE(acc.scalar_type() == at::kFloat || acc.scalar_type() == at::kDouble, op,
@@ -35,6 +52,8 @@ inline void check_accumulator(const char* op, const at::Tensor& acc, const at::T
                     " is float64, so acc must be float64, got ", acc.scalar_type());
   TORCH_CHECK_VALUE(acc.device() == input.device(), op, ": acc is on ", acc.device(), " but ",
                     input_name, " is on ", input.device());
+  check_distinct_elements(op, acc);
+  check_separate(op, acc, input, input_name);
 }
 
 // acc [d, d] (d + 1 with ones), x [N, d]
@@ -54,9 +73,11 @@ inline void read_pair(const char* name, at::IntArrayRef values, int64_t axes, in
   TORCH_CHECK_VALUE(static_cast<int64_t>(values.size()) == axes, "conv_input_covariance_: ", name,
                     " must have ", axes, " entries for x with ", axes, " spatial axes, got ",
                     values);
+  // The upper limit keeps the geometry's products within int64_t.
+  constexpr int64_t maximum = std::numeric_limits<int32_t>::max();
   for (const int64_t v : values) {
-    TORCH_CHECK_VALUE(v >= minimum, "conv_input_covariance_: ", name, " must be >= ", minimum,
-                      ", got ", values);
+    TORCH_CHECK_VALUE(v >= minimum && v <= maximum, "conv_input_covariance_: ", name,
+                      " must be between ", minimum, " and ", maximum, ", got ", values);
   }
   *h = axes == 2 ? values[0] : neutral;
   *w = values[axes - 1];
@@ -64,12 +85,12 @@ inline void read_pair(const char* name, at::IntArrayRef values, int64_t axes, in
 
 // acc [C k k, C k k] or [g, C k k / g, C k k / g], x [N, C, H, W] or [N, C, L]
 inline ConvGeometry check_conv_input_covariance(const at::Tensor& acc, const at::Tensor& x,
-                                                at::IntArrayRef kernel_size,
-                                                at::IntArrayRef stride, at::IntArrayRef padding,
-                                                at::IntArrayRef dilation, int64_t groups) {
+                                                at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                                at::IntArrayRef padding, at::IntArrayRef dilation,
+                                                int64_t groups) {
   const char* op = "conv_input_covariance_";
-  TORCH_CHECK_VALUE(x.dim() == 3 || x.dim() == 4, op,
-                    ": x must be [N, C, L] or [N, C, H, W], got ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() == 3 || x.dim() == 4, op, ": x must be [N, C, L] or [N, C, H, W], got ",
+                    x.sizes());
   const int64_t axes = x.dim() - 2;
   ConvGeometry g{};
   read_pair("kernel_size", kernel_size, axes, 1, 1, &g.kernel_h, &g.kernel_w);
@@ -120,6 +141,7 @@ inline void check_output_hessian(const at::Tensor& acc, const at::Tensor& jacobi
                       ": probabilities must be a floating-point tensor, got ", p.scalar_type());
     TORCH_CHECK_VALUE(p.device() == acc.device(), op, ": acc is on ", acc.device(),
                       " but probabilities is on ", p.device());
+    check_separate(op, acc, p, "probabilities");
   }
 }
 
@@ -130,10 +152,11 @@ inline void check_mirror(const at::Tensor& acc) {
       "mirror_: acc must be [d, d] or [g, d, d], got ", acc.sizes());
   TORCH_CHECK_VALUE(acc.scalar_type() == at::kFloat || acc.scalar_type() == at::kDouble,
                     "mirror_: acc must be float32 or float64, got ", acc.scalar_type());
+  check_distinct_elements("mirror_", acc);
 }
 
-inline void check_same(const char* op, const char* name_a, const at::Tensor& a, const char* name_b,
-                       const at::Tensor& b) {
+inline void check_same(const std::string& op, const char* name_a, const at::Tensor& a,
+                       const char* name_b, const at::Tensor& b) {
   TORCH_CHECK_VALUE(a.scalar_type() == b.scalar_type(), op, ": ", name_a, " is ", a.scalar_type(),
                     " but ", name_b, " is ", b.scalar_type());
   TORCH_CHECK_VALUE(a.device() == b.device(), op, ": ", name_a, " is on ", a.device(), " but ",
@@ -141,15 +164,15 @@ inline void check_same(const char* op, const char* name_a, const at::Tensor& a, 
 }
 
 // A [m', m], B [d', d], X [m, d] or [k, m, d]
-inline void check_kron_matmul(const at::Tensor& A, const at::Tensor& B, const at::Tensor& X) {
-  const char* op = "kron_matmul";
+inline void check_kron_matmul(const at::Tensor& A, const at::Tensor& B, const at::Tensor& X,
+                              const std::string& op = "kron_matmul") {
   TORCH_CHECK_VALUE(A.dim() == 2, op, ": A must be [m', m], got ", A.sizes());
   TORCH_CHECK_VALUE(B.dim() == 2, op, ": B must be [d', d], got ", B.sizes());
   TORCH_CHECK_VALUE(X.dim() == 2 || X.dim() == 3, op, ": X must be [m, d] or [k, m, d], got ",
                     X.sizes());
   TORCH_CHECK_VALUE(X.size(-2) == A.size(1) && X.size(-1) == B.size(1), op,
-                    ": X must end in [m, d] = [", A.size(1), ", ", B.size(1), "] for A ",
-                    A.sizes(), " and B ", B.sizes(), ", got ", X.sizes());
+                    ": X must end in [m, d] = [", A.size(1), ", ", B.size(1), "] for A ", A.sizes(),
+                    " and B ", B.sizes(), ", got ", X.sizes());
   TORCH_CHECK_VALUE(at::isFloatingType(X.scalar_type()), op,
                     ": X must be a floating-point tensor, got ", X.scalar_type());
   check_same(op, "A", A, "X", X);
@@ -158,8 +181,8 @@ inline void check_kron_matmul(const at::Tensor& A, const at::Tensor& B, const at
 
 // U [m, r], S [r, q], V [d, q], X [m, d] or [k, m, d]
 inline void check_kron_eigen_matmul(const at::Tensor& U, const at::Tensor& S, const at::Tensor& V,
-                                    const at::Tensor& X) {
-  const char* op = "kron_eigen_matmul";
+                                    const at::Tensor& X,
+                                    const std::string& op = "kron_eigen_matmul") {
   TORCH_CHECK_VALUE(U.dim() == 2, op, ": U must be [m, r], got ", U.sizes());
   TORCH_CHECK_VALUE(V.dim() == 2, op, ": V must be [d, q], got ", V.sizes());
   TORCH_CHECK_VALUE(S.dim() == 2 && S.size(0) == U.size(1) && S.size(1) == V.size(1), op,
@@ -168,8 +191,8 @@ inline void check_kron_eigen_matmul(const at::Tensor& U, const at::Tensor& S, co
   TORCH_CHECK_VALUE(X.dim() == 2 || X.dim() == 3, op, ": X must be [m, d] or [k, m, d], got ",
                     X.sizes());
   TORCH_CHECK_VALUE(X.size(-2) == U.size(0) && X.size(-1) == V.size(0), op,
-                    ": X must end in [m, d] = [", U.size(0), ", ", V.size(0), "] for U ",
-                    U.sizes(), " and V ", V.sizes(), ", got ", X.sizes());
+                    ": X must end in [m, d] = [", U.size(0), ", ", V.size(0), "] for U ", U.sizes(),
+                    " and V ", V.sizes(), ", got ", X.sizes());
   TORCH_CHECK_VALUE(at::isFloatingType(X.scalar_type()), op,
                     ": X must be a floating-point tensor, got ", X.scalar_type());
   check_same(op, "U", U, "X", X);

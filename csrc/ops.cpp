@@ -2,6 +2,9 @@
 // that reports how this library was built. Implementations register themselves
 // in csrc/cpu and csrc/cuda, one file per operator.
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -12,7 +15,8 @@
 TORCH_LIBRARY(hesskern, m) {
   // acc [d, d] (or [d + 1, d + 1] with ones) += alpha x^T x, upper triangle; x [N, d]
   m.def("input_covariance_(Tensor(a!) acc, Tensor x, float alpha=1.0, bool ones=False) -> ()");
-  // acc [C k k, C k k] or [g, C k k / g, C k k / g] += alpha sum_n X_n X_n^T; x [N, C, H, W], [N, C, L]
+  // acc [C k k, C k k] or [g, C k k / g, C k k / g] += alpha sum_n X_n X_n^T; x [N, C, H, W], [N,
+  // C, L]
   m.def(
       "conv_input_covariance_(Tensor(a!) acc, Tensor x, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation, int groups=1, float alpha=1.0) -> ()");
@@ -21,7 +25,8 @@ TORCH_LIBRARY(hesskern, m) {
   m.def(
       "_conv_input_covariance_by_(Tensor(a!) acc, Tensor x, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation, int groups, float alpha, str path) -> ()");
-  // acc [m, m] += alpha sum of root rows, upper triangle; jacobian [N, c, m(, t)], probabilities [N, c]
+  // acc [m, m] += alpha sum of root rows, upper triangle; jacobian [N, c, m(, t)], probabilities
+  // [N, c]
   m.def(
       "output_hessian_(Tensor(a!) acc, Tensor jacobian, Tensor? probabilities=None, "
       "float alpha=1.0) -> ()");
@@ -32,13 +37,30 @@ TORCH_LIBRARY(hesskern, m) {
   m.def("grouped_kron_matmul(Tensor[] A, Tensor[] B, Tensor[] X) -> Tensor[]");
   // U [m, r] (S [r, q] . (U^T X [(k,) m, d] V [d, q])) V^T
   m.def("kron_eigen_matmul(Tensor U, Tensor S, Tensor V, Tensor X) -> Tensor");
-  m.def(
-      "grouped_kron_eigen_matmul(Tensor[] U, Tensor[] S, Tensor[] V, Tensor[] X) -> Tensor[]");
+  m.def("grouped_kron_eigen_matmul(Tensor[] U, Tensor[] S, Tensor[] V, Tensor[] X) -> Tensor[]");
   // alpha sum_n sum_c <V, R_nc> R_nc with R_nc = sum_t s_nct x_nt^T; V [(k,) m, d]
   m.def("layer_hessian_matmul(Tensor x, Tensor s, Tensor V, float alpha=1.0) -> Tensor");
 }
 
 namespace {
+
+// Autograd of the operators that change acc, their first argument. Accumulators are statistics:
+// inputs enter as data whether or not they require grad, and an acc that requires grad is refused.
+// Left to autograd, acc would join the inputs' graph and keep every batch alive.
+void accumulate_without_grad(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                             torch::jit::Stack* stack) {
+  const at::Tensor acc = torch::jit::peek(*stack, 0, op.schema().arguments().size()).toTensor();
+  TORCH_CHECK_VALUE(
+      !acc.requires_grad() || !at::GradMode::is_enabled(),
+      op.operator_name().name.substr(sizeof("hesskern::") - 1),
+      ": acc must not require grad, got requires_grad=True; pass acc.detach() or call "
+      "it under torch.no_grad()");
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+  }
+  acc.unsafeGetTensorImpl()->bump_version();
+}
 
 pybind11::dict build_info() {
   pybind11::dict info;
@@ -63,11 +85,19 @@ pybind11::dict build_info() {
 
 }  // namespace
 
+TORCH_LIBRARY_IMPL(hesskern, Autograd, m) {
+  for (const char* name :
+       {"input_covariance_", "conv_input_covariance_", "output_hessian_", "mirror_"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&accumulate_without_grad>());
+  }
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "hesskern's compiled operators; importing it registers torch.ops.hesskern";
   m.def("build_info", &build_info,
         "How this library was built: torch and CUDA versions, CUDA architectures, compiler, and "
         "the SIMD level its loops run at on this machine.");
-  m.def("num_threads", [] { return at::get_num_threads(); },
-        "Threads the operators use: torch.get_num_threads() as seen by this library.");
+  m.def(
+      "num_threads", [] { return at::get_num_threads(); },
+      "Threads the operators use: torch.get_num_threads() as seen by this library.");
 }

@@ -2,7 +2,9 @@
 
 Every accumulating operator adds to the *upper triangle* of its accumulator, as BLAS ``syrk`` does;
 :func:`mirror_` completes the matrix, once per pass. Accumulators are float32 or float64; inputs may
-also be bfloat16 or float16 and are accumulated in the accumulator's precision. The plain-torch
+also be bfloat16 or float16 and are accumulated in the accumulator's precision. No gradient flows
+through an accumulator: inputs that require grad enter as data, an accumulator that requires grad is
+refused, and so is one that shares memory with an input. The plain-torch
 references that define every result stand in :mod:`hesskern.reference`.
 """
 
@@ -155,10 +157,15 @@ def grouped_kron_matmul(
         B: per layer [d_i', d_i].
         X: per layer [m_i, d_i] or [k, m_i, d_i].
 
+    Returns:
+        Per layer [m_i', d_i'] or [k, m_i', d_i']; an empty list for empty lists.
+
     Raises:
         ValueError: list lengths, shapes, dtypes or devices do not fit.
     """
-    return _ops.grouped_kron_matmul(list(A), list(B), list(X))
+    arguments = list(A), list(B), list(X)
+    # The dispatcher finds no kernel without a tensor.
+    return _ops.grouped_kron_matmul(*arguments) if any(arguments) else []
 
 
 def kron_eigen_matmul(U: Tensor, S: Tensor, V: Tensor, X: Tensor) -> Tensor:
@@ -190,10 +197,14 @@ def grouped_kron_eigen_matmul(
     Args:
         U, S, V, X: per layer, as in :func:`kron_eigen_matmul`.
 
+    Returns:
+        Per layer the shape of X; an empty list for empty lists.
+
     Raises:
         ValueError: list lengths, shapes, dtypes or devices do not fit.
     """
-    return _ops.grouped_kron_eigen_matmul(list(U), list(S), list(V), list(X))
+    arguments = list(U), list(S), list(V), list(X)
+    return _ops.grouped_kron_eigen_matmul(*arguments) if any(arguments) else []
 
 
 def to_eigenbasis(U: Tensor, V: Tensor, X: Tensor) -> Tensor:
@@ -211,6 +222,7 @@ def layer_hessian_matmul(x: Tensor, s: Tensor, V: Tensor, alpha: float = 1.0) ->
 
     With s the rows of Q G (see :func:`output_hessian_`) and alpha = 1/N this is the exact
     layer-wise Hessian E[M (x) x x^T] times V. Nothing of size [N, m] is kept in memory.
+    Differentiable in V, not in x and s.
 
     Args:
         x: [N, d] or [N, d, t]; float32 or float64.
@@ -223,25 +235,54 @@ def layer_hessian_matmul(x: Tensor, s: Tensor, V: Tensor, alpha: float = 1.0) ->
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the argument.
+        NotImplementedError: in the backward pass, when x or s requires grad.
     """
     return _ops.layer_hessian_matmul(x, s, V, alpha)
 
 
-def _fake_accumulate(acc: Tensor, *_: Any, **__: Any) -> None:
+# A call with one meta tensor runs the fake kernel: without these checks it would do nothing, and
+# say nothing.
+def _check_devices(op: str, **tensors: Tensor | None) -> None:
+    (first_name, first), *rest = ((n, t) for n, t in tensors.items() if t is not None)
+    for name, tensor in rest:
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{op}: {first_name} is on {first.device} but {name} is on {tensor.device}"
+            )
+
+
+@torch.library.register_fake("hesskern::input_covariance_")
+def _(acc: Tensor, x: Tensor, alpha: float = 1.0, ones: bool = False) -> None:
+    _check_devices("input_covariance_", acc=acc, x=x)
+
+
+@torch.library.register_fake("hesskern::conv_input_covariance_")
+def _(acc: Tensor, x: Tensor, *_: Any, **__: Any) -> None:
+    _check_devices("conv_input_covariance_", acc=acc, x=x)
+
+
+@torch.library.register_fake("hesskern::output_hessian_")
+def _(
+    acc: Tensor, jacobian: Tensor, probabilities: Tensor | None = None, alpha: float = 1.0
+) -> None:
+    _check_devices("output_hessian_", acc=acc, jacobian=jacobian, probabilities=probabilities)
+
+
+@torch.library.register_fake("hesskern::mirror_")
+def _(acc: Tensor) -> None:
     return None
-
-
-for _name in ("input_covariance_", "conv_input_covariance_", "output_hessian_", "mirror_"):
-    torch.library.register_fake(f"hesskern::{_name}", _fake_accumulate)
 
 
 @torch.library.register_fake("hesskern::kron_matmul")
 def _(A: Tensor, B: Tensor, X: Tensor) -> Tensor:
+    _check_devices("kron_matmul", A=A, B=B, X=X)
     return X.new_empty((*X.shape[:-2], A.shape[0], B.shape[0]))
 
 
 @torch.library.register_fake("hesskern::grouped_kron_matmul")
 def _(A: list[Tensor], B: list[Tensor], X: list[Tensor]) -> list[Tensor]:
+    for i, (a, b, x) in enumerate(zip(A, B, X, strict=True)):
+        _check_devices(f"grouped_kron_matmul[{i}]", A=a, B=b, X=x)
     return [
         x.new_empty((*x.shape[:-2], a.shape[0], b.shape[0]))
         for a, b, x in zip(A, B, X, strict=True)
@@ -250,16 +291,20 @@ def _(A: list[Tensor], B: list[Tensor], X: list[Tensor]) -> list[Tensor]:
 
 @torch.library.register_fake("hesskern::kron_eigen_matmul")
 def _(U: Tensor, S: Tensor, V: Tensor, X: Tensor) -> Tensor:
+    _check_devices("kron_eigen_matmul", U=U, S=S, V=V, X=X)
     return X.new_empty(X.shape)
 
 
 @torch.library.register_fake("hesskern::grouped_kron_eigen_matmul")
 def _(U: list[Tensor], S: list[Tensor], V: list[Tensor], X: list[Tensor]) -> list[Tensor]:
+    for i, (u, s, v, x) in enumerate(zip(U, S, V, X, strict=True)):
+        _check_devices(f"grouped_kron_eigen_matmul[{i}]", U=u, S=s, V=v, X=x)
     return [x.new_empty(x.shape) for x in X]
 
 
 @torch.library.register_fake("hesskern::layer_hessian_matmul")
 def _(x: Tensor, s: Tensor, V: Tensor, alpha: float = 1.0) -> Tensor:
+    _check_devices("layer_hessian_matmul", x=x, s=s, V=V)
     return V.new_empty(V.shape)
 
 
@@ -331,6 +376,26 @@ def _grouped_backward(gradients: Any) -> Any:
     return backward
 
 
+def _save_layer_hessian(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, s, _, ctx.alpha = inputs
+    ctx.save_for_backward(x, s)
+
+
+def _layer_hessian_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    for name, needed in zip(("x", "s"), ctx.needs_input_grad, strict=False):
+        if needed:
+            raise NotImplementedError(
+                f"layer_hessian_matmul has a gradient for V alone, but {name} requires grad; "
+                f"pass {name}.detach()"
+            )
+    # The matrix is symmetric: its transpose is itself.
+    x, s = ctx.saved_tensors
+    return None, None, layer_hessian_matmul(x, s, grad, ctx.alpha), None
+
+
+torch.library.register_autograd(
+    "hesskern::layer_hessian_matmul", _layer_hessian_backward, setup_context=_save_layer_hessian
+)
 torch.library.register_autograd("hesskern::kron_matmul", _kron_backward, setup_context=_save_inputs)
 torch.library.register_autograd(
     "hesskern::kron_eigen_matmul", _eigen_backward, setup_context=_save_inputs

@@ -1,8 +1,10 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/grad_mode.h>
+#include <ATen/ThreadLocalState.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <string>
 #include <vector>
 
 #include "checks.h"
@@ -15,7 +17,7 @@ namespace {
 // threaded GEMM of that size spends its time in synchronization.
 constexpr int64_t kSmallWork = 1 << 22;
 
-// A [m', m], B [d', d], X [m, d] or [k, m, d] -> A X B^T, in the cheaper order.
+// A [m', m], B [d', d], X [m, d] or [k, m, d] -> A X B^T, in the cheaper order, in X's precision.
 at::Tensor product(const at::Tensor& A, const at::Tensor& B, const at::Tensor& X) {
   const int64_t m = A.size(1), m_out = A.size(0), d = B.size(1), d_out = B.size(0);
   const int64_t right_first = m * d * d_out + m_out * m * d_out;
@@ -41,16 +43,30 @@ void for_each_layer(const std::vector<int64_t>& works, const Task& task) {
       task(static_cast<int64_t>(i));
     }
   }
+  // Worker threads do not inherit the caller's dispatch state (inference mode among it).
+  const at::ThreadLocalState caller;
   at::parallel_for(0, static_cast<int64_t>(small.size()), 1, [&](int64_t begin, int64_t end) {
-    // Worker threads do not inherit the caller's dispatch state.
+    const at::ThreadLocalStateGuard state(caller);
     at::AutoDispatchBelowADInplaceOrView guard;
     for (int64_t i = begin; i < end; ++i) task(small[i]);
   });
 }
 
+// float32 for bfloat16 and float16: what stands between the two products would be rounded, and
+// float16 could overflow, where the result does not.
+at::ScalarType working_type(const at::Tensor& X) {
+  return at::isReducedFloatingType(X.scalar_type()) ? at::kFloat : X.scalar_type();
+}
+
+// A [m', m], B [d', d], X [m, d] or [k, m, d]
+at::Tensor plain_product(const at::Tensor& A, const at::Tensor& B, const at::Tensor& X) {
+  const auto type = working_type(X);
+  return product(A.to(type), B.to(type), X.to(type)).to(X.scalar_type());
+}
+
 at::Tensor kron_matmul(const at::Tensor& A, const at::Tensor& B, const at::Tensor& X) {
   check_kron_matmul(A, B, X);
-  return product(A, B, X);
+  return plain_product(A, B, X);
 }
 
 std::vector<at::Tensor> grouped_kron_matmul(at::TensorList A, at::TensorList B, at::TensorList X) {
@@ -58,20 +74,22 @@ std::vector<at::Tensor> grouped_kron_matmul(at::TensorList A, at::TensorList B, 
   check_same_length("grouped_kron_matmul", "B", B.size(), "X", X.size());
   std::vector<int64_t> works;
   for (size_t i = 0; i < X.size(); ++i) {
-    check_kron_matmul(A[i], B[i], X[i]);
+    check_kron_matmul(A[i], B[i], X[i], "grouped_kron_matmul[" + std::to_string(i) + "]");
     works.push_back(work(A[i], B[i], X[i]));
   }
   std::vector<at::Tensor> out(X.size());
-  for_each_layer(works, [&](int64_t i) { out[i] = product(A[i], B[i], X[i]); });
+  for_each_layer(works, [&](int64_t i) { out[i] = plain_product(A[i], B[i], X[i]); });
   return out;
 }
 
 // U [m, r], S [r, q], V [d, q], X [m, d] or [k, m, d]
 at::Tensor eigen_product(const at::Tensor& U, const at::Tensor& S, const at::Tensor& V,
                          const at::Tensor& X) {
-  at::Tensor rotated = product(U.t(), V.t(), X);
+  const auto type = working_type(X);
+  const at::Tensor left = U.to(type), right = V.to(type);
+  at::Tensor rotated = product(left.t(), right.t(), X.to(type));
   rotated.mul_(S);
-  return product(U, V, rotated);
+  return product(left, right, rotated).to(X.scalar_type());
 }
 
 at::Tensor kron_eigen_matmul(const at::Tensor& U, const at::Tensor& S, const at::Tensor& V,
@@ -87,7 +105,8 @@ std::vector<at::Tensor> grouped_kron_eigen_matmul(at::TensorList U, at::TensorLi
   check_same_length("grouped_kron_eigen_matmul", "V", V.size(), "X", X.size());
   std::vector<int64_t> works;
   for (size_t i = 0; i < X.size(); ++i) {
-    check_kron_eigen_matmul(U[i], S[i], V[i], X[i]);
+    check_kron_eigen_matmul(U[i], S[i], V[i], X[i],
+                            "grouped_kron_eigen_matmul[" + std::to_string(i) + "]");
     works.push_back(2 * work(U[i], V[i], X[i]));
   }
   std::vector<at::Tensor> out(X.size());

@@ -55,8 +55,9 @@ void output_hessian_(at::Tensor& acc, const at::Tensor& jacobian,
   const int64_t n = jacobian.size(0), c = jacobian.size(1), m = jacobian.size(2);
   const bool positions = jacobian.dim() == 4;
   const auto dtype = acc.scalar_type();
-  if (!probabilities.has_value() && !positions && jacobian.scalar_type() == dtype) {
-    symmetric_update_(acc, jacobian.reshape({n * c, m}), alpha);
+  if (!probabilities.has_value() && !positions && jacobian.scalar_type() == dtype &&
+      jacobian.is_contiguous()) {
+    symmetric_update_(acc, jacobian.view({n * c, m}), alpha);
     return;
   }
   const int64_t per_sample = jacobian.numel() / n;
@@ -68,8 +69,8 @@ void output_hessian_(at::Tensor& acc, const at::Tensor& jacobian,
       roots = at::empty(roots.sizes(), jacobian.options().dtype(dtype)).copy_(roots);
       const at::Tensor p = probabilities->narrow(0, start, count).to(dtype).contiguous();
       AT_DISPATCH_FLOATING_TYPES(dtype, "output_hessian_", [&] {
-        center_and_scale<scalar_t>(roots.mutable_data_ptr<scalar_t>(),
-                                   p.const_data_ptr<scalar_t>(), count, c, per_sample / c);
+        center_and_scale<scalar_t>(roots.mutable_data_ptr<scalar_t>(), p.const_data_ptr<scalar_t>(),
+                                   count, c, per_sample / c);
       });
     } else {
       roots = roots.to(dtype);
@@ -83,6 +84,8 @@ void output_hessian_(at::Tensor& acc, const at::Tensor& jacobian,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(hesskern, CPU, m) { m.impl("output_hessian_", &output_hessian_); }
+TORCH_LIBRARY_IMPL(hesskern, CPU, m) {
+  m.impl("output_hessian_", &output_hessian_);
+}
 
 }  // namespace hesskern::cpu

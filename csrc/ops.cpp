@@ -44,6 +44,27 @@ TORCH_LIBRARY(hesskern, m) {
 
 namespace {
 
+constexpr const char* kAccumulating[] = {"input_covariance_", "conv_input_covariance_",
+                                         "output_hessian_", "mirror_"};
+constexpr const char* kProducts[] = {"kron_matmul", "grouped_kron_matmul", "kron_eigen_matmul",
+                                     "grouped_kron_eigen_matmul", "layer_hessian_matmul"};
+
+// Autocast of every operator: dtypes stay the caller's. Inside a model that runs under autocast,
+// the GEMMs of a float32 operator would otherwise be rounded to bfloat16.
+void without_autocast(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  c10::impl::ExcludeDispatchKeyGuard guard(c10::autocast_dispatch_keyset);
+  op.callBoxed(stack);
+}
+
+void register_without_autocast(torch::Library& library) {
+  for (const char* name : kAccumulating) {
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&without_autocast>());
+  }
+  for (const char* name : kProducts) {
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&without_autocast>());
+  }
+}
+
 // Autograd of the operators that change acc, their first argument. Accumulators are statistics:
 // inputs enter as data whether or not they require grad, and an acc that requires grad is refused.
 // Left to autograd, acc would join the inputs' graph and keep every batch alive.
@@ -55,11 +76,9 @@ void accumulate_without_grad(const c10::OperatorHandle& op, c10::DispatchKeySet 
       op.operator_name().name.substr(sizeof("hesskern::") - 1),
       ": acc must not require grad, got requires_grad=True; pass acc.detach() or call "
       "it under torch.no_grad()");
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
-  }
   acc.unsafeGetTensorImpl()->bump_version();
+  at::AutoDispatchBelowADInplaceOrView guard;
+  op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
 }
 
 pybind11::dict build_info() {
@@ -86,10 +105,16 @@ pybind11::dict build_info() {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(hesskern, Autograd, m) {
-  for (const char* name :
-       {"input_covariance_", "conv_input_covariance_", "output_hessian_", "mirror_"}) {
+  for (const char* name : kAccumulating) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&accumulate_without_grad>());
   }
+}
+
+TORCH_LIBRARY_IMPL(hesskern, AutocastCPU, m) {
+  register_without_autocast(m);
+}
+TORCH_LIBRARY_IMPL(hesskern, AutocastCUDA, m) {
+  register_without_autocast(m);
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -149,6 +149,21 @@ class TestRegistration:
                     assert result.dtype == real.dtype
                     assert result.stride() == real.stride()
 
+    @pytest.mark.parametrize("inference", [False, True])
+    def test_autocast_changes_nothing(
+        self, name: str, sample: Callable[[], tuple], inference: bool
+    ) -> None:
+        plain, cast = sample(), sample()
+        with torch.inference_mode(inference):
+            expected = overload(name)(*plain)
+            with torch.autocast("cpu", dtype=BF16):
+                results = overload(name)(*cast)
+        if name in MUTATING:
+            expected, results = plain[0].triu(), cast[0].triu()
+        for a, b in zip(pytree.tree_leaves(results), pytree.tree_leaves(expected), strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
     def test_face_and_operator_agree(self, name: str, sample: Callable[[], tuple]) -> None:
         face, direct = sample(), sample()
         returned = getattr(ops, name)(*face)
@@ -298,6 +313,10 @@ class TestAccumulatorsAndAutograd:
             call(outside, f32(*shape))
         assert torch.equal(inside.triu(), expected.triu())
         assert torch.equal(outside.triu(), expected.triu())
+        # As for torch's own operators: an inference tensor stays as it is outside of the mode.
+        with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+            call(inside, f32(*shape))
+        assert torch.equal(inside.triu(), expected.triu())
 
     def test_accumulator_must_not_overlap_itself(self, name: str) -> None:
         order, shape, call = ACCUMULATING[name]

@@ -125,6 +125,13 @@ class TestBeyondInt32:
         ops.input_covariance_(acc, torch.empty(MANY, 0, dtype=dtype), ones=True)
         assert acc.item() == MANY
 
+    @pytest.mark.parametrize("call", [ops.input_covariance_, ops.output_hessian_])
+    def test_long_sum(self, call: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """More samples than int32 counts, in float32; one number repeated, never copied whole."""
+        shape = (MANY, 1) if call is ops.input_covariance_ else (MANY, 1, 1)
+        acc = call(torch.zeros(1, 1), torch.ones(()).expand(shape))
+        assert_near(acc, torch.full((1, 1), float(MANY)))
+
     def test_strides(self, sparse: Callable[..., Tensor]) -> None:
         """Rows of inputs and of accumulators more than 2^31 elements apart."""
         x, before = f32(3, 2), f32(2, 2, seed=1)

@@ -1,90 +1,113 @@
-// H V = alpha sum_n sum_c <V, R_nc> R_nc with R_nc = sum_t s_nct x_nt^T, over
-// tiles of samples: no [N, m] intermediate reaches memory.
+// H V = alpha sum_n sum_c <V, R_nc> R_nc with R_nc = sum_t s_nct x_nt^T, in one
+// read of x and s; no [N, m] intermediate reaches memory.
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ThreadLocalState.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "checks.h"
-#include "simd.h"
+#include "layer_hessian.h"
+#include "layer_hessian_panels.h"
+#include "layer_hessian_rows.h"
 
 namespace hesskern::cpu {
 
 namespace {
 
-// y [k, q] := S^T (S y) for s [c, q], row by row of y; coefficient: scratch [c].
+// Columns (outputs times vectors) multiplied at a time.
+constexpr int64_t kMaxColumns = 2048;
+// Multiply-adds below which another thread does not pay.
+constexpr int64_t kThreadWork = 1 << 17;
+
 template <typename T>
-void gram_times(T* y, const T* s, int64_t k, int64_t c, int64_t q, T* coefficient) {
-  vectorize([&]() HESSKERN_INLINE {
-    for (int64_t b = 0; b < k; ++b) {
-      T* row = y + b * q;
-      for (int64_t i = 0; i < c; ++i) {
-        const T* si = s + i * q;
-        T sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < q; ++j) sum += si[j] * row[j];
-        coefficient[i] = sum;
-      }
-      for (int64_t j = 0; j < q; ++j) row[j] = 0;
-      for (int64_t i = 0; i < c; ++i) {
-        const T* si = s + i * q;
-        const T a = coefficient[i];
-        for (int64_t j = 0; j < q; ++j) row[j] += a * si[j];
-      }
-    }
-  });
+LayerHessian<T> operands(const at::Tensor& x, const at::Tensor& s) {
+  LayerHessian<T> h{};
+  h.x = x.const_data_ptr<T>();
+  h.s = s.const_data_ptr<T>();
+  h.n = x.size(0);
+  h.d = x.size(1);
+  h.t = x.dim() == 3 ? x.size(2) : 1;
+  h.c = s.size(1);
+  h.m = s.size(2);
+  h.x_n = x.stride(0);
+  h.x_d = x.stride(1);
+  h.x_t = x.dim() == 3 ? x.stride(2) : 0;
+  h.s_n = s.stride(0);
+  h.s_c = s.stride(1);
+  h.s_by_position = h.t > 1 && h.m > 1 && s.stride(2) == 1;
+  return h;
 }
 
-// out [k m, d] += y [k m, n] rows [n, d]. A GEMM with a small result adds term after term to it;
-// summed apart first, float32 holds for millions of samples (1e-6 instead of 1e-4).
-void add_product(at::Tensor& out, const at::Tensor& y, const at::Tensor& rows) {
-  constexpr int64_t kSmall = 1 << 12;
-  if (out.numel() <= kSmall) {
-    out.add_(at::mm(y, rows));
+// Whether one class of one sample is a contiguous run, in either order of m and t.
+bool has_runs(const at::Tensor& s) {
+  const int64_t m = s.size(2), t = s.dim() == 4 ? s.size(3) : 1;
+  const int64_t along_m = m > 1 ? s.stride(2) : 0, along_t = t > 1 ? s.stride(3) : 0;
+  if (t == 1) return along_m <= 1;
+  if (m == 1) return along_t == 1;
+  return (along_m == t && along_t == 1) || (along_m == 1 && along_t == m);
+}
+
+// out [k m, d] := alpha H V with one of the algorithms. Each thread sums over its
+// samples and the sums are added in fixed order: the result depends on the number
+// of threads but not on their timing.
+template <class Product, typename T>
+void multiply(T* out, const LayerHessian<T>& h, const at::Tensor& V, int64_t k, int64_t block,
+              double alpha) {
+  const int64_t work = h.n * h.t * h.m * k * (h.d + h.c);
+  const int64_t threads =
+      std::clamp<int64_t>(std::min(work / kThreadWork, h.n), 1, at::get_num_threads());
+  const Product largest(h, block);
+  const int64_t sum_size = largest.rows() * largest.sum_stride();
+  const at::Tensor operand = at::empty({largest.packed_size()}, V.options());
+  const at::Tensor partial = at::empty({threads, sum_size}, V.options());
+  T *packed = operand.mutable_data_ptr<T>(), *sums = partial.mutable_data_ptr<T>();
+  for (int64_t vector = 0; vector < k; vector += block) {
+    const Product product(h, std::min(block, k - vector));
+    const T* v = V.const_data_ptr<T>() + vector * h.m * h.d;
+    const int64_t rows = product.rows(), stride = product.sum_stride();
+    at::parallel_for(0, product.pack_items(), 8, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) product.pack(packed, v, item);
+    });
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        T* sum = sums + i * sum_size;
+        std::fill_n(sum, rows * stride, T(0));
+        product.accumulate(sum, packed, h.n * i / threads, h.n * (i + 1) / threads);
+      }
+    });
+    at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        T* sum = sums + row * stride;
+        for (int64_t i = 1; i < threads; ++i) {
+          const T* other = sum + i * sum_size;
+          for (int64_t j = 0; j < stride; ++j) sum[j] += other[j];
+        }
+        product.join(out + (vector * h.m + row) * h.d, sum, static_cast<T>(alpha));
+      }
+    });
+  }
+}
+
+// x [N, d] or [N, d, t], s [N, c, m] or [N, c, m, t], V [k m, d], out [k m, d]
+template <typename T>
+void run(T* out, const at::Tensor& x, const at::Tensor& s, const at::Tensor& V, double alpha) {
+  const LayerHessian<T> h = operands<T>(x, s);
+  const int64_t k = V.size(0) / h.m, lanes = microkernels<T>().lanes;
+  if (h.t == 1 && h.x_d == 1 && k * h.m <= lanes / 2) {
+    multiply<RowProduct<T>>(out, h, V, k, k, alpha);
+    return;
+  }
+  // Multiply-adds per sample of the two ways to a layer with positions; those
+  // that run from cache without the microkernels cost about twice.
+  const int64_t by_panels = 2 * k * h.m * h.d * h.t + 4 * k * h.c * h.m * h.t;
+  const int64_t by_rows =
+      h.c * h.m * round_up(h.d, lanes) * h.t + 4 * k * h.c * h.m * round_up(h.d, lanes);
+  if (h.t > 1 && by_rows < by_panels) {
+    multiply<OuterProduct<T>>(out, h, V, k, k, alpha);
   } else {
-    out.addmm_(y, rows);
-  }
-}
-
-// x [N, d], s [N, c, m], V [k m, d] -> out [k m, d] += sum over samples
-template <typename T>
-void linear_range(at::Tensor& out, const at::Tensor& x, const at::Tensor& s, const at::Tensor& V,
-                  int64_t begin, int64_t end) {
-  const int64_t c = s.size(1), m = s.size(2), k = V.size(0) / m;
-  // The tile's x, V x and s together stay within the second-level cache.
-  const int64_t per_sample = x.size(1) + k * m + c * m;
-  const int64_t tile = std::clamp<int64_t>((1 << 17) / std::max<int64_t>(per_sample, 1), 16, 512);
-  std::vector<T> coefficient(c);
-  for (int64_t start = begin; start < end; start += tile) {
-    const int64_t count = std::min(tile, end - start);
-    const at::Tensor rows = x.narrow(0, start, count);
-    at::Tensor y = at::mm(rows, V.t());
-    T* yp = y.mutable_data_ptr<T>();
-    const at::Tensor roots = s.narrow(0, start, count).contiguous();
-    const T* sp = roots.const_data_ptr<T>();
-    for (int64_t n = 0; n < count; ++n) {
-      gram_times<T>(yp + n * k * m, sp + n * c * m, k, c, m, coefficient.data());
-    }
-    add_product(out, y.t(), rows);
-  }
-}
-
-// x [N, d, t], s [N, c, m, t], V [k m, d]
-template <typename T>
-void position_range(at::Tensor& out, const at::Tensor& x, const at::Tensor& s, const at::Tensor& V,
-                    int64_t begin, int64_t end) {
-  const int64_t c = s.size(1), m = s.size(2), t = s.size(3), k = V.size(0) / m;
-  std::vector<T> coefficient(c);
-  for (int64_t n = begin; n < end; ++n) {
-    const at::Tensor columns = x.select(0, n), roots = s.select(0, n).contiguous();
-    at::Tensor y = at::mm(V, columns);
-    gram_times<T>(y.mutable_data_ptr<T>(), roots.const_data_ptr<T>(), k, c, m * t,
-                  coefficient.data());
-    add_product(out, y, columns.t());
+    multiply<PanelProduct<T>>(out, h, V, k, std::clamp<int64_t>(kMaxColumns / h.m, 1, k), alpha);
   }
 }
 
@@ -92,39 +115,26 @@ void position_range(at::Tensor& out, const at::Tensor& x, const at::Tensor& s, c
 at::Tensor layer_hessian_matmul(const at::Tensor& x, const at::Tensor& s, const at::Tensor& V,
                                 double alpha) {
   check_layer_hessian_matmul(x, s, V);
-  const int64_t n = x.size(0), d = x.size(1);
-  at::Tensor out = at::zeros(V.sizes(), V.options());
-  if (s.numel() == 0 || x.numel() == 0 || V.numel() == 0) return out;
-  const int64_t rows = V.numel() / d;
-  const at::Tensor vectors = V.reshape({rows, d});
-  // One partial sum per thread, added in fixed order: the result depends on the
-  // number of threads but not on their timing.
-  const int64_t threads = std::clamp<int64_t>(n / 16, 1, at::get_num_threads());
-  const at::Tensor partial = at::zeros({threads, rows, d}, V.options());
-  // Worker threads do not inherit the caller's dispatch state (inference mode among it).
-  const at::ThreadLocalState caller;
-  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-    const at::ThreadLocalStateGuard state(caller);
-    at::AutoDispatchBelowADInplaceOrView guard;
-    for (int64_t worker = first; worker < last; ++worker) {
-      at::Tensor sum = partial.select(0, worker);
-      const int64_t begin = n * worker / threads, end = n * (worker + 1) / threads;
-      AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "layer_hessian_matmul", [&] {
-        if (x.dim() == 2) {
-          linear_range<scalar_t>(sum, x, s, vectors, begin, end);
-        } else {
-          position_range<scalar_t>(sum, x, s, vectors, begin, end);
-        }
-      });
-    }
+  if (s.numel() == 0 || x.numel() == 0 || V.numel() == 0) return at::zeros(V.sizes(), V.options());
+  const int64_t n = x.size(0), c = s.size(1), m = s.size(2), d = x.size(1);
+  const at::Tensor out = at::empty(V.sizes(), V.options());
+  at::Tensor rows = x, roots = s, vectors = V.reshape({-1, d}).contiguous();
+  if (x.dim() == 2 && d == 1) {
+    // s holds whole rows of the Jacobian: the same product with s in the place of
+    // x and the scale of each row in the place of s.
+    rows = s.reshape({n * c, m});
+    roots = x.expand({n, c}).reshape({n * c, 1, 1});
+    vectors = vectors.view({-1, m});
+  }
+  if (!has_runs(roots)) roots = roots.contiguous();
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "layer_hessian_matmul", [&] {
+    run<scalar_t>(out.mutable_data_ptr<scalar_t>(), rows, roots, vectors, alpha);
   });
-  return at::sum(partial, 0).mul_(alpha).view(V.sizes());
+  return out;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(hesskern, CPU, m) {
-  m.impl("layer_hessian_matmul", &layer_hessian_matmul);
-}
+TORCH_LIBRARY_IMPL(hesskern, CPU, m) { m.impl("layer_hessian_matmul", &layer_hessian_matmul); }
 
 }  // namespace hesskern::cpu

@@ -5,11 +5,19 @@
 // into one function per instruction set and calls the best one:
 //
 //   vectorize([&]() HESSKERN_INLINE { for (...) y[i] += a * x[i]; });
+//
+// vectorize_bytes() does the same for a generic lambda that takes the width of a
+// vector register as std::integral_constant<int, bytes>.
 #pragma once
+
+#include <type_traits>
 
 #if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
 #define HESSKERN_X86 1
 #define HESSKERN_INLINE __attribute__((always_inline))
+#define HESSKERN_TARGET_AVX512 \
+  __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define HESSKERN_TARGET_AVX2 __attribute__((target("avx2,fma")))
 #else
 #define HESSKERN_X86 0
 #define HESSKERN_INLINE
@@ -49,12 +57,11 @@ inline const char* simd_name() {
 
 #if HESSKERN_X86
 template <class Loop>
-__attribute__((noinline, target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512"))) void
-run_avx512(Loop& loop) {
+HESSKERN_TARGET_AVX512 __attribute__((noinline)) void run_avx512(Loop& loop) {
   loop();
 }
 template <class Loop>
-__attribute__((noinline, target("avx2,fma"))) void run_avx2(Loop& loop) {
+HESSKERN_TARGET_AVX2 __attribute__((noinline)) void run_avx2(Loop& loop) {
   loop();
 }
 #endif
@@ -72,6 +79,25 @@ inline void vectorize(Loop loop) {
   }
 #endif
   loop();
+}
+
+template <class Loop>
+inline void vectorize_bytes(Loop loop) {
+#if HESSKERN_X86
+  switch (simd_level()) {
+    case Simd::avx512: {
+      auto wide = [&]() HESSKERN_INLINE { loop(std::integral_constant<int, 64>{}); };
+      return run_avx512(wide);
+    }
+    case Simd::avx2: {
+      auto wide = [&]() HESSKERN_INLINE { loop(std::integral_constant<int, 32>{}); };
+      return run_avx2(wide);
+    }
+    default:
+      break;
+  }
+#endif
+  loop(std::integral_constant<int, 16>{});
 }
 
 }  // namespace hesskern

@@ -1,0 +1,138 @@
+#include "microkernel.h"
+
+#include <type_traits>
+#include <utility>
+
+#include "simd.h"
+#include "vectors.h"
+
+namespace hesskern::cpu {
+
+namespace {
+
+enum class Order { rows, columns };
+
+// Rows of A are addressed from a few base pointers, so that the row stride may
+// be a run-time value without a register for each row.
+template <typename T, int kBytes, int kRows, int kVectors, Order kOrder>
+HESSKERN_INLINE inline void multiply(const BlockProduct<T>& p) {
+  constexpr int kLanes = SimdVector<T, kBytes>::lanes;
+  Vector<T, kBytes> sum[kRows][kVectors];
+  HESSKERN_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    HESSKERN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      sum[i][v] = Vector<T, kBytes>{};
+      __builtin_prefetch(p.c + i * p.c_stride + v * kLanes, 1);
+    }
+  }
+  const T* b = p.b;
+  const char* ahead = p.ahead;
+  const int64_t stride = p.a_stride, ahead_step = p.ahead_step;
+  const T* segment = p.a;
+  for (int64_t left = p.inner; left > 0; left -= p.segment, segment += p.a_jump) {
+    const T* a = segment;
+    const int64_t count = left < p.segment ? left : p.segment;
+    HESSKERN_UNROLL_TWICE
+    for (int64_t k = 0; k < count; ++k) {
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += ahead_step;
+      Vector<T, kBytes> row[kVectors];
+      HESSKERN_UNROLL
+      for (int v = 0; v < kVectors; ++v) load<kBytes>(row[v], b + v * kLanes);
+      HESSKERN_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const T scale = kOrder == Order::columns ? a[i] : a[i * stride];
+        HESSKERN_UNROLL
+        for (int v = 0; v < kVectors; ++v) sum[i][v] += scale * row[v];
+      }
+      b += 2 * kLanes;
+      a += kOrder == Order::columns ? stride : 1;
+    }
+  }
+  HESSKERN_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    HESSKERN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      T* c = p.c + i * p.c_stride + v * kLanes;
+      if (p.accumulate) {
+        Vector<T, kBytes> old;
+        load<kBytes>(old, c);
+        sum[i][v] += old;
+      }
+      store<kBytes>(c, sum[i][v]);
+    }
+  }
+}
+
+// One function per instruction set; the block's size is chosen for its number of
+// registers: sums, the row of B and a broadcast element of A.
+struct Baseline {
+  static constexpr int kBytes = 16, kRows = 6;
+  template <typename T, int kR, int kV, Order kOrder>
+  static void run(const BlockProduct<T>& p) {
+    multiply<T, kBytes, kR, kV, kOrder>(p);
+  }
+};
+
+#if HESSKERN_X86
+struct Avx2 {
+  static constexpr int kBytes = 32, kRows = 6;
+  template <typename T, int kR, int kV, Order kOrder>
+  HESSKERN_TARGET_AVX2 static void run(const BlockProduct<T>& p) {
+    multiply<T, kBytes, kR, kV, kOrder>(p);
+  }
+};
+
+struct Avx512 {
+  static constexpr int kBytes = 64, kRows = 14;
+  template <typename T, int kR, int kV, Order kOrder>
+  HESSKERN_TARGET_AVX512 static void run(const BlockProduct<T>& p) {
+    multiply<T, kBytes, kR, kV, kOrder>(p);
+  }
+};
+#endif
+
+template <typename T, class Isa, int... kR>
+Microkernels<T> make_table(std::integer_sequence<int, kR...>) {
+  Microkernels<T> table{};
+  table.lanes = Isa::kBytes / sizeof(T);
+  table.rows = Isa::kRows;
+  table.width = 2 * table.lanes;
+  ((table.by_rows[kR + 1][1] = &Isa::template run<T, kR + 1, 1, Order::rows>), ...);
+  ((table.by_rows[kR + 1][2] = &Isa::template run<T, kR + 1, 2, Order::rows>), ...);
+  ((table.by_columns[kR + 1][1] = &Isa::template run<T, kR + 1, 1, Order::columns>), ...);
+  ((table.by_columns[kR + 1][2] = &Isa::template run<T, kR + 1, 2, Order::columns>), ...);
+  return table;
+}
+
+template <typename T, class Isa>
+Microkernels<T> table_for() {
+  static_assert(Isa::kRows <= Microkernels<T>::kMaxRows);
+  return make_table<T, Isa>(std::make_integer_sequence<int, Isa::kRows>{});
+}
+
+}  // namespace
+
+template <typename T>
+const Microkernels<T>& microkernels() {
+  static const Microkernels<T> table = [] {
+#if HESSKERN_X86
+    switch (simd_level()) {
+      case Simd::avx512:
+        return table_for<T, Avx512>();
+      case Simd::avx2:
+        return table_for<T, Avx2>();
+      default:
+        break;
+    }
+#endif
+    return table_for<T, Baseline>();
+  }();
+  return table;
+}
+
+template const Microkernels<float>& microkernels<float>();
+template const Microkernels<double>& microkernels<double>();
+
+}  // namespace hesskern::cpu

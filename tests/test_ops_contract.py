@@ -116,7 +116,8 @@ def test_every_registered_operator_is_covered() -> None:
     registered = {
         name.removeprefix("hesskern::").split(".")[0]
         for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("hesskern::")
+        # Operators with an underscore in front are for tests and benchmarks alone.
+        if name.startswith("hesskern::") and not name.startswith("hesskern::_")
     }
     assert registered == set(SAMPLES)
     assert registered <= set(ops.__all__)

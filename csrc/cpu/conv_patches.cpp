@@ -6,9 +6,9 @@
 #include <algorithm>
 
 #include "conv_paths.h"
-#include "triangle.h"
 #include "pack.h"
 #include "scratch.h"
+#include "triangle.h"
 
 namespace hesskern::cpu {
 
@@ -27,11 +27,12 @@ struct Patches {
     const T* plane = x + column / g.taps() * stride_c;
     const int64_t shift_w = kw * g.dilation_w - g.padding_w;
     // Positions whose pixel lies inside the image, on the horizontal axis.
-    const int64_t inside0 = std::clamp<int64_t>((-shift_w + g.stride_w - 1) / g.stride_w, 0, g.out_w);
+    const int64_t inside0 =
+        std::clamp<int64_t>((-shift_w + g.stride_w - 1) / g.stride_w, 0, g.out_w);
     const int64_t inside1 =
-        shift_w >= width
-            ? inside0
-            : std::clamp<int64_t>((width - shift_w + g.stride_w - 1) / g.stride_w, inside0, g.out_w);
+        shift_w >= width ? inside0
+                         : std::clamp<int64_t>((width - shift_w + g.stride_w - 1) / g.stride_w,
+                                               inside0, g.out_w);
     for (int64_t row = row0; row < row1;) {
       const int64_t line = row / g.out_w, begin = row % g.out_w;
       const int64_t end = std::min(g.out_w, begin + row1 - row);
@@ -78,8 +79,13 @@ void run(const ConvCall& call) {
     const int64_t threads = gram_threads(rows, d);
     for (int64_t group = 0; group < g.groups; ++group) {
       const Patches<T> patches{
-          g,     images.const_data_ptr<T>() + group * call.group_channels() * height * width,
-          channels * height * width, height * width, height, width, d};
+          g,
+          images.const_data_ptr<T>() + group * call.group_channels() * height * width,
+          channels * height * width,
+          height * width,
+          height,
+          width,
+          d};
       T* acc = call.acc.mutable_data_ptr<T>() + group * call.acc.stride(0);
       auto pack = [&](T* dst, int64_t panel, int64_t row, int64_t count) {
         patches.pack(dst, W, panel, row, count);

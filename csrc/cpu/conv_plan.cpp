@@ -8,12 +8,14 @@ namespace hesskern::cpu {
 
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return a >= 0 ? (a + b - 1) / b : -(-a / b); }
+int64_t ceil_div(int64_t a, int64_t b) {
+  return a >= 0 ? (a + b - 1) / b : -(-a / b);
+}
 
 }  // namespace
 
-ConvAxis make_axis(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
-                   int64_t dilation, int64_t positions) {
+ConvAxis make_axis(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
+                   int64_t positions) {
   ConvAxis axis{};
   axis.size = size;
   axis.stride = stride;

@@ -62,7 +62,7 @@ struct ConvAxis {
   }
 };
 
-ConvAxis make_axis(int64_t size, int64_t kernel, int64_t stride, int64_t padding,
-                   int64_t dilation, int64_t positions);
+ConvAxis make_axis(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
+                   int64_t positions);
 
 }  // namespace hesskern::cpu

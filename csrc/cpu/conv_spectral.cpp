@@ -66,8 +66,8 @@ struct Waves {
   Waves(int64_t length, int64_t max_lag) : length(length), lags(max_lag + 1) {
     for (int64_t lag = 0; lag < lags; ++lag) {
       for (int64_t f = 0; f < length; ++f) {
-        const double angle = 2.0 * M_PI * static_cast<double>(f * lag % length) /
-                             static_cast<double>(length);
+        const double angle =
+            2.0 * M_PI * static_cast<double>(f * lag % length) / static_cast<double>(length);
         cosine.push_back(static_cast<T>(std::cos(angle)));
         sine.push_back(static_cast<T>(std::sin(angle)));
       }
@@ -152,13 +152,13 @@ void Spectral<T>::transform(const at::Tensor& images, T* signals) const {
   const int64_t element = 2 * lanes, length_h = slices.length_h, length_w = slices.length_w;
   const int64_t grid = h.span * length_w * element;  // row spectra of one phase pair
   const int64_t line = std::max(length_h, length_w) * element;
-  const int64_t per_task = width * element + w.phases * grid +
-                           slices.borders_w * h.span * element + 2 * line;
+  const int64_t per_task =
+      width * element + w.phases * grid + slices.borders_w * h.span * element + 2 * line;
   at::parallel_for(0, blocks * pairs, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> scratch(per_task);
-    T* pixels = scratch.data();                    // [W, 2, lanes], one image row
-    T* rows = pixels + width * element;            // [phases_w, span, T_w, 2, lanes]
-    T* columns = rows + w.phases * grid;           // [borders_w, span, 2, lanes]
+    T* pixels = scratch.data();           // [W, 2, lanes], one image row
+    T* rows = pixels + width * element;   // [phases_w, span, T_w, 2, lanes]
+    T* columns = rows + w.phases * grid;  // [borders_w, span, 2, lanes]
     T* in = columns + slices.borders_w * h.span * element;
     T* work = in + line;
     with_simd([&](auto isa) HESSKERN_INLINE {
@@ -174,10 +174,8 @@ void Spectral<T>::transform(const at::Tensor& images, T* signals) const {
       };
       for (int64_t task = begin; task < end; ++task) {
         const int64_t block = task % blocks, pair = task / blocks;
-        const int64_t channel =
-            block / group_blocks * group_channels + block % group_blocks * L;
-        const int64_t channels =
-            std::min<int64_t>(L, group_channels - block % group_blocks * L);
+        const int64_t channel = block / group_blocks * group_channels + block % group_blocks * L;
+        const int64_t channels = std::min<int64_t>(L, group_channels - block % group_blocks * L);
         T* target = signals + (block * pairs + pair) * element;
         std::fill(pixels, pixels + width * element, T(0));
         for (int64_t ph = 0; ph < h.phases; ++ph) {
@@ -214,7 +212,8 @@ void Spectral<T>::transform(const at::Tensor& images, T* signals) const {
               }
               const T* spectrum = fft<T, Isa>(fft_w, in, work);
               T* row = rows + pw * grid + v * length_w * element;
-              for (int64_t f = 0; f < length_w; ++f) copy(row + f * element, spectrum + f * element);
+              for (int64_t f = 0; f < length_w; ++f)
+                copy(row + f * element, spectrum + f * element);
             }
             for (int64_t b = 0; b < slices.borders_h; ++b) {
               if (h.borders[b].phase != ph || h.borders[b].position != position) continue;
@@ -303,13 +302,13 @@ struct SpectralTask {
 
   // Frequencies f and T - f of one column of frequencies at once: their waves
   // have the same cosine and opposite sines.
-  HESSKERN_FORCE_INLINE void images(int64_t pha, int64_t phb, int64_t pwa, int64_t pwb,
-                                    int64_t fw, int64_t row) const {
+  HESSKERN_FORCE_INLINE void images(int64_t pha, int64_t phb, int64_t pwa, int64_t pwb, int64_t fw,
+                                    int64_t row) const {
     const ConvAxis &h = plan.h, &w = plan.w;
     const Slices& s = plan.slices;
     const int64_t length = s.length_h, half = length / 2 + 1, lags = h.max_lag + 1;
     constexpr int64_t tile = 2 * R * L;
-    T* q = work;                  // [kBatch, 2, R, 2, L]
+    T* q = work;                      // [kBatch, 2, R, 2, L]
     T* even = q + 2 * kBatch * tile;  // [lags, R, 2, L] sum of cos (Q(f) + Q(T - f))
     T* odd = even + lags * tile;      // [lags, R, 2, L] sum of sin (Q(f) - Q(T - f))
     std::fill(even, odd + lags * tile, T(0));
@@ -490,10 +489,15 @@ void Spectral<T>::accumulate(const T* signals, int64_t pairs) const {
     std::fill(terms, terms + tile_terms(), T(0));
     with_simd([&](auto isa) HESSKERN_INLINE {
       const int64_t i = t.group * group_blocks + t.i, j = t.group * group_blocks + t.j;
-      const SpectralTask<T, decltype(isa)> task{
-          *this, signals + i * pairs * 2 * lanes, signals + j * pairs * 2 * lanes,
-          slice, pairs,                           part,
-          parts, terms,                           scratch};
+      const SpectralTask<T, decltype(isa)> task{*this,
+                                                signals + i * pairs * 2 * lanes,
+                                                signals + j * pairs * 2 * lanes,
+                                                slice,
+                                                pairs,
+                                                part,
+                                                parts,
+                                                terms,
+                                                scratch};
       task.run(std::min(lanes, group_channels - t.i * lanes));
     });
   };
@@ -501,8 +505,8 @@ void Spectral<T>::accumulate(const T* signals, int64_t pairs) const {
     with_simd([&](auto isa) HESSKERN_INLINE {
       const ChannelTile channels{t.i * lanes, std::min(lanes, group_channels - t.i * lanes),
                                  t.j * lanes, std::min(lanes, group_channels - t.j * lanes)};
-      assemble_tile<T, decltype(isa)>(acc + t.group * group_stride, ld, h, w, channels, terms, lanes,
-                                      alpha, scratch);
+      assemble_tile<T, decltype(isa)>(acc + t.group * group_stride, ld, h, w, channels, terms,
+                                      lanes, alpha, scratch);
     });
   };
   // Tasks differ in cost, so threads take the next one when they are free; every

@@ -93,8 +93,7 @@ struct Butterfly {
     }
     HESSKERN_UNROLL
     for (int k = 0; k < H; ++k) {
-      V even_re = re0, even_im = im0, odd_re = s[k * H] * dif_re[0],
-        odd_im = s[k * H] * dif_im[0];
+      V even_re = re0, even_im = im0, odd_re = s[k * H] * dif_re[0], odd_im = s[k * H] * dif_im[0];
       HESSKERN_UNROLL
       for (int j = 0; j < H; ++j) {
         even_re += c[k * H + j] * sum_re[j];

@@ -61,7 +61,7 @@ HESSKERN_INLINE inline void gram_rows(T* z, const T* y, const Vector<T, kBytes>&
 
 template <int kBytes, typename T>
 HESSKERN_INLINE inline void gram_long(T* z, const T* y, const T* s, int64_t stride, int64_t c,
-                                       int64_t q) {
+                                      int64_t q) {
   constexpr int kLanes = SimdVector<T, kBytes>::lanes;
   const int64_t last = q - kLanes, covered = round_up(last, kLanes) - last;
   T uncovered[kLanes];

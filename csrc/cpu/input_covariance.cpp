@@ -11,7 +11,9 @@ namespace hesskern::cpu {
 namespace {
 
 // Rows converted at a time when x is not of acc's dtype: about 4 MB of float32.
-int64_t convert_rows(int64_t d) { return std::max<int64_t>(256, (1 << 20) / std::max<int64_t>(d, 1)); }
+int64_t convert_rows(int64_t d) {
+  return std::max<int64_t>(256, (1 << 20) / std::max<int64_t>(d, 1));
+}
 
 // acc [d, d] or [d + 1, d + 1], x [N, d]
 void input_covariance_(at::Tensor& acc, const at::Tensor& x, double alpha, bool ones) {
@@ -30,6 +32,8 @@ void input_covariance_(at::Tensor& acc, const at::Tensor& x, double alpha, bool 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(hesskern, CPU, m) { m.impl("input_covariance_", &input_covariance_); }
+TORCH_LIBRARY_IMPL(hesskern, CPU, m) {
+  m.impl("input_covariance_", &input_covariance_);
+}
 
 }  // namespace hesskern::cpu

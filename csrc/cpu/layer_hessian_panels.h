@@ -87,8 +87,7 @@ class PanelProduct {
       load(tile, first, count);
       tile.ahead = fetch(first + count, std::min(samples_, end - first - count), rows);
       project(tile, packed, rows);
-      apply_roots(h_, tile.y.data(), y_stride_, first, count, columns_ / h_.m,
-                  tile.scratch.data());
+      apply_roots(h_, tile.y.data(), y_stride_, first, count, columns_ / h_.m, tile.scratch.data());
       update(sum, tile, rows);
     }
   }

@@ -22,7 +22,8 @@ class RowProduct {
   RowProduct(const LayerHessian<T>& h, int64_t vectors)
       : h_(h), columns_(vectors * h.m), pieces_(h.d, microkernels<T>().lanes, 16 / sizeof(T)) {
     const int64_t rows = kTileBytes / (static_cast<int64_t>(sizeof(T)) * h_.d);
-    samples_ = std::clamp<int64_t>(rows / 4 * 4, std::max<int64_t>(1, std::min<int64_t>(rows, 4)), 64);
+    samples_ =
+        std::clamp<int64_t>(rows / 4 * 4, std::max<int64_t>(1, std::min<int64_t>(rows, 4)), 64);
   }
 
   int64_t rows() const { return columns_; }
@@ -76,8 +77,8 @@ class OuterProduct {
       : h_(h), kernels_(microkernels<T>()), vectors_(vectors) {
     padded_ = round_up(h_.d, kernels_.lanes);
     row_ = h_.m * padded_;
-    samples_ = std::clamp<int64_t>(
-        kTileBytes / (static_cast<int64_t>(sizeof(T)) * h_.c * row_), 1, 16);
+    samples_ =
+        std::clamp<int64_t>(kTileBytes / (static_cast<int64_t>(sizeof(T)) * h_.c * row_), 1, 16);
   }
 
   int64_t rows() const { return vectors_ * h_.m; }

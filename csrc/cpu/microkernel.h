@@ -19,7 +19,7 @@ struct BlockProduct {
   int64_t segment;
   int64_t inner;
   const T* b;  // [inner, width]
-  T* c;              // element (i, j) is c[i * c_stride + j]
+  T* c;        // element (i, j) is c[i * c_stride + j]
   int64_t c_stride;
   bool accumulate;
   // Memory that a later step reads, fetched towards the cache meanwhile:

@@ -48,6 +48,8 @@ void mirror_(at::Tensor& acc) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(hesskern, CPU, m) { m.impl("mirror_", &mirror_); }
+TORCH_LIBRARY_IMPL(hesskern, CPU, m) {
+  m.impl("mirror_", &mirror_);
+}
 
 }  // namespace hesskern::cpu

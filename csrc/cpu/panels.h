@@ -40,7 +40,7 @@ HESSKERN_INLINE inline void transpose_blocks(T* dst, int64_t dst_stride, const T
     for (int64_t j = 0; j < full_columns; j += kLanes) {
       for (int64_t i = 0; i < full_rows; i += kLanes) {
         transpose_block<kBytes>(dst + j * dst_stride + i, dst_stride, src + i * src_stride + j,
-                                   src_stride);
+                                src_stride);
       }
     }
     if (full_columns < columns) {

@@ -113,12 +113,12 @@ HESSKERN_INLINE inline void update_rows(T* out, int64_t out_stride, const T* y, 
                                         const T* x, int64_t x_stride, int64_t rows, int64_t d) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
-    update_block<kBytes, 4, kVectors>(out, out_stride, y + r * y_stride, y_stride,
-                                      x + r * x_stride, x_stride, d);
+    update_block<kBytes, 4, kVectors>(out, out_stride, y + r * y_stride, y_stride, x + r * x_stride,
+                                      x_stride, d);
   }
   for (; r < rows; ++r) {
-    update_block<kBytes, 1, kVectors>(out, out_stride, y + r * y_stride, y_stride,
-                                      x + r * x_stride, x_stride, d);
+    update_block<kBytes, 1, kVectors>(out, out_stride, y + r * y_stride, y_stride, x + r * x_stride,
+                                      x_stride, d);
   }
 }
 
@@ -141,8 +141,8 @@ HESSKERN_INLINE inline void row_dots(T* y, int64_t y_stride, const T* x, int64_t
 // out [vectors, out_stride] in pieces += y^T x, y [rows, vectors], x [rows, d]
 template <int kBytes, typename T>
 HESSKERN_INLINE inline void row_updates(T* out, int64_t out_stride, const T* y, int64_t y_stride,
-                                        const T* x, int64_t x_stride, int64_t rows,
-                                        int64_t vectors, int64_t d) {
+                                        const T* x, int64_t x_stride, int64_t rows, int64_t vectors,
+                                        int64_t d) {
   int64_t b = 0;
   for (; b + 4 <= vectors; b += 4) {
     detail::update_rows<kBytes, 4>(out + b * out_stride, out_stride, y + b, y_stride, x, x_stride,

@@ -4,8 +4,8 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
-#include "triangle.h"
 #include "pack.h"
+#include "triangle.h"
 
 namespace hesskern::cpu {
 

@@ -20,7 +20,7 @@ namespace hesskern::cpu {
 
 // Columns of a panel.
 template <class T, class Isa>
-constexpr int kPanel = kLanes<T, Isa>* Isa::kVectors;
+constexpr int kPanel = kLanes<T, Isa> * Isa::kVectors;
 
 template <class T>
 inline int64_t panel_width() {
@@ -188,8 +188,7 @@ void gram_split_tiles(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t
   constexpr int64_t kChunk = 1 << 20;  // packed elements: 4 MB of float32
   const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
   const int64_t slab = panels * kPanelRows * W;
-  const int64_t slabs =
-      std::clamp<int64_t>(kChunk / slab, 1, (K + kPanelRows - 1) / kPanelRows);
+  const int64_t slabs = std::clamp<int64_t>(kChunk / slab, 1, (K + kPanelRows - 1) / kPanelRows);
   Scratch<T> packed(slabs * slab);
   // Work in units of W rows of one panel column; column j has j + 1 of them.
   const int64_t units = panels * (panels + 1) / 2;

@@ -33,16 +33,16 @@ namespace hesskern {
 // vectors (kRows kVectors accumulators), kComplexRows for complex products,
 // kDotRows kDotColumns for dot products of arrays.
 struct Avx512 {
-  static constexpr int kBytes = 64, kRows = 8, kVectors = 2, kComplexRows = 8,
-                       kDotRows = 4, kDotColumns = 6;
+  static constexpr int kBytes = 64, kRows = 8, kVectors = 2, kComplexRows = 8, kDotRows = 4,
+                       kDotColumns = 6;
 };
 struct Avx2 {
-  static constexpr int kBytes = 32, kRows = 4, kVectors = 2, kComplexRows = 4,
-                       kDotRows = 2, kDotColumns = 5;
+  static constexpr int kBytes = 32, kRows = 4, kVectors = 2, kComplexRows = 4, kDotRows = 2,
+                       kDotColumns = 5;
 };
 struct Baseline {
-  static constexpr int kBytes = 16, kRows = 4, kVectors = 2, kComplexRows = 2,
-                       kDotRows = 2, kDotColumns = 5;
+  static constexpr int kBytes = 16, kRows = 4, kVectors = 2, kComplexRows = 2, kDotRows = 2,
+                       kDotColumns = 5;
 };
 
 #if defined(__GNUC__)
@@ -81,18 +81,20 @@ struct ArrayVector {
   T lane[Lanes];
   T& operator[](int i) { return lane[i]; }
   T operator[](int i) const { return lane[i]; }
-#define HESSKERN_OPERATOR(op)                                                    \
-  friend ArrayVector operator op(const ArrayVector& a, const ArrayVector& b) {   \
-    ArrayVector r;                                                               \
-    for (int i = 0; i < Lanes; ++i) r.lane[i] = a.lane[i] op b.lane[i];          \
-    return r;                                                                    \
-  }                                                                              \
-  friend ArrayVector operator op(T a, const ArrayVector& b) {                    \
-    ArrayVector r;                                                               \
-    for (int i = 0; i < Lanes; ++i) r.lane[i] = a op b.lane[i];                  \
-    return r;                                                                    \
-  }                                                                              \
-  ArrayVector& operator op##=(const ArrayVector& b) { return *this = *this op b; }
+#define HESSKERN_OPERATOR(op)                                                  \
+  friend ArrayVector operator op(const ArrayVector& a, const ArrayVector& b) { \
+    ArrayVector r;                                                             \
+    for (int i = 0; i < Lanes; ++i) r.lane[i] = a.lane[i] op b.lane[i];        \
+    return r;                                                                  \
+  }                                                                            \
+  friend ArrayVector operator op(T a, const ArrayVector& b) {                  \
+    ArrayVector r;                                                             \
+    for (int i = 0; i < Lanes; ++i) r.lane[i] = a op b.lane[i];                \
+    return r;                                                                  \
+  }                                                                            \
+  ArrayVector& operator op## = (const ArrayVector& b) {                        \
+    return *this = *this op b;                                                 \
+  }
   HESSKERN_OPERATOR(+)
   HESSKERN_OPERATOR(-)
   HESSKERN_OPERATOR(*)

@@ -116,7 +116,7 @@ class FactorAccumulator:
         output_root: Callable[..., Tensor] | None = None,
         memory_budget: int = 2**30,
     ) -> None:
-        check_output(output, mc_samples)
+        check_output(output, mc_samples, seed)
         if decay is not None:
             check_fraction("decay", decay)
         self._loss = resolve_loss(loss, output_root)

@@ -82,12 +82,15 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
     """Eval mode with every parameter frozen; modes and flags come back, also after an error.
 
     Raises:
-        ValueError: the model was made under ``torch.inference_mode()``.
+        ValueError: the model was made under ``torch.inference_mode()``, or is on the meta device.
     """
-    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+    tensors = (*model.parameters(), *model.buffers())
+    if any(tensor.is_inference() for tensor in tensors):
         raise ValueError(
             "model must not be made under torch.inference_mode(): autograd cannot run through it"
         )
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError("model must hold values, but it has tensors on the meta device")
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -211,6 +214,10 @@ def _length(data: Iterable[Any]) -> int | None:
 
 def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
+        if value.is_meta:
+            raise ValueError(
+                f"data must hold values, got a tensor {list(value.shape)} on the meta device"
+            )
         # Autograd refuses tensors made under inference_mode; a clone is a normal one.
         value = value.to(device, non_blocking=True)
         return value.clone() if value.is_inference() else value

@@ -197,9 +197,11 @@ def check_fraction(name: str, value: Any) -> None:
         raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
 
 
-def check_output(output: Any, mc_samples: Any) -> None:
-    """Raises ValueError for an unknown ``output`` or a bad number of samples."""
+def check_output(output: Any, mc_samples: Any, seed: Any) -> None:
+    """Raises ValueError for an unknown ``output`` or a bad number of samples or seed."""
     if output not in ("exact", "mc", "empirical"):
         raise ValueError(f"output must be 'exact', 'mc' or 'empirical', got {output!r}")
     if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
         raise ValueError(f"mc_samples must be a positive integer, got {mc_samples!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed must be an integer, got {seed!r}")

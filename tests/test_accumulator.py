@@ -693,3 +693,17 @@ def test_sampling_goes_on_as_if_the_failed_batch_had_not_been() -> None:
     stream.update(*data[1])
     expected = hk.kronecker_factors(model, data[:2], CE, output="mc", seed=3)
     assert_same(stream.factors(), expected)
+
+
+def test_a_graph_that_the_caller_holds_survives() -> None:
+    # Factors are taken in the middle of a training step.
+    model, data = seeded(Fragile()).train(), fragile_data()
+    model.drop.p = 0.0
+    model.norm.eval()
+    expected = torch.autograd.grad(CE(model(data[0][0]), data[0][1]), list(model.parameters()))
+    loss = CE(model(data[0][0]), data[0][1])
+    stream = hk.FactorAccumulator(model, CE)
+    stream.update(*data[0])
+    loss.backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)

@@ -1131,3 +1131,30 @@ def test_twice_with_tanh_in_a_loop_matches_the_gauss_newton_block() -> None:
     assert "used 2 times" in H.inexact_reason
     expected = gauss_newton(model, data, sample_loss, "shared")
     assert relative_error(H.to_dense(), expected) <= 1e-10
+
+
+def test_users_hooks_belong_to_the_model() -> None:
+    model = seeded(Between(F.relu))
+    model.a.register_forward_pre_hook(lambda _, args: (args[0] * 2 + 1,))
+    model.a.register_forward_hook(lambda _, args, z: 3 * z, prepend=True)
+    model.b.register_forward_hook(lambda _, args, z: z - 1)
+    data = [(randn(4, 4), classes(4, c=3))]
+    for layer, H in hk.layer_hessians(model, data, CE).items():
+        assert H.is_exact
+        expected = loss_hessian(model, data, sample_loss, layer)
+        assert relative_error(H.to_dense(), expected) <= 1e-10
+
+
+def test_autocast_of_the_caller() -> None:
+    case = CASES["relu"]
+    model, data = case.model(torch.float32), case.data(torch.float32)
+    expected = hk.layer_hessians(model, data, CE)
+    factors = hk.kronecker_factors(model, data, CE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = hk.layer_hessians(model, data, CE)
+        found_factors = hk.kronecker_factors(model, data, CE)
+    for layer, H in expected.items():
+        assert found[layer].dtype == torch.float32
+        assert relative_error(found[layer].to_dense(), H.to_dense()) <= 0.05
+        output_hessian = found_factors[layer].output_hessian
+        assert relative_error(output_hessian, factors[layer].output_hessian) <= 0.05

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from hesskern.lanczos import Search, restart
+from hesskern.lanczos import Search, lanczos, restart
 from hesskern.results import EigenResult
-from hesskern.subspace import Subspace
+from hesskern.subspace import CountedOperator, OutOfProducts, Subspace, SymmetricOperator
 
 __all__ = ["Correction", "Preconditioner", "davidson", "olsen", "seed_block", "seed_preconditioner"]
 
@@ -26,7 +27,7 @@ Correction = Callable[[Tensor, Tensor, Tensor], Tensor]
 _PATIENCE = 20
 
 
-class Preconditioner(Protocol):
+class Preconditioner(SymmetricOperator, Protocol):
     """An operator near H that knows its eigenpairs and solves shifted systems."""
 
     def eigsh(self, k: int, /) -> EigenResult: ...
@@ -158,34 +159,49 @@ def seed_block(space: Subspace, rows: Tensor) -> None:
 def seed_preconditioner(space: Subspace, search: Search, preconditioner: Preconditioner) -> bool:
     """Starts from K's leading eigenvectors and tells whether Davidson's method will pay.
 
-    One product with a signed sum of them measures how near K is to H. A pair costs Davidson one
-    product to seed and one for every factor that (K - θ I)^-1 (H - K) takes off its residual;
-    Lanczos needs little more than two products per pair whatever it starts from. So K must be near
-    H: otherwise the sum is the start vector of a Lanczos run, and nothing is lost.
+    One product with a signed sum of them measures how near K is to H, and so what residuals the
+    seeds will have. Davidson's method takes a product per seed, and then one for every factor
+    exp(3.2) off a residual (as measured on interpolations between layer Hessians and their
+    Kronecker forms, where it holds up to differences of a third). A Lanczos run with K itself,
+    without any product with H, tells whether Lanczos would get by with fewer: it needs little more
+    than two products per pair whatever it starts from. If so, the sum is its start vector and
+    nothing is lost.
 
     Returns:
         True with all k seeds in the basis; False with the sum alone, ready for Lanczos steps.
     """
-    pairs = preconditioner.eigsh(search.k)
+    k = search.k
+    pairs = preconditioner.eigsh(k)
     kappa = pairs.values.double().cpu()
-    size = kappa.abs().clamp(min=1e-6 * float(kappa.abs().max()))
-    signs = torch.randint(0, 2, (search.k,), generator=search.generator).double() * 2 - 1
+    largest = float(kappa.abs().max())
+    if largest == 0.0:
+        return False
+    weights = kappa.abs().clamp(min=1e-6 * largest).reciprocal()
+    weights *= torch.randint(0, 2, (k,), generator=search.generator).double() * 2 - 1
     rows = pairs.vectors.T
-    mixed = (signs / size).to(rows) @ rows
+    mixed = weights.to(rows) @ rows
     if not space.push(mixed[None]):
         return False
     space.advance([0])
-    predicted = space.images(torch.ones(1, 1))[0] * mixed.norm()
-    difference = float((predicted - (signs * kappa / size).to(rows) @ rows).norm())
-    relative = difference / math.sqrt(search.k)
-    residual = relative * float(kappa.square().mean().sqrt() / size.max())
-    factor = 1.5 * relative
-    if factor >= 1:
+    image = space.images(torch.ones(1, 1))[0] * mixed.norm()
+    difference = float((image - (weights * kappa).to(rows) @ rows).norm()) / math.sqrt(k)
+    if difference > 1 / 3:
         return False
-    products = 1.0
-    if residual > search.tol:
-        products += math.log(residual / search.tol) / -math.log(max(factor, 1e-12))
-    if products > 2.3:
+    factors = (difference * kappa.abs() / largest / search.tol).clamp(min=1.0).log()
+    cost = k + max(int((factors > 0).sum()), math.ceil(float(factors.sum()) / 3.2))
+    if _lanczos_takes_fewer(preconditioner, cost, space, search):
         return False
     seed_block(space, rows)
+    return True
+
+
+def _lanczos_takes_fewer(
+    preconditioner: Preconditioner, cost: int, space: Subspace, search: Search
+) -> bool:
+    rehearsal = Subspace(CountedOperator(preconditioner, cost - 1), space.capacity, 1)
+    generator = torch.Generator().manual_seed(0)
+    try:
+        lanczos(rehearsal, replace(search, generator=generator, report=lambda _: None))
+    except OutOfProducts:
+        return False
     return True

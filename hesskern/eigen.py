@@ -72,8 +72,7 @@ def eigsh(
     start = _checked_start(start, which, operator)
     report = reporter(progress)
     size = operator.size
-    capacity = 2 * k + 40
-    if size <= max(_SMALL, capacity) <= operator.limit:
+    if size <= max(_SMALL, 2 * k + 40) and size <= operator.limit:
         values, vectors, residuals, scale = _dense(H, operator, k, which)
         report("eigsh", k, k)
     else:
@@ -84,7 +83,7 @@ def eigsh(
             torch.Generator().manual_seed(seed),
             lambda done: report("eigsh", done, k),
         )
-        space = Subspace(operator, capacity, _PENDING)
+        space = Subspace(operator, k + max(60, k // 2), _PENDING)
         values, vectors, residuals, scale = _iterate(space, search, start)
         report("eigsh", k, k)
     converged = bool((residuals <= tol).all())
@@ -189,12 +188,15 @@ def _iterate(space: Subspace, search: Search, start: Any) -> tuple[Tensor, Tenso
     """As :func:`_dense`, by products alone."""
     with contextlib.suppress(OutOfProducts):
         _search(space, search, start)
-    values, coefficients = search.ritz(space)
-    values, coefficients = values[: search.k], coefficients[:, : search.k]
+    values, coefficients = search.wanted(space)
+    vectors = space.combine(coefficients)
+    if space.restarts:
+        inverse = torch.linalg.inv(torch.linalg.cholesky((vectors @ vectors.T).double().cpu()))
+        vectors = inverse.to(vectors) @ vectors
+        coefficients = coefficients @ inverse.T
     residuals = space.residual_norms(values, coefficients)
-    vectors = space.combine(coefficients).T.contiguous()
     scale = space.scale
-    return values, vectors, residuals / scale if scale else residuals, scale
+    return values, vectors.T.contiguous(), residuals / scale if scale else residuals, scale
 
 
 def _search(space: Subspace, search: Search, start: Any) -> None:
@@ -207,14 +209,10 @@ def _search(space: Subspace, search: Search, start: Any) -> None:
             davidson(space, search, block, corrections)
         elif not lanczos(space, search):
             return
-        _settle(space, search, block)
         if space.room < _CHAIN_ROOM:
             restart(space, search)
-        values, _ = search.ritz(space)
-        complete = confirm(space, search, values[: search.k], chains)
-        if space.restarts:
-            space.orthonormalize()
-        if complete and _converged(space, search):
+        complete = confirm(space, search, chains)
+        if complete and _settled(space, search, block):
             return
         # More copies at a time, as long as one chain outside the basis has room to be conclusive.
         chains = 2 if chains == 1 else 1
@@ -234,27 +232,25 @@ def _seed(space: Subspace, search: Search, start: Any) -> bool:
     return space.size > 0
 
 
-def _settle(space: Subspace, search: Search, block: int) -> None:
-    """Makes sure that the residuals computed from vectors are within the tolerance.
+def _settled(space: Subspace, search: Search, block: int) -> bool:
+    """Whether the residuals computed from vectors are within the tolerance as they are.
 
-    What a recurrence has lost to rounding is made up by corrections; where these no longer help,
-    the images are recomputed, and what remains then is the floor that the tolerance is raised to.
+    If not, what a recurrence has lost to rounding is made up by corrections; where these no longer
+    help, the images are recomputed, and what then remains is what the tolerance is raised to.
     """
-    refreshed = False
-    while not _converged(space, search):
-        if davidson(space, search, block, None):
+    at_once, refreshed = True, False
+    while True:
+        values, coefficients = search.wanted(space)
+        norms = space.residual_norms(values, coefficients)
+        if search.count_converged(norms, space.scale) == search.k:
+            return at_once
+        at_once = False
+        before = space.operator.count
+        if davidson(space, search, block, None) and space.operator.count > before:
             continue
-        values, coefficients = search.ritz(space)
-        values, coefficients = values[: search.k], coefficients[:, : search.k]
         if refreshed:
-            search.tol = 1.5 * float(space.residual_norms(values, coefficients).max()) / space.scale
-            return
-        space.restart(values, coefficients)
+            search.tol = 1.5 * float(norms.max()) / space.scale
+            return False
+        space.restart(*search.wanted(space))
         space.refresh()
         refreshed = True
-
-
-def _converged(space: Subspace, search: Search) -> bool:
-    values, coefficients = search.ritz(space)
-    norms = space.residual_norms(values[: search.k], coefficients[:, : search.k])
-    return search.count_converged(norms, space.scale) == search.k

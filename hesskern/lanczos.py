@@ -51,6 +51,11 @@ class Search:
         space.scale = max(space.scale, float(values.abs().max()))
         return values[order], coefficients[:, order]
 
+    def wanted(self, space: Subspace) -> tuple[Tensor, Tensor]:
+        """The k most wanted Ritz values and their coefficients [n, k]."""
+        values, coefficients = self.ritz(space)
+        return values[: self.k], coefficients[:, : self.k]
+
     def count_converged(self, residuals: Tensor, scale: float) -> int:
         """How many leading ``residuals`` [j] (absolute) are within the tolerance."""
         open_pairs = (residuals > self.tol * scale).nonzero()
@@ -128,7 +133,7 @@ def _focus(space: Subspace, coupled: Tensor, tol: float) -> None:
         space.rotate_pending(left[:, :needed].T)
 
 
-def confirm(space: Subspace, search: Search, values: Tensor, block: int) -> bool:
+def confirm(space: Subspace, search: Search, block: int) -> bool:
     """Looks for eigenvectors orthogonal to all that was found, from ``block`` random directions.
 
     A Krylov space of one vector holds one vector of every eigenspace, so copies of a repeated
@@ -142,13 +147,12 @@ def confirm(space: Subspace, search: Search, values: Tensor, block: int) -> bool
     Args:
         space: its basis and pending directions grow by the chain.
         search: what is searched.
-        values: [k] Ritz values found, the most wanted first.
         block: number of random directions.
 
     Returns:
         True when nothing is missing; False when something was found, or the basis is full.
     """
-    threshold = float(search.key(values)[-1])
+    threshold = float(search.key(search.wanted(space)[0])[-1])
     margin = 0.1 * search.tol * space.scale
     before = space.pending
     count = space.push_random(block, search.generator)

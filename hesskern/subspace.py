@@ -150,11 +150,11 @@ class Subspace:
         self._images[start:stop] = images
         self.scale = max(self.scale, float(images.norm(dim=1).max()))
         self.size, self.pending = stop, self.pending - count
-        rest = self.coupling[count:]
+        known, rest = self.coupling[:count], self.coupling[count:]
         self.coupling = torch.cat([rest, rest.new_zeros(self.pending, count)], dim=1)
         if krylov:
             remainder = self._images[start:stop].clone()
-            coefficients = self._project(remainder)
+            coefficients = self._recur(remainder, known)
         else:
             coefficients = _small(images @ self._span().T)
         columns = coefficients[:, :stop].T
@@ -185,15 +185,41 @@ class Subspace:
     def _cast(self, small: Tensor) -> Tensor:
         return small.to(self.operator.dtype).to(self.operator.device)
 
+    def _recur(self, images: Tensor, known: Tensor) -> Tensor:
+        """Projects the images [b, P] of the last b basis vectors off the span, in place.
+
+        By symmetry their coefficients on the older vectors are ``known`` [b, n - b], few of them
+        not zero: subtracting these first leaves no cancellation to the full pass.
+        """
+        new = self._basis[self.size - len(images) : self.size]
+        total = torch.zeros(len(images), self.size + self.pending, dtype=torch.float64)
+        touched = known.abs().sum(dim=0).nonzero()
+        if len(touched):
+            first = int(touched[0])
+            older = self._basis[first : self.size - len(images)]
+            images.addmm_(self._cast(known[:, first:]), older, alpha=-1)
+            total[:, : known.shape[1]] = known
+        diagonal = images @ new.T
+        images.addmm_(diagonal, new, alpha=-1)
+        total[:, known.shape[1] : self.size] = _small(diagonal)
+        return total + self._project(images)
+
     def _project(self, rows: Tensor) -> Tensor:
-        """Classical Gram-Schmidt, twice, against the span, in place; coefficients [b, n + c]."""
+        """Classical Gram-Schmidt against the span, in place; coefficients [b, n + c].
+
+        Repeated where it more than halves a norm: cancellation magnifies what rounding left.
+        """
         span = self._span()
         total = torch.zeros(len(rows), len(span), dtype=torch.float64)
-        if len(span):
-            for _ in range(2):
-                coefficients = rows @ span.T
-                rows.addmm_(coefficients, span, alpha=-1)
-                total += _small(coefficients)
+        before = rows.norm(dim=1)
+        for _ in range(3 if len(span) else 0):
+            coefficients = rows @ span.T
+            rows.addmm_(coefficients, span, alpha=-1)
+            total += _small(coefficients)
+            after = rows.norm(dim=1)
+            if bool((after > before / 2).all()):
+                break
+            before = after
         return total
 
     def _admit(self, rows: Tensor, threshold: float, columns: slice | None) -> int:

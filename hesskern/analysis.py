@@ -286,7 +286,7 @@ def _look_at_layer(
         with warnings.catch_warnings():
             # The result says by itself which pairs did not converge; the report repeats it.
             warnings.simplefilter("ignore", RuntimeWarning)
-            exact = eigsh(H, k, tol=_EIGEN_TOLERANCE, progress=renamed)
+            exact = eigsh(H, k, tol=_EIGEN_TOLERANCE, start=K, progress=renamed)
         clock(f"top eigenpairs of {name}", k, k)
     with clock.step(f"comparison of {name}"):
         overlap = metrics.subspace_overlap(exact.vectors, kronecker.vectors)

@@ -20,11 +20,6 @@ TORCH_LIBRARY(hesskern, m) {
   m.def(
       "conv_input_covariance_(Tensor(a!) acc, Tensor x, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation, int groups=1, float alpha=1.0) -> ()");
-  // The same by one named way instead of the one the cost model picks; CPU only, for tests and
-  // benchmarks. path: "patches", "lags", "spectral".
-  m.def(
-      "_conv_input_covariance_by_(Tensor(a!) acc, Tensor x, int[] kernel_size, int[] stride, "
-      "int[] padding, int[] dilation, int groups, float alpha, str path) -> ()");
   // acc [m, m] += alpha sum of root rows, upper triangle; jacobian [N, c, m(, t)], probabilities
   // [N, c]
   m.def(
@@ -40,6 +35,15 @@ TORCH_LIBRARY(hesskern, m) {
   m.def("grouped_kron_eigen_matmul(Tensor[] U, Tensor[] S, Tensor[] V, Tensor[] X) -> Tensor[]");
   // alpha sum_n sum_c <V, R_nc> R_nc with R_nc = sum_t s_nct x_nt^T; V [(k,) m, d]
   m.def("layer_hessian_matmul(Tensor x, Tensor s, Tensor V, float alpha=1.0) -> Tensor");
+}
+
+// What tests and benchmarks need beside the contract.
+TORCH_LIBRARY(hesskern_internal, m) {
+  // hesskern::conv_input_covariance_ by one named way, "patches", "lags" or "spectral", instead of
+  // the one the cost model picks
+  m.def(
+      "conv_input_covariance_by_(Tensor(a!) acc, Tensor x, int[] kernel_size, int[] stride, "
+      "int[] padding, int[] dilation, int groups, float alpha, str path) -> ()");
 }
 
 namespace {

@@ -91,7 +91,7 @@ void run(const ConvCall& call) {
         patches.pack(dst, W, panel, row, count);
       };
       gram<T>(acc, call.acc.stride(1), d, rows, static_cast<T>(call.alpha), threads, pack,
-              [&](T* buffer, int64_t row, int64_t count) -> Columns<T> {
+              [&](T* buffer, int64_t row, int64_t count) -> Panels<T> {
                 for (int64_t p = 0; p < panels; ++p) {
                   pack(buffer + p * kPanelRows * W, p, row, count);
                 }

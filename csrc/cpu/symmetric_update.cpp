@@ -27,9 +27,9 @@ void update(T* acc, int64_t ld, const T* rows, int64_t K, int64_t d, int64_t str
   };
   // Vectors read up to W - 1 elements past the end of a row.
   const int64_t safe_rows = std::max<int64_t>(0, K - (W + d - 1) / d);
-  const bool direct = d <= kDirectOrder && stride_col == 1;
+  const bool direct = d <= kDirectOrder && stride_col == 1 && stride_row >= d;
   gram<T>(acc, ld, d, K, alpha, threads, pack,
-          [&](T* buffer, int64_t row, int64_t count) -> Columns<T> {
+          [&](T* buffer, int64_t row, int64_t count) -> Panels<T> {
             if (direct && row + count <= safe_rows) return {rows + row * stride_row, W, stride_row};
             for (int64_t panel = 0; panel < panels; ++panel) {
               pack(buffer + panel * kPanelRows * W, panel, row, count);

@@ -8,7 +8,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <numeric>
+#include <functional>
 #include <vector>
 
 #include "checks.h"
@@ -45,12 +45,11 @@ struct Sandwich {
            rows * x.rows * x.columns + rows * x.columns * columns;
   }
   int64_t scratch_size() const {
-    const int64_t width = microkernels<T>().width;
     if (right_first()) {
       return panels_size<T>(x.columns, columns) + x.count * panels_size<T>(x.rows, columns);
     }
     return x.count * panels_size<T>(x.rows, x.columns) + panels_size<T>(x.columns, columns) +
-           x.count * rows * spread_stride<T>(x.columns) + width;
+           x.count * rows * spread_stride<T>(x.columns);
   }
 
   // out [count, rows, columns], rows out_stride apart
@@ -119,55 +118,64 @@ Batch<T> batch(const at::Tensor& X) {
           X.size(-1)};
 }
 
-at::Tensor empty_like(const at::Tensor& X, int64_t rows, int64_t columns) {
+at::Tensor empty_for(const at::Tensor& X, int64_t rows, int64_t columns) {
   return X.dim() == 3 ? at::empty({X.size(0), rows, columns}, X.options())
                       : at::empty({rows, columns}, X.options());
 }
 
-// out [(k,) m', d'] := A [m', m] X [(k,) m, d] B^T [d, d']
-void kron_product(const at::Tensor& out, const at::Tensor& A, const at::Tensor& B,
-                  const at::Tensor& X) {
-  if (X.numel() == 0 || out.numel() == 0) {
-    out.zero_();
-    return;
-  }
-  const at::Tensor x = foldable(X);
-  AT_DISPATCH_FLOATING_TYPES(X.scalar_type(), "kron_matmul", [&] {
-    const Sandwich<scalar_t> sandwich{matrix<scalar_t>(A), transposed<scalar_t>(B),
-                                      batch<scalar_t>(x),  A.size(0),
-                                      B.size(0),           nullptr};
-    const Scratch<scalar_t> scratch(sandwich.scratch_size());
-    sandwich.run(out.mutable_data_ptr<scalar_t>(), B.size(0), scratch.data());
-  });
-}
+// One layer's product, its operands resolved: how much scratch memory it takes,
+// and the call that does it.
+template <typename T>
+struct KronLayer {
+  Sandwich<T> sandwich;
+  T* out;
 
-// out [(k,) m, d] := U [m, r] (S [r, q] . (U^T X [(k,) m, d] V [d, q])) V^T
-void eigen_product(const at::Tensor& out, const at::Tensor& U, const at::Tensor& S,
-                   const at::Tensor& V, const at::Tensor& X) {
-  if (X.numel() == 0 || S.numel() == 0) {
-    out.zero_();
-    return;
+  // out [(k,) m', d'] := A [m', m] X [(k,) m, d] B^T [d, d']
+  KronLayer(const at::Tensor& result, const at::Tensor& A, const at::Tensor& B, const at::Tensor& X)
+      : sandwich{matrix<T>(A), transposed<T>(B), batch<T>(X), A.size(0), B.size(0), nullptr},
+        out(result.mutable_data_ptr<T>()) {}
+
+  int64_t scratch_size() const { return sandwich.scratch_size(); }
+  void run(T* scratch) const { sandwich.run(out, sandwich.columns, scratch); }
+};
+
+template <typename T>
+struct EigenLayer {
+  Scale<T> scale;
+  Matrix<T> u, vt;
+  Batch<T> x;
+  int64_t r, q, stride;
+  T* out;
+
+  // out [(k,) m, d] := U [m, r] (S [r, q] . (U^T X [(k,) m, d] V [d, q])) V^T
+  EigenLayer(const at::Tensor& result, const at::Tensor& U, const at::Tensor& S,
+             const at::Tensor& V, const at::Tensor& X)
+      : scale{matrix<T>(S), S.size(0)},
+        u(matrix<T>(U)),
+        vt(transposed<T>(V)),
+        x(batch<T>(X)),
+        r(S.size(0)),
+        q(S.size(1)),
+        stride(spread_stride<T>(q)),
+        out(result.mutable_data_ptr<T>()) {}
+
+  Sandwich<T> into() const {
+    return {{u.data, u.column, u.row}, {vt.data, vt.column, vt.row}, x, r, q, &scale};
   }
-  const at::Tensor x = foldable(X);
-  AT_DISPATCH_FLOATING_TYPES(X.scalar_type(), "kron_eigen_matmul", [&] {
-    const int64_t r = S.size(0), q = S.size(1), stride = spread_stride<scalar_t>(q);
-    const Scale<scalar_t> scale{matrix<scalar_t>(S), r};
-    const Batch<scalar_t> input = batch<scalar_t>(x);
-    const Sandwich<scalar_t> into{transposed<scalar_t>(U), matrix<scalar_t>(V), input, r, q, &scale};
-    const int64_t size = input.count * r * stride;
-    const Scratch<scalar_t> coordinates(size);
-    const Sandwich<scalar_t> back{
-        matrix<scalar_t>(U),
-        transposed<scalar_t>(V),
-        {{coordinates.data(), stride, 1}, input.count, r * stride, r, q},
-        U.size(0),
-        V.size(0),
-        nullptr};
-    const Scratch<scalar_t> scratch(std::max(into.scratch_size(), back.scratch_size()));
-    into.run(coordinates.data(), stride, scratch.data());
-    back.run(out.mutable_data_ptr<scalar_t>(), V.size(0), scratch.data());
-  });
-}
+  Sandwich<T> back(const T* coordinates) const {
+    return {u, vt, {{coordinates, stride, 1}, x.count, r * stride, r, q}, x.rows, x.columns,
+            nullptr};
+  }
+  int64_t coordinates_size() const { return x.count * r * stride; }
+  int64_t scratch_size() const {
+    return coordinates_size() + std::max(into().scratch_size(), back(nullptr).scratch_size());
+  }
+  void run(T* scratch) const {
+    T* rest = scratch + coordinates_size();
+    into().run(scratch, stride, rest);
+    back(scratch).run(out, x.columns, rest);
+  }
+};
 
 // float16 and bfloat16 have no kernels of their own.
 bool has_kernel(const at::Tensor& X) {
@@ -179,62 +187,69 @@ int64_t work(const at::Tensor& left, const at::Tensor& right, const at::Tensor& 
                       right.numel() / std::max<int64_t>(X.size(-1), 1));
 }
 
-// Runs task(i) for every layer: large ones in turn with threads of their own,
-// small ones side by side, the largest first.
-template <class Task>
-void for_each_layer(const std::vector<int64_t>& works, const Task& task) {
-  std::vector<int64_t> small;
-  int64_t total = 0;
-  for (size_t i = 0; i < works.size(); ++i) {
-    if (works[i] < kSmallWork) {
-      small.push_back(static_cast<int64_t>(i));
-      total += works[i];
-    } else {
-      task(static_cast<int64_t>(i));
-    }
-  }
-  const int64_t count = static_cast<int64_t>(small.size());
-  const int64_t threads = std::min(product_threads(total), count);
-  if (threads <= 1) {
-    for (const int64_t i : small) task(i);
-    return;
-  }
-  std::sort(small.begin(), small.end(), [&](int64_t a, int64_t b) { return works[a] > works[b]; });
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    // Worker threads do not inherit the caller's dispatch state.
-    at::AutoDispatchBelowADInplaceOrView guard;
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t i = next++; i < count; i = next++) task(small[i]);
-    }
+template <template <class> class Layer, class... Operands>
+void run_layer(const at::Tensor& out, const Operands&... operands) {
+  AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "kron_matmul", [&] {
+    const Layer<scalar_t> layer(out, operands...);
+    const Scratch<scalar_t> scratch(layer.scratch_size());
+    layer.run(scratch.data());
   });
 }
+
+// Layers in groups: large ones in turn with threads of their own; small ones side
+// by side, the largest first, each thread with one scratch memory for all.
+class LayerGroup {
+ public:
+  template <template <class> class Layer, class... Operands>
+  void add(int64_t work, const at::Tensor& out, const Operands&... operands) {
+    AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "kron_matmul", [&] {
+      const Layer<scalar_t> layer(out, operands...);
+      const int64_t bytes = layer.scratch_size() * static_cast<int64_t>(sizeof(scalar_t));
+      items_.push_back({work, bytes, [layer](char* scratch) {
+                          layer.run(reinterpret_cast<scalar_t*>(scratch));
+                        }});
+    });
+  }
+
+  void run() {
+    std::sort(items_.begin(), items_.end(),
+              [](const Item& a, const Item& b) { return a.work > b.work; });
+    const auto small = std::find_if(items_.begin(), items_.end(),
+                                    [](const Item& item) { return item.work < kSmallWork; });
+    int64_t bytes = 0, work = 0;
+    for (auto item = items_.begin(); item != small; ++item) {
+      const Scratch<char> scratch(item->bytes);
+      item->run(scratch.data());
+    }
+    for (auto item = small; item != items_.end(); ++item) {
+      bytes = std::max(bytes, item->bytes);
+      work += item->work;
+    }
+    const int64_t count = items_.end() - small;
+    const int64_t threads = std::min(product_threads(work), count);
+    std::atomic<int64_t> next{0};
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<char> scratch(bytes);
+      for (int64_t thread = begin; thread < end; ++thread) {
+        for (int64_t i = next++; i < count; i = next++) small[i].run(scratch.data());
+      }
+    });
+  }
+
+ private:
+  struct Item {
+    int64_t work, bytes;
+    std::function<void(char*)> run;
+  };
+  std::vector<Item> items_;
+};
 
 at::Tensor kron_matmul(const at::Tensor& A, const at::Tensor& B, const at::Tensor& X) {
   check_kron_matmul(A, B, X);
   if (!has_kernel(X)) return at::matmul(at::matmul(A, X), B.t());
-  const at::Tensor out = empty_like(X, A.size(0), B.size(0));
-  kron_product(out, A, B, X);
-  return out;
-}
-
-std::vector<at::Tensor> grouped_kron_matmul(at::TensorList A, at::TensorList B, at::TensorList X) {
-  check_same_length("grouped_kron_matmul", "A", A.size(), "X", X.size());
-  check_same_length("grouped_kron_matmul", "B", B.size(), "X", X.size());
-  std::vector<int64_t> works(X.size());
-  std::vector<at::Tensor> out(X.size());
-  for (size_t i = 0; i < X.size(); ++i) {
-    check_kron_matmul(A[i], B[i], X[i]);
-    works[i] = work(A[i], B[i], X[i]);
-    if (has_kernel(X[i])) out[i] = empty_like(X[i], A[i].size(0), B[i].size(0));
-  }
-  for_each_layer(works, [&](int64_t i) {
-    if (out[i].defined()) {
-      kron_product(out[i], A[i], B[i], X[i]);
-    } else {
-      out[i] = kron_matmul(A[i], B[i], X[i]);
-    }
-  });
+  const at::Tensor out = empty_for(X, A.size(0), B.size(0));
+  if (X.numel() == 0) return out.zero_();
+  if (out.numel() > 0) run_layer<KronLayer>(out, A, B, foldable(X));
   return out;
 }
 
@@ -245,8 +260,28 @@ at::Tensor kron_eigen_matmul(const at::Tensor& U, const at::Tensor& S, const at:
     const at::Tensor coordinates = at::matmul(at::matmul(U.t(), X), V);
     return at::matmul(at::matmul(U, coordinates * S), V.t());
   }
-  const at::Tensor out = empty_like(X, X.size(-2), X.size(-1));
-  eigen_product(out, U, S, V, X);
+  if (X.numel() == 0 || S.numel() == 0) return at::zeros(X.sizes(), X.options());
+  const at::Tensor out = empty_for(X, X.size(-2), X.size(-1));
+  run_layer<EigenLayer>(out, U, S, V, foldable(X));
+  return out;
+}
+
+std::vector<at::Tensor> grouped_kron_matmul(at::TensorList A, at::TensorList B, at::TensorList X) {
+  check_same_length("grouped_kron_matmul", "A", A.size(), "X", X.size());
+  check_same_length("grouped_kron_matmul", "B", B.size(), "X", X.size());
+  std::vector<at::Tensor> out(X.size()), operands(X.size());
+  LayerGroup group;
+  for (size_t i = 0; i < X.size(); ++i) {
+    check_kron_matmul(A[i], B[i], X[i]);
+    if (!has_kernel(X[i]) || X[i].numel() == 0 || A[i].numel() == 0 || B[i].numel() == 0) {
+      out[i] = kron_matmul(A[i], B[i], X[i]);
+      continue;
+    }
+    out[i] = empty_for(X[i], A[i].size(0), B[i].size(0));
+    operands[i] = foldable(X[i]);
+    group.add<KronLayer>(work(A[i], B[i], X[i]), out[i], A[i], B[i], operands[i]);
+  }
+  group.run();
   return out;
 }
 
@@ -255,20 +290,19 @@ std::vector<at::Tensor> grouped_kron_eigen_matmul(at::TensorList U, at::TensorLi
   check_same_length("grouped_kron_eigen_matmul", "U", U.size(), "X", X.size());
   check_same_length("grouped_kron_eigen_matmul", "S", S.size(), "X", X.size());
   check_same_length("grouped_kron_eigen_matmul", "V", V.size(), "X", X.size());
-  std::vector<int64_t> works(X.size());
-  std::vector<at::Tensor> out(X.size());
+  std::vector<at::Tensor> out(X.size()), operands(X.size());
+  LayerGroup group;
   for (size_t i = 0; i < X.size(); ++i) {
     check_kron_eigen_matmul(U[i], S[i], V[i], X[i]);
-    works[i] = 2 * work(U[i], V[i], X[i]);
-    if (has_kernel(X[i])) out[i] = empty_like(X[i], X[i].size(-2), X[i].size(-1));
-  }
-  for_each_layer(works, [&](int64_t i) {
-    if (out[i].defined()) {
-      eigen_product(out[i], U[i], S[i], V[i], X[i]);
-    } else {
+    if (!has_kernel(X[i]) || X[i].numel() == 0 || S[i].numel() == 0) {
       out[i] = kron_eigen_matmul(U[i], S[i], V[i], X[i]);
+      continue;
     }
-  });
+    out[i] = empty_for(X[i], X[i].size(-2), X[i].size(-1));
+    operands[i] = foldable(X[i]);
+    group.add<EigenLayer>(2 * work(U[i], V[i], X[i]), out[i], U[i], S[i], V[i], operands[i]);
+  }
+  group.run();
   return out;
 }
 

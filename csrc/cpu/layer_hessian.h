@@ -5,8 +5,7 @@
 #include <cstdint>
 
 #include "gram.h"
-#include "panels.h"
-#include "simd.h"
+#include "vector.h"
 
 namespace hesskern::cpu {
 
@@ -37,23 +36,23 @@ void apply_roots(const LayerHessian<T>& h, T* y, int64_t y_stride, int64_t first
     return;
   }
   T *gathered = scratch, *result = scratch + q;
-  vectorize_bytes([=, &h](auto bytes) HESSKERN_INLINE {
-    constexpr int kBytes = decltype(bytes)::value;
+  with_simd([=, &h](auto isa) HESSKERN_INLINE {
+    using Isa = decltype(isa);
     for (int64_t n = 0; n < count; ++n) {
       const T* s = roots + n * h.s_n;
       for (int64_t b = 0; b < vectors; ++b) {
         T* rows = y + n * t * y_stride + b * m;
         if (t == 1) {
-          gram_times<kBytes>(result, rows, s, h.s_c, h.c, q);
+          gram_times<T, Isa>(result, rows, s, h.s_c, h.c, q);
           std::copy_n(result, m, rows);
         } else if (h.s_by_position) {
           for (int64_t j = 0; j < t; ++j) std::copy_n(rows + j * y_stride, m, gathered + j * m);
-          gram_times<kBytes>(result, gathered, s, h.s_c, h.c, q);
+          gram_times<T, Isa>(result, gathered, s, h.s_c, h.c, q);
           for (int64_t j = 0; j < t; ++j) std::copy_n(result + j * m, m, rows + j * y_stride);
         } else {
-          detail::transpose_blocks<T, kBytes>(gathered, t, rows, y_stride, t, m);
-          gram_times<kBytes>(result, gathered, s, h.s_c, h.c, q);
-          detail::transpose_blocks<T, kBytes>(rows, y_stride, result, t, m, t);
+          transpose<T, Isa>(gathered, t, rows, y_stride, t, m);
+          gram_times<T, Isa>(result, gathered, s, h.s_c, h.c, q);
+          transpose<T, Isa>(rows, y_stride, result, t, m, t);
         }
       }
     }

@@ -7,11 +7,11 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
-#include <vector>
 
 #include "layer_hessian.h"
 #include "microkernel.h"
 #include "panels.h"
+#include "scratch.h"
 
 namespace hesskern::cpu {
 
@@ -80,8 +80,8 @@ class PanelProduct {
   // sum [rows, sum_stride] += the product's part of samples [begin, end)
   void accumulate(T* sum, const T* packed, int64_t begin, int64_t end) const {
     const int64_t capacity = samples_ * h_.t;
-    Tile tile{std::vector<T>(panels_ * capacity * width_), std::vector<T>(capacity * y_stride_),
-              std::vector<T>(2 * h_.m * h_.t), Ahead{}};
+    Tile tile{Scratch<T>(panels_ * capacity * width_), Scratch<T>(capacity * y_stride_),
+              Scratch<T>(2 * h_.m * h_.t), Ahead{}};
     for (int64_t first = begin; first < end; first += samples_) {
       const int64_t count = std::min(samples_, end - first), rows = count * h_.t;
       load(tile, first, count);
@@ -105,9 +105,9 @@ class PanelProduct {
   static constexpr int64_t kPanelBytes = 1 << 19;
 
   struct Tile {
-    std::vector<T> x;        // panels [panels, rows, width]
-    std::vector<T> y;        // [rows, columns]
-    std::vector<T> scratch;  // one sample's y and result in the order of s
+    Scratch<T> x;        // panels [panels, rows, width]
+    Scratch<T> y;        // [rows, columns]
+    Scratch<T> scratch;  // one sample's y and result in the order of s
     Ahead ahead;
   };
 

@@ -5,13 +5,13 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "layer_hessian.h"
 #include "microkernel.h"
 #include "panels.h"
 #include "row_products.h"
-#include "simd.h"
+#include "scratch.h"
+#include "vector.h"
 
 namespace hesskern::cpu {
 
@@ -20,7 +20,7 @@ template <typename T>
 class RowProduct {
  public:
   RowProduct(const LayerHessian<T>& h, int64_t vectors)
-      : h_(h), columns_(vectors * h.m), pieces_(h.d, microkernels<T>().lanes, 16 / sizeof(T)) {
+      : h_(h), columns_(vectors * h.m), pieces_{h.d, fitting_lanes<T>(h.d)} {
     const int64_t rows = kTileBytes / (static_cast<int64_t>(sizeof(T)) * h_.d);
     samples_ =
         std::clamp<int64_t>(rows / 4 * 4, std::max<int64_t>(1, std::min<int64_t>(rows, 4)), 64);
@@ -36,21 +36,21 @@ class RowProduct {
   }
 
   void accumulate(T* sum, const T* packed, int64_t begin, int64_t end) const {
-    std::vector<T> y(samples_ * columns_), scratch(2 * h_.m);
+    const Scratch<T> y(samples_ * columns_), scratch(2 * h_.m);
     const int64_t stride = sum_stride(), v_stride = pieces_.size();
     for (int64_t first = begin; first < end; first += samples_) {
       const int64_t count = std::min(samples_, end - first);
       const T* x = h_.x + first * h_.x_n;
-      vectorize_bytes([&](auto widest) HESSKERN_INLINE {
-        with_fitting_vector<decltype(widest)::value, T>(h_.d, [&](auto bytes) HESSKERN_INLINE {
-          row_dots<decltype(bytes)::value>(y.data(), columns_, x, h_.x_n, count, packed, v_stride,
+      with_simd([&](auto widest) HESSKERN_INLINE {
+        with_fitting<T, decltype(widest)>(h_.d, [&](auto isa) HESSKERN_INLINE {
+          row_dots<T, decltype(isa)>(y.data(), columns_, x, h_.x_n, count, packed, v_stride,
                                            columns_, h_.d);
         });
       });
       apply_roots(h_, y.data(), columns_, first, count, columns_ / h_.m, scratch.data());
-      vectorize_bytes([&](auto widest) HESSKERN_INLINE {
-        with_fitting_vector<decltype(widest)::value, T>(h_.d, [&](auto bytes) HESSKERN_INLINE {
-          row_updates<decltype(bytes)::value>(sum, stride, y.data(), columns_, x, h_.x_n, count,
+      with_simd([&](auto widest) HESSKERN_INLINE {
+        with_fitting<T, decltype(widest)>(h_.d, [&](auto isa) HESSKERN_INLINE {
+          row_updates<T, decltype(isa)>(sum, stride, y.data(), columns_, x, h_.x_n, count,
                                               columns_, h_.d);
         });
       });
@@ -93,18 +93,18 @@ class OuterProduct {
 
   void accumulate(T* sum, const T* packed, int64_t begin, int64_t end) const {
     const int64_t width = kernels_.width, panels = (h_.d + width - 1) / width;
-    std::vector<T> x(panels * h_.t * width), r(samples_ * h_.c * row_);
-    std::vector<T> y(samples_ * h_.c * vectors_);
+    const Scratch<T> x(panels * h_.t * width), r(samples_ * h_.c * row_);
+    const Scratch<T> y(samples_ * h_.c * vectors_);
     for (int64_t first = begin; first < end; first += samples_) {
       const int64_t count = std::min(samples_, end - first), rows = count * h_.c;
       for (int64_t n = 0; n < count; ++n) {
         pack_panels(x.data(), h_.t, 0, h_.x + (first + n) * h_.x_n, h_.t, h_.d, h_.x_t, h_.x_d);
         outer(r.data() + n * h_.c * row_, x.data(), h_.s + (first + n) * h_.s_n);
       }
-      vectorize_bytes([&](auto widest) HESSKERN_INLINE {
-        constexpr int kBytes = decltype(widest)::value;
-        row_dots<kBytes>(y.data(), vectors_, r.data(), row_, rows, packed, row_, vectors_, row_);
-        row_updates<kBytes>(sum, row_, y.data(), vectors_, r.data(), row_, rows, vectors_, row_);
+      with_simd([&](auto isa) HESSKERN_INLINE {
+        using Isa = decltype(isa);
+        row_dots<T, Isa>(y.data(), vectors_, r.data(), row_, rows, packed, row_, vectors_, row_);
+        row_updates<T, Isa>(sum, row_, y.data(), vectors_, r.data(), row_, rows, vectors_, row_);
       });
     }
   }

@@ -1,10 +1,8 @@
 #include "microkernel.h"
 
-#include <type_traits>
 #include <utility>
 
-#include "simd.h"
-#include "vectors.h"
+#include "vector.h"
 
 namespace hesskern::cpu {
 
@@ -14,16 +12,16 @@ enum class Order { rows, columns };
 
 // Rows of A are addressed from a few base pointers, so that the row stride may
 // be a run-time value without a register for each row.
-template <typename T, int kBytes, int kRows, int kVectors, Order kOrder>
-HESSKERN_INLINE inline void multiply(const BlockProduct<T>& p) {
-  constexpr int kLanes = SimdVector<T, kBytes>::lanes;
-  Vector<T, kBytes> sum[kRows][kVectors];
+template <typename T, class Isa, int kRows, int kVectors, Order kOrder>
+HESSKERN_FORCE_INLINE void multiply(const BlockProduct<T>& p) {
+  constexpr int kWidth = kLanes<T, Isa>;
+  Vector<T, Isa> sum[kRows][kVectors];
   HESSKERN_UNROLL
   for (int i = 0; i < kRows; ++i) {
     HESSKERN_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      sum[i][v] = Vector<T, kBytes>{};
-      __builtin_prefetch(p.c + i * p.c_stride + v * kLanes, 1);
+      sum[i][v] = Vector<T, Isa>{};
+      HESSKERN_PREFETCH(p.c + i * p.c_stride + v * kWidth);
     }
   }
   const T* b = p.b;
@@ -33,20 +31,19 @@ HESSKERN_INLINE inline void multiply(const BlockProduct<T>& p) {
   for (int64_t left = p.inner; left > 0; left -= p.segment, segment += p.a_jump) {
     const T* a = segment;
     const int64_t count = left < p.segment ? left : p.segment;
-    HESSKERN_UNROLL_TWICE
     for (int64_t k = 0; k < count; ++k) {
-      __builtin_prefetch(ahead, 0, 2);
+      HESSKERN_PREFETCH_FAR(ahead);
       ahead += ahead_step;
-      Vector<T, kBytes> row[kVectors];
+      Vector<T, Isa> row[kVectors];
       HESSKERN_UNROLL
-      for (int v = 0; v < kVectors; ++v) load<kBytes>(row[v], b + v * kLanes);
+      for (int v = 0; v < kVectors; ++v) load<T, Isa>(row[v], b + v * kWidth);
       HESSKERN_UNROLL
       for (int i = 0; i < kRows; ++i) {
         const T scale = kOrder == Order::columns ? a[i] : a[i * stride];
         HESSKERN_UNROLL
         for (int v = 0; v < kVectors; ++v) sum[i][v] += scale * row[v];
       }
-      b += 2 * kLanes;
+      b += 2 * kWidth;
       a += kOrder == Order::columns ? stride : 1;
     }
   }
@@ -54,41 +51,41 @@ HESSKERN_INLINE inline void multiply(const BlockProduct<T>& p) {
   for (int i = 0; i < kRows; ++i) {
     HESSKERN_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      T* c = p.c + i * p.c_stride + v * kLanes;
+      T* c = p.c + i * p.c_stride + v * kWidth;
       if (p.accumulate) {
-        Vector<T, kBytes> old;
-        load<kBytes>(old, c);
+        Vector<T, Isa> old;
+        load<T, Isa>(old, c);
         sum[i][v] += old;
       }
-      store<kBytes>(c, sum[i][v]);
+      store<T, Isa>(c, sum[i][v]);
     }
   }
 }
 
-// One function per instruction set; the block's size is chosen for its number of
+// One function per instruction set; a block's rows are chosen for its number of
 // registers: sums, the row of B and a broadcast element of A.
-struct Baseline {
-  static constexpr int kBytes = 16, kRows = 6;
+struct OnBaseline : Baseline {
+  static constexpr int kBlockRows = 6;
   template <typename T, int kR, int kV, Order kOrder>
   static void run(const BlockProduct<T>& p) {
-    multiply<T, kBytes, kR, kV, kOrder>(p);
+    multiply<T, Baseline, kR, kV, kOrder>(p);
   }
 };
 
 #if HESSKERN_X86
-struct Avx2 {
-  static constexpr int kBytes = 32, kRows = 6;
+struct OnAvx2 : Avx2 {
+  static constexpr int kBlockRows = 6;
   template <typename T, int kR, int kV, Order kOrder>
   HESSKERN_TARGET_AVX2 static void run(const BlockProduct<T>& p) {
-    multiply<T, kBytes, kR, kV, kOrder>(p);
+    multiply<T, Avx2, kR, kV, kOrder>(p);
   }
 };
 
-struct Avx512 {
-  static constexpr int kBytes = 64, kRows = 14;
+struct OnAvx512 : Avx512 {
+  static constexpr int kBlockRows = 14;
   template <typename T, int kR, int kV, Order kOrder>
   HESSKERN_TARGET_AVX512 static void run(const BlockProduct<T>& p) {
-    multiply<T, kBytes, kR, kV, kOrder>(p);
+    multiply<T, Avx512, kR, kV, kOrder>(p);
   }
 };
 #endif
@@ -96,8 +93,8 @@ struct Avx512 {
 template <typename T, class Isa, int... kR>
 Microkernels<T> make_table(std::integer_sequence<int, kR...>) {
   Microkernels<T> table{};
-  table.lanes = Isa::kBytes / sizeof(T);
-  table.rows = Isa::kRows;
+  table.lanes = kLanes<T, Isa>;
+  table.rows = Isa::kBlockRows;
   table.width = 2 * table.lanes;
   ((table.by_rows[kR + 1][1] = &Isa::template run<T, kR + 1, 1, Order::rows>), ...);
   ((table.by_rows[kR + 1][2] = &Isa::template run<T, kR + 1, 2, Order::rows>), ...);
@@ -108,8 +105,8 @@ Microkernels<T> make_table(std::integer_sequence<int, kR...>) {
 
 template <typename T, class Isa>
 Microkernels<T> table_for() {
-  static_assert(Isa::kRows <= Microkernels<T>::kMaxRows);
-  return make_table<T, Isa>(std::make_integer_sequence<int, Isa::kRows>{});
+  static_assert(Isa::kBlockRows <= Microkernels<T>::kMaxRows);
+  return make_table<T, Isa>(std::make_integer_sequence<int, Isa::kBlockRows>{});
 }
 
 }  // namespace
@@ -120,14 +117,14 @@ const Microkernels<T>& microkernels() {
 #if HESSKERN_X86
     switch (simd_level()) {
       case Simd::avx512:
-        return table_for<T, Avx512>();
+        return table_for<T, OnAvx512>();
       case Simd::avx2:
-        return table_for<T, Avx2>();
+        return table_for<T, OnAvx2>();
       default:
         break;
     }
 #endif
-    return table_for<T, Baseline>();
+    return table_for<T, OnBaseline>();
   }();
   return table;
 }

@@ -5,7 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "vectors.h"
+#include "fitting.h"
+#include "vector.h"
 
 namespace hesskern::cpu {
 
@@ -14,11 +15,8 @@ namespace hesskern::cpu {
 // piece of an operand is zero where another one covers the element, and what a
 // sum gathers there is dropped.
 struct Pieces {
-  int64_t d, lanes;
-
-  Pieces(int64_t row, int64_t widest, int64_t smallest) : d(row), lanes(widest) {
-    while (lanes > row) lanes = lanes > smallest ? lanes / 2 : 1;
-  }
+  int64_t d;      // row length
+  int64_t lanes;  // of the vectors that cover it
   int64_t size() const { return (d + lanes - 1) / lanes * lanes; }
 
   // pieces [size] := v [d]
@@ -41,26 +39,26 @@ struct Pieces {
 namespace detail {
 
 // y [kRows, kVectors] := x [kRows, d] v^T
-template <int kBytes, int kRows, int kVectors, typename T>
-HESSKERN_INLINE inline void dot_block(T* y, int64_t y_stride, const T* x, int64_t x_stride,
+template <typename T, class Isa, int kRows, int kVectors>
+HESSKERN_FORCE_INLINE void dot_block(T* y, int64_t y_stride, const T* x, int64_t x_stride,
                                       const T* v, int64_t v_stride, int64_t d) {
-  constexpr int kLanes = SimdVector<T, kBytes>::lanes;
-  Vector<T, kBytes> sum[kRows * kVectors], xi[kRows], vj;
+  constexpr int L = kLanes<T, Isa>;
+  Vector<T, Isa> sum[kRows * kVectors], xi[kRows], vj;
   HESSKERN_UNROLL
-  for (int i = 0; i < kRows * kVectors; ++i) sum[i] = Vector<T, kBytes>{};
-  for (int64_t j = 0; j < d; j += kLanes) {
-    const int64_t at = std::min(j, d - kLanes);
+  for (int i = 0; i < kRows * kVectors; ++i) sum[i] = Vector<T, Isa>{};
+  for (int64_t j = 0; j < d; j += L) {
+    const int64_t at = std::min(j, d - L);
     HESSKERN_UNROLL
-    for (int i = 0; i < kRows; ++i) load<kBytes>(xi[i], x + i * x_stride + at);
+    for (int i = 0; i < kRows; ++i) load<T, Isa>(xi[i], x + i * x_stride + at);
     HESSKERN_UNROLL
     for (int b = 0; b < kVectors; ++b) {
-      load<kBytes>(vj, v + b * v_stride + j);
+      load<T, Isa>(vj, v + b * v_stride + j);
       HESSKERN_UNROLL
       for (int i = 0; i < kRows; ++i) sum[i * kVectors + b] += xi[i] * vj;
     }
   }
   T sums[kRows * kVectors];
-  element_sums<kBytes>(sums, sum);
+  element_sums<T, Isa>(sums, sum);
   HESSKERN_UNROLL
   for (int i = 0; i < kRows; ++i) {
     HESSKERN_UNROLL
@@ -69,87 +67,87 @@ HESSKERN_INLINE inline void dot_block(T* y, int64_t y_stride, const T* x, int64_
 }
 
 // out [kVectors, d] += y^T x
-template <int kBytes, int kRows, int kVectors, typename T>
-HESSKERN_INLINE inline void update_block(T* out, int64_t out_stride, const T* y, int64_t y_stride,
+template <typename T, class Isa, int kRows, int kVectors>
+HESSKERN_FORCE_INLINE void update_block(T* out, int64_t out_stride, const T* y, int64_t y_stride,
                                          const T* x, int64_t x_stride, int64_t d) {
-  constexpr int kLanes = SimdVector<T, kBytes>::lanes;
-  Vector<T, kBytes> xi[kRows], sum;
+  constexpr int L = kLanes<T, Isa>;
+  Vector<T, Isa> xi[kRows], sum;
   T a[kVectors][kRows];
   HESSKERN_UNROLL
   for (int b = 0; b < kVectors; ++b) {
     HESSKERN_UNROLL
     for (int i = 0; i < kRows; ++i) a[b][i] = y[i * y_stride + b];
   }
-  for (int64_t j = 0; j < d; j += kLanes) {
-    const int64_t at = std::min(j, d - kLanes);
+  for (int64_t j = 0; j < d; j += L) {
+    const int64_t at = std::min(j, d - L);
     HESSKERN_UNROLL
-    for (int i = 0; i < kRows; ++i) load<kBytes>(xi[i], x + i * x_stride + at);
+    for (int i = 0; i < kRows; ++i) load<T, Isa>(xi[i], x + i * x_stride + at);
     HESSKERN_UNROLL
     for (int b = 0; b < kVectors; ++b) {
-      load<kBytes>(sum, out + b * out_stride + j);
+      load<T, Isa>(sum, out + b * out_stride + j);
       HESSKERN_UNROLL
       for (int i = 0; i < kRows; ++i) sum += a[b][i] * xi[i];
-      store<kBytes>(out + b * out_stride + j, sum);
+      store<T, Isa>(out + b * out_stride + j, sum);
     }
   }
 }
 
-template <int kBytes, int kVectors, typename T>
-HESSKERN_INLINE inline void dot_rows(T* y, int64_t y_stride, const T* x, int64_t x_stride,
+template <typename T, class Isa, int kVectors>
+HESSKERN_FORCE_INLINE void dot_rows(T* y, int64_t y_stride, const T* x, int64_t x_stride,
                                      int64_t rows, const T* v, int64_t v_stride, int64_t d) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
-    dot_block<kBytes, 4, kVectors>(y + r * y_stride, y_stride, x + r * x_stride, x_stride, v,
+    dot_block<T, Isa, 4, kVectors>(y + r * y_stride, y_stride, x + r * x_stride, x_stride, v,
                                    v_stride, d);
   }
   for (; r < rows; ++r) {
-    dot_block<kBytes, 1, kVectors>(y + r * y_stride, y_stride, x + r * x_stride, x_stride, v,
+    dot_block<T, Isa, 1, kVectors>(y + r * y_stride, y_stride, x + r * x_stride, x_stride, v,
                                    v_stride, d);
   }
 }
 
-template <int kBytes, int kVectors, typename T>
-HESSKERN_INLINE inline void update_rows(T* out, int64_t out_stride, const T* y, int64_t y_stride,
+template <typename T, class Isa, int kVectors>
+HESSKERN_FORCE_INLINE void update_rows(T* out, int64_t out_stride, const T* y, int64_t y_stride,
                                         const T* x, int64_t x_stride, int64_t rows, int64_t d) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
-    update_block<kBytes, 4, kVectors>(out, out_stride, y + r * y_stride, y_stride, x + r * x_stride,
-                                      x_stride, d);
+    update_block<T, Isa, 4, kVectors>(out, out_stride, y + r * y_stride, y_stride,
+                                      x + r * x_stride, x_stride, d);
   }
   for (; r < rows; ++r) {
-    update_block<kBytes, 1, kVectors>(out, out_stride, y + r * y_stride, y_stride, x + r * x_stride,
-                                      x_stride, d);
+    update_block<T, Isa, 1, kVectors>(out, out_stride, y + r * y_stride, y_stride,
+                                      x + r * x_stride, x_stride, d);
   }
 }
 
 }  // namespace detail
 
 // y [rows, vectors] := x [rows, d] v^T, v [vectors, v_stride] in pieces
-template <int kBytes, typename T>
-HESSKERN_INLINE inline void row_dots(T* y, int64_t y_stride, const T* x, int64_t x_stride,
+template <typename T, class Isa>
+HESSKERN_FORCE_INLINE void row_dots(T* y, int64_t y_stride, const T* x, int64_t x_stride,
                                      int64_t rows, const T* v, int64_t v_stride, int64_t vectors,
                                      int64_t d) {
   int64_t b = 0;
   for (; b + 4 <= vectors; b += 4) {
-    detail::dot_rows<kBytes, 4>(y + b, y_stride, x, x_stride, rows, v + b * v_stride, v_stride, d);
+    detail::dot_rows<T, Isa, 4>(y + b, y_stride, x, x_stride, rows, v + b * v_stride, v_stride, d);
   }
   for (; b < vectors; ++b) {
-    detail::dot_rows<kBytes, 1>(y + b, y_stride, x, x_stride, rows, v + b * v_stride, v_stride, d);
+    detail::dot_rows<T, Isa, 1>(y + b, y_stride, x, x_stride, rows, v + b * v_stride, v_stride, d);
   }
 }
 
 // out [vectors, out_stride] in pieces += y^T x, y [rows, vectors], x [rows, d]
-template <int kBytes, typename T>
-HESSKERN_INLINE inline void row_updates(T* out, int64_t out_stride, const T* y, int64_t y_stride,
-                                        const T* x, int64_t x_stride, int64_t rows, int64_t vectors,
-                                        int64_t d) {
+template <typename T, class Isa>
+HESSKERN_FORCE_INLINE void row_updates(T* out, int64_t out_stride, const T* y, int64_t y_stride,
+                                        const T* x, int64_t x_stride, int64_t rows,
+                                        int64_t vectors, int64_t d) {
   int64_t b = 0;
   for (; b + 4 <= vectors; b += 4) {
-    detail::update_rows<kBytes, 4>(out + b * out_stride, out_stride, y + b, y_stride, x, x_stride,
+    detail::update_rows<T, Isa, 4>(out + b * out_stride, out_stride, y + b, y_stride, x, x_stride,
                                    rows, d);
   }
   for (; b < vectors; ++b) {
-    detail::update_rows<kBytes, 1>(out + b * out_stride, out_stride, y + b, y_stride, x, x_stride,
+    detail::update_rows<T, Isa, 1>(out + b * out_stride, out_stride, y + b, y_stride, x, x_stride,
                                    rows, d);
   }
 }

@@ -5,12 +5,7 @@
 // into one function per instruction set and calls the best one:
 //
 //   vectorize([&]() HESSKERN_INLINE { for (...) y[i] += a * x[i]; });
-//
-// vectorize_bytes() does the same for a generic lambda that takes the width of a
-// vector register as std::integral_constant<int, bytes>.
 #pragma once
-
-#include <type_traits>
 
 #if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
 #define HESSKERN_X86 1
@@ -79,25 +74,6 @@ inline void vectorize(Loop loop) {
   }
 #endif
   loop();
-}
-
-template <class Loop>
-inline void vectorize_bytes(Loop loop) {
-#if HESSKERN_X86
-  switch (simd_level()) {
-    case Simd::avx512: {
-      auto wide = [&]() HESSKERN_INLINE { loop(std::integral_constant<int, 64>{}); };
-      return run_avx512(wide);
-    }
-    case Simd::avx2: {
-      auto wide = [&]() HESSKERN_INLINE { loop(std::integral_constant<int, 32>{}); };
-      return run_avx2(wide);
-    }
-    default:
-      break;
-  }
-#endif
-  loop(std::integral_constant<int, 16>{});
 }
 
 }  // namespace hesskern

@@ -22,9 +22,12 @@
 #if defined(__GNUC__)
 #define HESSKERN_FORCE_INLINE inline __attribute__((always_inline))
 #define HESSKERN_PREFETCH(address) __builtin_prefetch(address)
+// Towards the second-level cache only, for memory that is read much later.
+#define HESSKERN_PREFETCH_FAR(address) __builtin_prefetch(address, 0, 2)
 #else
 #define HESSKERN_FORCE_INLINE inline
 #define HESSKERN_PREFETCH(address) ((void)(address))
+#define HESSKERN_PREFETCH_FAR(address) ((void)(address))
 #endif
 
 namespace hesskern {

@@ -118,7 +118,8 @@ inline double lags_cost(const ConvSizes& x, const ConvGeometry& g, const ConvAxi
     const double lines = single_h ? 1 : static_cast<double>(h.span + h.max_lag);
     const double pitch = single_w ? 1 : static_cast<double>(w.span + w.max_lag);
     const double runs = std::ceil(n * lines * pitch / 4096);
-    total += products * channels * channels * (n * lines * pitch / lanes * dot + runs * cost::kDotSum);
+    total +=
+        products * channels * channels * (n * lines * pitch / lanes * dot + runs * cost::kDotSum);
     total += signals * channels * n * lines * pitch / lanes * 2;
   }
   const double terms = static_cast<double>(h.terms * w.terms);

@@ -22,8 +22,7 @@ std::string_view cheapest(const ConvCall& call) {
       call.acc.scalar_type() == at::kDouble ? simd_lanes<double>() : simd_lanes<float>());
   const ConvAxis h =
       make_axis(x.height, g.kernel_h, g.stride_h, g.padding_h, g.dilation_h, g.out_h);
-  const ConvAxis w =
-      make_axis(x.width, g.kernel_w, g.stride_w, g.padding_w, g.dilation_w, g.out_w);
+  const ConvAxis w = make_axis(x.width, g.kernel_w, g.stride_w, g.padding_w, g.dilation_w, g.out_w);
   const double patches = patches_cost(x, g, lanes);
   const double lags = lags_cost(x, g, h, w, lanes);
   const double spectral = spectral_cost(x, g, h, w, lanes);
@@ -68,6 +67,8 @@ TORCH_LIBRARY_IMPL(hesskern, CPU, m) {
   m.impl("conv_input_covariance_", &conv_input_covariance_);
 }
 
-TORCH_LIBRARY_IMPL(hesskern_internal, CPU, m) { m.impl("conv_input_covariance_by_", &accumulate); }
+TORCH_LIBRARY_IMPL(hesskern_internal, CPU, m) {
+  m.impl("conv_input_covariance_by_", &accumulate);
+}
 
 }  // namespace hesskern::cpu

@@ -132,8 +132,8 @@ struct Lags {
           (family.border_h ? borders_h : h.phases) * (family.border_w ? borders_w : w.phases);
       const int64_t sample = family.lines * family.pitch;
       family.samples = std::clamp<int64_t>(kRun / sample, 1, images.size(0));
-      family.margin = (family.border_h ? 0 : h.max_lag * family.pitch) +
-                      (family.border_w ? 0 : w.max_lag);
+      family.margin =
+          (family.border_h ? 0 : h.max_lag * family.pitch) + (family.border_w ? 0 : w.max_lag);
       // Runs end on whole vectors of any width.
       family.length = (family.samples * sample + 15) / 16 * 16;
       family.stride = family.length + 2 * family.margin;
@@ -148,8 +148,8 @@ struct Lags {
         const AxisProduct &ph = list_h[i], &pw = list_w[j];
         const int f = (ph.single ? 1 : 0) + (pw.single ? 2 : 0);
         const int64_t per_h = pw.single ? borders_w : w.phases;
-        Product product{ph.a * per_h + pw.a, ph.b * per_h + pw.b,
-                        ph.lag * families[f].pitch + pw.lag, {}, {}};
+        Product product{
+            ph.a * per_h + pw.a, ph.b * per_h + pw.b, ph.lag * families[f].pitch + pw.lag, {}, {}};
         auto combine = [&](const AxisProduct& a, const AxisProduct& b) {
           std::vector<std::pair<int64_t, int>> terms;
           for (const auto& [th, sh] : a.terms) {
@@ -196,8 +196,7 @@ void Lags<T>::fill(T* flat, const Family& family, int64_t group, int64_t n0, int
         const T* plane = images.const_data_ptr<T>() + n * images.stride(0) +
                          (group * channels + c) * images.stride(1);
         for (int64_t v = v0; v < v1; ++v) {
-          const int64_t line =
-              (n - n0) * family.lines + (family.border_h ? 0 : v - h.first);
+          const int64_t line = (n - n0) * family.lines + (family.border_h ? 0 : v - h.first);
           T* to = array + line * family.pitch + (family.border_w ? 0 : u0 - w.first);
           const T* from = plane + h.pixel(ph, v) * images.stride(2) + w.pixel(pw, u0);
           if (w.stride == 1) {
@@ -356,10 +355,10 @@ void Lags<T>::run() const {
 
 void conv_lags(const ConvCall& call) {
   const ConvGeometry& g = call.geometry;
-  const ConvAxis h = make_axis(call.images.size(2), g.kernel_h, g.stride_h, g.padding_h,
-                               g.dilation_h, g.out_h);
-  const ConvAxis w = make_axis(call.images.size(3), g.kernel_w, g.stride_w, g.padding_w,
-                               g.dilation_w, g.out_w);
+  const ConvAxis h =
+      make_axis(call.images.size(2), g.kernel_h, g.stride_h, g.padding_h, g.dilation_h, g.out_h);
+  const ConvAxis w =
+      make_axis(call.images.size(3), g.kernel_w, g.stride_w, g.padding_w, g.dilation_w, g.out_w);
   if (h.span <= 0 || w.span <= 0) return;  // windows see padding alone
   const int64_t step = call.chunk_samples();
   for (int64_t start = 0; start < call.samples(); start += step) {

@@ -539,7 +539,7 @@ void Spectral<T>::accumulate(const T* signals, int64_t pairs) const {
 template <class T>
 void Spectral<T>::run() const {
   if (h.span <= 0 || w.span <= 0) return;  // windows see padding alone
-  constexpr int64_t kSignals = 1 << 21;  // elements of a chunk's signals: 8 MB of float32
+  constexpr int64_t kSignals = 1 << 21;    // elements of a chunk's signals: 8 MB of float32
   const int64_t per_pair = slices.count() * blocks * 2 * lanes;
   const int64_t n = call.samples();
   // Below 16 pairs a chunk the inverse transforms outweigh the products.

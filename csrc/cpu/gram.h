@@ -61,7 +61,7 @@ HESSKERN_FORCE_INLINE void gram_rows(T* z, const T* y, const Vector<T, Isa>& y_l
 
 template <typename T, class Isa>
 HESSKERN_FORCE_INLINE void gram_long(T* z, const T* y, const T* s, int64_t stride, int64_t c,
-                                       int64_t q) {
+                                     int64_t q) {
   constexpr int L = kLanes<T, Isa>;
   const int64_t last = q - L, covered = (L - last % L) % L;
   T uncovered[L];
@@ -86,7 +86,7 @@ HESSKERN_FORCE_INLINE void gram_long(T* z, const T* y, const T* s, int64_t strid
 // z [q] := S^T (S y) for S [c, q] with rows stride apart, y [q]; z and y apart.
 template <typename T, class Isa>
 HESSKERN_FORCE_INLINE void gram_times(T* z, const T* y, const T* s, int64_t stride, int64_t c,
-                                       int64_t q) {
+                                      int64_t q) {
   with_fitting<T, Isa>(q, [&](auto isa) HESSKERN_INLINE {
     detail::gram_long<T, decltype(isa)>(z, y, s, stride, c, q);
   });

@@ -44,14 +44,14 @@ class RowProduct {
       with_simd([&](auto widest) HESSKERN_INLINE {
         with_fitting<T, decltype(widest)>(h_.d, [&](auto isa) HESSKERN_INLINE {
           row_dots<T, decltype(isa)>(y.data(), columns_, x, h_.x_n, count, packed, v_stride,
-                                           columns_, h_.d);
+                                     columns_, h_.d);
         });
       });
       apply_roots(h_, y.data(), columns_, first, count, columns_ / h_.m, scratch.data());
       with_simd([&](auto widest) HESSKERN_INLINE {
         with_fitting<T, decltype(widest)>(h_.d, [&](auto isa) HESSKERN_INLINE {
-          row_updates<T, decltype(isa)>(sum, stride, y.data(), columns_, x, h_.x_n, count,
-                                              columns_, h_.d);
+          row_updates<T, decltype(isa)>(sum, stride, y.data(), columns_, x, h_.x_n, count, columns_,
+                                        h_.d);
         });
       });
     }

@@ -41,7 +41,7 @@ namespace detail {
 // y [kRows, kVectors] := x [kRows, d] v^T
 template <typename T, class Isa, int kRows, int kVectors>
 HESSKERN_FORCE_INLINE void dot_block(T* y, int64_t y_stride, const T* x, int64_t x_stride,
-                                      const T* v, int64_t v_stride, int64_t d) {
+                                     const T* v, int64_t v_stride, int64_t d) {
   constexpr int L = kLanes<T, Isa>;
   Vector<T, Isa> sum[kRows * kVectors], xi[kRows], vj;
   HESSKERN_UNROLL
@@ -69,7 +69,7 @@ HESSKERN_FORCE_INLINE void dot_block(T* y, int64_t y_stride, const T* x, int64_t
 // out [kVectors, d] += y^T x
 template <typename T, class Isa, int kRows, int kVectors>
 HESSKERN_FORCE_INLINE void update_block(T* out, int64_t out_stride, const T* y, int64_t y_stride,
-                                         const T* x, int64_t x_stride, int64_t d) {
+                                        const T* x, int64_t x_stride, int64_t d) {
   constexpr int L = kLanes<T, Isa>;
   Vector<T, Isa> xi[kRows], sum;
   T a[kVectors][kRows];
@@ -94,7 +94,7 @@ HESSKERN_FORCE_INLINE void update_block(T* out, int64_t out_stride, const T* y, 
 
 template <typename T, class Isa, int kVectors>
 HESSKERN_FORCE_INLINE void dot_rows(T* y, int64_t y_stride, const T* x, int64_t x_stride,
-                                     int64_t rows, const T* v, int64_t v_stride, int64_t d) {
+                                    int64_t rows, const T* v, int64_t v_stride, int64_t d) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
     dot_block<T, Isa, 4, kVectors>(y + r * y_stride, y_stride, x + r * x_stride, x_stride, v,
@@ -108,15 +108,15 @@ HESSKERN_FORCE_INLINE void dot_rows(T* y, int64_t y_stride, const T* x, int64_t 
 
 template <typename T, class Isa, int kVectors>
 HESSKERN_FORCE_INLINE void update_rows(T* out, int64_t out_stride, const T* y, int64_t y_stride,
-                                        const T* x, int64_t x_stride, int64_t rows, int64_t d) {
+                                       const T* x, int64_t x_stride, int64_t rows, int64_t d) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) {
-    update_block<T, Isa, 4, kVectors>(out, out_stride, y + r * y_stride, y_stride,
-                                      x + r * x_stride, x_stride, d);
+    update_block<T, Isa, 4, kVectors>(out, out_stride, y + r * y_stride, y_stride, x + r * x_stride,
+                                      x_stride, d);
   }
   for (; r < rows; ++r) {
-    update_block<T, Isa, 1, kVectors>(out, out_stride, y + r * y_stride, y_stride,
-                                      x + r * x_stride, x_stride, d);
+    update_block<T, Isa, 1, kVectors>(out, out_stride, y + r * y_stride, y_stride, x + r * x_stride,
+                                      x_stride, d);
   }
 }
 
@@ -125,8 +125,8 @@ HESSKERN_FORCE_INLINE void update_rows(T* out, int64_t out_stride, const T* y, i
 // y [rows, vectors] := x [rows, d] v^T, v [vectors, v_stride] in pieces
 template <typename T, class Isa>
 HESSKERN_FORCE_INLINE void row_dots(T* y, int64_t y_stride, const T* x, int64_t x_stride,
-                                     int64_t rows, const T* v, int64_t v_stride, int64_t vectors,
-                                     int64_t d) {
+                                    int64_t rows, const T* v, int64_t v_stride, int64_t vectors,
+                                    int64_t d) {
   int64_t b = 0;
   for (; b + 4 <= vectors; b += 4) {
     detail::dot_rows<T, Isa, 4>(y + b, y_stride, x, x_stride, rows, v + b * v_stride, v_stride, d);
@@ -139,8 +139,8 @@ HESSKERN_FORCE_INLINE void row_dots(T* y, int64_t y_stride, const T* x, int64_t 
 // out [vectors, out_stride] in pieces += y^T x, y [rows, vectors], x [rows, d]
 template <typename T, class Isa>
 HESSKERN_FORCE_INLINE void row_updates(T* out, int64_t out_stride, const T* y, int64_t y_stride,
-                                        const T* x, int64_t x_stride, int64_t rows,
-                                        int64_t vectors, int64_t d) {
+                                       const T* x, int64_t x_stride, int64_t rows, int64_t vectors,
+                                       int64_t d) {
   int64_t b = 0;
   for (; b + 4 <= vectors; b += 4) {
     detail::update_rows<T, Isa, 4>(out + b * out_stride, out_stride, y + b, y_stride, x, x_stride,

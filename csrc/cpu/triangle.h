@@ -18,7 +18,7 @@ namespace hesskern::cpu {
 
 // Columns of a panel.
 template <class T, class Isa>
-constexpr int kPanel = kLanes<T, Isa>* Isa::kVectors;
+constexpr int kPanel = kLanes<T, Isa> * Isa::kVectors;
 
 template <class T>
 inline int64_t panel_width() {
@@ -119,7 +119,9 @@ HESSKERN_FORCE_INLINE void gram_unit(int64_t K, const Panels<T>& p, int64_t i, i
 }
 
 // Number of the unit of panels i <= j, and its panels.
-inline int64_t unit_index(int64_t i, int64_t j) { return j * (j + 1) / 2 + i; }
+inline int64_t unit_index(int64_t i, int64_t j) {
+  return j * (j + 1) / 2 + i;
+}
 
 // acc [d, d] (rows ld apart) += alpha times unit (i, j), on and above the diagonal.
 template <class T>

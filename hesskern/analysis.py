@@ -294,7 +294,9 @@ def _look_at_layer(
         captured = rayleigh.cumsum(0) / exact.values.double().cumsum(0)
         rank_one = metrics.rank_one_ratio(exact.vectors, factors.layer_shape)
     with clock.step(f"decoupling error of {name}"):
+        clock(f"decoupling error of {name}", 0, None)
         decoupling = metrics.decoupling_error(H, K)
+        clock(f"decoupling error of {name}", 1, 1)
     entry = {
         "kind": factors.kind,
         "shape": factors.layer_shape,

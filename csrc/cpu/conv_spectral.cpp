@@ -66,8 +66,8 @@ struct Waves {
   Waves(int64_t length, int64_t max_lag) : length(length), lags(max_lag + 1) {
     for (int64_t lag = 0; lag < lags; ++lag) {
       for (int64_t f = 0; f < length; ++f) {
-        const double angle =
-            2.0 * M_PI * static_cast<double>(f * lag % length) / static_cast<double>(length);
+        const double angle = 2.0 * M_PI * static_cast<double>(f * lag % length) /
+                             static_cast<double>(length);
         cosine.push_back(static_cast<T>(std::cos(angle)));
         sine.push_back(static_cast<T>(std::sin(angle)));
       }
@@ -102,6 +102,19 @@ struct Slices {
   int64_t columns() const { return borders_w * phases_h * length_h; }
   int64_t count() const { return images() + rows() + columns() + borders_h * borders_w; }
 };
+
+// Pixels of an axis that no window sees.
+std::vector<int64_t> unused_pixels(const ConvAxis& axis) {
+  std::vector<char> used(axis.size, 0);
+  for (int64_t phase = 0; phase < axis.phases; ++phase) {
+    for (int64_t v = axis.low[phase]; v < axis.high[phase]; ++v) used[axis.pixel(phase, v)] = 1;
+  }
+  std::vector<int64_t> unused;
+  for (int64_t i = 0; i < axis.size; ++i) {
+    if (!used[i]) unused.push_back(i);
+  }
+  return unused;
+}
 
 template <class T>
 struct Spectral {
@@ -143,24 +156,27 @@ struct Spectral {
 // images [n, C, H, W] -> signals [slices, blocks, (n + 1) / 2, 2, lanes]
 template <class T>
 void Spectral<T>::transform(const at::Tensor& images, T* signals) const {
-  const int64_t n = images.size(0), pairs = (n + 1) / 2;
-  const int64_t width = images.size(3);
+  const int64_t n = images.size(0), pairs = (n + 1) / 2, width = images.size(3);
   const int64_t stride_n = images.stride(0), stride_c = images.stride(1),
                 stride_h = images.stride(2), stride_w = images.stride(3);
   const T* x = images.const_data_ptr<T>();
-  const int64_t slice = blocks * pairs * 2 * lanes;
-  const int64_t element = 2 * lanes, length_h = slices.length_h, length_w = slices.length_w;
-  const int64_t grid = h.span * length_w * element;  // row spectra of one phase pair
-  const int64_t line = std::max(length_h, length_w) * element;
-  const int64_t per_task =
-      width * element + w.phases * grid + slices.borders_w * h.span * element + 2 * line;
+  const int64_t element = 2 * lanes, slice = blocks * pairs * element;
+  const int64_t length_h = slices.length_h, length_w = slices.length_w;
+  // A row of pixels with the zeros that transforms read before and after it.
+  const int64_t before = w.stride, after = w.stride * length_w;
+  // Row spectra of one phase pair; columns of them map to different cache sets.
+  const int64_t pitch = (length_w + 1) * element, grid = length_h * pitch;
+  const int64_t line = (before + width + after) * element;
+  const int64_t columns_size = slices.borders_w * length_h * element;
+  const int64_t work_size = 2 * std::max(length_h, length_w) * element;
+  const std::vector<int64_t> unused = unused_pixels(w);
   at::parallel_for(0, blocks * pairs, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(per_task);
-    T* pixels = scratch.data();           // [W, 2, lanes], one image row
-    T* rows = pixels + width * element;   // [phases_w, span, T_w, 2, lanes]
-    T* columns = rows + w.phases * grid;  // [borders_w, span, 2, lanes]
-    T* in = columns + slices.borders_w * h.span * element;
-    T* work = in + line;
+    Scratch<T> scratch(line + w.phases * grid + columns_size + work_size);
+    T* pixels = scratch.data() + before * element;  // [W, 2, lanes]
+    T* rows = scratch.data() + line;                // [phases_w, T_h, T_w + 1, 2, lanes]
+    T* columns = rows + w.phases * grid;            // [borders_w, T_h, 2, lanes]
+    T* work = columns + columns_size;
+    std::fill(scratch.data(), work, T(0));
     with_simd([&](auto isa) HESSKERN_INLINE {
       using Isa = decltype(isa);
       using V = Vector<T, Isa>;
@@ -176,21 +192,24 @@ void Spectral<T>::transform(const at::Tensor& images, T* signals) const {
         const int64_t block = task % blocks, pair = task / blocks;
         const int64_t channel = block / group_blocks * group_channels + block % group_blocks * L;
         const int64_t channels = std::min<int64_t>(L, group_channels - block % group_blocks * L);
+        const int64_t parts = std::min<int64_t>(2, n - 2 * pair);
         T* target = signals + (block * pairs + pair) * element;
-        std::fill(pixels, pixels + width * element, T(0));
+        // Lanes and parts that this task does not set may hold an earlier one's.
+        if (parts < 2 || channels < L) std::fill(pixels, pixels + width * element, T(0));
         for (int64_t ph = 0; ph < h.phases; ++ph) {
-          std::fill(columns, columns + slices.borders_w * h.span * element, T(0));
+          std::fill(columns, columns + columns_size, T(0));
           for (int64_t v = 0; v < h.span; ++v) {
-            const int64_t position = h.first + v, y = h.pixel(ph, position);
+            const int64_t position = h.first + v;
             if (position < h.low[ph] || position >= h.high[ph]) {
               for (int64_t pw = 0; pw < w.phases; ++pw) {
-                T* row = rows + pw * grid + v * length_w * element;
-                std::fill(row, row + length_w * element, T(0));
+                T* row = rows + pw * grid + v * pitch;
+                std::fill(row, row + pitch, T(0));
               }
               continue;
             }
-            for (int64_t part = 0; part < 2 && 2 * pair + part < n; ++part) {
-              const T* from = x + (2 * pair + part) * stride_n + channel * stride_c + y * stride_h;
+            for (int64_t part = 0; part < parts; ++part) {
+              const T* from = x + (2 * pair + part) * stride_n + channel * stride_c +
+                              h.pixel(ph, position) * stride_h;
               if (stride_w == 1) {
                 transpose<T, Isa>(pixels + part * L, element, from, stride_c, channels, width);
               } else {
@@ -201,49 +220,39 @@ void Spectral<T>::transform(const at::Tensor& images, T* signals) const {
                 }
               }
             }
+            for (const int64_t i : unused) {
+              std::fill(pixels + i * element, pixels + (i + 1) * element, T(0));
+            }
             for (int64_t b = 0; b < slices.borders_w; ++b) {
-              copy(columns + (b * h.span + v) * element,
+              copy(columns + (b * length_h + v) * element,
                    pixels + w.pixel(w.borders[b].phase, w.borders[b].position) * element);
             }
             for (int64_t pw = 0; pw < w.phases; ++pw) {
-              std::fill(in, in + length_w * element, T(0));
-              for (int64_t p = w.low[pw]; p < w.high[pw]; ++p) {
-                copy(in + (p - w.first) * element, pixels + w.pixel(pw, p) * element);
-              }
-              const T* spectrum = fft<T, Isa>(fft_w, in, work);
-              T* row = rows + pw * grid + v * length_w * element;
-              for (int64_t f = 0; f < length_w; ++f)
-                copy(row + f * element, spectrum + f * element);
+              fft<T, Isa>(fft_w, pixels + w.pixel(pw, w.first) * element, w.stride * element,
+                          rows + pw * grid + v * pitch, element, work);
             }
             for (int64_t b = 0; b < slices.borders_h; ++b) {
               if (h.borders[b].phase != ph || h.borders[b].position != position) continue;
               for (int64_t pw = 0; pw < w.phases; ++pw) {
-                const T* row = rows + pw * grid + v * length_w * element;
+                const T* row = rows + pw * grid + v * pitch;
                 for (int64_t f = 0; f < length_w; ++f) {
                   copy(target + slices.row(b, pw, f) * slice, row + f * element);
                 }
               }
               for (int64_t c = 0; c < slices.borders_w; ++c) {
-                copy(target + slices.pixel(b, c) * slice, columns + (c * h.span + v) * element);
+                copy(target + slices.pixel(b, c) * slice, columns + (c * length_h + v) * element);
               }
             }
           }
-          auto column = [&](const T* from, int64_t step, int64_t first_slice) HESSKERN_INLINE {
-            for (int64_t v = 0; v < h.span; ++v) copy(in + v * element, from + v * step);
-            std::fill(in + h.span * element, in + length_h * element, T(0));
-            const T* spectrum = fft<T, Isa>(fft_h, in, work);
-            for (int64_t f = 0; f < length_h; ++f) {
-              copy(target + (first_slice + f) * slice, spectrum + f * element);
-            }
-          };
           for (int64_t pw = 0; pw < w.phases; ++pw) {
             for (int64_t f = 0; f < length_w; ++f) {
-              column(rows + pw * grid + f * element, length_w * element,
-                     slices.image(ph, pw, 0, f));
+              fft<T, Isa>(fft_h, rows + pw * grid + f * element, pitch,
+                          target + slices.image(ph, pw, 0, f) * slice, slice, work);
             }
           }
           for (int64_t b = 0; b < slices.borders_w; ++b) {
-            column(columns + b * h.span * element, element, slices.column(b, ph, 0));
+            fft<T, Isa>(fft_h, columns + b * length_h * element, element,
+                        target + slices.column(b, ph, 0) * slice, slice, work);
           }
         }
       }
@@ -302,13 +311,13 @@ struct SpectralTask {
 
   // Frequencies f and T - f of one column of frequencies at once: their waves
   // have the same cosine and opposite sines.
-  HESSKERN_FORCE_INLINE void images(int64_t pha, int64_t phb, int64_t pwa, int64_t pwb, int64_t fw,
-                                    int64_t row) const {
+  HESSKERN_FORCE_INLINE void images(int64_t pha, int64_t phb, int64_t pwa, int64_t pwb,
+                                    int64_t fw, int64_t row) const {
     const ConvAxis &h = plan.h, &w = plan.w;
     const Slices& s = plan.slices;
     const int64_t length = s.length_h, half = length / 2 + 1, lags = h.max_lag + 1;
     constexpr int64_t tile = 2 * R * L;
-    T* q = work;                      // [kBatch, 2, R, 2, L]
+    T* q = work;                  // [kBatch, 2, R, 2, L]
     T* even = q + 2 * kBatch * tile;  // [lags, R, 2, L] sum of cos (Q(f) + Q(T - f))
     T* odd = even + lags * tile;      // [lags, R, 2, L] sum of sin (Q(f) - Q(T - f))
     std::fill(even, odd + lags * tile, T(0));
@@ -489,15 +498,10 @@ void Spectral<T>::accumulate(const T* signals, int64_t pairs) const {
     std::fill(terms, terms + tile_terms(), T(0));
     with_simd([&](auto isa) HESSKERN_INLINE {
       const int64_t i = t.group * group_blocks + t.i, j = t.group * group_blocks + t.j;
-      const SpectralTask<T, decltype(isa)> task{*this,
-                                                signals + i * pairs * 2 * lanes,
-                                                signals + j * pairs * 2 * lanes,
-                                                slice,
-                                                pairs,
-                                                part,
-                                                parts,
-                                                terms,
-                                                scratch};
+      const SpectralTask<T, decltype(isa)> task{
+          *this, signals + i * pairs * 2 * lanes, signals + j * pairs * 2 * lanes,
+          slice, pairs,                           part,
+          parts, terms,                           scratch};
       task.run(std::min(lanes, group_channels - t.i * lanes));
     });
   };
@@ -505,8 +509,8 @@ void Spectral<T>::accumulate(const T* signals, int64_t pairs) const {
     with_simd([&](auto isa) HESSKERN_INLINE {
       const ChannelTile channels{t.i * lanes, std::min(lanes, group_channels - t.i * lanes),
                                  t.j * lanes, std::min(lanes, group_channels - t.j * lanes)};
-      assemble_tile<T, decltype(isa)>(acc + t.group * group_stride, ld, h, w, channels, terms,
-                                      lanes, alpha, scratch);
+      assemble_tile<T, decltype(isa)>(acc + t.group * group_stride, ld, h, w, channels, terms, lanes,
+                                      alpha, scratch);
     });
   };
   // Tasks differ in cost, so threads take the next one when they are free; every
@@ -544,7 +548,8 @@ void Spectral<T>::run() const {
   const int64_t n = call.samples();
   // Below 16 pairs a chunk the inverse transforms outweigh the products.
   const int64_t pairs = std::min(std::max<int64_t>(kSignals / per_pair, 16), (n + 1) / 2);
-  const int64_t step = 2 * pairs;
+  const int64_t chunks = ((n + 1) / 2 + pairs - 1) / pairs;
+  const int64_t step = 2 * (((n + 1) / 2 + chunks - 1) / chunks);
   Scratch<T> signals(pairs * per_pair);
   for (int64_t start = 0; start < n; start += step) {
     const at::Tensor images = call.chunk(start, std::min(step, n - start));

@@ -162,10 +162,12 @@ struct Butterfly<V, T, 8> {
   }
 };
 
-// One stage from x to y; signals are [length, 2, lanes], real parts first.
+// One stage from x to y: element i of a signal is [2, lanes], real parts first, at
+// x[i * step_x].
 template <class T, class Isa, int P>
 HESSKERN_FORCE_INLINE void fft_stage(const FftPlan<T>& plan,
-                                     const typename FftPlan<T>::Stage& stage, const T* x, T* y) {
+                                     const typename FftPlan<T>::Stage& stage, const T* x,
+                                     int64_t step_x, T* y, int64_t step_y) {
   using V = Vector<T, Isa>;
   constexpr int L = kLanes<T, Isa>;
   const int64_t m = stage.butterflies, stride = stage.stride;
@@ -176,51 +178,65 @@ HESSKERN_FORCE_INLINE void fft_stage(const FftPlan<T>& plan,
       V re[P], im[P];
       HESSKERN_UNROLL
       for (int i = 0; i < P; ++i) {
-        const T* from = x + (j + stride * (q + m * i)) * 2 * L;
+        const T* from = x + (j + stride * (q + m * i)) * step_x;
         load<T, Isa>(re[i], from);
         load<T, Isa>(im[i], from + L);
       }
       butterfly(re, im);
-      T* to = y + (j + stride * P * q) * 2 * L;
+      T* to = y + (j + stride * P * q) * step_y;
       store<T, Isa>(to, re[0]);
       store<T, Isa>(to + L, im[0]);
       HESSKERN_UNROLL
       for (int k = 1; k < P; ++k) {
         const T c = twiddle[2 * (k - 1)], s = twiddle[2 * (k - 1) + 1];
-        store<T, Isa>(to + stride * k * 2 * L, V(c * re[k] - s * im[k]));
-        store<T, Isa>(to + stride * k * 2 * L + L, V(c * im[k] + s * re[k]));
+        T* target = to + stride * k * step_y;
+        store<T, Isa>(target, V(c * re[k] - s * im[k]));
+        store<T, Isa>(target + L, V(c * im[k] + s * re[k]));
       }
     }
   }
 }
 
-// Forward transform of x [length, 2, lanes]; work is of the same size. Returns
-// the one of the two that holds the result.
+// Forward transform of the signal x, elements step_x apart, into y, elements step_y
+// apart. Needs work of 2 length elements [2, lanes]; x and y must not overlap.
 template <class T, class Isa>
-HESSKERN_FORCE_INLINE T* fft(const FftPlan<T>& plan, T* x, T* work) {
-  for (const auto& stage : plan.stages) {
+HESSKERN_FORCE_INLINE void fft(const FftPlan<T>& plan, const T* x, int64_t step_x, T* y,
+                               int64_t step_y, T* work) {
+  constexpr int64_t element = 2 * kLanes<T, Isa>;
+  if (plan.stages.empty()) {
+    std::copy(x, x + element, y);
+    return;
+  }
+  T* next = work;
+  T* other = work + plan.length * element;
+  for (size_t n = 0; n < plan.stages.size(); ++n) {
+    const auto& stage = plan.stages[n];
+    const bool last = n + 1 == plan.stages.size();
+    T* to = last ? y : next;
+    const int64_t step = last ? step_y : element;
     switch (stage.radix) {
       case 2:
-        fft_stage<T, Isa, 2>(plan, stage, x, work);
+        fft_stage<T, Isa, 2>(plan, stage, x, step_x, to, step);
         break;
       case 3:
-        fft_stage<T, Isa, 3>(plan, stage, x, work);
+        fft_stage<T, Isa, 3>(plan, stage, x, step_x, to, step);
         break;
       case 4:
-        fft_stage<T, Isa, 4>(plan, stage, x, work);
+        fft_stage<T, Isa, 4>(plan, stage, x, step_x, to, step);
         break;
       case 5:
-        fft_stage<T, Isa, 5>(plan, stage, x, work);
+        fft_stage<T, Isa, 5>(plan, stage, x, step_x, to, step);
         break;
       case 7:
-        fft_stage<T, Isa, 7>(plan, stage, x, work);
+        fft_stage<T, Isa, 7>(plan, stage, x, step_x, to, step);
         break;
       default:
-        fft_stage<T, Isa, 8>(plan, stage, x, work);
+        fft_stage<T, Isa, 8>(plan, stage, x, step_x, to, step);
     }
-    std::swap(x, work);
+    x = to;
+    step_x = element;
+    std::swap(next, other);
   }
-  return x;
 }
 
 }  // namespace hesskern::cpu

@@ -66,8 +66,8 @@ struct Waves {
   Waves(int64_t length, int64_t max_lag) : length(length), lags(max_lag + 1) {
     for (int64_t lag = 0; lag < lags; ++lag) {
       for (int64_t f = 0; f < length; ++f) {
-        const double angle = 2.0 * M_PI * static_cast<double>(f * lag % length) /
-                             static_cast<double>(length);
+        const double angle =
+            2.0 * M_PI * static_cast<double>(f * lag % length) / static_cast<double>(length);
         cosine.push_back(static_cast<T>(std::cos(angle)));
         sine.push_back(static_cast<T>(std::sin(angle)));
       }
@@ -311,13 +311,13 @@ struct SpectralTask {
 
   // Frequencies f and T - f of one column of frequencies at once: their waves
   // have the same cosine and opposite sines.
-  HESSKERN_FORCE_INLINE void images(int64_t pha, int64_t phb, int64_t pwa, int64_t pwb,
-                                    int64_t fw, int64_t row) const {
+  HESSKERN_FORCE_INLINE void images(int64_t pha, int64_t phb, int64_t pwa, int64_t pwb, int64_t fw,
+                                    int64_t row) const {
     const ConvAxis &h = plan.h, &w = plan.w;
     const Slices& s = plan.slices;
     const int64_t length = s.length_h, half = length / 2 + 1, lags = h.max_lag + 1;
     constexpr int64_t tile = 2 * R * L;
-    T* q = work;                  // [kBatch, 2, R, 2, L]
+    T* q = work;                      // [kBatch, 2, R, 2, L]
     T* even = q + 2 * kBatch * tile;  // [lags, R, 2, L] sum of cos (Q(f) + Q(T - f))
     T* odd = even + lags * tile;      // [lags, R, 2, L] sum of sin (Q(f) - Q(T - f))
     std::fill(even, odd + lags * tile, T(0));
@@ -498,10 +498,15 @@ void Spectral<T>::accumulate(const T* signals, int64_t pairs) const {
     std::fill(terms, terms + tile_terms(), T(0));
     with_simd([&](auto isa) HESSKERN_INLINE {
       const int64_t i = t.group * group_blocks + t.i, j = t.group * group_blocks + t.j;
-      const SpectralTask<T, decltype(isa)> task{
-          *this, signals + i * pairs * 2 * lanes, signals + j * pairs * 2 * lanes,
-          slice, pairs,                           part,
-          parts, terms,                           scratch};
+      const SpectralTask<T, decltype(isa)> task{*this,
+                                                signals + i * pairs * 2 * lanes,
+                                                signals + j * pairs * 2 * lanes,
+                                                slice,
+                                                pairs,
+                                                part,
+                                                parts,
+                                                terms,
+                                                scratch};
       task.run(std::min(lanes, group_channels - t.i * lanes));
     });
   };
@@ -509,8 +514,8 @@ void Spectral<T>::accumulate(const T* signals, int64_t pairs) const {
     with_simd([&](auto isa) HESSKERN_INLINE {
       const ChannelTile channels{t.i * lanes, std::min(lanes, group_channels - t.i * lanes),
                                  t.j * lanes, std::min(lanes, group_channels - t.j * lanes)};
-      assemble_tile<T, decltype(isa)>(acc + t.group * group_stride, ld, h, w, channels, terms, lanes,
-                                      alpha, scratch);
+      assemble_tile<T, decltype(isa)>(acc + t.group * group_stride, ld, h, w, channels, terms,
+                                      lanes, alpha, scratch);
     });
   };
   // Tasks differ in cost, so threads take the next one when they are free; every

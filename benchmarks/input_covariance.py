@@ -1,0 +1,61 @@
+"""input_covariance_ against x.T @ x and addmm_ over a grid of shapes and dtypes.
+
+    python benchmarks/input_covariance.py [--json FILE] [--repeats 5] [--only TEXT]
+
+Ratios are medians over rounds of the better of torch's two forms over hesskern's time.
+"""
+
+from __future__ import annotations
+
+import torch
+from grids import compare, normal, options, spread, write
+from torch import Tensor
+
+from hesskern import ops
+
+ROWS = (1, 8, 64, 512, 4096, 60_000)
+ORDERS = (1, 2, 3, 4, 8, 16, 24, 32, 33, 48, 64, 65, 100, 128, 200, 256, 300, 512, 784, 1024, 2048, 4096)  # fmt: skip
+# Products that take more than this many multiply-adds add nothing but minutes.
+_LIMIT = 2e11
+
+
+def main() -> None:
+    arguments = options(__doc__.splitlines()[0]).parse_args()
+    groups, extra = [], []
+    print(f"{'shape':24} {'hesskern ms':>16} {'x.T @ x':>16} {'addmm_':>16}  ratio  GFLOP/s")
+    for dtype in (torch.float32, torch.bfloat16):
+        for n in ROWS:
+            for d in ORDERS:
+                name = f"{str(dtype)[6:]}-{n}x{d}"
+                if n * d * d > _LIMIT or arguments.only not in name:
+                    continue
+                x = normal(n, d).to(dtype)
+                acc, other = torch.zeros(d, d), torch.zeros(d, d)
+
+                def ours(acc: Tensor = acc, x: Tensor = x) -> Tensor:
+                    return ops.input_covariance_(acc.zero_(), x)
+
+                def product(x: Tensor = x) -> Tensor:
+                    wide = x.float()
+                    return wide.T @ wide
+
+                def update(other: Tensor = other, x: Tensor = x) -> Tensor:
+                    wide = x.float()
+                    return other.zero_().addmm_(wide.T, wide)
+
+                calls = {"hesskern": ours, "x.T @ x": product, "addmm_": update}
+                group = compare(name, calls, arguments.repeats)
+                ratio = min(row.ratio or 0.0 for row in group.rows[1:])
+                rate = n * d * (d + 1) / (group.rows[0].median or 1.0) * 1e-9
+                print(
+                    f"{name:24} {' '.join(f'{spread(row):>16}' for row in group.rows)}"
+                    f"  {ratio:5.2f}  {rate:7.1f}",
+                    flush=True,
+                )
+                groups.append(group)
+                extra.append({"ratio": ratio, "gflops": rate})
+    write(arguments.json, groups, extra)
+
+
+if __name__ == "__main__":
+    main()

@@ -146,8 +146,8 @@ def _checked_start(start: Any, which: str, operator: CountedOperator) -> Any:
             "start must be None, a tensor [P, s] or an operator with eigsh and solve_shifted, "
             f"got {type(start).__name__}"
         )
-    like = (start.dtype, torch.device(start.device))
-    if tuple(start.shape) != (size, size) or like != (operator.dtype, operator.device):
+    like = (start.dtype, torch.device(start.device).type)
+    if tuple(start.shape) != (size, size) or like != (operator.dtype, operator.device.type):
         raise ValueError(
             f"start must be [{size}, {size}], {operator.dtype} on {operator.device}, like H; "
             f"got {list(start.shape)}, {start.dtype} on {start.device}"

@@ -74,7 +74,6 @@ def eigsh(
     size = operator.size
     if size <= max(_SMALL, 2 * k + 40) and size <= operator.limit:
         values, vectors, residuals, scale = _dense(H, operator, k, which)
-        report("eigsh", k, k)
     else:
         search = Search(
             k,
@@ -85,8 +84,9 @@ def eigsh(
         )
         space = Subspace(operator, k + max(60, k // 2), _PENDING)
         values, vectors, residuals, scale = _iterate(space, search, start)
-        report("eigsh", k, k)
-    converged = bool((residuals <= tol).all())
+    met = int((residuals <= tol).sum())
+    converged = met == k
+    report("eigsh", met, k)
     if not converged:
         why = (
             f"at the limit of {operator.limit} products"
@@ -146,10 +146,11 @@ def _checked_start(start: Any, which: str, operator: CountedOperator) -> Any:
             "start must be None, a tensor [P, s] or an operator with eigsh and solve_shifted, "
             f"got {type(start).__name__}"
         )
-    if tuple(start.shape) != (size, size) or start.dtype != operator.dtype:
+    like = (start.dtype, torch.device(start.device).type)
+    if tuple(start.shape) != (size, size) or like != (operator.dtype, operator.device.type):
         raise ValueError(
-            f"start must be [{size}, {size}] of {operator.dtype} like H, "
-            f"got {list(start.shape)} of {start.dtype}"
+            f"start must be [{size}, {size}], {operator.dtype} on {operator.device}, like H; "
+            f"got {list(start.shape)}, {start.dtype} on {start.device}"
         )
     if which == "SA":
         raise ValueError("start: an operator gives leading eigenvectors, which='SA' wants the last")

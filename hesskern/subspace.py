@@ -79,6 +79,7 @@ class CountedOperator:
                 f"H: H @ v must give {list(expected)} of {self.dtype}, "
                 f"got {list(image.shape)} of {image.dtype}"
             )
+        image = image.detach()
         if not bool(torch.isfinite(image).all()):
             raise ValueError("H: H @ v must be finite, got NaN or Inf")
         return image[None] if count == 1 else image.T

@@ -9,7 +9,7 @@
 
 #include <limits>
 #include <optional>
-#include <string>
+#include <ostream>
 #include <vector>
 
 namespace hesskern {
@@ -155,7 +155,20 @@ inline void check_mirror(const at::Tensor& acc) {
   check_distinct_elements("mirror_", acc);
 }
 
-inline void check_same(const std::string& op, const char* name_a, const at::Tensor& a,
+// An operator's name in messages, with the index of the list's entry if it has one.
+struct OpName {
+  const char* name;
+  int64_t index = -1;
+
+  OpName(const char* op, int64_t entry = -1) : name(op), index(entry) {}
+  friend std::ostream& operator<<(std::ostream& out, const OpName& op) {
+    out << op.name;
+    if (op.index >= 0) out << '[' << op.index << ']';
+    return out;
+  }
+};
+
+inline void check_same(const OpName& op, const char* name_a, const at::Tensor& a,
                        const char* name_b, const at::Tensor& b) {
   TORCH_CHECK_VALUE(a.scalar_type() == b.scalar_type(), op, ": ", name_a, " is ", a.scalar_type(),
                     " but ", name_b, " is ", b.scalar_type());
@@ -165,7 +178,7 @@ inline void check_same(const std::string& op, const char* name_a, const at::Tens
 
 // A [m', m], B [d', d], X [m, d] or [k, m, d]
 inline void check_kron_matmul(const at::Tensor& A, const at::Tensor& B, const at::Tensor& X,
-                              const std::string& op = "kron_matmul") {
+                              const OpName& op = "kron_matmul") {
   TORCH_CHECK_VALUE(A.dim() == 2, op, ": A must be [m', m], got ", A.sizes());
   TORCH_CHECK_VALUE(B.dim() == 2, op, ": B must be [d', d], got ", B.sizes());
   TORCH_CHECK_VALUE(X.dim() == 2 || X.dim() == 3, op, ": X must be [m, d] or [k, m, d], got ",
@@ -182,7 +195,7 @@ inline void check_kron_matmul(const at::Tensor& A, const at::Tensor& B, const at
 // U [m, r], S [r, q], V [d, q], X [m, d] or [k, m, d]
 inline void check_kron_eigen_matmul(const at::Tensor& U, const at::Tensor& S, const at::Tensor& V,
                                     const at::Tensor& X,
-                                    const std::string& op = "kron_eigen_matmul") {
+                                    const OpName& op = "kron_eigen_matmul") {
   TORCH_CHECK_VALUE(U.dim() == 2, op, ": U must be [m, r], got ", U.sizes());
   TORCH_CHECK_VALUE(V.dim() == 2, op, ": V must be [d, q], got ", V.sizes());
   TORCH_CHECK_VALUE(S.dim() == 2 && S.size(0) == U.size(1) && S.size(1) == V.size(1), op,

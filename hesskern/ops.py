@@ -11,6 +11,8 @@ references that define every result stand in :mod:`hesskern.reference`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,6 +36,21 @@ __all__ = [
 
 _extension.load()
 _ops = torch.ops.hesskern
+
+
+# The gradients below are Python functions, through which the dispatcher would send every call. One
+# that records no graph goes past them: on small layers they take longer than the product.
+_RECORDED: AbstractContextManager[None] = nullcontext()
+
+
+def _route(*tensors: Tensor) -> AbstractContextManager[None]:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    ):
+        return _RECORDED
+    return torch._C._AutoDispatchBelowAutograd()
 
 
 def input_covariance_(acc: Tensor, x: Tensor, alpha: float = 1.0, ones: bool = False) -> Tensor:
@@ -142,7 +159,8 @@ def kron_matmul(A: Tensor, B: Tensor, X: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the argument.
     """
-    return _ops.kron_matmul(A, B, X)
+    with _route(A, B, X):
+        return _ops.kron_matmul(A, B, X)
 
 
 def grouped_kron_matmul(
@@ -165,7 +183,10 @@ def grouped_kron_matmul(
     """
     arguments = list(A), list(B), list(X)
     # The dispatcher finds no kernel without a tensor.
-    return _ops.grouped_kron_matmul(*arguments) if any(arguments) else []
+    if not any(arguments):
+        return []
+    with _route(*chain(*arguments)):
+        return _ops.grouped_kron_matmul(*arguments)
 
 
 def kron_eigen_matmul(U: Tensor, S: Tensor, V: Tensor, X: Tensor) -> Tensor:
@@ -186,7 +207,8 @@ def kron_eigen_matmul(U: Tensor, S: Tensor, V: Tensor, X: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the argument.
     """
-    return _ops.kron_eigen_matmul(U, S, V, X)
+    with _route(U, S, V, X):
+        return _ops.kron_eigen_matmul(U, S, V, X)
 
 
 def grouped_kron_eigen_matmul(
@@ -204,17 +226,20 @@ def grouped_kron_eigen_matmul(
         ValueError: list lengths, shapes, dtypes or devices do not fit.
     """
     arguments = list(U), list(S), list(V), list(X)
-    return _ops.grouped_kron_eigen_matmul(*arguments) if any(arguments) else []
+    if not any(arguments):
+        return []
+    with _route(*chain(*arguments)):
+        return _ops.grouped_kron_eigen_matmul(*arguments)
 
 
 def to_eigenbasis(U: Tensor, V: Tensor, X: Tensor) -> Tensor:
     """``U^T X V``: coordinates of X [m, d] or [k, m, d] in the basis U [m, r], V [d, q]."""
-    return _ops.kron_matmul(U.t(), V.t(), X)
+    return kron_matmul(U.t(), V.t(), X)
 
 
 def from_eigenbasis(U: Tensor, V: Tensor, Y: Tensor) -> Tensor:
     """``U Y V^T``: back from coordinates Y [r, q] or [k, r, q] in the basis U [m, r], V [d, q]."""
-    return _ops.kron_matmul(U, V, Y)
+    return kron_matmul(U, V, Y)
 
 
 def layer_hessian_matmul(x: Tensor, s: Tensor, V: Tensor, alpha: float = 1.0) -> Tensor:
@@ -237,7 +262,8 @@ def layer_hessian_matmul(x: Tensor, s: Tensor, V: Tensor, alpha: float = 1.0) ->
         ValueError: shapes, dtypes or devices do not fit; names the argument.
         NotImplementedError: in the backward pass, when x or s requires grad.
     """
-    return _ops.layer_hessian_matmul(x, s, V, alpha)
+    with _route(x, s, V):
+        return _ops.layer_hessian_matmul(x, s, V, alpha)
 
 
 # A call with one meta tensor runs the fake kernel: without these checks it would do nothing, and
@@ -316,20 +342,19 @@ def _sum_block(per_vector: Tensor) -> Tensor:
     return per_vector.sum(0) if per_vector.dim() == 3 else per_vector
 
 
-def _kron_gradients(
+def _kron_factor_gradients(
     need: Sequence[bool], A: Tensor, B: Tensor, X: Tensor, grad: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of ``A X B^T`` with respect to A, B and X."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of ``A X B^T`` with respect to A and B."""
     grad_a = _sum_block(grad @ B @ X.mT) if need[0] else None
     grad_b = _sum_block(grad.mT @ A @ X) if need[1] else None
-    grad_x = kron_matmul(A.t(), B.t(), grad) if need[2] else None
-    return grad_a, grad_b, grad_x
+    return grad_a, grad_b
 
 
-def _eigen_gradients(
+def _eigen_factor_gradients(
     need: Sequence[bool], U: Tensor, S: Tensor, V: Tensor, X: Tensor, grad: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of ``U (S . (U^T X V)) V^T`` with respect to U, S, V and X."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of ``U (S . (U^T X V)) V^T`` with respect to U, S and V."""
     grad_u = grad_s = grad_v = None
     if any(need[:3]):
         x_rotated, grad_rotated = to_eigenbasis(U, V, X), to_eigenbasis(U, V, grad)
@@ -339,8 +364,7 @@ def _eigen_gradients(
             grad_s = _sum_block(x_rotated * grad_rotated)
         if need[2]:
             grad_v = _sum_block(grad.mT @ U @ (S * x_rotated) + X.mT @ U @ (S * grad_rotated))
-    grad_x = kron_eigen_matmul(U, S, V, grad) if need[3] else None
-    return grad_u, grad_s, grad_v, grad_x
+    return grad_u, grad_s, grad_v
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -354,26 +378,46 @@ def _save_grouped_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None
 
 def _kron_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     A, B, X = ctx.saved_tensors
-    return _kron_gradients(ctx.needs_input_grad, A, B, X, grad)
+    grad_x = kron_matmul(A.t(), B.t(), grad) if ctx.needs_input_grad[2] else None
+    return *_kron_factor_gradients(ctx.needs_input_grad, A, B, X, grad), grad_x
 
 
 def _eigen_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     U, S, V, X = ctx.saved_tensors
-    return _eigen_gradients(ctx.needs_input_grad, U, S, V, X, grad)
+    grad_x = kron_eigen_matmul(U, S, V, grad) if ctx.needs_input_grad[3] else None
+    return *_eigen_factor_gradients(ctx.needs_input_grad, U, S, V, X, grad), grad_x
 
 
-def _grouped_backward(gradients: Any) -> Any:
+def _grouped_backward(factor_gradients: Any, transposed_product: Any) -> Any:
     def backward(ctx: Any, grads: list[Tensor]) -> tuple[list[Tensor | None], ...]:
         layers, saved = ctx.layers, ctx.saved_tensors
         arguments = [saved[i * layers : (i + 1) * layers] for i in range(len(saved) // layers)]
-        need = [tuple(t.requires_grad for t in layer) for layer in zip(*arguments, strict=True)]
+        *factors, inputs = arguments
+        # The inputs' gradients are a product of the same kind: one call for all that need it.
+        needed = [i for i in range(layers) if inputs[i].requires_grad]
+        products = transposed_product(
+            *([factor[i] for i in needed] for factor in factors), [grads[i] for i in needed]
+        )
+        input_gradients: list[Tensor | None] = [None] * layers
+        for i, product in zip(needed, products, strict=True):
+            input_gradients[i] = product
         per_layer = [
-            gradients(need[i], *(argument[i] for argument in arguments), grad)
-            for i, grad in enumerate(grads)
+            factor_gradients(
+                tuple(argument[i].requires_grad for argument in arguments),
+                *(argument[i] for argument in arguments),
+                grads[i],
+            )
+            for i in range(layers)
         ]
-        return tuple(list(column) for column in zip(*per_layer, strict=True))
+        return *(list(column) for column in zip(*per_layer, strict=True)), input_gradients
 
     return backward
+
+
+def _transposed_kron_matmul(
+    A: Sequence[Tensor], B: Sequence[Tensor], grads: Sequence[Tensor]
+) -> list[Tensor]:
+    return grouped_kron_matmul([a.t() for a in A], [b.t() for b in B], grads)
 
 
 def _save_layer_hessian(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -402,11 +446,11 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "hesskern::grouped_kron_matmul",
-    _grouped_backward(_kron_gradients),
+    _grouped_backward(_kron_factor_gradients, _transposed_kron_matmul),
     setup_context=_save_grouped_inputs,
 )
 torch.library.register_autograd(
     "hesskern::grouped_kron_eigen_matmul",
-    _grouped_backward(_eigen_gradients),
+    _grouped_backward(_eigen_factor_gradients, grouped_kron_eigen_matmul),
     setup_context=_save_grouped_inputs,
 )

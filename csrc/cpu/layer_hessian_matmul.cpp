@@ -6,7 +6,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "checks.h"
 #include "layer_hessian.h"
@@ -19,10 +18,8 @@ namespace {
 
 // Columns (outputs times vectors) multiplied at a time.
 constexpr int64_t kMaxColumns = 2048;
-// Samples summed apart before they join the thread's sum, and the largest sum for which that is
-// done: added one by one, half a million samples lose 1e-5 in float32.
-constexpr int64_t kRun = 4096;
-constexpr int64_t kSmallSum = 1 << 14;
+// Elements that all threads' sums may have together.
+constexpr int64_t kSumElements = int64_t{1} << 28;
 // Multiply-adds below which another thread does not pay.
 constexpr int64_t kThreadWork = 1 << 17;
 
@@ -54,6 +51,26 @@ bool has_runs(const at::Tensor& s) {
   return (along_m == t && along_t == 1) || (along_m == 1 && along_t == m);
 }
 
+// total [size] := the product over samples [begin, end). Float32 sums of many equal
+// terms drift (half a million lose 1e-5): every kLevel samples have a sum of their own,
+// in the memory after total.
+template <class Product, typename T>
+void accumulate(const Product& product, T* total, int64_t size, const T* packed, int64_t begin,
+                int64_t end) {
+  T* recent = total + size;
+  std::fill_n(total, size, T(0));
+  for (int64_t first = begin; first < end; first += Product::kLevel) {
+    const int64_t last = std::min(first + Product::kLevel, end);
+    if (first == begin) {
+      product.accumulate(total, packed, first, last);
+      continue;
+    }
+    std::fill_n(recent, size, T(0));
+    product.accumulate(recent, packed, first, last);
+    for (int64_t i = 0; i < size; ++i) total[i] += recent[i];
+  }
+}
+
 // out [k m, d] := alpha H V with one of the algorithms. Each thread sums over its
 // samples and the sums are added in fixed order: the result depends on the number
 // of threads but not on their timing.
@@ -61,12 +78,13 @@ template <class Product, typename T>
 void multiply(T* out, const LayerHessian<T>& h, const at::Tensor& V, int64_t k, int64_t block,
               double alpha) {
   const int64_t work = h.n * h.t * h.m * k * (h.d + h.c);
-  const int64_t threads =
-      std::clamp<int64_t>(std::min(work / kThreadWork, h.n), 1, at::get_num_threads());
   const Product largest(h, block);
   const int64_t sum_size = largest.rows() * largest.sum_stride();
+  const int64_t affordable = kSumElements / sum_size;
+  const int64_t threads = std::clamp<int64_t>(std::min({work / kThreadWork, h.n, affordable}), 1,
+                                              at::get_num_threads());
   const at::Tensor operand = at::empty({largest.packed_size()}, V.options());
-  const at::Tensor partial = at::empty({threads, sum_size}, V.options());
+  const at::Tensor partial = at::empty({threads, 2, sum_size}, V.options());
   T *packed = operand.mutable_data_ptr<T>(), *sums = partial.mutable_data_ptr<T>();
   for (int64_t vector = 0; vector < k; vector += block) {
     const Product product(h, std::min(block, k - vector));
@@ -77,26 +95,15 @@ void multiply(T* out, const LayerHessian<T>& h, const at::Tensor& V, int64_t k, 
     });
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        T* sum = sums + i * sum_size;
-        std::fill_n(sum, rows * stride, T(0));
-        const int64_t first = h.n * i / threads, last = h.n * (i + 1) / threads;
-        if (rows * stride > kSmallSum || last - first <= kRun) {
-          product.accumulate(sum, packed, first, last);
-          continue;
-        }
-        std::vector<T> run(rows * stride);
-        for (int64_t start = first; start < last; start += kRun) {
-          std::fill(run.begin(), run.end(), T(0));
-          product.accumulate(run.data(), packed, start, std::min(start + kRun, last));
-          for (size_t j = 0; j < run.size(); ++j) sum[j] += run[j];
-        }
+        accumulate(product, sums + i * 2 * sum_size, rows * stride, packed, h.n * i / threads,
+                   h.n * (i + 1) / threads);
       }
     });
     at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         T* sum = sums + row * stride;
         for (int64_t i = 1; i < threads; ++i) {
-          const T* other = sum + i * sum_size;
+          const T* other = sum + i * 2 * sum_size;
           for (int64_t j = 0; j < stride; ++j) sum[j] += other[j];
         }
         product.join(out + (vector * h.m + row) * h.d, sum, static_cast<T>(alpha));

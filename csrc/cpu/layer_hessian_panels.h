@@ -52,6 +52,8 @@ class Ahead {
 template <typename T>
 class PanelProduct {
  public:
+  static constexpr int64_t kLevel = 4096;
+
   // V: vectors [vectors m, d] of one block
   PanelProduct(const LayerHessian<T>& h, int64_t vectors)
       : h_(h), kernels_(microkernels<T>()), columns_(vectors * h.m) {
@@ -101,6 +103,9 @@ class PanelProduct {
   // Bytes of a tile's panels, results and roots together: half of a second-level
   // cache of 1 MB, the other half holds the next tile's.
   static constexpr int64_t kTileBytes = 1 << 19;
+  // Inner indices of one pass of the first product, a multiple of every width: a
+  // panel of V then stays in the second-level cache.
+  static constexpr int64_t kDepth = 2048;
   // Panels of X that the second product keeps in the second-level cache.
   static constexpr int64_t kPanelBytes = 1 << 19;
 
@@ -136,22 +141,24 @@ class PanelProduct {
 
   // Y [rows, columns] := X V^T
   void project(Tile& tile, const T* packed, int64_t rows) const {
-    const int64_t block = kernels_.rows;
+    const int64_t block = kernels_.rows, panel = samples_ * h_.t * width_;
     BlockProduct<T> p{};
     p.a_stride = width_;
-    p.a_jump = samples_ * h_.t * width_;
+    p.a_jump = panel;
     p.segment = width_;
-    p.inner = h_.d;
     p.c_stride = y_stride_;
-    p.accumulate = false;
-    for (int64_t column = 0; column < columns_; column += width_) {
-      const int64_t used = columns_ - column > kernels_.lanes ? 2 : 1;
-      p.b = packed + column * h_.d;
-      for (int64_t row = 0; row < rows; row += block) {
-        p.a = tile.x.data() + row * width_;
-        p.c = tile.y.data() + row * y_stride_ + column;
-        tile.ahead.feed(p);
-        kernels_.by_rows[std::min(block, rows - row)][used](p);
+    for (int64_t k = 0; k < h_.d; k += kDepth) {
+      p.inner = std::min(kDepth, h_.d - k);
+      p.accumulate = k > 0;
+      for (int64_t column = 0; column < columns_; column += width_) {
+        const int64_t used = columns_ - column > kernels_.lanes ? 2 : 1;
+        p.b = packed + column * h_.d + k * width_;
+        for (int64_t row = 0; row < rows; row += block) {
+          p.a = tile.x.data() + k / width_ * panel + row * width_;
+          p.c = tile.y.data() + row * y_stride_ + column;
+          tile.ahead.feed(p);
+          kernels_.by_rows[std::min(block, rows - row)][used](p);
+        }
       }
     }
   }

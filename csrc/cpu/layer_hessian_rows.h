@@ -19,6 +19,8 @@ namespace hesskern::cpu {
 template <typename T>
 class RowProduct {
  public:
+  static constexpr int64_t kLevel = 512;
+
   RowProduct(const LayerHessian<T>& h, int64_t vectors)
       : h_(h), columns_(vectors * h.m), pieces_{h.d, fitting_lanes<T>(h.d)} {
     const int64_t rows = kTileBytes / (static_cast<int64_t>(sizeof(T)) * h_.d);
@@ -73,6 +75,8 @@ class RowProduct {
 template <typename T>
 class OuterProduct {
  public:
+  static constexpr int64_t kLevel = 4096;
+
   OuterProduct(const LayerHessian<T>& h, int64_t vectors)
       : h_(h), kernels_(microkernels<T>()), vectors_(vectors) {
     padded_ = round_up(h_.d, kernels_.lanes);

@@ -7,6 +7,9 @@
 //   vectorize([&]() HESSKERN_INLINE { for (...) y[i] += a * x[i]; });
 #pragma once
 
+#include <cstdlib>
+#include <string_view>
+
 #if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
 #define HESSKERN_X86 1
 #define HESSKERN_INLINE __attribute__((always_inline))
@@ -22,16 +25,20 @@ namespace hesskern {
 
 enum class Simd { baseline, avx2, avx512 };
 
+// The best set of this machine, or a lesser one that HESSKERN_SIMD names (baseline,
+// avx2), so that all of them can be tested on one machine.
 inline Simd simd_level() {
 #if HESSKERN_X86
   static const Simd level = [] {
+    const char* variable = std::getenv("HESSKERN_SIMD");
+    const std::string_view limit = variable == nullptr ? "" : variable;
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-      return Simd::avx512;
+    if (limit == "baseline" || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) {
+      return Simd::baseline;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Simd::avx2;
-    return Simd::baseline;
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+    return wide && limit != "avx2" ? Simd::avx512 : Simd::avx2;
   }();
   return level;
 #else

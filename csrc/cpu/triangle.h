@@ -140,42 +140,57 @@ inline void add_unit(T* acc, int64_t ld, int64_t d, int64_t W, int64_t i, int64_
 // of those in a unit, and units in what is added to acc.
 constexpr int64_t kLevel = 64;
 
-// acc [d, d] (rows ld apart, upper triangle) += alpha P^T P, P [K, d], split by rows
-// among threads: for small d, where a private sum per thread is cheap.
-// panels_of(buffer, row0, rows) returns where the panels of those rows are, having
-// packed them into buffer [panels, kPanelRows, W] where they do not lie well.
-template <class T, class PanelsOf>
-void gram_split_rows(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads,
-                     const PanelsOf& panels_of) {
+// One thread's sum of P^T P, all units of the triangle.
+template <class T>
+class PrivateSum {
+ public:
+  static int64_t units_size(int64_t d) {
+    const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
+    return unit_index(0, panels) * W * W;
+  }
+  static int64_t size(int64_t d) { return 2 * units_size(d); }
+
+  PrivateSum(T* memory, int64_t d) : total_(memory), recent_(memory + units_size(d)), d_(d) {
+    std::fill(memory, memory + size(d), T(0));
+  }
+  // At most kPanelRows rows.
+  void add(int64_t rows, const Panels<T>& p) {
+    const int64_t W = panel_width<T>(), panels = (d_ + W - 1) / W;
+    with_simd([&](auto isa) HESSKERN_INLINE {
+      using Isa = decltype(isa);
+      for (int64_t j = 0; j < panels; ++j) {
+        for (int64_t i = 0; i <= j; ++i) {
+          gram_unit<T, Isa>(rows, p, i, j, std::min(W, d_ - i * W), std::min(W, d_ - j * W),
+                            recent_ + unit_index(i, j) * W * W);
+        }
+      }
+    });
+    if (++count_ == kLevel) flush();
+  }
+  void flush() {
+    const int64_t size = units_size(d_);
+    for (int64_t i = 0; i < size; ++i) total_[i] += recent_[i];
+    std::fill(recent_, recent_ + size, T(0));
+    count_ = 0;
+  }
+
+ private:
+  T *total_, *recent_;
+  int64_t d_, count_ = 0;
+};
+
+// acc [d, d] (rows ld apart, upper triangle) += alpha times what each thread adds to
+// its own sum: body(thread, sum). For small d.
+template <class T, class Body>
+void gram_private_sums(T* acc, int64_t ld, int64_t d, T alpha, int64_t threads, const Body& body) {
   const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
-  const int64_t triangle = panels * (panels + 1) / 2 * W * W;
-  const int64_t per_thread = 2 * triangle + panels * kPanelRows * W;
+  const int64_t per_thread = PrivateSum<T>::size(d);
   Scratch<T> scratch(threads * per_thread);
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t thread = first; thread < last; ++thread) {
-      T* total = scratch.data() + thread * per_thread;
-      T* recent = total + triangle;
-      T* buffer = recent + triangle;
-      std::fill(total, buffer, T(0));
-      const int64_t begin = K * thread / threads, end = K * (thread + 1) / threads;
-      int64_t count = 0;
-      for (int64_t row = begin; row < end; row += kPanelRows) {
-        const int64_t rows = std::min(kPanelRows, end - row);
-        const Panels<T> p = panels_of(buffer, row, rows);
-        with_simd([&](auto isa) HESSKERN_INLINE {
-          using Isa = decltype(isa);
-          for (int64_t j = 0; j < panels; ++j) {
-            for (int64_t i = 0; i <= j; ++i) {
-              gram_unit<T, Isa>(rows, p, i, j, std::min(W, d - i * W), std::min(W, d - j * W),
-                                recent + unit_index(i, j) * W * W);
-            }
-          }
-        });
-        if (++count < kLevel && row + kPanelRows < end) continue;
-        for (int64_t i = 0; i < triangle; ++i) total[i] += recent[i];
-        std::fill(recent, recent + triangle, T(0));
-        count = 0;
-      }
+      PrivateSum<T> sum(scratch.data() + thread * per_thread, d);
+      body(thread, sum);
+      sum.flush();
     }
   });
   for (int64_t j = 0; j < panels; ++j) {
@@ -188,6 +203,24 @@ void gram_split_rows(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t 
       add_unit<T>(acc, ld, d, W, i, j, alpha, sum);
     }
   }
+}
+
+// acc [d, d] (rows ld apart, upper triangle) += alpha P^T P, P [K, d], split by rows
+// among threads: for small d, where a private sum per thread is cheap.
+// panels_of(buffer, row0, rows) returns where the panels of those rows are, having
+// packed them into buffer [panels, kPanelRows, W] where they do not lie well.
+template <class T, class PanelsOf>
+void gram_split_rows(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads,
+                     const PanelsOf& panels_of) {
+  const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
+  gram_private_sums<T>(acc, ld, d, alpha, threads, [&](int64_t thread, PrivateSum<T>& sum) {
+    const Scratch<T> buffer(panels * kPanelRows * W);
+    const int64_t begin = K * thread / threads, end = K * (thread + 1) / threads;
+    for (int64_t row = begin; row < end; row += kPanelRows) {
+      const int64_t rows = std::min(kPanelRows, end - row);
+      sum.add(rows, panels_of(buffer.data(), row, rows));
+    }
+  });
 }
 
 // acc [d, d] (rows ld apart, upper triangle) += alpha P^T P, P [K, d], the units of

@@ -45,7 +45,9 @@ def grid() -> Iterator[Point]:
                     positions = (side // stride) ** 2
                     per_sample = 4 * channels * kernel**2 * positions
                     work = (channels * kernel**2) ** 2 * positions
-                    samples = int(min(64, _UNFOLDED_BYTES // 2 // per_sample, _MULTIPLY_ADDS // work))
+                    samples = int(
+                        min(64, _UNFOLDED_BYTES // 2 // per_sample, _MULTIPLY_ADDS // work)
+                    )
                     if samples >= 1:
                         yield samples, channels, side, kernel, stride, 1
                     if samples > 1:

@@ -14,7 +14,11 @@ from torch import Tensor
 from hesskern import ops
 
 ROWS = (1, 8, 64, 512, 4096, 60_000)
-ORDERS = (1, 2, 3, 4, 8, 16, 24, 32, 33, 48, 64, 65, 100, 128, 200, 256, 300, 512, 784, 1024, 2048, 4096)  # fmt: skip
+# Orders about the widths of a tile, then layers' widths.
+ORDERS = (
+    *(1, 2, 3, 4, 8, 16, 24, 32, 33, 48, 64, 65),
+    *(100, 128, 200, 256, 300, 512, 784, 1024, 2048, 4096),
+)
 # Products that take more than this many multiply-adds add nothing but minutes.
 _LIMIT = 2e11
 

@@ -1,6 +1,6 @@
 """Kronecker products over a grid of layers, blocks of vectors and groups of layers.
 
-    python benchmarks/kron.py [PROBLEM]... [--json FILE]
+python benchmarks/kron.py [PROBLEM]... [--json FILE]
 """
 
 from __future__ import annotations
@@ -35,7 +35,11 @@ _LAYERS = {
     "2048x1024": (2048, 1024, 0),
 }
 # Layers, outputs, inputs.
-_GROUPS = {"64-of-16x32": (64, 16, 32), "200-of-16x48": (200, 16, 48), "32-of-64x128": (32, 64, 128)}
+_GROUPS = {
+    "64-of-16x32": (64, 16, 32),
+    "200-of-16x48": (200, 16, 48),
+    "32-of-64x128": (32, 64, 128),
+}
 
 
 def problems() -> list[Problem]:
@@ -86,9 +90,7 @@ def _layer(
         # One product of two large matrices with as many operations: the machine's GEMM rate.
         inner = round(flops / (2.0 * 1024 * 1024))
         left, right = _normal(4, 1024, inner), _normal(5, inner, 1024)
-        contenders.append(
-            Contender("one GEMM of as many operations", lambda: lambda: left @ right)
-        )
+        contenders.append(Contender("one GEMM of as many operations", lambda: lambda: left @ right))
     return (
         f"{title}: {m} x {d}, {vectors} vectors",
         f"standard normal operands; {flops / 1e9:.3g} GFLOP",

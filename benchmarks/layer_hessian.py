@@ -1,4 +1,4 @@
-"""``layer_hessian_matmul`` over a grid: layers of networks, blocks of vectors, whole rows, positions.
+"""``layer_hessian_matmul`` over a grid: networks' layers, blocks of vectors, rows, positions.
 
 Beside each stands what bounds it: the two GEMMs alone (Y = X V^T and Y^T X, nothing in between) or,
 where no GEMM is large, one read of the operands.
@@ -84,9 +84,7 @@ def _bound(name: str, call: Callable[[], object]) -> Contender:
     return Contender(name, lambda: call)
 
 
-def _linear(
-    shape: tuple[int, int, int, int, int], settings: Settings, progress: Progress
-) -> Built:
+def _linear(shape: tuple[int, int, int, int, int], settings: Settings, progress: Progress) -> Built:
     samples, c, m, d, k = shape
     n = _few(settings, samples)
     x, s = _normal(n, d), _normal(n, c, m)

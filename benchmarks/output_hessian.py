@@ -1,6 +1,6 @@
 """``output_hessian_`` over a grid of classes, outputs and positions in both memory orders.
 
-    python benchmarks/output_hessian.py [PROBLEM]... [--json FILE]
+python benchmarks/output_hessian.py [PROBLEM]... [--json FILE]
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ def problems() -> list[Problem]:
     ]
 
 
-def _build(
-    shape: tuple[int, int, int, int, bool], settings: Settings, progress: Progress
-) -> Built:
+def _build(shape: tuple[int, int, int, int, bool], settings: Settings, progress: Progress) -> Built:
     samples, c, m, t, outputs_last = shape
     n = max(samples // 32, 2) if settings.quick else samples
     generator = torch.Generator().manual_seed(6)
@@ -80,7 +78,8 @@ def _build(
     return (
         f"output_hessian_: jacobian [{n}, {c}, {m}{positions}]"
         + (", outputs last in memory" if t and outputs_last else ""),
-        f"standard normal Jacobians, softmax of normal logits; {4 * jacobian.numel() / 1e6:.3g} MB, "
+        "standard normal Jacobians, softmax of normal logits; "
+        f"{4 * jacobian.numel() / 1e6:.3g} MB, "
         f"{max(c - 1, 1) * n * (t or 1) * m * m / 1e9:.3g} GFLOP on one triangle",
         [
             *(Contender(name, partial(_ready, call), read=read, limit=limit)

@@ -1,4 +1,4 @@
-"""Runs one script's problems by themselves; ``hesskern bench kernels`` runs those of all scripts."""
+"""Runs one script's problems; ``hesskern bench kernels`` runs those of all scripts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ def main(make_problems: Callable[[], list[Problem]]) -> None:
     @click.option("--threads", type=click.IntRange(min=1), help="[default: torch's own]")
     @click.option("--repeats", type=click.IntRange(min=1), default=9, show_default=True)
     def run(
-        keys: tuple[str, ...], json_file: Path | None, quick: bool, threads: int | None, repeats: int
+        keys: tuple[str, ...],
+        json_file: Path | None,
+        quick: bool,
+        threads: int | None,
+        repeats: int,
     ) -> None:
         """Runs the problems whose names contain one of PROBLEM, or all of them."""
         settings = Settings(threads=threads or 0, quick=quick, repeats=repeats, memory=False)

@@ -194,8 +194,7 @@ inline void check_kron_matmul(const at::Tensor& A, const at::Tensor& B, const at
 
 // U [m, r], S [r, q], V [d, q], X [m, d] or [k, m, d]
 inline void check_kron_eigen_matmul(const at::Tensor& U, const at::Tensor& S, const at::Tensor& V,
-                                    const at::Tensor& X,
-                                    const OpName& op = "kron_eigen_matmul") {
+                                    const at::Tensor& X, const OpName& op = "kron_eigen_matmul") {
   TORCH_CHECK_VALUE(U.dim() == 2, op, ": U must be [m, r], got ", U.sizes());
   TORCH_CHECK_VALUE(V.dim() == 2, op, ": V must be [d, q], got ", V.sizes());
   TORCH_CHECK_VALUE(S.dim() == 2 && S.size(0) == U.size(1) && S.size(1) == V.size(1), op,

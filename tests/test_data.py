@@ -55,7 +55,7 @@ def test_mnist_values_and_labels(tmp_path, digits_images, zipped, subfolder):
     loaded = data.load("mnist", tmp_path)
     assert loaded.input_shape == (1, 28, 28)
     assert loaded.targets.tolist() == labels.tolist()
-    expected = images[:, None] / 255
+    expected = images[:, None] / 127.5 - 1
     np.testing.assert_allclose(loaded.inputs.numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -288,8 +288,8 @@ def test_real_mnist():
     assert (len(train), len(test)) == (60_000, 10_000)
     assert train.targets[:5].tolist() == [5, 0, 4, 1, 9]
     assert test.targets[:5].tolist() == [7, 2, 1, 0, 4]
-    assert float(train.inputs.mean()) == pytest.approx(0.1307, abs=1e-3)
-    assert float(train.inputs.std()) == pytest.approx(0.3081, abs=1e-3)
+    assert float(train.inputs.mean()) == pytest.approx(2 * 0.1307 - 1, abs=2e-3)
+    assert float(train.inputs.std()) == pytest.approx(2 * 0.3081, abs=2e-3)
 
 
 def test_real_cifar10():

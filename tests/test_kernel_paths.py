@@ -1,7 +1,7 @@
 """Shapes that reach every branch of the CPU kernels, under every instruction set.
 
-The operators' tests vary shapes at random and stay small; here each shape stands for one way through
-a kernel: its name says which.
+The operators' tests vary shapes at random and stay small; here each shape stands for one way
+through a kernel: its name says which.
 """
 
 from __future__ import annotations
@@ -146,9 +146,7 @@ def test_output_hessian(
     p = None if roots_given else softmax((n, c), dtype, 2)
     acc = Accumulator((m, m), dtype)
     ops.output_hessian_(acc.tensor, jacobian, p, 0.25)
-    acc.check(
-        reference.output_hessian(jacobian.double(), None if p is None else p.double(), 0.25)
-    )
+    acc.check(reference.output_hessian(jacobian.double(), None if p is None else p.double(), 0.25))
 
 
 def test_output_hessian_of_certain_predictions() -> None:

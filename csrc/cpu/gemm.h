@@ -69,8 +69,8 @@ inline int64_t panels_size(int64_t inner, int64_t columns) {
 
 // Panels [first, last) of B [inner, columns].
 template <typename T>
-inline void pack_right(T* panels, const Matrix<T>& b, int64_t inner, int64_t columns,
-                       int64_t first, int64_t last) {
+inline void pack_right(T* panels, const Matrix<T>& b, int64_t inner, int64_t columns, int64_t first,
+                       int64_t last) {
   const int64_t width = microkernels<T>().width;
   const int64_t begin = first * width, end = std::min(columns, last * width);
   pack_panels(panels + begin * inner, inner, 0, b.at(0, begin), inner, end - begin, b.row,
@@ -179,8 +179,8 @@ void product(const Target<T>& c, const Matrix<T>& a, const RightOperand<T>& b, i
   }
   // Panels are shared out where there are enough of them: each thread then fills
   // its own. Rows otherwise.
-  const bool by_panels = panels % threads == 0 || panels >= 16 * threads ||
-                         rows < 2 * block * threads;
+  const bool by_panels =
+      panels % threads == 0 || panels >= 16 * threads || rows < 2 * block * threads;
   if (by_panels) {
     at::parallel_for(0, std::min(threads, panels), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

@@ -60,8 +60,7 @@ struct Sandwich {
       // The batch's rows, one below the other, in one product.
       const int64_t all = x.count * x.rows, width = microkernels<T>().width;
       multiply_right(Target<T>::panels(products, all, 0), x.matrix, all, bt_panels, nullptr);
-      const RightOperand<T> right{products,    x.rows,         columns,
-                                  all * width, x.rows * width, x.count};
+      const RightOperand<T> right{products, x.rows, columns, all * width, x.rows * width, x.count};
       product(Target<T>::rows(out, out_stride, rows * out_stride), a, right, rows, scale,
               [](int64_t, int64_t) {});
       return;
@@ -90,8 +89,8 @@ struct Sandwich {
   // c := left B^T, left [left_rows, X.columns]
   void multiply_right(const Target<T>& c, const Matrix<T>& left, int64_t left_rows, T* panels,
                       const Scale<T>* factors) const {
-    const RightOperand<T> right{
-        panels, x.columns, columns, x.columns * microkernels<T>().width, 0, 1};
+    const RightOperand<T> right{panels, x.columns, columns, x.columns * microkernels<T>().width,
+                                0,      1};
     product(c, left, right, left_rows, factors, [&](int64_t first, int64_t last) {
       pack_right(panels, bt, x.columns, columns, first, last);
     });
@@ -107,14 +106,24 @@ Matrix<T> transposed(const at::Tensor& t) {
   return {t.const_data_ptr<T>(), t.stride(-1), t.stride(-2)};
 }
 
+// The distance between the rows of X [m, d] or [k, m, d]. Where each matrix has one
+// row, its own stride says nothing: contiguous() keeps any.
+int64_t row_stride(const at::Tensor& X) {
+  return X.dim() == 3 && X.size(1) == 1 ? X.stride(0) : X.stride(-2);
+}
+
 // Rows of all matrices must be one below the other.
 at::Tensor foldable(const at::Tensor& X) {
-  return X.dim() == 2 || X.stride(0) == X.size(1) * X.stride(1) ? X : X.contiguous();
+  const bool in_rows = X.dim() == 2 || X.size(0) == 1 || X.stride(0) == X.size(1) * row_stride(X);
+  return in_rows ? X : X.contiguous();
 }
 
 template <typename T>
 Batch<T> batch(const at::Tensor& X) {
-  return {matrix<T>(X), X.dim() == 3 ? X.size(0) : 1, X.dim() == 3 ? X.stride(0) : 0, X.size(-2),
+  return {{X.const_data_ptr<T>(), row_stride(X), X.stride(-1)},
+          X.dim() == 3 ? X.size(0) : 1,
+          X.dim() == 3 ? X.stride(0) : 0,
+          X.size(-2),
           X.size(-1)};
 }
 
@@ -163,8 +172,8 @@ struct EigenLayer {
     return {{u.data, u.column, u.row}, {vt.data, vt.column, vt.row}, x, r, q, &scale};
   }
   Sandwich<T> back(const T* coordinates) const {
-    return {u, vt, {{coordinates, stride, 1}, x.count, r * stride, r, q}, x.rows, x.columns,
-            nullptr};
+    return {u,      vt,        {{coordinates, stride, 1}, x.count, r * stride, r, q},
+            x.rows, x.columns, nullptr};
   }
   int64_t coordinates_size() const { return x.count * r * stride; }
   int64_t scratch_size() const {
@@ -182,7 +191,9 @@ struct EigenLayer {
 bool has_kernel(const at::Tensor& X) {
   return X.scalar_type() == at::kFloat || X.scalar_type() == at::kDouble;
 }
-at::Tensor widened(const at::Tensor& t) { return t.to(at::kFloat); }
+at::Tensor widened(const at::Tensor& t) {
+  return t.to(at::kFloat);
+}
 
 int64_t work(const at::Tensor& left, const at::Tensor& right, const at::Tensor& X) {
   return X.numel() * (left.numel() / std::max<int64_t>(X.size(-2), 1) +

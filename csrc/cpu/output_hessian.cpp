@@ -342,8 +342,7 @@ void output_hessian_(at::Tensor& acc, const at::Tensor& jacobian,
       probabilities.has_value() ? probabilities->to(dtype).contiguous() : at::Tensor();
   const int64_t n = jacobian.size(0);
   const bool direct = jacobian.scalar_type() == dtype && has_layout(jacobian);
-  const int64_t step =
-      direct ? n : std::clamp<int64_t>(kConvert / (jacobian.numel() / n), 1, n);
+  const int64_t step = direct ? n : std::clamp<int64_t>(kConvert / (jacobian.numel() / n), 1, n);
   for (int64_t start = 0; start < n; start += step) {
     const int64_t count = std::min(step, n - start);
     at::Tensor chunk = jacobian.narrow(0, start, count).to(dtype);

@@ -37,13 +37,23 @@ TORCH_LIBRARY(hesskern, m) {
   m.def("layer_hessian_matmul(Tensor x, Tensor s, Tensor V, float alpha=1.0) -> Tensor");
 }
 
-// What tests and benchmarks need beside the contract.
+// What the package itself, tests and benchmarks need beside the contract.
 TORCH_LIBRARY(hesskern_internal, m) {
   // hesskern::conv_input_covariance_ by one named way, "patches", "lags" or "spectral", instead of
   // the one the cost model picks
   m.def(
       "conv_input_covariance_by_(Tensor(a!) acc, Tensor x, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation, int groups, float alpha, str path) -> ()");
+  // gradient rows grad [N, Ho, Wo, r, m] of a convolution with weight [m, C / g, kh, kw], with
+  // respect to its input and times factor [N, H, W, C]: [N, H, W, r, C]
+  m.def(
+      "conv_input_gradient(Tensor grad, Tensor weight, int[2] input_size, int[2] stride, "
+      "int[2] padding, int[2] dilation, int groups, Tensor? factor=None) -> Tensor");
+  // the same of max pooling: grad [N, Ho, Wo, r, C], indices [N, Ho, Wo, C] into [H, W]
+  m.def(
+      "max_pool_input_gradient(Tensor grad, Tensor indices, int[2] input_size, "
+      "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
+      "Tensor? factor=None) -> Tensor");
 }
 
 namespace {

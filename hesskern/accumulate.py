@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -259,11 +259,44 @@ class FactorAccumulator:
         return torch.tensordot(weight, use.x.to(total.dtype), dims=1)
 
     def _add_outputs(self, roots: BatchRoots, fresh: dict[str, _Sums]) -> None:
-        """Adds the batch's output Hessians, a few root rows at a time."""
+        """Adds the batch's output Hessians, some samples or a few root rows at a time."""
         share = {
             name: 1.0 / max(sum(_positions(self._specs[name], use) for use in roots.uses[name]), 1)
             for name in fresh
         }
+        blocks = roots.blocks()
+        if blocks is None:
+            self._add_rows(roots, fresh, share)
+        else:
+            self._add_blocks(blocks, fresh, share)
+        for name, sums in fresh.items():
+            # Finite entries may still have squares that are not.
+            roots.check_inputs(name, sums.inputs.diagonal(dim1=-2, dim2=-1))
+            roots.check_gradients(name, sums.outputs.diagonal())
+
+    def _add_blocks(
+        self,
+        blocks: Iterator[dict[str, list[Tensor | None]]],
+        fresh: dict[str, _Sums],
+        share: dict[str, float],
+    ) -> None:
+        for block in blocks:
+            for name, sums in fresh.items():
+                m = self._specs[name].outputs
+                for grad in block[name]:
+                    if grad is None:
+                        continue
+                    if self._specs[name].kind == "linear":
+                        rows = grad.reshape(1, -1, m)
+                    elif grad.stride(2) == 1:
+                        rows = grad.movedim((1, 2), (-2, -1)).reshape(1, -1, m)
+                    else:
+                        rows = grad.flatten(3)
+                    ops.output_hessian_(sums.outputs, rows, alpha=share[name])
+
+    def _add_rows(
+        self, roots: BatchRoots, fresh: dict[str, _Sums], share: dict[str, float]
+    ) -> None:
         kept: dict[str, list[Tensor]] = {name: [] for name in fresh}
         held = 0
         for grads in roots.gradients():
@@ -276,10 +309,6 @@ class FactorAccumulator:
                 self._flush(kept, fresh, share)
                 held = 0
         self._flush(kept, fresh, share)
-        for name, sums in fresh.items():
-            # Finite entries may still have squares that are not.
-            roots.check_inputs(name, sums.inputs.diagonal(dim1=-2, dim2=-1))
-            roots.check_gradients(name, sums.outputs.diagonal())
 
     def _flush(
         self, kept: dict[str, list[Tensor]], fresh: dict[str, _Sums], share: dict[str, float]

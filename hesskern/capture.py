@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from hesskern.layers import LayerSpec, pad_input
 from hesskern.piecewise import layers_followed_by_smooth
 from hesskern.progress import Progress
+from hesskern.propagation import Propagation
 from hesskern.tying import WeightReads
 
 __all__ = [
@@ -67,6 +68,7 @@ class _Root(torch.autograd.Function):
     """
 
     piecewise_linear = True
+    passes_gradients = True
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, anchor: Tensor) -> Tensor:
@@ -373,6 +375,39 @@ class Capture:
         )
         gradients = iter(grads)
         return {name: [next(gradients) for _ in layer] for name, layer in uses.items()}
+
+    def backward_all(
+        self,
+        outputs: Tensor,
+        rows: int,
+        row: Callable[[int], Tensor],
+        uses: dict[str, list[LayerUse]],
+    ) -> Iterator[dict[str, list[Tensor | None]]] | None:
+        """All rows' gradients with respect to the output of every layer, a block at a time.
+
+        Args:
+            outputs: [N, ...] from :meth:`forward`.
+            rows: number of rows.
+            row: ``row(j)`` has the outputs' shape; called once for each j, in order.
+            uses: from :meth:`forward`.
+
+        Returns:
+            iterator over blocks of n samples and r rows: per layer and use [n, r, ...], or None
+            where nothing flows back. None instead of an iterator where the model holds operations
+            that only autograd knows, or there is one row, which has nothing to share.
+        """
+        if rows < 2:
+            return None
+        plan = Propagation.plan(outputs, [use.edge for layer in uses.values() for use in layer])
+        if plan is None:
+            return None
+
+        def named() -> Iterator[dict[str, list[Tensor | None]]]:
+            for block in plan.blocks(rows, row):
+                gradients = iter(block)
+                yield {name: [next(gradients) for _ in layer] for name, layer in uses.items()}
+
+        return named()
 
     def _weights(self) -> dict[str, Tensor]:
         """The layers' weights; not those that the layer computes anew at every access."""

@@ -157,6 +157,17 @@ class BatchRoots:
             row = self._weighted(self._rows.row(j))
             yield self._capture.backward(self.outputs, row, self.uses, last=j == self.rows - 1)
 
+    def blocks(self) -> Iterator[dict[str, list[Tensor | None]]] | None:
+        """The same in blocks of samples and rows: per use [n, r, ...], or None.
+
+        Returns:
+            an iterator to be used instead of :meth:`gradients`, or None where the model holds
+            operations that only autograd knows.
+        """
+        return self._capture.backward_all(
+            self.outputs, self.rows, lambda j: self._weighted(self._rows.row(j)), self.uses
+        )
+
     def check_inputs(self, name: str, squares: Tensor) -> None:
         """Raises ValueError if sums of a layer's squared inputs hold NaN or Inf."""
         check_finite(squares, f"squared inputs of layer {name!r}", self._batch.index)

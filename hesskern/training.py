@@ -36,7 +36,7 @@ RECIPES: Mapping[str, Recipe] = {
 
 _QUICK: Mapping[str, Recipe] = {
     "digits": Recipe(epochs=15, batch_size=64, momentum=0.9),
-    "mnist": Recipe(epochs=8, momentum=0.9),
+    "mnist": Recipe(epochs=10),
     "cifar10": Recipe(epochs=10, momentum=0.9),
 }
 

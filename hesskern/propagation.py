@@ -1,0 +1,562 @@
+"""Many rows backwards through a model at once, where its graph consists of known operations.
+
+Autograd runs one row of gradients at a time through the whole batch. Rows of one sample have much
+in common: the same derivatives, and zeros at the same places behind ReLUs and maxima. Here the
+autograd graph is read, and every operation has a rule that takes all rows of a few samples on
+together, few enough to stay in the cache from one operation to the next.
+
+A gradient of a tensor [N, ...] is [n, r, ...] for n of the samples and r of the rows. Tensors whose
+first axis merges samples with something else, [N t, ...], count as [N, t, ...]. Images keep their
+channels last in memory, behind the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge
+
+__all__ = ["Propagation"]
+
+_internal = torch.ops.hesskern_internal
+
+# Elements of the largest gradient of a block: its successor and itself stay in the cache.
+_BLOCK = 2**21
+# Rows of a block where single samples are large.
+_ROWS = 28
+
+# Operations that act on every element alone: the derivative is a factor per element.
+_ELEMENTWISE = frozenset(
+    (
+        "Elu Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu LogSigmoid Mish Neg Relu Sigmoid Silu"
+        " Softplus Tanh Threshold"
+    ).split()
+)
+_SAME_VALUES = frozenset("Alias Clone ReshapeAlias Squeeze Unsqueeze UnsafeView View".split())
+
+
+class _Unknown(Exception):
+    """The graph holds something that no rule covers."""
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """How gradients go on from one operation.
+
+    Attributes:
+        operands: positions of those operands of the node that gradients go on to.
+        apply: (gradient [n, r, ...], samples, factor [n, ...] or None) to the operands' gradients;
+            a factor, given only where there is one operand, multiplies that operand's gradient.
+        factor: the derivative [N or 1, ...] of an elementwise operation instead of ``apply``.
+    """
+
+    operands: tuple[int, ...]
+    apply: Callable[[Tensor, slice, Tensor | None], list[Tensor]] | None = None
+    factor: Tensor | None = None
+
+
+def _kind(node: Any) -> str:
+    return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    """Shape of the node's one output in the forward pass."""
+    metadata = node._input_metadata
+    if len(metadata) < 1:
+        raise _Unknown
+    return tuple(int(size) for size in metadata[0].shape)
+
+
+class Propagation:
+    """The plan for one forward pass.
+
+    Args:
+        outputs: [N, ...] of the model, with their graph.
+        edges: where gradients are wanted.
+    """
+
+    def __init__(self, outputs: Tensor, edges: list[GradientEdge]) -> None:
+        self._n = outputs.shape[0]
+        self._start: Any = outputs.grad_fn
+        self._edges = edges
+        self._wanted = {edge.node for edge in edges}
+        if any(edge.output_nr != 0 for edge in edges):
+            raise _Unknown
+        self._order = self._needed(outputs)
+        self._shapes = {node: self._sample_shape(_shape(node)) for node in self._order}
+        self._rules = {node: self._rule(node) for node in self._order}
+        self._arrivals: dict[Any, int] = {}
+        for node in self._order:
+            for operand in self._rules[node].operands:
+                following = node.next_functions[operand][0]
+                self._arrivals[following] = self._arrivals.get(following, 0) + 1
+        sizes = [_product(shape) for shape in self._shapes.values()]
+        self._largest = max(sizes, default=1)
+
+    @classmethod
+    def plan(cls, outputs: Tensor, edges: list[GradientEdge]) -> Propagation | None:
+        """The plan, or None where autograd itself has to do it."""
+        known = (torch.float32, torch.float64)
+        if outputs.device.type != "cpu" or outputs.dtype not in known or outputs.grad_fn is None:
+            return None
+        if len(outputs) == 0 or not edges:
+            return None
+        with torch.no_grad():
+            try:
+                return cls(outputs, edges)
+            except _Unknown:
+                return None
+
+    def _needed(self, outputs: Tensor) -> list[Any]:
+        """Nodes on the way to a wanted one, each before the nodes that it passes gradients to."""
+        needed: dict[Any, bool] = {}
+        order: list[Any] = []
+        pending: list[Any] = [outputs.grad_fn]
+        while pending:
+            node = pending[-1]
+            if node in needed:
+                pending.pop()
+                continue
+            following = [edge for edge in node.next_functions if edge[0] is not None]
+            missing = [follower for follower, _ in following if follower not in needed]
+            if missing:
+                pending.extend(missing)
+                continue
+            pending.pop()
+            needed[node] = node in self._wanted or any(needed[f] for f, _ in following)
+            if needed[node]:
+                if any(number != 0 and needed[f] for f, number in following):
+                    raise _Unknown
+                order.append(node)
+        return order[::-1]
+
+    def _sample_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """[...] of one sample of a tensor [N, ...] or [N t, ...]."""
+        if not shape or shape[0] % self._n:
+            raise _Unknown
+        rest = shape[1:]
+        return rest if shape[0] == self._n else (shape[0] // self._n, *rest)
+
+    @property
+    def samples(self) -> int:
+        """N."""
+        return self._n
+
+    def shape(self, node: Any) -> tuple[int, ...]:
+        """Shape of what the node's operation returned."""
+        return _shape(node)
+
+    def sample_shape(self, node: Any) -> tuple[int, ...]:
+        """The same for one sample."""
+        return self._shapes[node]
+
+    def merged(self, node: Any) -> bool:
+        """Whether the first axis counts more than the samples."""
+        return _shape(node)[0] != self._n
+
+    def by_sample(self, tensor: Tensor) -> Tensor:
+        """[N, ...] of a tensor with samples in its first axis."""
+        return tensor.reshape(self._n, *self._sample_shape(tuple(tensor.shape)))
+
+    def check_same(self, node: Any, shapes: list[tuple[int, ...]]) -> None:
+        """Refuses operands that were broadcast."""
+        if any(shape != self._shapes[node] for shape in shapes):
+            raise _Unknown
+
+    def _rule(self, node: Any) -> _Rule:
+        following = node.next_functions
+        operands = tuple(
+            i for i, (next_node, _) in enumerate(following) if next_node in self._shapes
+        )
+        if not operands:
+            return _Rule(())
+        kind = _kind(node)
+        if isinstance(node, BackwardCFunction):
+            # The name of a torch.autograd.Function says nothing.
+            if not getattr(getattr(node, "_forward_cls", None), "passes_gradients", False):
+                raise _Unknown
+            kind = "Alias"
+        shapes = [self._shapes[following[i][0]] for i in operands]
+        if kind in _ELEMENTWISE:
+            self.check_same(node, shapes)
+            return _Rule(operands, factor=self.by_sample(self._derivative(node)))
+        if kind in _SAME_VALUES:
+            return _Rule(operands, lambda g, _, factor: [_times(_view(g, shapes[0]), factor)])
+        make = _RULES.get(kind)
+        if make is None:
+            raise _Unknown
+        return make(self, node, operands, shapes)
+
+    def _derivative(self, node: Any) -> Tensor:
+        metadata = node._input_metadata[0]
+        ones = torch.ones((), dtype=metadata.dtype).expand(_shape(node))
+        return node(ones)
+
+    def blocks(self, rows: int, row: Callable[[int], Tensor]) -> Iterator[list[Tensor | None]]:
+        """Gradients of all rows and samples, block by block.
+
+        Args:
+            rows: number of rows.
+            row: ``row(j)`` is [N, ...], shaped as the outputs; called once for each j, in order.
+
+        Yields:
+            per edge [n, r, ...], or None where nothing arrives; valid until the next block.
+        """
+        step = max(1, min(rows, max(_ROWS, _BLOCK // max(1, self._largest * self._n))))
+        if rows % step:
+            step = -(-rows // -(-rows // step))
+        samples = max(1, min(self._n, _BLOCK // max(1, self._largest * step)))
+        for begin in range(0, rows, step):
+            block = torch.stack([row(j) for j in range(begin, min(rows, begin + step))], 1)
+            for start in range(0, self._n, samples):
+                with torch.no_grad():
+                    yield self._run(block[start : start + samples], slice(start, start + samples))
+
+    def _run(self, block: Tensor, samples: slice) -> list[Tensor | None]:
+        arrived: dict[Any, Tensor] = {}
+        found: dict[Any, Tensor] = {}
+        if self._start in self._shapes:
+            arrived[self._start] = _view(block, self._shapes[self._start])
+        for node in self._order:
+            gradient = arrived.pop(node, None)
+            if gradient is None:
+                continue
+            if node in self._wanted:
+                found[node] = gradient
+            rule = self._rules[node]
+            if not rule.operands:
+                continue
+            if rule.apply is None:
+                target, factor = self._through(node, samples)
+                results = [gradient * factor.unsqueeze(1)]
+                targets = [target]
+            elif len(rule.operands) == 1:
+                target, chained = self._through(node, samples, own=False)
+                results = rule.apply(gradient, samples, chained)
+                targets = [target]
+            else:
+                results = rule.apply(gradient, samples, None)
+                targets = [node.next_functions[i][0] for i in rule.operands]
+            for target, result in zip(targets, results, strict=True):
+                before = arrived.get(target)
+                arrived[target] = result if before is None else before + result
+        return [found.get(edge.node) for edge in self._edges]
+
+    def _through(self, node: Any, samples: slice, own: bool = True) -> tuple[Any, Any]:
+        """The next node behind elementwise ones that nothing else meets, and their joint factor."""
+        factor: Tensor | None = None
+        if own:
+            factor = _samples(self._rules[node].factor, samples)
+        target = node.next_functions[self._rules[node].operands[0]][0]
+        while self._arrivals[target] == 1 and target not in self._wanted:
+            derivative = self._rules[target].factor
+            if derivative is None:
+                break
+            part = _samples(derivative, samples)
+            factor = part if factor is None else factor * part
+            target = target.next_functions[self._rules[target].operands[0]][0]
+        return target, factor
+
+
+def _samples(factor: Any, samples: slice) -> Tensor:
+    return factor if factor.shape[0] == 1 else factor[samples]
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _view(g: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """[n, r, *shape] of a gradient [n, r, ...]."""
+    return g if tuple(g.shape[2:]) == shape else g.reshape(*g.shape[:2], *shape)
+
+
+def _times(g: Tensor, factor: Tensor | None) -> Tensor:
+    return g if factor is None else g * factor.unsqueeze(1)
+
+
+def _images(g: Tensor) -> Tensor:
+    """[n, H, W, r, C] of a gradient [n, r, C, H, W]."""
+    return g.permute(0, 3, 4, 1, 2)
+
+
+def _gradients(images: Tensor) -> Tensor:
+    """[n, r, C, H, W] of [n, H, W, r, C]."""
+    return images.permute(0, 3, 4, 1, 2)
+
+
+def _last_axis(factor: Tensor | None) -> Tensor | None:
+    """[n, H, W, C] of a factor [n, C, H, W]."""
+    return None if factor is None else factor.permute(0, 2, 3, 1)
+
+
+def _expanded(factor: Tensor | None, n: int) -> Tensor | None:
+    return factor if factor is None else factor.expand(n, *factor.shape[1:])
+
+
+_Operands = tuple[int, ...]
+_Shapes = list[tuple[int, ...]]
+_Make = Callable[["Propagation", Any, _Operands, _Shapes], _Rule]
+
+
+def _matmul(matrix: Tensor) -> Callable[[Tensor, slice, Tensor | None], list[Tensor]]:
+    """Gradients [n, r, ..., m] times a matrix [m, d]."""
+
+    def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
+        product = torch.matmul(g, matrix)
+        # The product is a new tensor.
+        return [product if factor is None else product.mul_(factor.unsqueeze(1))]
+
+    return apply
+
+
+def _linear(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
+    left = 1 if _kind(node) == "Addmm" else 0
+    if operands != (left,) or len(shapes[0]) != len(plan.sample_shape(node)):
+        raise _Unknown
+    matrix = node._saved_mat2
+    if getattr(node, "_saved_alpha", 1) != 1 or matrix.requires_grad:
+        raise _Unknown
+    return _Rule(operands, _matmul(matrix.t()))
+
+
+def _batched_matmul(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
+    """A matrix of every sample times a constant one; so linear layers treat strided sequences."""
+    if operands != (0,) or plan.merged(node):
+        raise _Unknown
+    matrices = node._saved_mat2.detach()
+
+    def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
+        return [_times(torch.matmul(g, matrices[samples].unsqueeze(1).mT), factor)]
+
+    return _Rule(operands, apply)
+
+
+def _expansion(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
+    plan.check_same(node, shapes)
+    return _Rule(operands, lambda g, _, factor: [_times(g, factor)])
+
+
+def _convolution(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
+    weight = node._saved_weight
+    if operands != (0,) or node._saved_transposed or len(shapes[0]) != weight.dim() - 1:
+        raise _Unknown
+    axes = weight.dim() - 2
+    if axes not in (1, 2):
+        raise _Unknown
+    flat = axes == 1
+    size = list(shapes[0][1:])
+    stride, padding, dilation = (
+        [int(v) for v in values]
+        for values in (node._saved_stride, node._saved_padding, node._saved_dilation)
+    )
+    if flat:
+        weight = weight.unsqueeze(2)
+        size, stride, padding, dilation = [1, *size], [1, *stride], [0, *padding], [1, *dilation]
+    weight = weight.detach().contiguous()
+    groups = int(node._saved_groups)
+
+    def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
+        if flat:
+            g = g.unsqueeze(3)
+            factor = factor if factor is None else factor.unsqueeze(2)
+        factor = _last_axis(_expanded(factor, len(g)))
+        images = _internal.conv_input_gradient(
+            _images(g), weight, size, stride, padding, dilation, groups, factor
+        )
+        result = _gradients(images)
+        return [result.squeeze(3) if flat else result]
+
+    return _Rule(operands, apply)
+
+
+def _max_pool(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
+    indices = node._saved_result1
+    if operands != (0,) or len(shapes[0]) != 3 or indices.dim() != 4:
+        raise _Unknown
+    where = indices.permute(0, 2, 3, 1)
+    size = list(shapes[0][1:])
+    kernel = list(node._saved_kernel_size)
+    stride = list(node._saved_stride) or kernel
+    window = kernel, stride, list(node._saved_padding), list(node._saved_dilation)
+
+    def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
+        factor = _last_axis(_expanded(factor, len(g)))
+        images = _internal.max_pool_input_gradient(
+            _images(g), where[samples], size, *window, factor
+        )
+        return [_gradients(images)]
+
+    return _Rule(operands, apply)
+
+
+def _by_torch(plan_call: Callable[[Any], Callable[[Tensor, Tensor], Tensor]]) -> _Make:
+    """A rule from torch's own backward function of a linear operation on images.
+
+    Args:
+        plan_call: of the node; returns (gradients [N, C, Ho, Wo], inputs [N, C, H, W] of which only
+            the shape counts) to the inputs' gradients.
+    """
+
+    def make(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
+        if operands != (0,) or len(shapes[0]) != 3:
+            raise _Unknown
+        call = plan_call(node)
+
+        def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
+            rows = g.flatten(0, 1).contiguous()
+            result = call(rows, rows.new_zeros(()).expand(len(rows), *shapes[0]))
+            return [_times(result.unflatten(0, g.shape[:2]), factor)]
+
+        return _Rule(operands, apply)
+
+    return make
+
+
+def _average_pool(node: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    settings = (
+        node._saved_kernel_size,
+        node._saved_stride,
+        node._saved_padding,
+        node._saved_ceil_mode,
+        node._saved_count_include_pad,
+        node._saved_divisor_override,
+    )
+    return lambda g, x: torch.ops.aten.avg_pool2d_backward(g, x, *settings)
+
+
+def _adaptive_average_pool(node: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.ops.aten._adaptive_avg_pool2d_backward
+
+
+def _reduction(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
+    """Sum and mean over axes other than that of the samples."""
+    full = tuple(int(size) for size in getattr(node, "_saved_self_sym_sizes", ()))
+    if not full or full[0] != plan.samples or not hasattr(node, "_saved_dim"):
+        raise _Unknown
+    axes = sorted(_axis(axis, len(full)) for axis in (node._saved_dim or ()))
+    if not axes or axes[0] == 0:
+        raise _Unknown
+    scale = 1.0
+    if _kind(node) == "Mean":
+        scale = 1.0 / _product(tuple(full[axis] for axis in axes))
+    keep = bool(node._saved_keepdim)
+
+    def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
+        for axis in () if keep else axes:
+            g = g.unsqueeze(axis + 1)
+        return [_times((g * scale).expand(*g.shape[:2], *full[1:]), factor)]
+
+    return _Rule(operands, apply)
+
+
+def _axis(axis: int, dim: int) -> int:
+    # Autograd keeps axes as unsigned 64-bit numbers.
+    axis = int(axis)
+    if axis >= 2**63:
+        axis -= 2**64
+    return axis % dim
+
+
+def _sum(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
+    """a + alpha b and a - alpha b of equal shapes."""
+    plan.check_same(node, shapes)
+    sign = 1.0 if _kind(node) == "Add" else -1.0
+    scales = [1.0 if i == 0 else sign * float(node._saved_alpha) for i in operands]
+
+    def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
+        return [_times(g if scale == 1.0 else g * scale, factor) for scale in scales]
+
+    return _Rule(operands, apply)
+
+
+def _multiplication(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
+    """a b and a / b, each factor constant or of the same shape."""
+    plan.check_same(node, shapes)
+    if _kind(node) == "Div" and (operands != (0,) or hasattr(node, "_saved_rounding_mode")):
+        raise _Unknown
+    others = [node._saved_other if i == 0 else node._saved_self for i in operands]
+    if any(not isinstance(other, Tensor) for other in others):
+        raise _Unknown
+    if _kind(node) == "Div":
+        others = [1 / other for other in others]
+    factors = [plan.by_sample(other.detach().expand(plan.shape(node))) for other in others]
+    if len(factors) == 1:
+        return _Rule(operands, factor=factors[0])
+
+    def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
+        return [g * other[samples].unsqueeze(1) for other in factors]
+
+    return _Rule(operands, apply)
+
+
+def _batch_norm(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
+    """Normalization by running statistics: a factor per channel."""
+    plan.check_same(node, shapes)
+    shape = plan.shape(node)
+    if operands != (0,) or node._saved_training or shape[0] != plan.samples:
+        raise _Unknown
+    scale = (node._saved_running_var + node._saved_eps).rsqrt()
+    if node._saved_weight is not None:
+        scale = scale * node._saved_weight.detach()
+    return _Rule(operands, factor=scale.reshape(1, -1, *(1,) * (len(shape) - 2)))
+
+
+def _concatenation(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
+    axis = _axis(node._saved_dim, len(plan.shape(node)))
+    if len(operands) != len(node.next_functions) or axis == 0 or plan.merged(node):
+        raise _Unknown
+    sizes = [shape[axis - 1] for shape in shapes]
+
+    def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
+        return [_times(part, factor) for part in g.split(sizes, axis + 1)]
+
+    return _Rule(operands, apply)
+
+
+def _permutation(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
+    dim = len(plan.shape(node))
+    order = list(range(dim))
+    if _kind(node) == "Transpose":
+        a, b = _axis(node._saved_dim0, dim), _axis(node._saved_dim1, dim)
+        order[a], order[b] = b, a
+    else:
+        order = [_axis(axis, dim) for axis in node._saved_dims]
+    if order[0] != 0 or plan.merged(node):
+        raise _Unknown
+    back = [0, 1, *(order.index(axis) + 1 for axis in range(1, dim))]
+
+    def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
+        return [_times(g.permute(back), factor)]
+
+    return _Rule(operands, apply)
+
+
+_RULES: dict[str, _Make] = {
+    "Add": _sum,
+    "AdaptiveAvgPool2D": _by_torch(_adaptive_average_pool),
+    "Addmm": _linear,
+    "AvgPool2D": _by_torch(_average_pool),
+    "Bmm": _batched_matmul,
+    "Cat": _concatenation,
+    "Convolution": _convolution,
+    "Div": _multiplication,
+    "Expand": _expansion,
+    "MaxPool2DWithIndices": _max_pool,
+    "Mean": _reduction,
+    "Mm": _linear,
+    "Mul": _multiplication,
+    "NativeBatchNorm": _batch_norm,
+    "Permute": _permutation,
+    "Sub": _sum,
+    "Sum": _reduction,
+    "Transpose": _permutation,
+}

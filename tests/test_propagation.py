@@ -1,0 +1,339 @@
+"""Rows of gradients in blocks against autograd's, operation by operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hesskern.capture import Batch, Capture
+from hesskern.layers import select_layers
+from hesskern.propagation import Propagation
+
+ROWS = 5
+
+
+class Net(nn.Module):
+    """Modules, and a function of them and the inputs."""
+
+    def __init__(self, run: Callable[[Net, Tensor], Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def gradients(
+    model: nn.Module, x: Tensor, rows: int = ROWS
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Per use, all rows' gradients [N, r, ...] by autograd and in blocks (None: not covered)."""
+    specs, _ = select_layers(model, None, "none")
+    with Capture(model, specs) as capture:
+        outputs, uses = capture.forward(Batch(0, x, None, None))
+        generator = torch.Generator().manual_seed(3)
+        block = torch.randn(rows, *outputs.shape, generator=generator, dtype=outputs.dtype)
+        expected: list[list[Tensor]] = []
+        for row in block:
+            found = capture.backward(outputs, row, uses, last=False)
+            flat = [grad for layer in found.values() for grad in layer]
+            expected.append(flat)
+        stacked = [torch.stack(grads, 1) for grads in zip(*expected, strict=True)]
+        blocks = capture.backward_all(outputs, rows, lambda j: block[j], uses)
+        if blocks is None:
+            return stacked, None
+        pieces = [[grad for layer in piece.values() for grad in layer] for piece in blocks]
+    # Rows come in order, and within them samples.
+    joined = []
+    for index, reference in enumerate(stacked):
+        parts = [piece[index].clone() for piece in pieces]
+        total = torch.zeros_like(reference)
+        n = r = 0
+        for part in parts:
+            total[n : n + len(part), r : r + part.shape[1]] = part
+            n += len(part)
+            if n == len(reference):
+                n, r = 0, r + part.shape[1]
+        assert (n, r) == (0, rows)
+        joined.append(total)
+    return stacked, joined
+
+
+def check(model: nn.Module, x: Tensor, rows: int = ROWS, limit: float = 1e-13) -> None:
+    torch.manual_seed(0)
+    expected, found = gradients(model.eval(), x, rows)
+    assert found is not None, "the model must be covered"
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert float((a - b).norm()) <= limit * float(b.norm())
+
+
+def seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = make().double()
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+                if module.affine:
+                    module.weight.data.normal_()
+    return model
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def mlp(activation: nn.Module) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(6, 17), activation, nn.Linear(17, 9), activation, nn.Linear(9, 4)
+    )
+
+
+ACTIVATIONS = [
+    nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(0.2), nn.ReLU6(), nn.Hardtanh(), nn.ELU(),
+    nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Tanh(), nn.Sigmoid(), nn.Softplus(), nn.Mish(),
+    nn.Hardswish(), nn.Hardsigmoid(), nn.LogSigmoid(), nn.Threshold(0.1, 0.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda a: type(a).__name__)
+def test_activations(activation: nn.Module) -> None:
+    check(seeded(lambda: mlp(activation)), images(7, 6))
+
+
+@pytest.mark.parametrize("rows", [2, 9, 31, 80])
+@pytest.mark.parametrize("n", [1, 2, 33])
+def test_rows_and_samples(n: int, rows: int) -> None:
+    check(seeded(lambda: mlp(nn.ReLU())), images(n, 6), rows)
+
+
+def conv_net(pool: nn.Module, **conv: object) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(8, 12, **conv),
+        nn.ReLU(),
+        pool,
+        nn.Conv2d(12, 6, 1),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.LazyLinear(4),
+    )
+
+
+CONVOLUTIONS = [
+    {"kernel_size": 3},
+    {"kernel_size": 3, "padding": 1},
+    {"kernel_size": 3, "padding": "same"},
+    {"kernel_size": (5, 2), "padding": (3, 0)},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": 2, "stride": 3},
+    {"kernel_size": (3, 1), "stride": (1, 2), "dilation": (2, 1), "padding": (2, 0)},
+    {"kernel_size": 3, "groups": 4, "padding": 1, "bias": False},
+    {"kernel_size": 1},
+]
+POOLS = [
+    nn.MaxPool2d(2),
+    nn.MaxPool2d(2, ceil_mode=True),
+    nn.MaxPool2d(3, stride=2, padding=1),
+    nn.MaxPool2d((1, 2), stride=(2, 3)),
+    nn.MaxPool2d(2, dilation=2, stride=1),
+    nn.AvgPool2d(2),
+    nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
+    nn.AdaptiveAvgPool2d(3),
+    nn.Identity(),
+]
+
+
+@pytest.mark.parametrize("conv", CONVOLUTIONS, ids=str)
+def test_convolutions(conv: dict[str, object]) -> None:
+    x = images(3, 4, 13, 12)
+
+    def make() -> nn.Module:
+        model = conv_net(nn.MaxPool2d(2), **conv)
+        model(x.float())
+        return model
+
+    check(seeded(make), x)
+
+
+@pytest.mark.parametrize("pool", POOLS, ids=str)
+def test_pools(pool: nn.Module) -> None:
+    x = images(3, 4, 11, 10)
+
+    def make() -> nn.Module:
+        model = conv_net(pool, kernel_size=3, padding=1)
+        model(x.float())
+        return model
+
+    check(seeded(make), x)
+    # In memory with channels last, and in float32.
+    model = seeded(make)
+    check(model, x.contiguous(memory_format=torch.channels_last))
+    check(model.float(), x.float(), limit=3e-6)
+
+
+def test_many_samples_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hesskern.propagation as propagation
+
+    monkeypatch.setattr(propagation, "_BLOCK", 5000)
+    x = images(9, 4, 11, 10)
+
+    def make() -> nn.Module:
+        model = conv_net(nn.MaxPool2d(2), kernel_size=3, padding=1)
+        model(x.float())
+        return model
+
+    for rows in (3, 28, 29, 61):
+        check(seeded(make), x, rows)
+
+
+def test_one_dimensional_convolutions() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv1d(3, 8, 3, padding=1),
+            nn.BatchNorm1d(8),
+            nn.ReLU(),
+            nn.MaxPool1d(2),
+            nn.Conv1d(8, 6, 3, stride=2, groups=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(24, 4),
+        )
+
+    check(seeded(make), images(5, 3, 20))
+
+
+def test_sequences() -> None:
+    def run(net: Net, x: Tensor) -> Tensor:
+        h = torch.relu(net.a(x)) + x
+        h = net.c(torch.relu(net.b(h)).transpose(1, 2)).permute(0, 2, 1)
+        return net.d(h.mean(1))
+
+    check(
+        seeded(
+            lambda: Net(
+                run, a=nn.Linear(6, 6), b=nn.Linear(6, 5), c=nn.Linear(7, 7), d=nn.Linear(5, 3)
+            )
+        ),
+        images(4, 7, 6),
+    )
+
+
+def test_outputs_per_token() -> None:
+    check(seeded(lambda: mlp(nn.ReLU())), images(4, 7, 6))
+
+
+def residual(net: Net, x: Tensor) -> Tensor:
+    h = torch.relu(net.bn1(net.conv1(x)))
+    g = net.bn2(net.conv2(h))
+    h = torch.relu(g + net.skip(h))
+    h = torch.cat([h, torch.sigmoid(h) * h, h - 0.5 * g], 1)
+    h = h / 2 * torch.tensor(3.0)
+    return net.fc(F.adaptive_avg_pool2d(h, 1).flatten(1)) - net.fc(h.sum((2, 3))) + 1
+
+
+def test_branches() -> None:
+    check(
+        seeded(
+            lambda: Net(
+                residual,
+                conv1=nn.Conv2d(3, 6, 3, padding=1, bias=False),
+                bn1=nn.BatchNorm2d(6),
+                conv2=nn.Conv2d(6, 6, 3, padding=1),
+                bn2=nn.BatchNorm2d(6, affine=False),
+                skip=nn.Conv2d(6, 6, 1),
+                fc=nn.Linear(18, 4),
+            )
+        ),
+        images(3, 3, 9, 8),
+    )
+
+
+def test_shared_layer_and_unused_branch() -> None:
+    def run(net: Net, x: Tensor) -> Tensor:
+        h = torch.relu(net.a(x))
+        h = torch.relu(net.a(h))
+        net.unused(h)
+        return net.b(h)
+
+    model = seeded(lambda: Net(run, a=nn.Linear(6, 6), b=nn.Linear(6, 3), unused=nn.Linear(6, 2)))
+    specs, _ = select_layers(model, None, "none")
+    with Capture(model.eval(), specs) as capture:
+        outputs, uses = capture.forward(Batch(0, images(4, 6), None, None))
+        blocks = capture.backward_all(outputs, 2, lambda j: torch.ones_like(outputs), uses)
+        assert blocks is not None
+        (block,) = blocks
+        assert block["unused"] == [None]
+        assert all(grad is not None and grad.shape == (4, 2, 6) for grad in block["a"])
+        row = capture.backward(outputs, torch.ones_like(outputs), uses, last=True)
+        for ours, theirs in zip(block["a"], row["a"], strict=True):
+            torch.testing.assert_close(ours[:, 1], theirs)
+
+
+def not_covered() -> dict[str, tuple[nn.Module, Tensor]]:
+    def broadcast(net: Net, x: Tensor) -> Tensor:
+        h = net.a(x)
+        return net.b(h + h.mean(1, keepdim=True))
+
+    def swapped(net: Net, x: Tensor) -> Tensor:
+        return net.b(torch.relu(net.a(x)).t().contiguous().t())
+
+    class Relu(torch.autograd.Function):
+        """Named like torch's own, with a gradient of its own."""
+
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clamp_min(0)
+
+        @staticmethod
+        def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+            return 2 * grad
+
+    def custom(net: Net, x: Tensor) -> Tensor:
+        return net.b(Relu.apply(net.a(x)))
+
+    def layers(run: Callable[[Net, Tensor], Tensor]) -> nn.Module:
+        return seeded(lambda: Net(run, a=nn.Linear(6, 6), b=nn.Linear(6, 3)))
+
+    x = images(4, 6)
+    return {
+        "broadcast": (layers(broadcast), x),
+        "transposed samples": (layers(swapped), x),
+        "custom function": (layers(custom), x),
+        "layer norm": (
+            seeded(lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 2))),
+            x,
+        ),
+        "transposed convolution": (
+            seeded(
+                lambda: nn.Sequential(
+                    nn.Conv2d(2, 3, 3), nn.ConvTranspose2d(3, 2, 2), nn.Conv2d(2, 2, 1)
+                )
+            ),
+            images(3, 2, 6, 6),
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", list(not_covered()))
+def test_what_is_not_covered_is_left_to_autograd(case: str) -> None:
+    model, x = not_covered()[case]
+    _, found = gradients(model.eval(), x)
+    assert found is None
+
+
+def test_one_row_is_left_to_autograd() -> None:
+    _, found = gradients(seeded(lambda: mlp(nn.ReLU())).eval(), images(4, 6), 1)
+    assert found is None
+
+
+def test_no_plan_without_a_graph() -> None:
+    assert Propagation.plan(torch.ones(3, 2), []) is None

@@ -43,6 +43,7 @@ class LayerHessian(CurvatureOperator):
             the layer is used once. False: it is the Gauss-Newton block.
         inexact_reason: why ``is_exact`` is False, or None.
         pruning_error: bound on ‖H - H_t‖_2 for what was left out under ``tolerance``; 0 if nothing.
+        pruned_trace: tr(H - H_t).
         num_samples: weighted number of samples.
         cached: whether the samples are stored; False: every product runs the model again.
     """
@@ -57,6 +58,7 @@ class LayerHessian(CurvatureOperator):
         *,
         inexact_reason: str | None,
         pruning_error: float,
+        pruned_trace: float,
         cached: bool,
     ) -> None:
         self.name = spec.name
@@ -69,6 +71,7 @@ class LayerHessian(CurvatureOperator):
         self.inexact_reason = inexact_reason
         self.is_exact = inexact_reason is None
         self.pruning_error = pruning_error
+        self.pruned_trace = pruned_trace
         self.cached = cached
         self._chunks = chunks
 
@@ -94,7 +97,7 @@ class LayerHessian(CurvatureOperator):
         return total
 
     def trace(self) -> float:
-        """tr(H), exact; with ``tolerance`` of what was kept (add ``pruning_error`` for all)."""
+        """tr(H), exact; with ``tolerance`` of what was kept (add ``pruned_trace`` for all)."""
         with self._samples() as chunks:
             return sum(float(chunk.shares().sum()) for chunk in chunks) / self.num_samples
 
@@ -360,18 +363,20 @@ def _finish(
     tolerance: float,
     reason: str | None,
 ) -> LayerHessian:
-    dropped = 0.0
+    norm = trace = 0.0
     cached = layer.chunks is not None
     chunks: Callable[[], Iterable[SampleRows]] = rerun
     if layer.chunks is not None:
         kept = layer.chunks
         if tolerance > 0:
-            kept, dropped = prune(kept, layer.shares, tolerance)
+            pruned = prune(kept, layer.shares, tolerance)
+            kept, norm, trace = pruned.chunks, pruned.norm, pruned.trace
         joined = join(kept)
         chunks = lambda: joined  # noqa: E731  (a closure over this layer's list)
     elif tolerance > 0:
         rerun.shares = layer.shares_by_batch()
-        rerun.keep, dropped = kept_samples(rerun.shares, tolerance)
+        rerun.keep, trace = kept_samples(rerun.shares, tolerance)
+        norm = trace
     return LayerHessian(
         layer.spec,
         chunks,
@@ -379,6 +384,7 @@ def _finish(
         layer.dtype or torch.float32,
         device,
         inexact_reason=reason,
-        pruning_error=dropped / count,
+        pruning_error=norm / count,
+        pruned_trace=trace / count,
         cached=cached,
     )

@@ -3,16 +3,45 @@
 H = 1/N sum_n R_n^T R_n is a sum of positive semi-definite parts, so what is left out changes H by
 at most its trace in the spectral norm: 0 <= H - H_t and ‖H - H_t‖_2 <= tr(H - H_t). Stored rows are
 first rotated to their sample's principal axes, where few of them carry almost everything.
+
+For one input vector per sample the bound is tighter by what the gradients spread over directions:
+x x^T <= ‖x‖^2 I, so sum_n M_n (x) x_n x_n^T <= (sum_n ‖x_n‖^2 M_n) (x) I, and the top eigenvalue
+of that [m, m] sum bounds the norm.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hesskern.samples import SampleRows
 
-__all__ = ["kept_samples", "prune"]
+__all__ = ["Pruned", "kept_samples", "prune"]
+
+# How much more of the trace is left out from one try to the next, and in how many tries at most.
+_GROWTH = 1.25
+_TRIES = 20
+# The tighter bound needs an eigenvalue of order m.
+_LARGEST_ORDER = 2048
+# For rounding in the sum that the tighter bound comes from.
+_MARGIN = 1e-4
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What was kept.
+
+    Attributes:
+        chunks: pieces of sample rows.
+        norm: bound on ‖N (H - H_t)‖_2.
+        trace: tr(N (H - H_t)), with N the number of samples.
+    """
+
+    chunks: list[SampleRows]
+    norm: float
+    trace: float
 
 
 def kept_samples(shares: list[Tensor], budget: float) -> tuple[list[Tensor], float]:
@@ -27,39 +56,46 @@ def kept_samples(shares: list[Tensor], budget: float) -> tuple[list[Tensor], flo
     """
     if not shares:
         return [], 0.0
+    order, sums, total = _ascending(shares)
+    count = int((sums <= budget * total).sum())
+    dropped = float(sums[count - 1]) if count else 0.0
+    return _masks(order, count, shares), dropped
+
+
+def _ascending(shares: list[Tensor]) -> tuple[Tensor, Tensor, float]:
+    """Order of all shares, smallest first; their sums in this order; the sum of all."""
     flat = torch.cat([s.flatten() for s in shares]).double()
     order = flat.argsort()
-    sums = flat[order].cumsum(0)
-    count = int((sums <= budget * float(flat.sum())).sum())
-    keep = torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+    return order, flat[order].cumsum(0), float(flat.sum())
+
+
+def _masks(order: Tensor, count: int, shares: list[Tensor]) -> list[Tensor]:
+    """Per piece, which entries stay when the first ``count`` go."""
+    keep = torch.ones(len(order), dtype=torch.bool, device=order.device)
     keep[order[:count]] = False
-    dropped = float(sums[count - 1]) if count else 0.0
     pieces = keep.split([s.numel() for s in shares])
-    return [piece.reshape(s.shape) for piece, s in zip(pieces, shares, strict=True)], dropped
+    return [piece.reshape(s.shape) for piece, s in zip(pieces, shares, strict=True)]
 
 
-def prune(
-    chunks: list[SampleRows], shares: list[Tensor], tolerance: float
-) -> tuple[list[SampleRows], float]:
+def prune(chunks: list[SampleRows], shares: list[Tensor], tolerance: float) -> Pruned:
     """Sample rows with what the tolerance allows left out.
 
     Args:
         chunks: pieces; emptied as they are worked through.
         shares: per piece [N], each sample's part of the trace.
-        tolerance: relative to the trace.
-
-    Returns:
-        the pieces kept, and the trace (times the number of samples) of what was left out.
+        tolerance: of the norm of what is left out, relative to the trace.
     """
     total = sum(float(s.sum()) for s in shares)
     # Where a product's time goes into the inputs, single rows of a sample save nothing. Where rows
     # are stored whole, half is for whole samples, cheap to find, and the rest for single rows.
     stored = all(chunk.stored for chunk in chunks)
+    if not stored and total > 0 and all(chunk.x.dim() == 2 for chunk in chunks):
+        return _prune_spread(chunks, shares, tolerance)
     keep, dropped = kept_samples(shares, tolerance / 2 if stored else tolerance)
     chunks.reverse()
     kept = [chunks.pop().select(mask) for mask in keep]
     if not stored or total <= 0:
-        return kept, dropped
+        return Pruned(kept, dropped, dropped)
     row_shares: list[Tensor] = []
     for i, chunk in enumerate(kept):
         kept[i] = chunk.rotated()
@@ -71,7 +107,42 @@ def prune(
     for chunk, mask in zip(kept, rows, strict=True):
         for count, piece in _by_rows(chunk, mask):
             pieces.setdefault(count, []).append(piece)
-    return [piece for count in sorted(pieces) for piece in pieces[count]], dropped + more
+    left_out = dropped + more
+    return Pruned(
+        [piece for count in sorted(pieces) for piece in pieces[count]], left_out, left_out
+    )
+
+
+def _prune_spread(chunks: list[SampleRows], shares: list[Tensor], tolerance: float) -> Pruned:
+    """Whole samples, as many as the tighter of both bounds allows; empties ``chunks``."""
+    order, sums, total = _ascending(shares)
+    count = int((sums <= tolerance * total).sum())
+    norm = float(sums[count - 1]) if count else 0.0
+    tried, budget = 0, tolerance * total
+    m = chunks[0].s.shape[2]
+    gram = torch.zeros(m, m, dtype=torch.float64, device=order.device)
+    for _ in range(_TRIES if m <= _LARGEST_ORDER else 0):
+        candidate = max(count, int((sums <= budget).sum()))
+        before, after = _masks(order, tried, shares), _masks(order, candidate, shares)
+        for chunk, was, stays in zip(chunks, before, after, strict=True):
+            gram += _weighted_gram(chunk, was & ~stays)
+        tried = candidate
+        bound = float(torch.linalg.eigvalsh(gram)[-1]) * (1 + _MARGIN)
+        if bound > tolerance * total:
+            break
+        count, norm = candidate, min(bound, float(sums[candidate - 1]) if candidate else 0.0)
+        budget *= _GROWTH
+    keep = _masks(order, count, shares)
+    chunks.reverse()
+    kept = [chunks.pop().select(mask) for mask in keep]
+    return Pruned(kept, norm, float(sums[count - 1]) if count else 0.0)
+
+
+def _weighted_gram(chunk: SampleRows, chosen: Tensor) -> Tensor:
+    """[m, m] float64: sum of ‖x‖^2 s^T s over the chosen samples [N]."""
+    x, s = chunk.x[chosen], chunk.s[chosen]
+    rows = (s * x.norm(dim=1)[:, None, None]).flatten(0, 1)
+    return (rows.T @ rows).double()
 
 
 def _by_rows(chunk: SampleRows, mask: Tensor) -> list[tuple[int, SampleRows]]:

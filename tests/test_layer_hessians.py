@@ -1067,7 +1067,8 @@ def check_pruned(H: hk.LayerHessian, exact: Tensor, tolerance: float) -> None:
     assert float(left_out[-1]) <= H.pruning_error + rounding
     assert H.pruning_error <= tolerance * trace + rounding
     # What is left out is known exactly, not only bounded.
-    assert H.trace() + H.pruning_error >= trace - rounding
+    assert abs(H.trace() + H.pruned_trace - trace) <= rounding
+    assert H.pruning_error <= H.pruned_trace + rounding
 
 
 @given(
@@ -1104,6 +1105,16 @@ def test_pruning_drops_much_where_few_samples_carry_the_trace(name: str) -> None
     assert H.pruning_error > 0
     # One sample of six is left, so the rank is at most its number of root rows.
     assert int(torch.linalg.matrix_rank(H.to_dense(), hermitian=True, rtol=1e-9)) <= 2
+
+
+def test_spread_gradients_allow_more_than_the_trace_does() -> None:
+    # Gradients of 30 classes in many directions: no eigenvalue is near the trace.
+    model = seeded(nn.Sequential(nn.Linear(5, 40), nn.ReLU(), nn.Linear(40, 30)), 0)
+    data = [(randn(200, 5, seed=1), classes(200, c=30, seed=2))]
+    exact = hk.layer_hessians(model, data, CE)
+    for name, H in hk.layer_hessians(model, data, CE, tolerance=0.02).items():
+        check_pruned(H, exact[name].to_dense(), 0.02)
+        assert H.pruned_trace > 0.04 * exact[name].trace()
 
 
 def test_tolerance_zero_keeps_all() -> None:

@@ -15,11 +15,13 @@ from hesskern.bench.settings import Settings
 from hesskern.data import Dataset, load
 from hesskern.models import build, load_checkpoint
 from hesskern.progress import Progress
-from hesskern.training import evaluate, recipe_for, train
+from hesskern.training import Recipe, evaluate, train
 
 __all__ = ["Case", "cnn", "double", "f200", "lenet5", "mlp", "train_f200"]
 
 _MNIST_SAMPLES = 60_000
+# Published networks are trained for 1000 epochs without momentum; this gets as far in a minute.
+_RECIPE = Recipe(epochs=30, momentum=0.9)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def f200(settings: Settings) -> Case:
     loss, accuracy = evaluate(model, data)
     return Case(
         f"F-200^2 (784-200-200-10), {len(data):,} samples",
-        f"{data.source}; trained {recipe_for('quick', 'mnist').epochs} epochs "
+        f"{data.source}; trained {_RECIPE.epochs} epochs with momentum "
         f"(mean loss {loss:.3g}, accuracy {accuracy:.1%})",
         model,
         data.inputs,
@@ -127,11 +129,10 @@ def f200(settings: Settings) -> Case:
 
 
 def train_f200(settings: Settings, path: Path, progress: Progress) -> None:
-    """Trains F-200^2 by the command line's quick recipe; writes its state dict to ``path``."""
+    """Trains F-200^2; writes its state dict to ``path``."""
     data = _mnist(settings)
     model = build("f200x2", data.input_shape, 10)
-    recipe = recipe_for("quick", "mnist")
-    train(model, data, recipe, progress=progress, description="training F-200^2")
+    train(model, data, _RECIPE, progress=progress, description="training F-200^2")
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
 
 

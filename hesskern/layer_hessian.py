@@ -15,7 +15,7 @@ from hesskern import ops
 from hesskern.capture import Batch, Capture, batches, check_iterable
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
-from hesskern.operators import CurvatureOperator
+from hesskern.operators import CurvatureOperator, KroneckerOperator
 from hesskern.progress import Progress, reporter
 from hesskern.pruning import kept_samples, prune
 from hesskern.roots import (
@@ -105,6 +105,32 @@ class LayerHessian(CurvatureOperator):
             for chunk in chunks:
                 total += chunk.diagonal()
             return total / self.num_samples
+
+    def inner(self, K: KroneckerOperator) -> float:
+        """<H, K> = tr(H K) = 1/N sum_nc <R_nc, A R_nc B> with R_nc = sum_t s_nct x_nt^T; exact.
+
+        One pass over the samples, at the price of a few products with H.
+
+        Args:
+            K: A (x) B of the layer's shape (m, d), with as many groups.
+
+        Raises:
+            TypeError: K is not a KroneckerOperator.
+            ValueError: its shape, groups, dtype or device differ.
+        """
+        if not isinstance(K, KroneckerOperator):
+            raise TypeError(f"K must be a KroneckerOperator, got {type(K).__name__}")
+        if (K.layer_shape, K.groups) != (self.layer_shape, self.groups):
+            raise ValueError(
+                f"K must be of shape {self.layer_shape} with groups={self.groups}, got "
+                f"{K.layer_shape} with groups={K.groups}"
+            )
+        if K.dtype != self.dtype or K.device != self.device:
+            raise ValueError(
+                f"K must be {self.dtype} on {self.device}, got {K.dtype} on {K.device}"
+            )
+        with self._samples() as chunks:
+            return sum(chunk.inner(K) for chunk in chunks) / self.num_samples
 
     def contract_inputs(self, B: Tensor) -> Tensor:
         """sum_kl H_(ik)(jl) B_kl, [m, m], for a symmetric positive semi-definite B [d, d]."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -221,8 +221,9 @@ def layer_hessians(
         progress: True for a bar with the time left, or a callback.
 
     Returns:
-        {name: :class:`LayerHessian`}, in the model's order. Layers that are not supported or not
-        reached are left out unless asked for by name.
+        {name: :class:`LayerHessian`}, in the model's order. Layers that are not supported, not
+        reached, or whose input's first axis does not count the samples are left out unless asked
+        for by name.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as in :func:`hesskern.kronecker_factors`.
@@ -327,6 +328,8 @@ class _Rerun:
     shares: list[Tensor] | None = None
 
     def __post_init__(self) -> None:
+        # A layer that was fit before is not to be skipped in silence.
+        self.spec = replace(self.spec, required=True)
         self._versions = self._current()
 
     def _current(self) -> list[tuple[int, int]]:

@@ -27,7 +27,7 @@ from hesskern.roots import (
 
 __all__ = ["FactorAccumulator"]
 
-_STATE = ("count", "batches", "reasons", "generator", "settings", "layers")
+_STATE = ("count", "batches", "reasons", "unfit", "generator", "settings", "layers")
 
 
 @dataclass
@@ -135,6 +135,7 @@ class FactorAccumulator:
         self._generator = torch.Generator().manual_seed(seed)
         self._sums: dict[str, _Sums] = {}
         self._reasons: dict[str, str] = {}
+        self._unfit: dict[str, str] = {}
         self._count = 0.0
         self._batches = 0
 
@@ -155,7 +156,7 @@ class FactorAccumulator:
             ValueError: bad targets or weights, NaN or Inf; what was accumulated before stays.
         """
         element = (inputs, targets) if sample_weight is None else (inputs, targets, sample_weight)
-        with Capture(self._model, self._specs) as capture:
+        with Capture(self._model, self._specs, self._sums.keys()) as capture:
             for batch in batches([element], model_device(self._model)):
                 self._add(capture, batch)
 
@@ -168,17 +169,29 @@ class FactorAccumulator:
     ) -> None:
         """Adds every batch of ``data``, as :meth:`update` does.
 
+        A batch that fails ends it; the batches before it stay. With ``sample_weight``, whose
+        entries belong to the data as a whole, all of the data is added or nothing.
+
         Args:
             data: iterable of (inputs, targets) or (inputs, targets, weight [N]).
             sample_weight: [total samples] weights in the order of the data.
             progress: True for a bar with the time left, or a callback.
+
+        Raises:
+            ValueError: as :meth:`update`, or ``sample_weight`` has another length than the data.
         """
         report = reporter(progress)
-        with Capture(self._model, self._specs) as capture:
-            for batch in batches(
-                data, model_device(self._model), sample_weight, report, "Kronecker factors"
-            ):
-                self._add(capture, batch)
+        before = None if sample_weight is None else self.state_dict()
+        try:
+            with Capture(self._model, self._specs, self._sums.keys()) as capture:
+                for batch in batches(
+                    data, model_device(self._model), sample_weight, report, "Kronecker factors"
+                ):
+                    self._add(capture, batch)
+        except BaseException:
+            if before is not None:
+                self.load_state_dict(before)
+            raise
 
     def _add(self, capture: Capture, batch: Batch) -> None:
         """Adds one batch as a whole, or nothing at all if anything goes wrong."""
@@ -189,6 +202,7 @@ class FactorAccumulator:
             self._generator.set_state(state)
             raise
         self._commit(fresh, count)
+        self._unfit.update(capture.unfit)
         self._note({**self._reasons, **capture.reasons})
 
     def _sums_of(self, capture: Capture, batch: Batch) -> tuple[dict[str, _Sums], float]:
@@ -205,14 +219,15 @@ class FactorAccumulator:
         fresh = {
             name: self._batch_sums(spec, roots)
             for name, spec in self._specs.items()
-            if name in roots.uses
+            if name in roots.uses and name not in self._unfit
         }
         self._add_outputs(roots, fresh)
         return fresh, roots.count
 
     def _note(self, reasons: dict[str, str]) -> None:
         """Keeps the reasons of layers that no batch has reached."""
-        self._reasons = {n: reason for n, reason in reasons.items() if n not in self._sums}
+        merged = {**reasons, **self._unfit}
+        self._reasons = {n: reason for n, reason in merged.items() if n not in self._sums}
 
     def _batch_sums(self, spec: LayerSpec, roots: BatchRoots) -> _Sums:
         """The batch's input sums of one layer, and zeros for its output Hessian."""
@@ -381,7 +396,8 @@ class FactorAccumulator:
 
         Raises:
             TypeError: ``other`` is not a FactorAccumulator.
-            ValueError: its layers or settings differ.
+            ValueError: its layers or settings differ, or one of both skips a layer that the other
+                has; nothing is added then.
         """
         if not isinstance(other, FactorAccumulator):
             raise TypeError(f"other must be a FactorAccumulator, got {type(other).__name__}")
@@ -392,6 +408,12 @@ class FactorAccumulator:
             )
         if self._specs != other._specs:
             raise ValueError("other has other layers than this accumulator")
+        for one, another in ((self, other), (other, self)):
+            for name in one._sums.keys() & another._unfit.keys():
+                raise ValueError(
+                    f"other does not fit: layer {name!r} {another._unfit[name]} in one of both and "
+                    "has factors in the other (leave the layer out with layers=[...])"
+                )
         for name, sums in other._sums.items():
             if name not in self._sums:
                 self._sums[name] = sums.copy()
@@ -399,6 +421,7 @@ class FactorAccumulator:
                 self._sums[name].add(sums)
         self._count += other._count
         self._batches += other._batches
+        self._unfit = {**other._unfit, **self._unfit}
         self._note({**other._reasons, **self._reasons})
 
     def state_dict(self) -> dict[str, Any]:
@@ -407,6 +430,7 @@ class FactorAccumulator:
             "count": self._count,
             "batches": self._batches,
             "reasons": dict(self._reasons),
+            "unfit": dict(self._unfit),
             "generator": self._generator.get_state(),
             "settings": dict(self._settings),
             "layers": {name: vars(sums.copy()) for name, sums in self._sums.items()},
@@ -441,7 +465,7 @@ class FactorAccumulator:
         self._generator.set_state(state["generator"])
         self._sums = loaded
         self._count, self._batches = state["count"], state["batches"]
-        self._reasons = dict(state["reasons"])
+        self._reasons, self._unfit = dict(state["reasons"]), dict(state["unfit"])
 
 
 def _positions(spec: LayerSpec, use: LayerUse) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,7 +159,8 @@ def batches(
     Raises:
         TypeError: data is not iterable, or an element is not such a tuple; ``sample_weight`` is not
             a tensor.
-        ValueError: ``sample_weight`` has another length than the data.
+        ValueError: ``sample_weight`` has another length than the data; before the first batch where
+            the data is a list or tuple.
     """
     check_iterable(data)
     if sample_weight is not None and not isinstance(sample_weight, Tensor):
@@ -167,6 +168,10 @@ def batches(
     if sample_weight is not None and sample_weight.dim() != 1:
         raise ValueError(f"sample_weight must be [total samples], got {list(sample_weight.shape)}")
     total = _length(data)
+    if sample_weight is not None:
+        samples = _samples(data)
+        if samples is not None and samples != len(sample_weight):
+            raise _other_length(sample_weight, f"{samples} samples")
     offset = 0
     for index, element in enumerate(data):
         if not isinstance(element, (tuple, list)) or len(element) not in (2, 3):
@@ -186,16 +191,32 @@ def batches(
             weight = sample_weight[offset : offset + count].to(device)
             offset += count
             if len(weight) != count:
-                raise ValueError(
-                    f"sample_weight has {len(sample_weight)} entries but the data has more samples"
-                )
+                raise _other_length(sample_weight, "more samples")
         yield Batch(index, inputs, targets, weight)
         if progress is not None:
             progress(description, index + 1, total)
     if sample_weight is not None and offset != len(sample_weight):
-        raise ValueError(
-            f"sample_weight has {len(sample_weight)} entries but the data has {offset} samples"
-        )
+        raise _other_length(sample_weight, f"{offset} samples")
+
+
+def _other_length(sample_weight: Tensor, found: str) -> ValueError:
+    return ValueError(f"sample_weight has {len(sample_weight)} entries but the data has {found}")
+
+
+def _samples(data: Iterable[Any]) -> int | None:
+    """Number of samples in a list of batches; None where it is not known without iterating."""
+    if not isinstance(data, (list, tuple)):
+        return None
+    total = 0
+    for element in data:
+        if not isinstance(element, (tuple, list)) or not element:
+            return None
+        try:
+            total += _leading_size(element[0])
+        except (AttributeError, IndexError, TypeError):
+            # No batch at all: the pass over the data says so.
+            return None
+    return total
 
 
 def check_iterable(data: Any) -> None:
@@ -248,15 +269,20 @@ class Capture:
     Attributes:
         model: in eval mode and frozen inside the block.
         specs: the layers, by name.
+        kept: layers of which earlier captures have kept something.
         examine: whether every forward pass looks for layers whose Gauss-Newton block is not their
             Hessian.
         inexact: such layers, with the reason.
+        unfit: layers not asked for by name whose input's first axis does not count the samples,
+            with the reason; they are left out of ``forward``'s uses for good.
     """
 
     model: nn.Module
     specs: dict[str, LayerSpec]
+    kept: Collection[str] = ()
     examine: bool = False
     inexact: dict[str, str] = field(default_factory=dict)
+    unfit: dict[str, str] = field(default_factory=dict)
     _uses: dict[str, list[LayerUse]] = field(default_factory=dict)
     _reached: set[str] = field(default_factory=set)
     _without_gradients: set[str] = field(default_factory=set)
@@ -282,14 +308,15 @@ class Capture:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """Layers without curvature in any batch so far, with the reason."""
-        return {
+        """Layers without curvature in some batch (unfit) or in any so far, with the reason."""
+        reasons = {
             name: "runs under torch.no_grad() inside the model"
             if name in self._without_gradients
             else "was never reached in the forward pass"
             for name in self.specs
             if name not in self._reached
         }
+        return {**reasons, **self.unfit}
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, z: Tensor) -> Tensor | None:
@@ -311,10 +338,11 @@ class Capture:
         """Runs the model.
 
         Returns:
-            outputs [N, ...] and the uses of every layer that was reached.
+            outputs [N, ...] and the uses of every layer that was reached and is not unfit.
 
         Raises:
-            ValueError: a layer's first axis does not count the samples.
+            ValueError: the first axis of a layer's input does not count the samples, and the layer
+                is required or was fit before, or no layer's does.
         """
         weights = self._weights() if self.examine else {}
         reads = WeightReads(weights.values())
@@ -330,19 +358,34 @@ class Capture:
                 )
             self._copy = True
             outputs, uses = self._run(batch)
-        self._reached.update(uses)
+        self._check_samples(outputs, uses)
         if self.examine:
             self._examine(outputs, uses, weights, reads)
-        for name, layer in uses.items():
-            for use in layer:
-                axes = self.specs[name].spatial_axes
-                if use.x.dim() < 2 + axes or use.x.shape[0] != outputs.shape[0]:
-                    raise ValueError(
-                        f"layer {name!r} sees inputs {list(use.x.shape)} while the model returns "
-                        f"{outputs.shape[0]} samples; the first axis of a layer's input must count "
-                        "the samples (leave the layer out with layers=[...])"
-                    )
-        return outputs, uses
+        return outputs, {name: layer for name, layer in uses.items() if name not in self.unfit}
+
+    def _check_samples(self, outputs: Tensor, uses: dict[str, list[LayerUse]]) -> None:
+        """Finds layers whose input's first axis does not count the samples.
+
+        Where that is so of all layers, or of one that was fit before, the batch is at fault: to
+        skip the layer would lose what was accumulated for it.
+        """
+        found = {
+            name: f"sees inputs {list(use.x.shape)} while the model returns "
+            f"{outputs.shape[0]} samples"
+            for name, layer in uses.items()
+            for use in layer
+            if use.x.dim() < 2 + self.specs[name].spatial_axes or use.x.shape[0] != outputs.shape[0]
+        }
+        for name, text in found.items():
+            fit_before = name in self._reached or name in self.kept
+            if self.specs[name].required or fit_before or len(found) == len(uses):
+                raise ValueError(
+                    f"layer {name!r} {text}; the first axis of a layer's input must count the "
+                    "samples (leave the layer out with layers=[...])"
+                )
+        for name, text in found.items():
+            self.unfit.setdefault(name, f"{text}; its first axis does not count the samples")
+        self._reached.update(name for name in uses if name not in self.unfit)
 
     def _run(self, batch: Batch) -> tuple[Tensor, dict[str, list[LayerUse]]]:
         self._uses = {}

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save
@@ -19,10 +15,10 @@ from safetensors.torch import save
 from hesskern import __version__, build_info
 from hesskern.analysis import Analysis, Settings, analyze
 from hesskern.bench.command import bench
+from hesskern.command_line import command_line, running
 from hesskern.data import DATASETS
 from hesskern.digest import Digest, counted, listed
 from hesskern.models import KNOWN_MODELS
-from hesskern.progress import Progress, reporter
 from hesskern.report import write_report
 from hesskern.tables import layer_table
 from hesskern.training import RECIPES
@@ -31,48 +27,12 @@ from hesskern.wording import notes, subject, summary
 __all__ = ["hesskern"]
 
 _DEFAULT_MODELS = {"digits": "f64x2", "mnist": "f200x2", "cifar10": "lenet5"}
-_INTERRUPTED = 130
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="hesskern")
 def hesskern() -> None:
     """Curvature of neural-network layers: exact Hessians and their Kronecker form."""
-
-
-@contextmanager
-def _command(context: click.Context) -> Iterator[Progress]:
-    """Progress for a long command; wrong input and Ctrl-C end it with one line."""
-    report = reporter(True)
-    try:
-        yield report
-    except KeyboardInterrupt:
-        _close(report)
-        click.echo("Interrupted; no file was left half-written.", err=True)
-        context.exit(_INTERRUPTED)
-    except (ValueError, TypeError, NotImplementedError, OSError) as error:
-        _close(report)
-        raise click.ClickException(str(error)) from error
-
-
-def _close(report: Progress) -> None:
-    close = getattr(report, "close", None)
-    if close is not None:
-        close()
-
-
-def _command_line(context: click.Context) -> str:
-    """The command as it was typed, options in their declared order."""
-    words = context.command_path.split()
-    for parameter in context.command.params:
-        if not isinstance(parameter, click.Option) or parameter.name is None:
-            continue
-        if context.get_parameter_source(parameter.name) != ParameterSource.COMMANDLINE:
-            continue
-        value = context.params[parameter.name]
-        for item in value if parameter.multiple else (value,):
-            words += [parameter.opts[0]] if parameter.is_flag else [parameter.opts[0], str(item)]
-    return shlex.join(words)
 
 
 @hesskern.command("analyze")
@@ -162,9 +122,9 @@ def analyze_command(
         layers=tuple(part.strip() for part in layers.split(",")) if layers else None,
         **options,
     )
-    with _command(context) as progress:
+    with running(context) as progress:
         _check_writable(output)
-        analysis = analyze(settings, progress, _command_line(context))
+        analysis = analyze(settings, progress, command_line(context))
         paths = write_report(analysis.result, output, _weights(analysis))
     console = Console(stderr=as_json, highlight=False)
     _show(console, analysis.result)

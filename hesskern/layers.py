@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ class LayerSpec:
         groups: groups of a convolution, 1 otherwise.
         kernel_size, stride, dilation: per spatial axis; empty for linear layers.
         padding: zero padding per spatial axis.
+        required: whether the layer was asked for by name, so that it may not be skipped.
     """
 
     name: str
@@ -39,6 +40,7 @@ class LayerSpec:
     stride: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
+    required: bool = field(default=False, compare=False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -109,7 +111,8 @@ def select_layers(
             if next(module.parameters(recurse=False), None) is not None:
                 skipped[name] = reason
         elif chosen is None or name in chosen:
-            specs[name] = _specify(name, module, bias == "joint")
+            spec = _specify(name, module, bias == "joint")
+            specs[name] = replace(spec, required=chosen is not None)
     if not specs:
         raise ValueError(
             "model has no supported layer (Linear, Conv1d, Conv2d)"

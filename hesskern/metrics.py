@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hesskern.factors import LayerFactors
+from hesskern.norms import relative_frobenius, run_lanczos
 from hesskern.operators import CurvatureOperator
 
 __all__ = [
@@ -162,17 +163,6 @@ class DecouplingError:
     frobenius_error: float
 
 
-class _Difference:
-    """H - K as an operator."""
-
-    def __init__(self, H: CurvatureOperator, K: CurvatureOperator) -> None:
-        self._H, self._K = H, K
-        self.shape, self.dtype, self.device = H.shape, H.dtype, H.device
-
-    def __matmul__(self, vectors: Tensor) -> Tensor:
-        return self._H @ vectors - self._K @ vectors
-
-
 def decoupling_error(
     H: CurvatureOperator,
     K: CurvatureOperator,
@@ -183,9 +173,11 @@ def decoupling_error(
 ) -> DecouplingError:
     """Relative spectral and Frobenius error of the decoupling H ~ K = E[M] (x) E[x x^T].
 
-    Up to ``dense_below`` parameters both are exact. Above, the spectral norms come from Lanczos and
-    the Frobenius norms from ``probes`` random vectors outside a sketch of the range, which holds
-    most of the norm (Meyer et al. 2021, Hutch++, applied to the square).
+    Up to ``dense_below`` parameters both are exact. Above, the spectral norms come from Lanczos.
+    The Frobenius norms of a layer's Hessian and a Kronecker product follow from their exact inner
+    product and ‖H - beta K‖_F with beta = <H, K> / ‖K‖², which alone is estimated; for other
+    operators both norms are. ``probes`` random vectors outside the Krylov space are the estimate
+    (in the manner of Hutch++, Meyer et al. 2021, applied to the square).
 
     Args:
         H, K: [P, P] operators of one dtype on one device.
@@ -216,57 +208,8 @@ def decoupling_error(
             float(difference.norm() / dense.norm()),
             0.0,
         )
-    norm = _spectral_norm(H, seed)
-    if norm == 0:
+    whole, gap = run_lanczos(H, K, seed)
+    if whole.norm == 0:
         raise ValueError("H is zero, so a relative error is not defined")
-    gap = _Difference(H, K)
-    spectral = _spectral_norm(gap, seed) / norm
-    top, top_error = _squared_frobenius(gap, probes, seed)
-    bottom, bottom_error = _squared_frobenius(H, probes, seed)
-    frobenius = (top / bottom) ** 0.5
-    relative = ((top_error / top) ** 2 + (bottom_error / bottom) ** 2) ** 0.5 if top > 0 else 0.0
-    return DecouplingError(spectral, frobenius, 0.5 * frobenius * relative)
-
-
-def _spectral_norm(H: CurvatureOperator | _Difference, seed: int) -> float:
-    """‖H‖_2 to about 1e-3: Lanczos until the largest absolute Ritz value stands still.
-
-    A norm needs no gap and no multiplicity, so this takes far fewer products than an eigenpair.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    vector = torch.randn(H.shape[0], generator=generator, dtype=torch.float64)
-    vector = (vector / vector.norm()).to(H.dtype).to(H.device)
-    basis = vector.unsqueeze(0)
-    columns: list[Tensor] = []
-    estimate = 0.0
-    for step in range(1, min(60, H.shape[0]) + 1):
-        product = H @ basis[-1]
-        columns.append(product)
-        rayleigh = (basis @ torch.stack(columns, 1)).double()
-        values = torch.linalg.eigvalsh((rayleigh + rayleigh.T) / 2)
-        previous, estimate = estimate, float(values.abs().max())
-        for _ in range(2):
-            product = product - basis.T @ (basis @ product)
-        rest = float(product.norm())
-        if rest <= 1e-6 * estimate or (step > 5 and estimate - previous <= 1e-4 * estimate):
-            break
-        basis = torch.cat([basis, (product / rest).unsqueeze(0)])
-    return estimate
-
-
-def _squared_frobenius(
-    H: CurvatureOperator | _Difference, probes: int, seed: int
-) -> tuple[float, float]:
-    """Estimate of ‖H‖_F² and its standard error."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw() -> Tensor:
-        noise = torch.randn(H.shape[0], probes, generator=generator, dtype=torch.float64)
-        return noise.to(H.dtype).to(H.device)
-
-    basis = torch.linalg.qr(H @ draw()).Q
-    inside = float((H @ basis).double().square().sum())
-    rest = draw()
-    rest = rest - basis @ (basis.T @ rest)
-    outside = (H @ rest).double().square().sum(0)
-    return inside + float(outside.mean()), float(outside.std() / probes**0.5)
+    frobenius = relative_frobenius(H, K, whole, gap, probes, seed)
+    return DecouplingError(gap.norm / whole.norm, *frobenius)

@@ -171,6 +171,15 @@ class KroneckerOperator(CurvatureOperator):
             )
         )
 
+    def squared_norm(self) -> float:
+        """‖A (x) B‖_F² = ‖A‖_F² ‖B‖_F², summed over groups."""
+        return float(
+            sum(
+                a.double().square().sum() * b.double().square().sum()
+                for a, b in zip(self._left, self._right, strict=True)
+            )
+        )
+
     def diagonal(self) -> Tensor:
         return torch.cat(
             [

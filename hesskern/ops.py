@@ -233,13 +233,67 @@ def grouped_kron_eigen_matmul(
 
 
 def to_eigenbasis(U: Tensor, V: Tensor, X: Tensor) -> Tensor:
-    """``U^T X V``: coordinates of X [m, d] or [k, m, d] in the basis U [m, r], V [d, q]."""
+    """``U^T X V``: coordinates in the basis U (x) V. Differentiable.
+
+    Args:
+        U: [m, r], orthonormal columns.
+        V: [d, q], orthonormal columns.
+        X: [m, d] or [k, m, d]; all of one floating dtype.
+
+    Returns:
+        [r, q] or [k, r, q].
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the argument.
+    """
+    _check_bases("to_eigenbasis", U, V, "X", X, ("m", "d"), axis=0)
     return kron_matmul(U.t(), V.t(), X)
 
 
 def from_eigenbasis(U: Tensor, V: Tensor, Y: Tensor) -> Tensor:
-    """``U Y V^T``: back from coordinates Y [r, q] or [k, r, q] in the basis U [m, r], V [d, q]."""
+    """``U Y V^T``: back from coordinates in the basis U (x) V. Differentiable.
+
+    Args:
+        U: [m, r], orthonormal columns.
+        V: [d, q], orthonormal columns.
+        Y: [r, q] or [k, r, q]; all of one floating dtype.
+
+    Returns:
+        [m, d] or [k, m, d].
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the argument.
+    """
+    _check_bases("from_eigenbasis", U, V, "Y", Y, ("r", "q"), axis=1)
     return kron_matmul(U, V, Y)
+
+
+def _check_bases(
+    op: str, U: Tensor, V: Tensor, name: str, X: Tensor, sizes: tuple[str, str], axis: int
+) -> None:
+    """Errors in the names of U, V and X rather than in those of the product behind them."""
+    if U.dim() != 2:
+        raise ValueError(f"{op}: U must be [m, r], got {list(U.shape)}")
+    if V.dim() != 2:
+        raise ValueError(f"{op}: V must be [d, q], got {list(V.shape)}")
+    first, second = sizes
+    if X.dim() not in (2, 3):
+        raise ValueError(
+            f"{op}: {name} must be [{first}, {second}] or [k, {first}, {second}], "
+            f"got {list(X.shape)}"
+        )
+    expected = (U.shape[axis], V.shape[axis])
+    if tuple(X.shape[-2:]) != expected:
+        raise ValueError(
+            f"{op}: {name} must end in [{first}, {second}] = {list(expected)} for "
+            f"U {list(U.shape)} and V {list(V.shape)}, got {list(X.shape)}"
+        )
+    if not X.is_floating_point():
+        raise ValueError(f"{op}: {name} must be a floating-point tensor, got {X.dtype}")
+    for basis, tensor in (("U", U), ("V", V)):
+        if tensor.dtype != X.dtype:
+            raise ValueError(f"{op}: {basis} is {tensor.dtype} but {name} is {X.dtype}")
+    _check_devices(op, **{"U": U, "V": V, name: X})
 
 
 def layer_hessian_matmul(x: Tensor, s: Tensor, V: Tensor, alpha: float = 1.0) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hesskern.layers import LayerSpec
+from hesskern.operators import KroneckerOperator
 from hesskern.reference import unfold
 from hesskern.roots import BatchRoots, accumulator_dtype, positions_last
 
@@ -16,6 +17,9 @@ __all__ = ["SampleRows", "join", "layer_rows"]
 
 # Samples are joined up to this many bytes, so that a product runs over few large pieces.
 _JOINED_BYTES = 2**28
+
+# Samples go into an inner product in parts of about this many bytes.
+_INNER_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,39 @@ class SampleRows:
             else:
                 rows = torch.matmul(s.flatten(1, 2), x.transpose(1, 2))
             yield rows.reshape(-1, m * d)
+
+    def inner(self, K: KroneckerOperator) -> float:
+        """tr(R^T R K) = sum_nc <R_nc, A R_nc B>.
+
+        Without positions this is sum_n (sum_c s_nc^T A s_nc) (x_n^T B x_n). With them it is
+        sum_n <sum_c S_nc^T A S_nc, X_n^T B X_n>, both [t, t], or computed from the rows R_nc [m, d]
+        themselves, whichever takes fewer multiplications.
+        """
+        if self.stored or self._rows_are_cheaper():
+            return sum(
+                float((rows * (K @ rows.T).T).sum(dtype=torch.float64))
+                for rows in self.dense_rows()
+            )
+        total = 0.0
+        step = max(1, _INNER_BYTES * len(self.x) // max(1, self.nbytes))
+        for start in range(0, len(self.x), step):
+            x, s = self.x[start : start + step], self.s[start : start + step]
+            if x.dim() == 2:
+                inputs = ((x @ K.B) * x).sum(1, dtype=torch.float64)
+                outputs = ((s @ K.A) * s).sum((1, 2), dtype=torch.float64)
+            else:
+                inputs = torch.matmul(x.transpose(1, 2), torch.matmul(K.B, x))
+                images = torch.matmul(K.A, s).flatten(1, 2)
+                outputs = torch.matmul(s.flatten(1, 2).transpose(1, 2), images)
+            total += float((inputs * outputs).sum(dtype=torch.float64))
+        return total
+
+    def _rows_are_cheaper(self) -> bool:
+        """Whether :meth:`inner` multiplies less by R_nc than by the positions' Gram matrices."""
+        if self.x.dim() == 2:
+            return False
+        (c, m, t), d = self.s.shape[1:], self.x.shape[1]
+        return c * m * d * (t + m + d) < t * (d * d + t * d + c * m * (m + t))
 
     def contracted_rows(
         self, root: Tensor, side: int, layer_shape: tuple[int, int]

@@ -707,3 +707,142 @@ def test_a_graph_that_the_caller_holds_survives() -> None:
     loss.backward()
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         assert torch.equal(parameter.grad, gradient)
+
+
+# Layers whose inputs do not count the samples
+
+
+class Positional(nn.Module):
+    """``b(relu(a(x)) + p(table))``: p sees the 4 rows of a table, whatever the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.p, self.b = nn.Linear(3, 5), nn.Linear(2, 5), nn.Linear(5, 3)
+        self.register_buffer("table", torch.zeros(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)) + self.p(self.table).mean(0))
+
+
+def positional(*sizes: int) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    data = [(randn(n, 3, seed=i), classes(n, c=3, seed=i)) for i, n in enumerate(sizes)]
+    return seeded(Positional()), data
+
+
+# A batch of 4 looks as if it was counted by p's table; what is skipped stays so.
+@pytest.mark.parametrize("sizes", [(6, 5), (6, 4), (6, 4, 5)])
+def test_layers_that_do_not_count_samples_are_skipped(sizes: tuple[int, ...]) -> None:
+    model, data = positional(*sizes)
+    found = hk.kronecker_factors(model, data, CE)
+    hessians = hk.layer_hessians(model, data, CE)
+    assert list(found) == list(hessians) == ["a", "b"]
+    assert "sees inputs [4, 2] while the model returns 6 samples" in found.skipped["p"]
+    expected = hk.kronecker_factors(model, data, CE, layers=["a", "b"])
+    assert_same(found, hk.Factors(dict(expected), expected.num_samples, {}, {}))
+    for function in (hk.kronecker_factors, hk.layer_hessians):
+        with pytest.raises(ValueError, match=r"layer 'p' sees inputs \[4, 2\]"):
+            function(model, data, CE, layers=["a", "p"])
+
+
+@pytest.mark.parametrize("budget", [0, 2**30])
+def test_hessians_beside_a_skipped_layer(budget: int) -> None:
+    model, data = positional(6, 5)
+    found = hk.layer_hessians(model, data, CE, memory_budget=budget)
+    expected = hk.layer_hessians(model, data, CE, layers=["a", "b"])
+    for name, H in expected.items():
+        assert relative_error(found[name].to_dense(), H.to_dense()) <= 1e-13
+
+
+def test_skipped_layers_stay_skipped_in_a_stream() -> None:
+    model, data = positional(6, 4)
+    acc = hk.FactorAccumulator(model, CE)
+    acc.update(*data[0])
+    resumed = hk.FactorAccumulator(model, CE)
+    resumed.load_state_dict(acc.state_dict())
+    merged = hk.FactorAccumulator(model, CE)
+    merged.merge(acc)
+    for stream in (acc, resumed, merged):
+        stream.update(*data[1])
+        assert list(stream.factors()) == ["a", "b"]
+        assert "[4, 2]" in stream.factors().skipped["p"]
+        assert stream.num_samples == 10
+
+
+@pytest.mark.parametrize("way", ["update", "consume"])
+def test_a_layer_that_has_sums_is_not_skipped(way: str) -> None:
+    """It would be lost: the batch is refused, and everything before it stays."""
+    model, data = positional(4, 6)
+    acc = hk.FactorAccumulator(model, CE)
+    acc.update(*data[0])
+    before = acc.factors()
+    assert list(before) == ["a", "p", "b"]
+    with pytest.raises(ValueError, match=r"layer 'p' sees inputs \[4, 2\]"):
+        acc.update(*data[1]) if way == "update" else acc.consume(data[1:])
+    assert_same(acc.factors(), before)
+    other = hk.FactorAccumulator(model, CE)
+    other.update(*data[1])
+    for one, another in ((acc, other), (other, acc)):
+        state = one.factors()
+        with pytest.raises(ValueError, match="other does not fit: layer 'p' sees inputs"):
+            one.merge(another)
+        assert_same(one.factors(), state)
+    with pytest.raises(ValueError, match=r"layer 'p' sees inputs \[4, 2\]"):
+        hk.kronecker_factors(model, data, CE)
+    with pytest.raises(ValueError, match=r"layer 'p' sees inputs \[4, 2\]"):
+        hk.layer_hessians(model, data, CE)
+
+
+def test_a_batch_that_fits_no_layer_is_refused() -> None:
+    model, data = positional(5)
+    acc = hk.FactorAccumulator(model, CE)
+    with pytest.raises(ValueError, match=r"layer 'a' sees inputs \[3\]"):
+        acc.update(data[0][0][0], data[0][1][0])
+    acc.update(*data[0])
+    assert list(acc.factors()) == ["a", "b"]
+
+
+# Weights that do not fit the data
+
+
+@pytest.mark.parametrize("length", [0, 1, 10, 12, 40])
+@pytest.mark.parametrize("kind", ["list", "loader", "generator"])
+def test_weights_of_another_length_add_nothing(kind: str, length: int) -> None:
+    model, data = seeded(nn.Linear(3, 3)), [(randn(n, 3), classes(n, c=3)) for n in (4, 5, 2)]
+    make = {
+        "list": lambda: data,
+        "loader": lambda: torch.utils.data.DataLoader(data, batch_size=None),
+        "generator": lambda: iter(data),
+    }[kind]
+    acc = hk.FactorAccumulator(model, CE, output="mc")
+    acc.update(*data[0])
+    before, state = acc.factors(), acc.state_dict()
+    with pytest.raises(ValueError, match=f"sample_weight has {length} entries but the data has"):
+        acc.consume(make(), sample_weight=torch.ones(length))
+    assert_same(acc.factors(), before)
+    assert acc.state_dict()["batches"] == 1
+    assert torch.equal(acc.state_dict()["generator"], state["generator"])
+    acc.consume(make(), sample_weight=torch.full((11,), 2.0))
+    assert acc.num_samples == 4 + 22
+
+
+def test_weights_of_another_length_are_found_before_the_first_batch() -> None:
+    calls: list[int] = []
+    model = seeded(nn.Linear(3, 3))
+    model.register_forward_hook(lambda *_: calls.append(1))
+    data = [((randn(4, 3),), classes(4, c=3)), ({"input": randn(5, 3)}, classes(5, c=3))]
+    for function in (hk.kronecker_factors, hk.layer_hessians):
+        with pytest.raises(ValueError, match="sample_weight has 8 entries but the data has 9"):
+            function(model, data, CE, sample_weight=torch.ones(8))
+    assert calls == []
+    hk.kronecker_factors(model, data, CE, sample_weight=torch.ones(9))
+    assert len(calls) == 2
+
+
+def test_consume_keeps_the_batches_before_a_bad_one_unless_weights_are_given() -> None:
+    model, good, bad = seeded(nn.Linear(3, 3)), randn(4, 3), torch.full((4, 3), torch.nan).double()
+    data = [(good, classes(4, c=3)), (bad, classes(4, c=3))]
+    for weight, count in ((None, 4), (torch.ones(8), 0)):
+        acc = hk.FactorAccumulator(model, CE)
+        with pytest.raises(ValueError, match="NaN or Inf in batch 1"):
+            acc.consume(data, sample_weight=weight)
+        assert acc.num_samples == count

@@ -236,7 +236,7 @@ ARGUMENTS: dict[str, Case] = {
         BOTH,
         {"sample_weight": torch.ones(5)},
         ValueError,
-        "sample_weight has 5 entries but the data has more samples",
+        "sample_weight has 5 entries but the data has 6 samples",
     ),
     "sample_weight: long": (
         BOTH,

@@ -117,6 +117,48 @@ def test_layer_hessian_positions(
     check_layer_hessian(x, s, vectors(k, m, d, dtype))
 
 
+# Around the lanes of every instruction set's vectors, one to four of them.
+LANES = (7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", LANES)
+def test_layer_hessian_around_lanes(size: int, dtype: torch.dtype) -> None:
+    for m, d, k in ((size, 5, None), (3, size, None), (1, size, 2), (size, size, 2)):
+        x, s = random((11, d), dtype, 1), random((11, 3, m), dtype, 2)
+        check_layer_hessian(x, s, vectors(k, m, d, dtype))
+    for m, d, t in ((size, 6, 4), (4, size, 6), (6, 4, size)):
+        x, s = random((5, d, t), dtype, 1), random((5, 3, m, t), dtype, 2)
+        for k in (None, 9):
+            check_layer_hessian(x, s, vectors(k, m, d, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", LANES)
+def test_accumulation_around_lanes(size: int, dtype: torch.dtype) -> None:
+    for n, c, m, t in ((9, 4, size, None), (size, 3, 6, None), (5, 3, 6, size), (5, size, 6, None)):
+        jacobian = random((n, c, m) if t is None else (n, c, m, t), dtype, 1)
+        p = softmax((n, c), dtype, 2)
+        acc = Accumulator((m, m), dtype)
+        ops.output_hessian_(acc.tensor, jacobian, p, 0.25)
+        acc.check(reference.output_hessian(jacobian.double(), p.double(), 0.25))
+    for n, d in ((9, size), (size, 6)):
+        x = random((n, d), dtype, 1)
+        acc = Accumulator((d, d), dtype)
+        ops.input_covariance_(acc.tensor, x, 0.25)
+        acc.check(reference.input_covariance(x.double(), 0.25))
+
+
+# d = 1 has a way of its own.
+@pytest.mark.parametrize("shape", [(300, 4, 5, 700), (300, 1, 5, 700), (40, 6, 5, 700, 9)])
+def test_layer_hessian_copies_roots_in_parts(shape: tuple[int, ...]) -> None:
+    """s without contiguous runs, above what is copied at a time."""
+    n, d, c, m, *t = shape
+    x = random((n, d, *t), torch.float32, 1)
+    s = arrange(random((n, c, m, *t), torch.float32, 2), "column_major")
+    check_layer_hessian(x, s, vectors(2, m, d, torch.float32))
+
+
 # N, c, m, t
 OUTPUTS = {
     "private sums, panel not full": (30, 10, 7, None),

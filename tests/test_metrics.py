@@ -232,6 +232,46 @@ def test_decoupling_error(name: str, layer: str, bias: str) -> None:
     assert hk.decoupling_error(H, K, dense_below=0) == free
 
 
+@pytest.mark.parametrize("double_backward", [False, True])
+def test_as_many_probes_as_parameters_are_exact(double_backward: bool) -> None:
+    H, K = pair("relu", "0")
+    exact = hk.decoupling_error(H, K)
+    case = CASES["relu"]
+    R = hk.AutogradHessian(case.model(), case.data(), CE, params="0.weight")
+    free = hk.decoupling_error(R if double_backward else H, K, probes=H.shape[0], dense_below=0)
+    assert free.frobenius == pytest.approx(exact.frobenius, rel=1e-9)
+    assert free.frobenius_error == 0.0
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 10.0])
+def test_decoupling_error_of_a_scaled_product(scale: float) -> None:
+    """K far from H, and K = 0: the projection on K holds for any size of it."""
+    H, K = pair("conv stride", "5")
+    K = hk.KroneckerOperator(scale * K.A, K.B)
+    exact = hk.decoupling_error(H, K)
+    free = hk.decoupling_error(H, K, dense_below=0)
+    assert free.spectral == pytest.approx(exact.spectral, rel=1e-2)
+    assert abs(free.frobenius - exact.frobenius) <= 5 * free.frobenius_error + 1e-10
+    if scale == 0:
+        assert free.frobenius == 1.0
+
+
+def test_a_tiny_distance_does_not_cancel() -> None:
+    """One sample more than K knows of: the distance, 1e-6 of H, keeps its digits."""
+    case = CASES["prelu and relu6"]
+    model = case.model()
+    x, y = case.inputs(2, 1), classes(2, c=3)
+    weight = torch.tensor([1.0, 1e-6]).double()
+    H = hk.layer_hessians(model, [(x, y, weight)], CE)["0"]
+    K = hk.kronecker_factors(model, [(x[:1], y[:1])], CE, layers=["0"])["0"].operator()
+    exact, free = (hk.decoupling_error(H, K, dense_below=limit) for limit in (2048, 0))
+    assert 1e-8 < exact.frobenius < 1e-4
+    assert (
+        abs(free.frobenius - exact.frobenius) <= 5 * free.frobenius_error + 1e-6 * exact.frobenius
+    )
+    assert free.frobenius_error < exact.frobenius
+
+
 def test_frobenius_estimate_and_its_standard_error_are_honest() -> None:
     # Few probes, so that part of the norm lies outside the sketch of the range.
     H, K = pair("conv stride", "5")
@@ -271,8 +311,8 @@ def test_decoupling_error_of_hessians_by_double_backward() -> None:
     H, K = pair("relu", "2")
     R = hk.AutogradHessian(model, data, CE, params="2.weight")
     for dense_below in (2048, 0):
-        ours = hk.decoupling_error(H, K, dense_below=dense_below)
-        theirs = hk.decoupling_error(R, K, dense_below=dense_below)
+        ours = hk.decoupling_error(H, K, probes=H.shape[0], dense_below=dense_below)
+        theirs = hk.decoupling_error(R, K, probes=H.shape[0], dense_below=dense_below)
         assert theirs.spectral == pytest.approx(ours.spectral, rel=1e-6)
         assert theirs.frobenius == pytest.approx(ours.frobenius, rel=1e-6)
 

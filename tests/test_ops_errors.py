@@ -331,6 +331,51 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     "s dtype": (layer(X54, f64(5, 2, 3), V34), ["x is Float", "s is Double"]),
     "V of float64": (layer(X54, f32(5, 2, 3), V34.double()), ["x is Float", "V is Double"]),
+    # to_eigenbasis, from_eigenbasis: U [4, 3], V [5, 2], X [4, 5], Y [3, 2]
+    "basis U axes": (
+        lambda: ops.to_eigenbasis(f32(1, 4, 3), f32(5, 2), f32(4, 5)),
+        ["to_eigenbasis: U must be [m, r], got [1, 4, 3]"],
+    ),
+    "basis V axes": (
+        lambda: ops.from_eigenbasis(f32(4, 3), f32(5), f32(3, 2)),
+        ["from_eigenbasis: V must be [d, q], got [5]"],
+    ),
+    "X axes in a basis": (
+        lambda: ops.to_eigenbasis(f32(4, 3), f32(5, 2), f32(4)),
+        ["to_eigenbasis: X must be [m, d] or [k, m, d], got [4]"],
+    ),
+    "Y axes": (
+        lambda: ops.from_eigenbasis(f32(4, 3), f32(5, 2), f32(1, 1, 3, 2)),
+        ["from_eigenbasis: Y must be [r, q] or [k, r, q], got [1, 1, 3, 2]"],
+    ),
+    "X sizes in a basis": (
+        lambda: ops.to_eigenbasis(f32(4, 3), f32(5, 2), f32(6, 3, 2)),
+        ["X must end in [m, d] = [4, 5] for U [4, 3] and V [5, 2], got [6, 3, 2]"],
+    ),
+    "Y sizes": (
+        lambda: ops.from_eigenbasis(f32(4, 3), f32(5, 2), f32(4, 5)),
+        ["Y must end in [r, q] = [3, 2] for U [4, 3] and V [5, 2], got [4, 5]"],
+    ),
+    "basis U dtype": (
+        lambda: ops.to_eigenbasis(f64(4, 3), f32(5, 2), f32(4, 5)),
+        ["to_eigenbasis: U is torch.float64 but X is torch.float32"],
+    ),
+    "basis V dtype": (
+        lambda: ops.from_eigenbasis(f32(4, 3), f64(5, 2), f32(3, 2)),
+        ["from_eigenbasis: V is torch.float64 but Y is torch.float32"],
+    ),
+    "basis of integers": (
+        lambda: ops.to_eigenbasis(*(f32(2, 2).long() for _ in range(3))),
+        ["to_eigenbasis: X must be a floating-point tensor, got torch.int64"],
+    ),
+    "basis device": (
+        lambda: ops.to_eigenbasis(f32(4, 3), f32(5, 2).to("meta"), f32(4, 5)),
+        ["to_eigenbasis: U is on cpu but V is on meta"],
+    ),
+    "Y device": (
+        lambda: ops.from_eigenbasis(f32(4, 3), f32(5, 2), f32(3, 2).to("meta")),
+        ["from_eigenbasis: U is on cpu but Y is on meta"],
+    ),
     "layer device": (
         layer(X54, f32(5, 2, 3), V34.to("meta")),
         ["layer_hessian_matmul", "x is on cpu", "V is on meta"],

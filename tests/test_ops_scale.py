@@ -132,6 +132,26 @@ class TestBeyondInt32:
         acc = call(torch.zeros(1, 1), torch.ones(()).expand(shape))
         assert_near(acc, torch.full((1, 1), float(MANY)))
 
+    @pytest.mark.parametrize(
+        ("x", "s"), [((2**28 + 1, 8), (2**28 + 1, 1, 1)), ((1, 2), (1, 2**28 + 1, 8))]
+    )
+    def test_long_products(self, x: tuple[int, ...], s: tuple[int, ...]) -> None:
+        """More elements than int32 counts, from rows that are all the same one."""
+        # float64: a float32 sum of so many equal terms drifts.
+        row, root = random((1, x[1]), F64), random((1, 1, s[2]), F64, 1)
+        V = random((s[2], x[1]), F64, 2)
+        result = ops.layer_hessian_matmul(row.expand(x), root.expand(s), V)
+        one = reference.layer_hessian_matmul(row, root, V)
+        assert_near(result, (2**28 + 1) * one, tolerance=1e-7)
+
+    def test_long_weighted_sum(self) -> None:
+        count = 2**24 + 1
+        jacobian, p = f32(1, 2, 64), softmax((1, 2), F32)
+        acc = torch.zeros(64, 64)
+        ops.output_hessian_(acc, jacobian.expand(count, 2, 64), p.expand(count, 2))
+        expected = count * reference.output_hessian(jacobian.double(), p.double())
+        assert_near(ops.mirror_(acc), expected, tolerance=1e-4)
+
     def test_strides(self, sparse: Callable[..., Tensor]) -> None:
         """Rows of inputs and of accumulators more than 2^31 elements apart."""
         x, before = f32(3, 2), f32(2, 2, seed=1)

@@ -20,6 +20,8 @@ namespace {
 constexpr int64_t kMaxColumns = 2048;
 // Elements that all threads' sums may have together.
 constexpr int64_t kSumElements = int64_t{1} << 28;
+// Elements of s that are copied at a time where its rows are not contiguous.
+constexpr int64_t kCopyElements = int64_t{1} << 20;
 // Multiply-adds below which another thread does not pay.
 constexpr int64_t kThreadWork = 1 << 17;
 
@@ -133,15 +135,33 @@ void run(T* out, const at::Tensor& x, const at::Tensor& s, const at::Tensor& V, 
   }
 }
 
+// Whether s [N, c, m] or [N, c, m, t] must be copied; with whole rows it is used as [N c, m].
+bool needs_copy(const at::Tensor& s, bool whole_rows) {
+  if (!whole_rows) return !has_runs(s);
+  const bool joins = s.size(0) == 1 || s.size(1) == 1 || s.stride(0) == s.size(1) * s.stride(1);
+  return !joins || !(s.size(2) == 1 || s.stride(2) == 1);
+}
+
 // x [N, d] or [N, d, t], s [N, c, m] or [N, c, m, t], V [m, d] or [k, m, d]
 at::Tensor layer_hessian_matmul(const at::Tensor& x, const at::Tensor& s, const at::Tensor& V,
                                 double alpha) {
   check_layer_hessian_matmul(x, s, V);
   if (s.numel() == 0 || x.numel() == 0 || V.numel() == 0) return at::zeros(V.sizes(), V.options());
   const int64_t n = x.size(0), c = s.size(1), m = s.size(2), d = x.size(1);
+  const bool whole_rows = x.dim() == 2 && d == 1;
+  const int64_t part = std::max<int64_t>(1, kCopyElements / (s.numel() / n));
+  if (part < n && needs_copy(s, whole_rows)) {
+    const at::Tensor total = at::zeros(V.sizes(), V.options());
+    for (int64_t first = 0; first < n; first += part) {
+      const int64_t count = std::min(part, n - first);
+      const at::Tensor copy = s.narrow(0, first, count).contiguous();
+      total.add_(layer_hessian_matmul(x.narrow(0, first, count), copy, V, alpha));
+    }
+    return total;
+  }
   const at::Tensor out = at::empty(V.sizes(), V.options());
   at::Tensor rows = x, roots = s, vectors = V.reshape({-1, d}).contiguous();
-  if (x.dim() == 2 && d == 1) {
+  if (whole_rows) {
     // s holds whole rows of the Jacobian: the same product with s in the place of
     // x and the scale of each row in the place of s.
     rows = s.reshape({n * c, m});

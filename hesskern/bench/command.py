@@ -19,6 +19,7 @@ from hesskern.bench.results import Group
 from hesskern.bench.runner import run_problem
 from hesskern.bench.settings import Settings
 from hesskern.bench.suites import SUITES, sum_over
+from hesskern.command_line import command_line, running
 from hesskern.progress import Progress
 
 __all__ = ["bench", "run_suites"]
@@ -75,16 +76,13 @@ def bench(
     status 1. Without SUITE all of them run, which takes about half an hour; eigen is the longest.
     Packages that are not installed are left out.
     """
-    # commands.py registers this command, so it can be imported only when it runs.
-    from hesskern.commands import _command, _command_line
-
     settings = Settings(threads=threads or 0, memory=not no_memory, **options)
     to_stdout = json_file is not None and str(json_file) == "-"
     console = Console(stderr=to_stdout, highlight=False)
     if not console.is_terminal:
         # A file or a pipe has no width; rich would take 80.
         console.width = 160
-    with _command(context) as progress:
+    with running(context) as progress:
         machine = facts(settings.threads)
         names = list(dict.fromkeys(suites)) or list(SUITES)
         groups = run_suites(names, settings, progress, console)
@@ -93,7 +91,7 @@ def bench(
             groups,
             machine,
             plain,
-            " ".join([_command_line(context), *suites]),
+            " ".join([command_line(context), *suites]),
             datetime.date.today().isoformat(),
         )
         if output is not None:

@@ -1,0 +1,51 @@
+"""What every long subcommand of ``hesskern`` shares: its progress, its errors, its own words."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+from click.core import ParameterSource
+
+from hesskern.progress import Progress, reporter
+
+__all__ = ["command_line", "running"]
+
+_INTERRUPTED = 130
+
+
+@contextmanager
+def running(context: click.Context) -> Iterator[Progress]:
+    """Progress for a long command; wrong input and Ctrl-C end it with one line."""
+    report = reporter(True)
+    try:
+        yield report
+    except KeyboardInterrupt:
+        _close(report)
+        click.echo("Interrupted; no file was left half-written.", err=True)
+        context.exit(_INTERRUPTED)
+    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+        _close(report)
+        raise click.ClickException(str(error)) from error
+
+
+def _close(report: Progress) -> None:
+    close = getattr(report, "close", None)
+    if close is not None:
+        close()
+
+
+def command_line(context: click.Context) -> str:
+    """The command as it was typed, options in their declared order."""
+    words = context.command_path.split()
+    for parameter in context.command.params:
+        if not isinstance(parameter, click.Option) or parameter.name is None:
+            continue
+        if context.get_parameter_source(parameter.name) != ParameterSource.COMMANDLINE:
+            continue
+        value = context.params[parameter.name]
+        for item in value if parameter.multiple else (value,):
+            words += [parameter.opts[0]] if parameter.is_flag else [parameter.opts[0], str(item)]
+    return shlex.join(words)

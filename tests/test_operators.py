@@ -345,7 +345,7 @@ def test_autograd_hessian_with_weights() -> None:
     ):
         assert relative_error(R.to_dense(), expected) <= 1e-10
     for bad, message in (
-        (torch.ones(6), "6 entries but the data has more samples"),
+        (torch.ones(6), "6 entries but the data has 7 samples"),
         (torch.ones(8), "8 entries but the data has 7 samples"),
         (-torch.ones(7), "sample_weight must be finite and non-negative, got -1"),
         (torch.full((7,), torch.nan), "sample_weight must be finite and non-negative, got nan"),

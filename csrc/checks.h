@@ -240,77 +240,79 @@ inline void check_layer_hessian_matmul(const at::Tensor& x, const at::Tensor& s,
   check_same(op, "x", x, "V", V);
 }
 
-// factor [N, H, W, C] for gradients of dtype and device of grad
-inline void check_factor(const char* op, const at::Tensor& grad,
-                         const std::optional<at::Tensor>& factor, at::IntArrayRef input_size,
-                         int64_t channels) {
+// factor [N, H, W, C], or none, for gradients out [N, H, W, r, C]
+inline void check_factor(const char* op, const at::Tensor& out,
+                         const std::optional<at::Tensor>& factor) {
   if (!factor.has_value()) return;
-  const std::vector<int64_t> expected{grad.size(0), input_size[0], input_size[1], channels};
+  const std::vector<int64_t> expected{out.size(0), out.size(1), out.size(2), out.size(4)};
   TORCH_CHECK_VALUE(factor->sizes() == at::IntArrayRef(expected), op,
                     ": factor must be [N, H, W, C] = ", at::IntArrayRef(expected), ", got ",
                     factor->sizes());
-  check_same(op, "grad", grad, "factor", *factor);
+  check_same(op, "out", out, "factor", *factor);
 }
 
-// grad [N, Ho, Wo, r, m], weight [m, C / g, kh, kw], factor [N, H, W, C]
-inline void check_conv_input_gradient(const at::Tensor& grad, const at::Tensor& weight,
-                                      at::IntArrayRef input_size, at::IntArrayRef stride,
-                                      at::IntArrayRef padding, at::IntArrayRef dilation,
-                                      int64_t groups, const std::optional<at::Tensor>& factor) {
-  const char* op = "conv_input_gradient";
-  TORCH_CHECK_VALUE(grad.dim() == 5, op, ": grad must be [N, Ho, Wo, r, m], got ", grad.sizes());
-  TORCH_CHECK_VALUE(weight.dim() == 4, op, ": weight must be [m, C / g, kh, kw], got ",
-                    weight.sizes());
-  TORCH_CHECK_VALUE(weight.size(0) == grad.size(4), op, ": weight must have m = ", grad.size(4),
-                    " rows for grad ", grad.sizes(), ", got ", weight.sizes());
-  TORCH_CHECK_VALUE(groups >= 1 && weight.size(0) % groups == 0, op,
-                    ": groups must divide the number of outputs ", weight.size(0), ", got ",
-                    groups);
-  for (int64_t i = 0; i < 2; ++i) {
-    TORCH_CHECK_VALUE(input_size[i] >= 1 && stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
-                      op,
-                      ": input_size, stride and dilation must be positive and padding not "
-                      "negative, got ",
-                      input_size, ", ", stride, ", ", dilation, " and ", padding);
-    const int64_t room =
-        input_size[i] + 2 * padding[i] - dilation[i] * (weight.size(2 + i) - 1) - 1;
-    const int64_t expected = room < 0 ? 0 : room / stride[i] + 1;
-    TORCH_CHECK_VALUE(grad.size(1 + i) == expected, op, ": grad must have ", expected,
-                      " positions along axis ", 1 + i, " for input_size ", input_size, ", got ",
-                      grad.sizes());
-  }
-  check_same(op, "grad", grad, "weight", weight);
-  check_factor(op, grad, factor, input_size, weight.size(1) * groups);
-}
-
-// grad [N, Ho, Wo, r, C], indices [N, Ho, Wo, C], factor [N, H, W, C]
-inline void check_max_pool_input_gradient(const at::Tensor& grad, const at::Tensor& indices,
-                                          at::IntArrayRef input_size, at::IntArrayRef kernel_size,
-                                          at::IntArrayRef stride, at::IntArrayRef padding,
-                                          at::IntArrayRef dilation,
-                                          const std::optional<at::Tensor>& factor) {
-  const char* op = "max_pool_input_gradient";
-  TORCH_CHECK_VALUE(grad.dim() == 5, op, ": grad must be [N, Ho, Wo, r, C], got ", grad.sizes());
-  TORCH_CHECK_VALUE(
-      indices.dim() == 4 && indices.size(0) == grad.size(0) && indices.size(1) == grad.size(1) &&
-          indices.size(2) == grad.size(2) && indices.size(3) == grad.size(4),
-      op, ": indices must be [N, Ho, Wo, C] for grad ", grad.sizes(), ", got ", indices.sizes());
-  TORCH_CHECK_VALUE(indices.scalar_type() == at::kLong, op, ": indices must be int64, got ",
-                    indices.scalar_type());
+// out [N, H, W, r, C], grad [N, Ho, Wo, r, c] with Ho, Wo of windows of that geometry
+inline void check_window_gradients(const char* op, const at::Tensor& out, const at::Tensor& grad,
+                                   at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                   at::IntArrayRef padding, at::IntArrayRef dilation,
+                                   bool ceil_mode) {
+  TORCH_CHECK_VALUE(grad.dim() == 5, op, ": grad must be [N, Ho, Wo, r, c], got ", grad.sizes());
+  TORCH_CHECK_VALUE(out.dim() == 5 && out.size(0) == grad.size(0) && out.size(3) == grad.size(3),
+                    op, ": out must be [N, H, W, r, C] for grad ", grad.sizes(), ", got ",
+                    out.sizes());
+  TORCH_CHECK_VALUE(out.is_contiguous(), op, ": out must be contiguous");
+  check_same(op, "out", out, "grad", grad);
   for (int64_t i = 0; i < 2; ++i) {
     TORCH_CHECK_VALUE(kernel_size[i] >= 1 && stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
                       op,
                       ": kernel_size, stride and dilation must be positive and padding not "
                       "negative, got ",
                       kernel_size, ", ", stride, ", ", dilation, " and ", padding);
+    const int64_t room = out.size(1 + i) + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1;
+    const int64_t least = room < 0 ? 0 : room / stride[i] + 1;
+    // With ceil_mode a last window may stick out.
+    const int64_t most = ceil_mode ? least + 1 : least;
+    TORCH_CHECK_VALUE(grad.size(1 + i) >= least && grad.size(1 + i) <= most, op,
+                      ": grad must have ", least, " positions along axis ", 1 + i, " for out ",
+                      out.sizes(), ", got ", grad.sizes());
   }
-  if (indices.numel() > 0) {
-    const int64_t least = indices.min().item<int64_t>(), most = indices.max().item<int64_t>();
-    TORCH_CHECK_INDEX(least >= 0 && most < input_size[0] * input_size[1], op,
-                      ": indices must lie in [0, ", input_size[0] * input_size[1], "), got ", least,
-                      " to ", most);
-  }
-  check_factor(op, grad, factor, input_size, grad.size(4));
+}
+
+// out [N, H, W, r, C], grad [N, Ho, Wo, r, m], weight [m, C / g, kh, kw], factor [N, H, W, C]
+inline void check_conv_input_gradient(const at::Tensor& out, const at::Tensor& grad,
+                                      const at::Tensor& weight, at::IntArrayRef stride,
+                                      at::IntArrayRef padding, at::IntArrayRef dilation,
+                                      int64_t groups, const std::optional<at::Tensor>& factor) {
+  const char* op = "conv_input_gradient_";
+  TORCH_CHECK_VALUE(weight.dim() == 4, op, ": weight must be [m, C / g, kh, kw], got ",
+                    weight.sizes());
+  check_window_gradients(op, out, grad, weight.sizes().slice(2), stride, padding, dilation, false);
+  TORCH_CHECK_VALUE(weight.size(0) == grad.size(4), op, ": weight must have m = ", grad.size(4),
+                    " rows for grad ", grad.sizes(), ", got ", weight.sizes());
+  TORCH_CHECK_VALUE(
+      groups >= 1 && weight.size(0) % groups == 0 && weight.size(1) * groups == out.size(4), op,
+      ": groups must fit weight ", weight.sizes(), " and out ", out.sizes(), ", got ", groups);
+  check_same(op, "grad", grad, "weight", weight);
+  check_factor(op, out, factor);
+}
+
+// out [N, H, W, r, C], grad [N, Ho, Wo, r, C], indices [N, Ho, Wo, C], factor [N, H, W, C]
+inline void check_max_pool_input_gradient(const at::Tensor& out, const at::Tensor& grad,
+                                          const at::Tensor& indices, at::IntArrayRef kernel_size,
+                                          at::IntArrayRef stride, at::IntArrayRef padding,
+                                          at::IntArrayRef dilation,
+                                          const std::optional<at::Tensor>& factor) {
+  const char* op = "max_pool_input_gradient_";
+  check_window_gradients(op, out, grad, kernel_size, stride, padding, dilation, true);
+  TORCH_CHECK_VALUE(out.size(4) == grad.size(4), op, ": out must have ", grad.size(4),
+                    " channels for grad ", grad.sizes(), ", got ", out.sizes());
+  TORCH_CHECK_VALUE(
+      indices.dim() == 4 && indices.size(0) == grad.size(0) && indices.size(1) == grad.size(1) &&
+          indices.size(2) == grad.size(2) && indices.size(3) == grad.size(4),
+      op, ": indices must be [N, Ho, Wo, C] for grad ", grad.sizes(), ", got ", indices.sizes());
+  TORCH_CHECK_VALUE(indices.scalar_type() == at::kLong, op, ": indices must be int64, got ",
+                    indices.scalar_type());
+  check_factor(op, out, factor);
 }
 
 }  // namespace hesskern

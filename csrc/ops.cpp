@@ -44,16 +44,15 @@ TORCH_LIBRARY(hesskern_internal, m) {
   m.def(
       "conv_input_covariance_by_(Tensor(a!) acc, Tensor x, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation, int groups, float alpha, str path) -> ()");
-  // gradient rows grad [N, Ho, Wo, r, m] of a convolution with weight [m, C / g, kh, kw], with
-  // respect to its input and times factor [N, H, W, C]: [N, H, W, r, C]
+  // out [N, H, W, r, C] := gradient rows grad [N, Ho, Wo, r, m] of a convolution with weight
+  // [m, C / g, kh, kw], with respect to its input and times factor [N, H, W, C]
   m.def(
-      "conv_input_gradient(Tensor grad, Tensor weight, int[2] input_size, int[2] stride, "
-      "int[2] padding, int[2] dilation, int groups, Tensor? factor=None) -> Tensor");
+      "conv_input_gradient_(Tensor(a!) out, Tensor grad, Tensor weight, int[2] stride, "
+      "int[2] padding, int[2] dilation, int groups, Tensor? factor=None) -> ()");
   // the same of max pooling: grad [N, Ho, Wo, r, C], indices [N, Ho, Wo, C] into [H, W]
   m.def(
-      "max_pool_input_gradient(Tensor grad, Tensor indices, int[2] input_size, "
-      "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, "
-      "Tensor? factor=None) -> Tensor");
+      "max_pool_input_gradient_(Tensor(a!) out, Tensor grad, Tensor indices, int[2] kernel_size, "
+      "int[2] stride, int[2] padding, int[2] dilation, Tensor? factor=None) -> ()");
 }
 
 namespace {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from hesskern.lanczos import Search, confirm, lanczos, restart
 from hesskern.progress import Progress, reporter
 from hesskern.results import EigenResult
 from hesskern.subspace import CountedOperator, OutOfProducts, Subspace, SymmetricOperator
+from hesskern.two_level import two_level
 
 __all__ = ["eigsh"]
 
@@ -32,6 +34,7 @@ def eigsh(
     seed: int = 0,
     max_matvecs: int | None = None,
     progress: bool | Progress = False,
+    method: str = "auto",
 ) -> EigenResult:
     """The ``k`` most wanted eigenpairs of a symmetric operator.
 
@@ -56,10 +59,14 @@ def eigsh(
         seed: of the random vectors; equal seeds give equal results.
         max_matvecs: largest number of single-vector products, at least k; None: 1000 + 10 P.
         progress: True for a bar on stderr, or a callback ``("eigsh", converged pairs, k)``.
+        method: "lanczos", or "auto": a :class:`LayerHessian` whose samples are stored, and few of
+            which carry its trace, is split into these few and the rest (see
+            :mod:`hesskern.two_level`) when the largest eigenvalues are wanted without a start.
+            Residuals are then certified bounds.
 
     Returns:
         :class:`EigenResult`; ``matvecs`` counts single vectors (a block of b counts b, a dense
-        solution P).
+        solution P, a product with a part of H the part of its samples).
 
     Raises:
         ValueError: an argument is out of range, ``start`` does not fit, or ``H @ v`` gave NaN,
@@ -70,8 +77,14 @@ def eigsh(
     """
     operator = _checked(H, k, which, tol, max_matvecs)
     start = _checked_start(start, which, operator)
+    if method not in ("auto", "lanczos"):
+        raise ValueError(f"method must be 'auto' or 'lanczos', got {method!r}")
     report = reporter(progress)
     size = operator.size
+    if method == "auto" and start is None and which != "SA" and max_matvecs is None:
+        result = _split_first(H, k, float(tol), seed, report)
+        if result is not None:
+            return result
     if size <= max(_SMALL, 2 * k + 40) and size <= operator.limit:
         values, vectors, residuals, scale = _dense(H, operator, k, which)
     else:
@@ -99,12 +112,42 @@ def eigsh(
             RuntimeWarning,
             stacklevel=2,
         )
-    pruned = float(getattr(H, "pruning_error", 0.0) or 0.0)
-    if pruned:
-        residuals = residuals + (pruned / scale if scale else math.inf)
+    residuals = residuals + _left_out(H, scale)
     return EigenResult(
         values.to(vectors), vectors, residuals.to(vectors), converged, operator.count
     )
+
+
+def _left_out(H: Any, scale: float) -> float:
+    """Bound on what a pruned operator adds to every residual."""
+    pruned = float(getattr(H, "pruning_error", 0.0) or 0.0)
+    if pruned == 0:
+        return 0.0
+    return pruned / scale if scale else math.inf
+
+
+def _split_first(H: Any, k: int, tol: float, seed: int, report: Progress) -> EigenResult | None:
+    """By way of the operator's own split, or None where it has none or this does not lead there."""
+    size = int(H.shape[0])
+    if not hasattr(H, "split") or size <= max(8 * _SMALL, 8 * k):
+        return None
+    split = H.split()
+    if split is None:
+        return None
+
+    def solve(operator: SymmetricOperator, pairs: int, tolerance: float) -> EigenResult:
+        done = lambda _, count, __: report("eigsh", min(count, k - 1), k)  # noqa: E731
+        return eigsh(operator, pairs, "LA", tolerance, None, seed, None, done, "lanczos")
+
+    with warnings.catch_warnings():
+        # What does not converge here is left to the other way.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        result = two_level(split, k, tol, solve)
+    if result is None:
+        return None
+    report("eigsh", k, k)
+    residuals = result.residuals + _left_out(H, float(result.values[0]))
+    return replace(result, residuals=residuals)
 
 
 def _checked(H: Any, k: int, which: str, tol: float, max_matvecs: int | None) -> CountedOperator:

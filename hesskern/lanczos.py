@@ -145,7 +145,7 @@ def confirm(space: Subspace, search: Search, block: int) -> bool:
     beyond it), nothing is missing. For a block the determinants give the geometric mean.
 
     Args:
-        space: its basis and pending directions grow by the chain.
+        space: its basis grows by the chain, whose rest replaces the pending directions.
         search: what is searched.
         block: number of random directions.
 
@@ -154,13 +154,15 @@ def confirm(space: Subspace, search: Search, block: int) -> bool:
     """
     threshold = float(search.key(search.wanted(space)[0])[-1])
     margin = 0.1 * search.tol * space.scale
-    before = space.pending
+    # What is missing may lie in the pending directions as well, to which a chain beside them would
+    # be orthogonal.
+    space.drop_pending()
     count = space.push_random(block, search.generator)
     enough = count * math.log(10 * math.sqrt(space.operator.size))
     chain: list[int] = []
     log_beta = 0.0
     for _ in range(_LONGEST_CHAIN):
-        fresh = list(range(before, space.pending))
+        fresh = list(range(space.pending))
         if not fresh:
             break
         if space.room < len(fresh):
@@ -170,7 +172,7 @@ def confirm(space: Subspace, search: Search, block: int) -> bool:
         ritz = torch.linalg.eigvalsh(space.rayleigh_block(chain))
         if float(search.key(ritz).max()) > threshold + margin:
             return False
-        beta = torch.linalg.svdvals(space.coupling[before:, chain[-len(fresh) :]])
+        beta = torch.linalg.svdvals(space.coupling[:, chain[-len(fresh) :]])
         log_beta += float(beta.log().sum())
         # Where "SA" is wanted the key turns the axis; for "LM" both ends of it count.
         points = [threshold + margin] + [-threshold - margin] * (search.which == "LM")

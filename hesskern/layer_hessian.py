@@ -17,7 +17,7 @@ from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
 from hesskern.operators import CurvatureOperator, KroneckerOperator
 from hesskern.progress import Progress, reporter
-from hesskern.pruning import kept_samples, prune
+from hesskern.pruning import kept_samples, norm_bound, prune
 from hesskern.roots import (
     BatchRoots,
     accumulator_dtype,
@@ -26,6 +26,7 @@ from hesskern.roots import (
     model_device,
 )
 from hesskern.samples import SampleRows, join, layer_rows
+from hesskern.split import Split
 
 __all__ = ["LayerHessian", "layer_hessians"]
 
@@ -60,6 +61,7 @@ class LayerHessian(CurvatureOperator):
         pruning_error: float,
         pruned_trace: float,
         cached: bool,
+        stored: list[SampleRows] | None = None,
     ) -> None:
         self.name = spec.name
         self.layer_shape = spec.shape
@@ -74,6 +76,7 @@ class LayerHessian(CurvatureOperator):
         self.pruned_trace = pruned_trace
         self.cached = cached
         self._chunks = chunks
+        self._spec, self._stored = spec, stored
 
     @contextmanager
     def _samples(self) -> Iterator[Iterable[SampleRows]]:
@@ -95,6 +98,49 @@ class LayerHessian(CurvatureOperator):
                 rows = block.reshape(len(block), m, d)
                 total += ops.layer_hessian_matmul(chunk.x, chunk.s, rows, alpha).flatten(1)
         return total
+
+    def split(self, tail: float = 1e-2, most: float = 0.25) -> Split | None:
+        """The few samples that carry nearly all of the trace, and the rest, as two operators.
+
+        Both share this operator's memory, in which the samples change their order.
+
+        Args:
+            tail: part of the trace that the light samples may carry.
+            most: largest part of the samples that may count as heavy.
+
+        Returns:
+            the parts, or None where samples are not stored or the trace is spread over too many.
+        """
+        if not self._stored:
+            return None
+        shares = [chunk.shares() for chunk in self._stored]
+        total = sum(len(piece) for piece in shares)
+        keep, left_out = kept_samples(shares, tail)
+        heavy_samples = sum(int(mask.sum()) for mask in keep)
+        if not 0 < heavy_samples <= most * total or left_out == 0:
+            return None
+        heavy, light = [], []
+        for i, mask in enumerate(keep):
+            chunk, count = self._stored[i].heavy_first(mask), int(mask.sum())
+            self._stored[i] = chunk
+            heavy.append(chunk.part(slice(0, count)))
+            light.append(chunk.part(slice(count, None)))
+        heavy, light = ([c for c in part if len(c.x)] for part in (heavy, light))
+        bound = norm_bound(light) / self.num_samples
+        return Split(self._part(heavy), self._part(light), heavy_samples / total, bound)
+
+    def _part(self, chunks: list[SampleRows]) -> LayerHessian:
+        return LayerHessian(
+            self._spec,
+            lambda: chunks,
+            self.num_samples,
+            self.dtype,
+            self.device,
+            inexact_reason=self.inexact_reason,
+            pruning_error=0.0,
+            pruned_trace=0.0,
+            cached=True,
+        )
 
     def trace(self) -> float:
         """tr(H), exact; with ``tolerance`` of what was kept (add ``pruned_trace`` for all)."""
@@ -393,6 +439,7 @@ def _finish(
     reason: str | None,
 ) -> LayerHessian:
     norm = trace = 0.0
+    stored = None
     cached = layer.chunks is not None
     chunks: Callable[[], Iterable[SampleRows]] = rerun
     if layer.chunks is not None:
@@ -400,7 +447,7 @@ def _finish(
         if tolerance > 0:
             pruned = prune(kept, layer.shares, tolerance)
             kept, norm, trace = pruned.chunks, pruned.norm, pruned.trace
-        joined = join(kept)
+        stored = joined = join(kept)
         chunks = lambda: joined  # noqa: E731  (a closure over this layer's list)
     elif tolerance > 0:
         rerun.shares = layer.shares_by_batch()
@@ -416,4 +463,5 @@ def _finish(
         pruning_error=norm / count,
         pruned_trace=trace / count,
         cached=cached,
+        stored=stored,
     )

@@ -52,12 +52,13 @@ class _Rule:
         operands: positions of those operands of the node that gradients go on to.
         apply: (gradient [n, r, ...], samples, factor [n, ...] or None) to the operands' gradients;
             a factor, given only where there is one operand, multiplies that operand's gradient.
-        factor: the derivative [N or 1, ...] of an elementwise operation instead of ``apply``.
+        factor: instead of ``apply``, for an elementwise operation: samples to its derivative
+            [n or 1, ...].
     """
 
     operands: tuple[int, ...]
     apply: Callable[[Tensor, slice, Tensor | None], list[Tensor]] | None = None
-    factor: Tensor | None = None
+    factor: Callable[[slice], Tensor] | None = None
 
 
 def _kind(node: Any) -> str:
@@ -184,7 +185,7 @@ class Propagation:
         shapes = [self._shapes[following[i][0]] for i in operands]
         if kind in _ELEMENTWISE:
             self.check_same(node, shapes)
-            return _Rule(operands, factor=self.by_sample(self._derivative(node)))
+            return _Rule(operands, factor=self._derivative(node))
         if kind in _SAME_VALUES:
             return _Rule(operands, lambda g, _, factor: [_times(_view(g, shapes[0]), factor)])
         make = _RULES.get(kind)
@@ -192,10 +193,13 @@ class Propagation:
             raise _Unknown
         return make(self, node, operands, shapes)
 
-    def _derivative(self, node: Any) -> Tensor:
+    def _derivative(self, node: Any) -> Callable[[slice], Tensor]:
+        if _kind(node) == "Relu":
+            result = self.by_sample(node._saved_result.detach())
+            return lambda samples: (result[samples] > 0).to(result.dtype)
         metadata = node._input_metadata[0]
         ones = torch.ones((), dtype=metadata.dtype).expand(_shape(node))
-        return node(ones)
+        return _samples(self.by_sample(node(ones)))
 
     def blocks(self, rows: int, row: Callable[[int], Tensor]) -> Iterator[list[Tensor | None]]:
         """Gradients of all rows and samples, block by block.
@@ -210,7 +214,9 @@ class Propagation:
         step = max(1, min(rows, max(_ROWS, _BLOCK // max(1, self._largest * self._n))))
         if rows % step:
             step = -(-rows // -(-rows // step))
-        samples = max(1, min(self._n, _BLOCK // max(1, self._largest * step)))
+        # Samples are shared out among the threads.
+        threads = torch.get_num_threads()
+        samples = -(-max(1, _BLOCK // max(1, self._largest * step)) // threads) * threads
         for begin in range(0, rows, step):
             block = torch.stack([row(j) for j in range(begin, min(rows, begin + step))], 1)
             for start in range(0, self._n, samples):
@@ -251,20 +257,38 @@ class Propagation:
         """The next node behind elementwise ones that nothing else meets, and their joint factor."""
         factor: Tensor | None = None
         if own:
-            factor = _samples(self._rules[node].factor, samples)
+            derivative = self._rules[node].factor
+            assert derivative is not None
+            factor = derivative(samples)
         target = node.next_functions[self._rules[node].operands[0]][0]
         while self._arrivals[target] == 1 and target not in self._wanted:
             derivative = self._rules[target].factor
             if derivative is None:
                 break
-            part = _samples(derivative, samples)
+            part = derivative(samples)
             factor = part if factor is None else factor * part
             target = target.next_functions[self._rules[target].operands[0]][0]
         return target, factor
 
 
-def _samples(factor: Any, samples: slice) -> Tensor:
-    return factor if factor.shape[0] == 1 else factor[samples]
+class _Memory:
+    """One operation's gradients, in the same memory for every block: new pages cost as much as the
+    values written to them."""
+
+    def __init__(self) -> None:
+        self._tensor: Tensor | None = None
+
+    def take(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of this shape, of the dtype and device of ``like``, with any values."""
+        size = _product(shape)
+        if self._tensor is None or len(self._tensor) < size:
+            self._tensor = like.new_empty(size)
+        return self._tensor[:size].view(shape)
+
+
+def _samples(factor: Tensor) -> Callable[[slice], Tensor]:
+    """The samples' part of a factor [N, ...], or a factor [1, ...] of all."""
+    return lambda samples: factor if factor.shape[0] == 1 else factor[samples]
 
 
 def _product(shape: tuple[int, ...]) -> int:
@@ -310,9 +334,11 @@ _Make = Callable[["Propagation", Any, _Operands, _Shapes], _Rule]
 def _matmul(matrix: Tensor) -> Callable[[Tensor, slice, Tensor | None], list[Tensor]]:
     """Gradients [n, r, ..., m] times a matrix [m, d]."""
 
+    memory = _Memory()
+
     def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
-        product = torch.matmul(g, matrix)
-        # The product is a new tensor.
+        product = memory.take(g, (*g.shape[:-1], matrix.shape[1]))
+        torch.matmul(g, matrix, out=product)
         return [product if factor is None else product.mul_(factor.unsqueeze(1))]
 
     return apply
@@ -363,14 +389,17 @@ def _convolution(plan: Propagation, node: Any, operands: _Operands, shapes: _Sha
         size, stride, padding, dilation = [1, *size], [1, *stride], [0, *padding], [1, *dilation]
     weight = weight.detach().contiguous()
     groups = int(node._saved_groups)
+    channels = weight.shape[1] * groups
+    memory = _Memory()
 
     def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
         if flat:
             g = g.unsqueeze(3)
             factor = factor if factor is None else factor.unsqueeze(2)
         factor = _last_axis(_expanded(factor, len(g)))
-        images = _internal.conv_input_gradient(
-            _images(g), weight, size, stride, padding, dilation, groups, factor
+        images = memory.take(g, (len(g), *size, g.shape[1], channels))
+        _internal.conv_input_gradient_(
+            images, _images(g), weight, stride, padding, dilation, groups, factor
         )
         result = _gradients(images)
         return [result.squeeze(3) if flat else result]
@@ -386,13 +415,13 @@ def _max_pool(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes
     size = list(shapes[0][1:])
     kernel = list(node._saved_kernel_size)
     stride = list(node._saved_stride) or kernel
+    memory = _Memory()
     window = kernel, stride, list(node._saved_padding), list(node._saved_dilation)
 
     def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
         factor = _last_axis(_expanded(factor, len(g)))
-        images = _internal.max_pool_input_gradient(
-            _images(g), where[samples], size, *window, factor
-        )
+        images = memory.take(g, (len(g), *size, g.shape[1], g.shape[2]))
+        _internal.max_pool_input_gradient_(images, _images(g), where[samples], *window, factor)
         return [_gradients(images)]
 
     return _Rule(operands, apply)
@@ -490,7 +519,7 @@ def _multiplication(plan: Propagation, node: Any, operands: _Operands, shapes: _
         others = [1 / other for other in others]
     factors = [plan.by_sample(other.detach().expand(plan.shape(node))) for other in others]
     if len(factors) == 1:
-        return _Rule(operands, factor=factors[0])
+        return _Rule(operands, factor=_samples(factors[0]))
 
     def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
         return [g * other[samples].unsqueeze(1) for other in factors]
@@ -507,7 +536,7 @@ def _batch_norm(plan: Propagation, node: Any, operands: _Operands, shapes: _Shap
     scale = (node._saved_running_var + node._saved_eps).rsqrt()
     if node._saved_weight is not None:
         scale = scale * node._saved_weight.detach()
-    return _Rule(operands, factor=scale.reshape(1, -1, *(1,) * (len(shape) - 2)))
+    return _Rule(operands, factor=_samples(scale.reshape(1, -1, *(1,) * (len(shape) - 2))))
 
 
 def _concatenation(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hesskern.samples import SampleRows
 
-__all__ = ["Pruned", "kept_samples", "prune"]
+__all__ = ["Pruned", "kept_samples", "norm_bound", "prune"]
 
 # How much more of the trace is left out from one try to the next, and in how many tries at most.
 _GROWTH = 1.25
@@ -136,6 +136,19 @@ def _prune_spread(chunks: list[SampleRows], shares: list[Tensor], tolerance: flo
     chunks.reverse()
     kept = [chunks.pop().select(mask) for mask in keep]
     return Pruned(kept, norm, float(sums[count - 1]) if count else 0.0)
+
+
+def norm_bound(chunks: list[SampleRows]) -> float:
+    """Bound on ‖sum_n R_n^T R_n‖_2, the tighter of both."""
+    trace = sum(float(chunk.shares().sum()) for chunk in chunks)
+    m = chunks[0].s.shape[2] if chunks else 0
+    if m == 0 or m > _LARGEST_ORDER or any(chunk.x.dim() != 2 for chunk in chunks):
+        return trace
+    gram = torch.zeros(m, m, dtype=torch.float64, device=chunks[0].s.device)
+    for chunk in chunks:
+        everything = torch.ones(len(chunk.x), dtype=torch.bool, device=chunk.x.device)
+        gram += _weighted_gram(chunk, everything)
+    return min(trace, float(torch.linalg.eigvalsh(gram)[-1]) * (1 + _MARGIN))
 
 
 def _weighted_gram(chunk: SampleRows, chosen: Tensor) -> Tensor:

@@ -43,6 +43,15 @@ class SampleRows:
         """The samples where keep [N] is True."""
         return SampleRows(self.x[keep], self.s[keep])
 
+    def heavy_first(self, heavy: Tensor) -> SampleRows:
+        """The same samples, those where heavy [N] is True before the others."""
+        order = (~heavy).int().argsort(stable=True)
+        return SampleRows(self.x[order], self.s[order])
+
+    def part(self, samples: slice) -> SampleRows:
+        """A run of samples, in the same memory."""
+        return SampleRows(self.x[samples], self.s[samples])
+
     @property
     def stored(self) -> bool:
         """Whether the rows themselves are stored."""
@@ -63,8 +72,8 @@ class SampleRows:
     def shares(self) -> Tensor:
         """[N] float64: each sample's part of tr(R^T R), which bounds its part of the spectrum."""
         if self.x.dim() == 2:
-            x = self.x.square().sum(1, dtype=torch.float64)
-            return x * self.s.square().sum((1, 2), dtype=torch.float64)
+            x = torch.linalg.vector_norm(self.x, dim=1).double()
+            return (x * torch.linalg.vector_norm(self.s, dim=(1, 2)).double()).square()
         m, t = self.s.shape[2:]
         if m * self.x.shape[1] <= t * t:
             rows = torch.matmul(self.s.flatten(1, 2), self.x.transpose(1, 2))

@@ -484,3 +484,17 @@ def test_directions_inside_the_span_are_refused(space: tuple[Tensor, Subspace]) 
     inside = subspace.combine(torch.ones(subspace.size, 2).double())
     assert subspace.push(inside) == 0
     assert subspace.push(torch.zeros(2, 90, dtype=torch.float64)) == 0
+
+
+@pytest.mark.parametrize("tol", [5e-7, 1e-4])
+@pytest.mark.parametrize("seed", range(6))
+def test_copies_hidden_in_the_last_residual_are_found(seed: int, tol: float) -> None:
+    # The residual of the run that found the other copies points along the missing one.
+    size = 400
+    values = torch.full((size,), 1e-3, dtype=torch.float64)
+    values[:6], values[6:9] = 1 + 1e-5, 0.5 + 1e-5
+    values[9:15] += 1e-5
+    generator = torch.Generator().manual_seed(seed % 4)
+    q = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+    result = eigsh((q * values) @ q.T, 9, tol=tol, seed=seed)
+    torch.testing.assert_close(result.values, values[:9], rtol=0, atol=1e-6)

@@ -47,11 +47,11 @@ def gradients(
         blocks = capture.backward_all(outputs, rows, lambda j: block[j], uses)
         if blocks is None:
             return stacked, None
-        pieces = [[grad for layer in piece.values() for grad in layer] for piece in blocks]
+        pieces = [[grad.clone() for layer in piece.values() for grad in layer] for piece in blocks]
     # Rows come in order, and within them samples.
     joined = []
     for index, reference in enumerate(stacked):
-        parts = [piece[index].clone() for piece in pieces]
+        parts = [piece[index] for piece in pieces]
         total = torch.zeros_like(reference)
         n = r = 0
         for part in parts:

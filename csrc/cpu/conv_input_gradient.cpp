@@ -151,7 +151,9 @@ class Gradient {
         strips_((p_.h.in + strip_ - 1) / strip_),
         sources_(
             std::min(p_.h.out, (strip_ - 1 + (p_.h.kernel - 1) * p_.h.dilation) / p_.h.stride + 2)),
-        parts_((p_.r + gather_rows<T>() - 1) / gather_rows<T>()) {}
+        parts_((p_.r + gather_rows<T>() - 1) / gather_rows<T>()),
+        rows_of_(sources(p_.h)),
+        columns_of_(sources(p_.w)) {}
 
   void run() const {
     at::parallel_for(0, p_.n * strips_, 1, [&](int64_t begin, int64_t end) {
@@ -171,10 +173,19 @@ class Gradient {
     const int64_t fitting = kGathered / std::max<int64_t>(row_bytes, 1) - halo;
     // Fewer rows than the halo would gather every position many times.
     const int64_t most = std::max<int64_t>({fitting, halo, 1});
-    // Enough strips for all threads, of about the same height.
-    const int64_t threads = at::get_num_threads();
-    const int64_t wanted = std::max((p_.h.in + most - 1) / most, (threads + p_.n - 1) / p_.n);
+    // Enough strips of about the same height for the threads to finish together.
+    const int64_t shared = at::get_num_threads() > 1 ? 6 * at::get_num_threads() : 1;
+    const int64_t wanted = std::max((p_.h.in + most - 1) / most, (shared + p_.n - 1) / p_.n);
     return std::max<int64_t>(1, (p_.h.in + wanted - 1) / wanted);
+  }
+
+  // For every input and tap the gradient that reaches it, or -1.
+  static std::vector<int64_t> sources(const Axis& axis) {
+    std::vector<int64_t> result(axis.in * axis.kernel);
+    for (int64_t at = 0; at < axis.in; ++at) {
+      for (int64_t k = 0; k < axis.kernel; ++k) result[at * axis.kernel + k] = axis.source(at, k);
+    }
+    return result;
   }
 
   // Input rows [top, bottom) of one sample.
@@ -203,10 +214,10 @@ class Gradient {
     for (int64_t x = 0; x < p_.w.in; ++x) {
       GatherProduct<T> product{terms.data(), 0, 0, p_.r, nullptr, nullptr, p_.channels};
       for (int64_t ky = 0; ky < p_.h.kernel; ++ky) {
-        const int64_t sy = p_.h.source(y, ky);
+        const int64_t sy = rows_of_[y * p_.h.kernel + ky];
         if (sy < 0) continue;
         for (int64_t kx = 0; kx < p_.w.kernel; ++kx) {
-          const int64_t sx = p_.w.source(x, kx);
+          const int64_t sx = columns_of_[x * p_.w.kernel + kx];
           if (sx < 0) continue;
           terms[product.terms++] =
               gathered.at((sy - first) * p_.w.out + sx, weight + (ky * p_.w.kernel + kx) * tap);
@@ -236,25 +247,26 @@ class Gradient {
   Problem<T> p_;
   const T* weight_;
   int64_t strip_, strips_, sources_, parts_;
+  std::vector<int64_t> rows_of_, columns_of_;
 };
 
-// grad [N, Ho, Wo, r, m], weight [m, C / g, kh, kw], factor [N, H, W, C] or none;
-// returns [N, H, W, r, C]: the gradient of every row, times the factor
-at::Tensor conv_input_gradient(const at::Tensor& grad, const at::Tensor& weight,
-                               at::IntArrayRef input_size, at::IntArrayRef stride,
-                               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-                               const std::optional<at::Tensor>& factor) {
-  check_conv_input_gradient(grad, weight, input_size, stride, padding, dilation, groups, factor);
-  const int64_t n = grad.size(0), r = grad.size(3), channels = weight.size(1) * groups;
-  const at::Tensor out = at::empty({n, input_size[0], input_size[1], r, channels}, grad.options());
-  if (out.numel() == 0) return out;
-  if (grad.numel() == 0) return out.zero_();
+// out [N, H, W, r, C] := gradients of every row, times the factor; grad [N, Ho, Wo, r, m],
+// weight [m, C / g, kh, kw], factor [N, H, W, C] or none
+void conv_input_gradient_(at::Tensor& out, const at::Tensor& grad, const at::Tensor& weight,
+                          at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+                          int64_t groups, const std::optional<at::Tensor>& factor) {
+  check_conv_input_gradient(out, grad, weight, stride, padding, dilation, groups, factor);
+  if (out.numel() == 0) return;
+  if (grad.numel() == 0) {
+    out.zero_();
+    return;
+  }
   const at::Tensor g = grad.contiguous(), w = weight.contiguous();
   const at::Tensor f = factor.has_value() ? factor->contiguous() : at::Tensor();
-  AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "conv_input_gradient", [&] {
+  AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "conv_input_gradient_", [&] {
     const auto axis = [&](int64_t i) {
-      return Axis{input_size[i], grad.size(1 + i), weight.size(2 + i),
-                  stride[i],     padding[i],       dilation[i]};
+      return Axis{out.size(1 + i), grad.size(1 + i), weight.size(2 + i),
+                  stride[i],       padding[i],       dilation[i]};
     };
     const Problem<scalar_t> problem{g.const_data_ptr<scalar_t>(),
                                     w.const_data_ptr<scalar_t>(),
@@ -262,16 +274,15 @@ at::Tensor conv_input_gradient(const at::Tensor& grad, const at::Tensor& weight,
                                     out.mutable_data_ptr<scalar_t>(),
                                     axis(0),
                                     axis(1),
-                                    n,
-                                    r,
+                                    grad.size(0),
+                                    grad.size(3),
                                     grad.size(4),
-                                    channels,
+                                    out.size(4),
                                     groups};
     const Scratch<scalar_t> packed(groups * problem.panels() * problem.panel_size());
     pack_weight(packed.data(), problem);
     Gradient<scalar_t>(problem, packed.data()).run();
   });
-  return out;
 }
 
 template <typename T>
@@ -303,6 +314,9 @@ void scatter_maxima(const Pooling<T>& p, int64_t sample) {
     const T* source = p.grad + position * p.r * p.channels;
     for (int64_t c = 0; c < p.channels; ++c) {
       const int64_t where = p.indices[position * p.channels + c];
+      TORCH_CHECK_INDEX(where >= 0 && where < p.positions(),
+                        "max_pool_input_gradient_: indices must lie in [0, ", p.positions(),
+                        "), got ", where);
       const T scale =
           p.factor == nullptr ? T(1) : p.factor[(sample * p.positions() + where) * p.channels + c];
       if (scale == T(0)) continue;
@@ -312,18 +326,14 @@ void scatter_maxima(const Pooling<T>& p, int64_t sample) {
   }
 }
 
-// One sample; windows do not overlap, so that every input is written once. scale is
-// memory [C].
+// The windows [first, last) of all samples' windows; they do not overlap, so that every
+// input in one is written once. scale is memory [C].
 template <typename T>
-void select_maxima(const Pooling<T>& p, int64_t sample, T* scale) {
+void select_maxima(const Pooling<T>& p, int64_t first, int64_t last, T* scale) {
   const int64_t size = p.r * p.channels;
-  T* target = p.out + sample * p.positions() * size;
-  if (p.positions() != p.outputs() * p.h.kernel * p.w.kernel) {
-    std::fill(target, target + p.positions() * size, T(0));
-  }
   with_simd([&](auto) HESSKERN_INLINE {
-    for (int64_t o = 0; o < p.outputs(); ++o) {
-      const int64_t position = sample * p.outputs() + o;
+    for (int64_t position = first; position < last; ++position) {
+      const int64_t sample = position / p.outputs(), o = position % p.outputs();
       const T* source = p.grad + position * size;
       const int64_t* index = p.indices + position * p.channels;
       const int64_t top = o / p.w.out * p.h.stride, left = o % p.w.out * p.w.stride;
@@ -337,7 +347,7 @@ void select_maxima(const Pooling<T>& p, int64_t sample, T* scale) {
           if (factor != nullptr) {
             for (int64_t c = 0; c < p.channels; ++c) scale[c] *= factor[c];
           }
-          T* cell = target + where * size;
+          T* cell = p.out + (sample * p.positions() + where) * size;
           for (int64_t i = 0; i < p.r; ++i) {
             const T* from = source + i * p.channels;
             T* to = cell + i * p.channels;
@@ -350,25 +360,25 @@ void select_maxima(const Pooling<T>& p, int64_t sample, T* scale) {
   });
 }
 
-// grad [N, Ho, Wo, r, C], indices [N, Ho, Wo, C] of positions in [0, H W), factor [N, H, W, C] or
-// none; returns [N, H, W, r, C]
-at::Tensor max_pool_input_gradient(const at::Tensor& grad, const at::Tensor& indices,
-                                   at::IntArrayRef input_size, at::IntArrayRef kernel_size,
-                                   at::IntArrayRef stride, at::IntArrayRef padding,
-                                   at::IntArrayRef dilation,
-                                   const std::optional<at::Tensor>& factor) {
-  check_max_pool_input_gradient(grad, indices, input_size, kernel_size, stride, padding, dilation,
-                                factor);
+// out [N, H, W, r, C] := gradients of every row, times the factor; grad [N, Ho, Wo, r, C],
+// indices [N, Ho, Wo, C] of positions in [0, H W), factor [N, H, W, C] or none
+void max_pool_input_gradient_(at::Tensor& out, const at::Tensor& grad, const at::Tensor& indices,
+                              at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                              at::IntArrayRef padding, at::IntArrayRef dilation,
+                              const std::optional<at::Tensor>& factor) {
+  check_max_pool_input_gradient(out, grad, indices, kernel_size, stride, padding, dilation, factor);
+  if (out.numel() == 0) return;
+  if (grad.numel() == 0) {
+    out.zero_();
+    return;
+  }
   const int64_t n = grad.size(0), r = grad.size(3), channels = grad.size(4);
-  const at::Tensor out = at::empty({n, input_size[0], input_size[1], r, channels}, grad.options());
-  if (out.numel() == 0) return out;
-  if (grad.numel() == 0) return out.zero_();
   const at::Tensor g = grad.contiguous(), index = indices.contiguous();
   const at::Tensor f = factor.has_value() ? factor->contiguous() : at::Tensor();
-  AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "max_pool_input_gradient", [&] {
+  AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "max_pool_input_gradient_", [&] {
     const auto axis = [&](int64_t i) {
-      return Axis{input_size[i], grad.size(1 + i), kernel_size[i],
-                  stride[i],     padding[i],       dilation[i]};
+      return Axis{out.size(1 + i), grad.size(1 + i), kernel_size[i],
+                  stride[i],       padding[i],       dilation[i]};
     };
     const Pooling<scalar_t> pooling{g.const_data_ptr<scalar_t>(),
                                     index.const_data_ptr<int64_t>(),
@@ -378,25 +388,27 @@ at::Tensor max_pool_input_gradient(const at::Tensor& grad, const at::Tensor& ind
                                     axis(1),
                                     r,
                                     channels};
-    at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    if (!pooling.disjoint()) {
+      at::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t sample = begin; sample < end; ++sample) scatter_maxima(pooling, sample);
+      });
+      return;
+    }
+    if (pooling.positions() != pooling.outputs() * pooling.h.kernel * pooling.w.kernel) {
+      out.zero_();
+    }
+    at::parallel_for(0, n * pooling.outputs(), 16, [&](int64_t begin, int64_t end) {
       std::vector<scalar_t> scale(channels);
-      for (int64_t sample = begin; sample < end; ++sample) {
-        if (pooling.disjoint()) {
-          select_maxima(pooling, sample, scale.data());
-        } else {
-          scatter_maxima(pooling, sample);
-        }
-      }
+      select_maxima(pooling, begin, end, scale.data());
     });
   });
-  return out;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(hesskern_internal, CPU, m) {
-  m.impl("conv_input_gradient", &conv_input_gradient);
-  m.impl("max_pool_input_gradient", &max_pool_input_gradient);
+  m.impl("conv_input_gradient_", &conv_input_gradient_);
+  m.impl("max_pool_input_gradient_", &max_pool_input_gradient_);
 }
 
 }  // namespace hesskern::cpu

@@ -291,14 +291,14 @@ class FactorAccumulator:
 
     def _add_blocks(
         self,
-        blocks: Iterator[dict[str, list[Tensor | None]]],
+        blocks: Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]],
         fresh: dict[str, _Sums],
         share: dict[str, float],
     ) -> None:
-        for block in blocks:
+        for _, _, gradients in blocks:
             for name, sums in fresh.items():
                 m = self._specs[name].outputs
-                for grad in block[name]:
+                for grad in gradients[name]:
                     if grad is None:
                         continue
                     if self._specs[name].kind == "linear":

@@ -425,7 +425,7 @@ class Capture:
         rows: int,
         row: Callable[[int], Tensor],
         uses: dict[str, list[LayerUse]],
-    ) -> Iterator[dict[str, list[Tensor | None]]] | None:
+    ) -> Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]] | None:
         """All rows' gradients with respect to the output of every layer, a block at a time.
 
         Args:
@@ -435,9 +435,10 @@ class Capture:
             uses: from :meth:`forward`.
 
         Returns:
-            iterator over blocks of n samples and r rows: per layer and use [n, r, ...], or None
-            where nothing flows back. None instead of an iterator where the model holds operations
-            that only autograd knows, or there is one row, which has nothing to share.
+            iterator over blocks: which samples, which rows, and per layer and use their gradients
+            [n, r, ...], or None where nothing flows back. None instead of an iterator where the
+            model holds operations that only autograd knows, or there is one row, which has nothing
+            to share.
         """
         if rows < 2:
             return None
@@ -445,10 +446,11 @@ class Capture:
         if plan is None:
             return None
 
-        def named() -> Iterator[dict[str, list[Tensor | None]]]:
+        def named() -> Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]]:
             for block in plan.blocks(rows, row):
-                gradients = iter(block)
-                yield {name: [next(gradients) for _ in layer] for name, layer in uses.items()}
+                gradients = iter(block.gradients)
+                by_layer = {name: [next(gradients) for _ in layer] for name, layer in uses.items()}
+                yield block.samples, block.rows, by_layer
 
         return named()
 

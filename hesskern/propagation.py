@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
-__all__ = ["Propagation"]
+__all__ = ["Block", "Propagation"]
 
 _internal = torch.ops.hesskern_internal
 
@@ -38,6 +38,20 @@ _ELEMENTWISE = frozenset(
     ).split()
 )
 _SAME_VALUES = frozenset("Alias Clone ReshapeAlias Squeeze Unsqueeze UnsafeView View".split())
+
+
+@dataclass(frozen=True)
+class Block:
+    """Gradients of some samples and rows, valid until the next block.
+
+    Attributes:
+        samples, rows: which.
+        gradients: per edge [n, r, ...], or None where nothing arrives.
+    """
+
+    samples: slice
+    rows: slice
+    gradients: list[Tensor | None]
 
 
 class _Unknown(Exception):
@@ -201,7 +215,7 @@ class Propagation:
         ones = torch.ones((), dtype=metadata.dtype).expand(_shape(node))
         return _samples(self.by_sample(node(ones)))
 
-    def blocks(self, rows: int, row: Callable[[int], Tensor]) -> Iterator[list[Tensor | None]]:
+    def blocks(self, rows: int, row: Callable[[int], Tensor]) -> Iterator[Block]:
         """Gradients of all rows and samples, block by block.
 
         Args:
@@ -209,7 +223,7 @@ class Propagation:
             row: ``row(j)`` is [N, ...], shaped as the outputs; called once for each j, in order.
 
         Yields:
-            per edge [n, r, ...], or None where nothing arrives; valid until the next block.
+            blocks that together hold every row of every sample once.
         """
         step = max(1, min(rows, max(_ROWS, _BLOCK // max(1, self._largest * self._n))))
         if rows % step:
@@ -220,8 +234,10 @@ class Propagation:
         for begin in range(0, rows, step):
             block = torch.stack([row(j) for j in range(begin, min(rows, begin + step))], 1)
             for start in range(0, self._n, samples):
+                chosen = slice(start, min(start + samples, self._n))
                 with torch.no_grad():
-                    yield self._run(block[start : start + samples], slice(start, start + samples))
+                    gradients = self._run(block[chosen], chosen)
+                yield Block(chosen, slice(begin, begin + block.shape[1]), gradients)
 
     def _run(self, block: Tensor, samples: slice) -> list[Tensor | None]:
         arrived: dict[Any, Tensor] = {}

@@ -157,8 +157,8 @@ class BatchRoots:
             row = self._weighted(self._rows.row(j))
             yield self._capture.backward(self.outputs, row, self.uses, last=j == self.rows - 1)
 
-    def blocks(self) -> Iterator[dict[str, list[Tensor | None]]] | None:
-        """The same in blocks of samples and rows: per use [n, r, ...], or None.
+    def blocks(self) -> Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]] | None:
+        """The same in blocks of samples and rows, which come first: per use [n, r, ...], or None.
 
         Returns:
             an iterator to be used instead of :meth:`gradients`, or None where the model holds

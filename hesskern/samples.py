@@ -16,7 +16,7 @@ from hesskern.roots import BatchRoots, accumulator_dtype, positions_last
 __all__ = ["SampleRows", "join", "layer_rows"]
 
 # Samples are joined up to this many bytes, so that a product runs over few large pieces.
-_JOINED_BYTES = 2**28
+_JOINED_BYTES = 2**25
 
 # Samples go into an inner product in parts of about this many bytes.
 _INNER_BYTES = 2**26
@@ -211,20 +211,34 @@ def layer_rows(
         return
     per_row = sum(maker.row_bytes for maker in makers.values())
     step = min(roots.rows, max(1, budget // max(1, per_row)))
+    blocks = roots.blocks() if step == roots.rows else None
+    if blocks is not None:
+        for maker in makers.values():
+            maker.begin(roots.rows)
+        for samples, rows, gradients in blocks:
+            for name, maker in makers.items():
+                maker.put(samples, rows, gradients[name])
+        yield from _finished(makers, roots)
+        return
     begun = 0
     for index, grads in enumerate(roots.gradients()):
         if index == begun:
-            rows = min(step, roots.rows - begun)
+            count = min(step, roots.rows - begun)
             for maker in makers.values():
-                maker.begin(rows)
+                maker.begin(count)
         for name, maker in makers.items():
-            maker.put(index - begun, grads[name])
+            one = [None if grad is None else grad.unsqueeze(1) for grad in grads[name]]
+            maker.put(slice(None), slice(index - begun, index - begun + 1), one)
         if index + 1 == min(begun + step, roots.rows):
-            for name, maker in makers.items():
-                rows_of_layer = maker.finish()
-                roots.check_gradients(name, rows_of_layer.s)
-                yield name, rows_of_layer
+            yield from _finished(makers, roots)
             begun = index + 1
+
+
+def _finished(makers: dict[str, _Maker], roots: BatchRoots) -> Iterator[tuple[str, SampleRows]]:
+    for name, maker in makers.items():
+        rows_of_layer = maker.finish()
+        roots.check_gradients(name, rows_of_layer.s)
+        yield name, rows_of_layer
 
 
 class _Maker:
@@ -266,28 +280,35 @@ class _Maker:
     def begin(self, rows: int) -> None:
         self._s = self._x.new_empty(self._n, rows, *self._shape)
 
-    def put(self, index: int, grads: list[Tensor | None]) -> None:
-        """Takes the gradients of one root row, one per use."""
-        target = self._s[:, index]
+    def put(self, samples: slice, rows: slice, grads: list[Tensor | None]) -> None:
+        """Takes gradients [n, r, ...] of some samples and root rows, one per use."""
+        target = self._s[samples, rows]
+        n, r = target.shape[:2]
         columns = [
-            self._x.new_zeros(self._n, self._spec.outputs, t)
+            self._x.new_zeros(n, r, self._spec.outputs, t)
             if grad is None
-            else positions_last(self._spec, grad).to(self._dtype)
+            else self._columns_last(grad)
             for grad, t in zip(grads, self._positions, strict=True)
         ]
         if self._plain:
-            target.copy_(columns[0].reshape(self._n, self._spec.outputs))
+            target.copy_(columns[0].reshape(n, r, self._spec.outputs))
             return
-        columns = [c if c.dim() == 3 else c.unsqueeze(2) for c in columns]
-        s = columns[0] if len(columns) == 1 else torch.cat(columns, 2)
+        s = columns[0] if len(columns) == 1 else torch.cat(columns, 3)
         if not self._stored:
             target.copy_(s)
             return
         groups = self._spec.groups
-        product = torch.matmul(
-            s.unflatten(1, (groups, -1)), self._x.unflatten(1, (groups, -1)).transpose(2, 3)
-        )
-        target.copy_(product.flatten(1))
+        x = self._x[samples].unflatten(1, (groups, -1)).transpose(2, 3).unsqueeze(1)
+        product = torch.matmul(s.to(self._dtype).unflatten(2, (groups, -1)), x)
+        target.copy_(product.flatten(2))
+
+    def _columns_last(self, grad: Tensor) -> Tensor:
+        """[n, r, m, t] of gradients [n, r, ...] of one use."""
+        if self._spec.kind == "conv":
+            return grad.flatten(3)
+        if grad.dim() == 3:
+            return grad.unsqueeze(3)
+        return grad.flatten(2, -2).transpose(2, 3)
 
     def finish(self) -> SampleRows:
         x = self._x.new_ones(self._n, 1) if self._stored else self._x

@@ -47,20 +47,12 @@ def gradients(
         blocks = capture.backward_all(outputs, rows, lambda j: block[j], uses)
         if blocks is None:
             return stacked, None
-        pieces = [[grad.clone() for layer in piece.values() for grad in layer] for piece in blocks]
-    # Rows come in order, and within them samples.
-    joined = []
-    for index, reference in enumerate(stacked):
-        parts = [piece[index] for piece in pieces]
-        total = torch.zeros_like(reference)
-        n = r = 0
-        for part in parts:
-            total[n : n + len(part), r : r + part.shape[1]] = part
-            n += len(part)
-            if n == len(reference):
-                n, r = 0, r + part.shape[1]
-        assert (n, r) == (0, rows)
-        joined.append(total)
+        joined = [torch.full_like(reference, torch.nan) for reference in stacked]
+        for samples, chosen, found in blocks:
+            flat = [grad for layer in found.values() for grad in layer]
+            for total, grad in zip(joined, flat, strict=True):
+                assert bool(total[samples, chosen].isnan().all()), "every row of a sample once"
+                total[samples, chosen] = grad
     return stacked, joined
 
 
@@ -270,7 +262,8 @@ def test_shared_layer_and_unused_branch() -> None:
         outputs, uses = capture.forward(Batch(0, images(4, 6), None, None))
         blocks = capture.backward_all(outputs, 2, lambda j: torch.ones_like(outputs), uses)
         assert blocks is not None
-        (block,) = blocks
+        ((samples, rows, block),) = blocks
+        assert (samples, rows) == (slice(0, 4), slice(0, 2))
         assert block["unused"] == [None]
         assert all(grad is not None and grad.shape == (4, 2, 6) for grad in block["a"])
         row = capture.backward(outputs, torch.ones_like(outputs), uses, last=True)

@@ -23,6 +23,10 @@ namespace {
 // threaded product of that size spends its time in synchronization.
 constexpr int64_t kSmallWork = 1 << 22;
 
+// A left operand of at most this many rows stays in the cache while the panels of
+// the right one are packed and used one after the other: no memory for all of them.
+constexpr int64_t kThin = 64;
+
 // A batch of matrices [count, rows, columns].
 template <typename T>
 struct Batch {
@@ -46,9 +50,9 @@ struct Sandwich {
   }
   int64_t scratch_size() const {
     if (right_first()) {
-      return panels_size<T>(x.columns, columns) + x.count * panels_size<T>(x.rows, columns);
+      return right_size(x.count * x.rows) + x.count * panels_size<T>(x.rows, columns);
     }
-    return x.count * panels_size<T>(x.rows, x.columns) + panels_size<T>(x.columns, columns) +
+    return x.count * panels_size<T>(x.rows, x.columns) + right_size(x.count * rows) +
            x.count * rows * spread_stride<T>(x.columns);
   }
 
@@ -56,9 +60,10 @@ struct Sandwich {
   void run(T* out, int64_t out_stride, T* scratch) const {
     if (right_first()) {
       T* bt_panels = scratch;
-      T* products = scratch + panels_size<T>(x.columns, columns);
       // The batch's rows, one below the other, in one product.
-      const int64_t all = x.count * x.rows, width = microkernels<T>().width;
+      const int64_t all = x.count * x.rows;
+      T* products = scratch + right_size(all);
+      const int64_t width = microkernels<T>().width;
       multiply_right(Target<T>::panels(products, all, 0), x.matrix, all, bt_panels, nullptr);
       const RightOperand<T> right{products, x.rows, columns, all * width, x.rows * width, x.count};
       product(Target<T>::rows(out, out_stride, rows * out_stride), a, right, rows, scale,
@@ -67,7 +72,7 @@ struct Sandwich {
     }
     T* x_panels = scratch;
     T* bt_panels = x_panels + x.count * panels_size<T>(x.rows, x.columns);
-    T* products = bt_panels + panels_size<T>(x.columns, columns);
+    T* products = bt_panels + right_size(x.count * rows);
     const int64_t stride = spread_stride<T>(x.columns), size = panels_size<T>(x.rows, x.columns);
     const RightOperand<T> right{x_panels, x.rows, x.columns, x.rows * microkernels<T>().width,
                                 size,     x.count};
@@ -86,13 +91,38 @@ struct Sandwich {
   }
 
  private:
+  // Elements of the panels of B^T for a left operand of so many rows.
+  int64_t right_size(int64_t left_rows) const {
+    return left_rows <= kThin ? 0 : panels_size<T>(x.columns, columns);
+  }
+
   // c := left B^T, left [left_rows, X.columns]
   void multiply_right(const Target<T>& c, const Matrix<T>& left, int64_t left_rows, T* panels,
                       const Scale<T>* factors) const {
+    if (left_rows <= kThin) return multiply_thin(c, left, left_rows, factors);
     const RightOperand<T> right{panels, x.columns, columns, x.columns * microkernels<T>().width,
                                 0,      1};
     product(c, left, right, left_rows, factors, [&](int64_t first, int64_t last) {
       pack_right(panels, bt, x.columns, columns, first, last);
+    });
+  }
+
+  // The same panel by panel, each packed where the last one was.
+  void multiply_thin(const Target<T>& c, const Matrix<T>& left, int64_t left_rows,
+                     const Scale<T>* factors) const {
+    const int64_t size = x.columns * microkernels<T>().width;
+    const int64_t count = panels_size<T>(x.columns, columns) / std::max<int64_t>(size, 1);
+    const int64_t parts = std::min(product_threads(left_rows * x.columns * columns), count);
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      const Scratch<T> buffer(size);
+      for (int64_t part = begin; part < end; ++part) {
+        for (int64_t p = count * part / parts; p < count * (part + 1) / parts; ++p) {
+          T* panels = buffer.data() - p * size;
+          pack_right(panels, bt, x.columns, columns, p, p + 1);
+          multiply(c, left, RightOperand<T>{panels, x.columns, columns, size, 0, 1}, 0, left_rows,
+                   p, p + 1, factors);
+        }
+      }
     });
   }
 };

@@ -99,7 +99,7 @@ class LayerHessian(CurvatureOperator):
                 total += ops.layer_hessian_matmul(chunk.x, chunk.s, rows, alpha).flatten(1)
         return total
 
-    def split(self, tail: float = 1e-2, most: float = 0.25) -> Split | None:
+    def split(self, tail: float = 3e-3, most: float = 0.25) -> Split | None:
         """The few samples that carry nearly all of the trace, and the rest, as two operators.
 
         Both share this operator's memory, in which the samples change their order.

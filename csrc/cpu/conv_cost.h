@@ -34,6 +34,8 @@ constexpr double kAssemble = 3;       // per vector of covariance entries assemb
 constexpr double kDot = 1.4;          // per vector product of the lag tiles
 constexpr double kSingleDot = 2.5;    // the same where a tile has one channel
 constexpr double kDotSum = 12;        // per dot product: its reduction and bookkeeping
+constexpr double kLagPair = 400;      // per pair of taps: planning and bookkeeping
+constexpr double kSpectralPair = 1000;
 
 }  // namespace cost
 
@@ -97,9 +99,11 @@ inline double spectral_cost(const ConvSizes& x, const ConvGeometry& g, const Con
       (4 * pairs + chunks * 4 * static_cast<double>(h.lags.size()) / (phases_h * phases_h));
   const double corners = singles_h * singles_w * (4 * pairs + 6 * chunks);
   const double terms = static_cast<double>(h.terms * w.terms);
-  return transform + tiles * lanes *
-                         (image + row_singles + column_singles + corners +
-                          chunks * (4 * terms + cost::kAssemble * taps * taps));
+  const double pairs_of_taps = static_cast<double>(g.groups) * taps * taps * cost::kSpectralPair;
+  return pairs_of_taps + transform +
+         tiles * lanes *
+             (image + row_singles + column_singles + corners +
+              chunks * (4 * terms + cost::kAssemble * taps * taps));
 }
 
 inline double lags_cost(const ConvSizes& x, const ConvGeometry& g, const ConvAxis& h,
@@ -123,7 +127,8 @@ inline double lags_cost(const ConvSizes& x, const ConvGeometry& g, const ConvAxi
     total += signals * channels * n * lines * pitch / lanes * 2;
   }
   const double terms = static_cast<double>(h.terms * w.terms);
-  const double assembly = channels * channels * (2 * terms + cost::kAssemble * taps * taps);
+  const double assembly = channels * channels * (2 * terms + cost::kAssemble * taps * taps) +
+                          taps * taps * cost::kLagPair;
   return static_cast<double>(g.groups) * (total + assembly);
 }
 

@@ -15,11 +15,17 @@ namespace {
 // The path with the least estimated cost.
 std::string_view cheapest(const ConvCall& call) {
   const ConvGeometry& g = call.geometry;
-  if (g.taps() == 1) return "patches";
   const ConvSizes x{call.images.size(0), call.images.size(1), call.images.size(2),
                     call.images.size(3)};
   const double lanes = static_cast<double>(
       call.acc.scalar_type() == at::kDouble ? simd_lanes<double>() : simd_lanes<float>());
+  // One tap: dot products of whole channels, where these do not fill the lanes and are
+  // long enough to pay for the plan.
+  if (g.taps() == 1) {
+    constexpr int64_t kLong = 1 << 13;
+    const bool narrow = static_cast<double>(x.channels / g.groups) <= lanes;
+    return narrow && x.samples * g.positions() >= kLong ? "lags" : "patches";
+  }
   const ConvAxis h =
       make_axis(x.height, g.kernel_h, g.stride_h, g.padding_h, g.dilation_h, g.out_h);
   const ConvAxis w = make_axis(x.width, g.kernel_w, g.stride_w, g.padding_w, g.dilation_w, g.out_w);

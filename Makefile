@@ -77,7 +77,8 @@ SANITIZERS = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:
 	ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 \
 	UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2
 # Not the sizes beyond 2^31: instrumented, one of them takes minutes.
-SANITIZE_TESTS ?= $(filter-out tests/test_ops_scale.py,$(wildcard tests/test_ops*.py))
+SANITIZE_TESTS ?= $(filter-out tests/test_ops_scale.py,$(wildcard tests/test_ops*.py)) \
+	tests/test_conv_covariance.py tests/test_kernel_paths.py
 
 sanitize: $(VENV)/built ## the operators' tests under AddressSanitizer and UBSan
 	@test -n "$(SANITIZE_TESTS)" || { echo "SANITIZE_TESTS names no test" >&2; exit 1; }

@@ -117,10 +117,12 @@ struct Sandwich {
       const Scratch<T> buffer(size);
       for (int64_t part = begin; part < end; ++part) {
         for (int64_t p = count * part / parts; p < count * (part + 1) / parts; ++p) {
-          T* panels = buffer.data() - p * size;
-          pack_right(panels, bt, x.columns, columns, p, p + 1);
-          multiply(c, left, RightOperand<T>{panels, x.columns, columns, size, 0, 1}, 0, left_rows,
-                   p, p + 1, factors);
+          const int64_t column = p * microkernels<T>().width;
+          const Matrix<T> rest{bt.at(0, column), bt.row, bt.column};
+          pack_right(buffer.data(), rest, x.columns, columns - column, 0, 1);
+          // All panels stand where this one does.
+          const RightOperand<T> right{buffer.data(), x.columns, columns, 0, 0, 1};
+          multiply(c, left, right, 0, left_rows, p, p + 1, factors);
         }
       }
     });

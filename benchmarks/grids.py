@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,14 @@ def upper(matrix: Tensor) -> Tensor:
     return matrix.triu()
 
 
+def _ready(call: Call) -> Call:
+    return call
+
+
 def compare(name: str, calls: dict[str, Call], repeats: int) -> Group:
     """Rounds in which every call runs once, in turn; the first is the subject."""
     contenders = [
-        Contender(key, lambda call=call: call, read=upper, limit=_AGREEMENT)  # type: ignore[misc]
+        Contender(key, partial(_ready, call), read=upper, limit=_AGREEMENT)
         for key, call in calls.items()
     ]
     problem = Problem(

@@ -61,8 +61,8 @@ def eigsh(
         progress: True for a bar on stderr, or a callback ``("eigsh", converged pairs, k)``.
         method: "lanczos", or "auto": a :class:`LayerHessian` whose samples are stored, and few of
             which carry its trace, is split into these few and the rest (see
-            :mod:`hesskern.two_level`) when the largest eigenvalues are wanted without a start.
-            Residuals are then certified bounds.
+            :mod:`hesskern.two_level`) when the largest eigenvalues are wanted without ``start`` and
+            ``max_matvecs``. Residuals are then certified bounds.
 
     Returns:
         :class:`EigenResult`; ``matvecs`` counts single vectors (a block of b counts b, a dense
@@ -135,9 +135,11 @@ def _split_first(H: Any, k: int, tol: float, seed: int, report: Progress) -> Eig
     if split is None:
         return None
 
+    def unfinished(_: str, count: int, __: int | None) -> None:
+        report("eigsh", min(count, k - 1), k)
+
     def solve(operator: SymmetricOperator, pairs: int, tolerance: float) -> EigenResult:
-        done = lambda _, count, __: report("eigsh", min(count, k - 1), k)  # noqa: E731
-        return eigsh(operator, pairs, "LA", tolerance, None, seed, None, done, "lanczos")
+        return eigsh(operator, pairs, "LA", tolerance, None, seed, None, unfinished, "lanczos")
 
     with warnings.catch_warnings():
         # What does not converge here is left to the other way.

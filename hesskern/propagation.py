@@ -8,6 +8,9 @@ together, few enough to stay in the cache from one operation to the next.
 A gradient of a tensor [N, ...] is [n, r, ...] for n of the samples and r of the rows. Tensors whose
 first axis merges samples with something else, [N t, ...], count as [N, t, ...]. Images keep their
 channels last in memory, behind the rows.
+
+Hooks that a model registers on its activations change no gradient here: the graph does not show
+them.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ _internal = torch.ops.hesskern_internal
 
 # Elements of the largest gradient of a block: its successor and itself stay in the cache.
 _BLOCK = 2**21
-# Rows of a block where single samples are large.
+# Where single samples are large: elements that a block may have for the sake of several rows, which
+# share what they have in common, and of a sample for every thread.
+_LARGE_BLOCK = 2**23
 _ROWS = 28
 
 # Operations that act on every element alone: the derivative is a factor per element.
@@ -225,12 +230,7 @@ class Propagation:
         Yields:
             blocks that together hold every row of every sample once.
         """
-        step = max(1, min(rows, max(_ROWS, _BLOCK // max(1, self._largest * self._n))))
-        if rows % step:
-            step = -(-rows // -(-rows // step))
-        # Samples are shared out among the threads.
-        threads = torch.get_num_threads()
-        samples = -(-max(1, _BLOCK // max(1, self._largest * step)) // threads) * threads
+        step, samples = self._block_size(rows)
         for begin in range(0, rows, step):
             block = torch.stack([row(j) for j in range(begin, min(rows, begin + step))], 1)
             for start in range(0, self._n, samples):
@@ -238,6 +238,20 @@ class Propagation:
                 with torch.no_grad():
                     gradients = self._run(block[chosen], chosen)
                 yield Block(chosen, slice(begin, begin + block.shape[1]), gradients)
+
+    def _block_size(self, rows: int) -> tuple[int, int]:
+        """Rows and samples of a block."""
+        largest = max(1, self._largest)
+        step = max(_BLOCK // (largest * self._n), min(_ROWS, _LARGE_BLOCK // largest), 1)
+        step = min(rows, step)
+        # All blocks of about the same number of rows.
+        step = -(-rows // -(-rows // step))
+        samples = max(1, _BLOCK // (largest * step))
+        threads = torch.get_num_threads()
+        shared = -(-samples // threads) * threads
+        if shared * step * largest <= max(_LARGE_BLOCK, samples * step * largest):
+            samples = shared
+        return step, samples
 
     def _run(self, block: Tensor, samples: slice) -> list[Tensor | None]:
         arrived: dict[Any, Tensor] = {}

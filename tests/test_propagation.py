@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -187,6 +188,26 @@ def test_many_samples_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None
         check(seeded(make), x, rows)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 16])
+def test_blocks_are_bounded(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    import hesskern.propagation as propagation
+
+    monkeypatch.setattr(propagation, "_BLOCK", 1 << 12)
+    monkeypatch.setattr(propagation, "_LARGE_BLOCK", 1 << 14)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for size in (4, 12, 30):
+        x = images(20, 1, size, size)
+        model = seeded(lambda: nn.Sequential(nn.Conv2d(1, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1)))
+        specs, _ = select_layers(model.eval(), None, "none")
+        with Capture(model, specs) as capture:
+            outputs, uses = capture.forward(Batch(0, x, None, None))
+            blocks = capture.backward_all(outputs, 40, lambda j, z=outputs: z, uses)
+            assert blocks is not None
+            for _, _, found in blocks:
+                assert found["0"][0] is not None
+                assert found["0"][0].numel() <= 1 << 14
+
+
 def test_one_dimensional_convolutions() -> None:
     def make() -> nn.Module:
         return nn.Sequential(
@@ -287,8 +308,8 @@ def not_covered() -> dict[str, tuple[nn.Module, Tensor]]:
             return x.clamp_min(0)
 
         @staticmethod
-        def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
-            return 2 * grad
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return 2 * grads[0]
 
     def custom(net: Net, x: Tensor) -> Tensor:
         return net.b(Relu.apply(net.a(x)))

@@ -17,7 +17,6 @@
 #include <vector>
 
 #include "checks.h"
-#include "gather_kernel.h"
 #include "microkernel.h"
 #include "panels.h"
 #include "scratch.h"
@@ -151,7 +150,7 @@ class Gradient {
         strips_((p_.h.in + strip_ - 1) / strip_),
         sources_(
             std::min(p_.h.out, (strip_ - 1 + (p_.h.kernel - 1) * p_.h.dilation) / p_.h.stride + 2)),
-        parts_((p_.r + gather_rows<T>() - 1) / gather_rows<T>()),
+        parts_((p_.r + microkernels<T>().rows - 1) / microkernels<T>().rows),
         rows_of_(sources(p_.h)),
         columns_of_(sources(p_.w)) {}
 
@@ -236,7 +235,7 @@ class Gradient {
         const int64_t begin = p_.r * part / parts_, end = p_.r * (part + 1) / parts_;
         product.first = begin;
         product.out = whole ? out + begin * p_.channels : edge;
-        gather_kernel<T>(end - begin, vectors)(product);
+        microkernels<T>().gathered[end - begin][vectors](product);
         for (int64_t i = begin; !whole && i < end; ++i) {
           std::copy_n(edge + (i - begin) * width, columns, out + i * p_.channels);
         }

@@ -62,6 +62,49 @@ HESSKERN_FORCE_INLINE void multiply(const BlockProduct<T>& p) {
   }
 }
 
+template <typename T, class Isa, int kRows, int kVectors>
+HESSKERN_FORCE_INLINE void gather(const GatherProduct<T>& p) {
+  constexpr int kLane = kLanes<T, Isa>;
+  Vector<T, Isa> sum[kRows][kVectors];
+  HESSKERN_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    HESSKERN_UNROLL
+    for (int v = 0; v < kVectors; ++v) sum[i][v] = Vector<T, Isa>{};
+  }
+  for (int64_t n = 0; n < p.terms; ++n) {
+    const GatheredRows<T>& term = p.term[n];
+    const T* values = term.values + p.first;
+    const T* weight = term.weight;
+    const int32_t* index = term.index;
+    for (int64_t k = 0; k < term.count; ++k) {
+      const T* from = weight + index[k];
+      Vector<T, Isa> row[kVectors];
+      HESSKERN_UNROLL
+      for (int v = 0; v < kVectors; ++v) load<T, Isa>(row[v], from + v * kLane);
+      HESSKERN_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const T scale = values[i];
+        HESSKERN_UNROLL
+        for (int v = 0; v < kVectors; ++v) sum[i][v] += scale * row[v];
+      }
+      values += p.r;
+    }
+  }
+  Vector<T, Isa> factor[kVectors];
+  if (p.factor != nullptr) {
+    HESSKERN_UNROLL
+    for (int v = 0; v < kVectors; ++v) load<T, Isa>(factor[v], p.factor + v * kLane);
+  }
+  HESSKERN_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    HESSKERN_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      if (p.factor != nullptr) sum[i][v] = sum[i][v] * factor[v];
+      store<T, Isa>(p.out + i * p.out_stride + v * kLane, sum[i][v]);
+    }
+  }
+}
+
 // One function per instruction set; a block's rows are chosen for its number of
 // registers: sums, the row of B and a broadcast element of A.
 struct OnBaseline : Baseline {
@@ -69,6 +112,10 @@ struct OnBaseline : Baseline {
   template <typename T, int kR, int kV, Order kOrder>
   static void run(const BlockProduct<T>& p) {
     multiply<T, Baseline, kR, kV, kOrder>(p);
+  }
+  template <typename T, int kR, int kV>
+  static void run_gathered(const GatherProduct<T>& p) {
+    gather<T, Baseline, kR, kV>(p);
   }
 };
 
@@ -79,6 +126,10 @@ struct OnAvx2 : Avx2 {
   HESSKERN_TARGET_AVX2 static void run(const BlockProduct<T>& p) {
     multiply<T, Avx2, kR, kV, kOrder>(p);
   }
+  template <typename T, int kR, int kV>
+  HESSKERN_TARGET_AVX2 static void run_gathered(const GatherProduct<T>& p) {
+    gather<T, Avx2, kR, kV>(p);
+  }
 };
 
 struct OnAvx512 : Avx512 {
@@ -86,6 +137,10 @@ struct OnAvx512 : Avx512 {
   template <typename T, int kR, int kV, Order kOrder>
   HESSKERN_TARGET_AVX512 static void run(const BlockProduct<T>& p) {
     multiply<T, Avx512, kR, kV, kOrder>(p);
+  }
+  template <typename T, int kR, int kV>
+  HESSKERN_TARGET_AVX512 static void run_gathered(const GatherProduct<T>& p) {
+    gather<T, Avx512, kR, kV>(p);
   }
 };
 #endif
@@ -100,6 +155,8 @@ Microkernels<T> make_table(std::integer_sequence<int, kR...>) {
   ((table.by_rows[kR + 1][2] = &Isa::template run<T, kR + 1, 2, Order::rows>), ...);
   ((table.by_columns[kR + 1][1] = &Isa::template run<T, kR + 1, 1, Order::columns>), ...);
   ((table.by_columns[kR + 1][2] = &Isa::template run<T, kR + 1, 2, Order::columns>), ...);
+  ((table.gathered[kR + 1][1] = &Isa::template run_gathered<T, kR + 1, 1>), ...);
+  ((table.gathered[kR + 1][2] = &Isa::template run_gathered<T, kR + 1, 2>), ...);
   return table;
 }
 

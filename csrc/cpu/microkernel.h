@@ -31,6 +31,30 @@ struct BlockProduct {
 template <typename T>
 using BlockKernel = void (*)(const BlockProduct<T>&);
 
+// values [count, r] times the rows of weight that index names, by their offsets.
+template <typename T>
+struct GatheredRows {
+  const T* values;
+  const int32_t* index;
+  int64_t count;
+  const T* weight;
+};
+
+// out [R, columns] := factor . sum over terms of values^T weight[index], for rows
+// [first, first + R) of r.
+template <typename T>
+struct GatherProduct {
+  const GatheredRows<T>* term;
+  int64_t terms;
+  int64_t first, r;
+  const T* factor;  // [columns] or null
+  T* out;
+  int64_t out_stride;
+};
+
+template <typename T>
+using GatherKernel = void (*)(const GatherProduct<T>&);
+
 // The kernels of the instruction set of this machine.
 template <typename T>
 struct Microkernels {
@@ -41,6 +65,7 @@ struct Microkernels {
   // [rows][vectors]: rows in 1 .. rows, vectors in 1 .. 2
   BlockKernel<T> by_rows[kMaxRows + 1][3];
   BlockKernel<T> by_columns[kMaxRows + 1][3];
+  GatherKernel<T> gathered[kMaxRows + 1][3];
 };
 
 template <typename T>

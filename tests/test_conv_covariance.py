@@ -66,7 +66,10 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Te
 @st.composite
 def geometries(draw: st.DrawFn) -> Geometry:
     """Any geometry: more padding than kernel, windows that skip pixels, lines of one pixel."""
-    pair = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(2))  # noqa: E731
+
+    def pair(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(2))
+
     groups = draw(st.sampled_from((1, 1, 1, 2, 5)))
     channels = draw(st.sampled_from((1, 2, 3, 7, 17)))
     kernel, stride, padding, dilation = pair(1, 4), pair(1, 3), pair(0, 4), pair(1, 3)

@@ -2,8 +2,8 @@
 
 Pixels are scaled to [0, 1]. Digits and CIFAR-10 are then standardized with one constant mean and
 deviation per channel; MNIST is shifted to [-1, 1], the scale at which arXiv 2010.04261's figures
-come out (standardized pixels give an overlap of H and its Kronecker form near .72 in fc1 of F-200^2
-at k = 9, pixels in [0, 1] .85, pixels in [-1, 1] .96; the paper shows .94):
+come out: ``hesskern analyze --data mnist --model f200x2`` gives an overlap of H and its Kronecker
+form of .965 in fc1 at k = 9, the paper .94; standardized pixels and pixels in [0, 1] stay lower:
 
 ==========  ==================================  ==========================================
 digits      pixels / 16, mean .305, dev. .376   over the 1437 training images

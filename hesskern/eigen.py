@@ -34,7 +34,7 @@ def eigsh(
     seed: int = 0,
     max_matvecs: int | None = None,
     progress: bool | Progress = False,
-    method: str = "auto",
+    method: str = "lanczos",
 ) -> EigenResult:
     """The ``k`` most wanted eigenpairs of a symmetric operator.
 
@@ -59,10 +59,11 @@ def eigsh(
         seed: of the random vectors; equal seeds give equal results.
         max_matvecs: largest number of single-vector products, at least k; None: 1000 + 10 P.
         progress: True for a bar on stderr, or a callback ``("eigsh", converged pairs, k)``.
-        method: "lanczos", or "auto": a :class:`LayerHessian` whose samples are stored, and few of
-            which carry its trace, is split into these few and the rest (see
-            :mod:`hesskern.two_level`) when the largest eigenvalues are wanted without ``start`` and
-            ``max_matvecs``. Residuals are then certified bounds.
+        method: "lanczos"; or "split", for the largest eigenvalues of a :class:`LayerHessian` whose
+            samples are stored, when few of them carry its trace: these few are solved for first
+            (see :mod:`hesskern.two_level`), which takes fewer products, but no less time where a
+            product is as cheap as here. Residuals are then certified bounds. Without such a split,
+            or with ``start`` or ``max_matvecs``, it is Lanczos all the same.
 
     Returns:
         :class:`EigenResult`; ``matvecs`` counts single vectors (a block of b counts b, a dense
@@ -77,11 +78,11 @@ def eigsh(
     """
     operator = _checked(H, k, which, tol, max_matvecs)
     start = _checked_start(start, which, operator)
-    if method not in ("auto", "lanczos"):
-        raise ValueError(f"method must be 'auto' or 'lanczos', got {method!r}")
+    if method not in ("lanczos", "split"):
+        raise ValueError(f"method must be 'lanczos' or 'split', got {method!r}")
     report = reporter(progress)
     size = operator.size
-    if method == "auto" and start is None and which != "SA" and max_matvecs is None:
+    if method == "split" and start is None and which != "SA" and max_matvecs is None:
         result = _split_first(H, k, float(tol), seed, report)
         if result is not None:
             return result
@@ -139,7 +140,7 @@ def _split_first(H: Any, k: int, tol: float, seed: int, report: Progress) -> Eig
         report("eigsh", min(count, k - 1), k)
 
     def solve(operator: SymmetricOperator, pairs: int, tolerance: float) -> EigenResult:
-        return eigsh(operator, pairs, "LA", tolerance, None, seed, None, unfinished, "lanczos")
+        return eigsh(operator, pairs, "LA", tolerance, None, seed, None, unfinished)
 
     with warnings.catch_warnings():
         # What does not converge here is left to the other way.

@@ -21,7 +21,7 @@ TREE := $(wildcard setup.py pyproject.toml MANIFEST.in README.md LICENSE csrc he
 COPY = rm -rf $(1)/csrc $(1)/hesskern $(1)/tests && mkdir -p $(1) && \
 	tar -cf - --exclude='*.so' --exclude=__pycache__ $(TREE) | tar -xf - -C $(1)
 
-.PHONY: help demo test lint format package sanitize cuda-compile cuda-build clean
+.PHONY: help demo test lint format package sanitize cuda-compile cuda-emulate cuda-build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | \
@@ -92,14 +92,33 @@ sanitize: $(VENV)/built ## the operators' tests under AddressSanitizer and UBSan
 	cd build/sanitize && $(SANITIZERS) $(abspath $(VENV))/bin/python -m pytest \
 		-p no:cacheprovider --capture=sys $(SANITIZE_TESTS)
 
-cuda-compile: ## every .cu file with nvcc alone, warnings as errors; no GPU, no torch
-	@mkdir -p build/cuda-compile
-	@for source in csrc/cuda/*.cu; do \
-		echo "nvcc $$source for $(CUDA_ARCHITECTURES:%=sm_%)"; \
-		nvcc -std=c++17 -O3 --Werror all-warnings -Xcompiler=-Wall,-Wextra,-Werror \
-			$(foreach a,$(CUDA_ARCHITECTURES),-gencode arch=compute_$(a),code=sm_$(a)) \
-			-Icsrc -c $$source -o build/cuda-compile/$$(basename $$source .cu).o; \
-	done
+cuda-compile: ## every .cu file with nvcc alone, warnings and spills as errors; no GPU, no torch
+	$(PYTHON) .ci/compile_cuda.py --output build/cuda-compile $(CUDA_ARCHITECTURES)
+
+# The kernels on the CPU: every thread of a block a fiber under AddressSanitizer and UBSan; for
+# ThreadSanitizer, which looks for races, a real thread, with fewer cases.
+EMULATED_address = -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
+EMULATED_thread = -O1 -fsanitize=thread -DHESSKERN_EMULATE_THREADS
+EMULATED_SOURCES := $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*.cpp)
+EMULATED_HEADERS := $(wildcard csrc/cuda/*.h tests/cuda_on_cpu/*.h)
+EMULATED = build/cuda-emulate
+
+define emulated_build
+$(EMULATED)/$(1)/%.o: % $(EMULATED_HEADERS)
+	@mkdir -p $$(@D)
+	$$$${CXX:-c++} -std=c++17 -g1 -Wall -Wextra -Wno-unknown-pragmas -Werror $$(EMULATED_$(1)) \
+		-Itests/cuda_on_cpu -Icsrc/cuda -x c++ -c $$< -o $$@
+
+$(EMULATED)/$(1)/cuda_on_cpu: $(EMULATED_SOURCES:%=$(EMULATED)/$(1)/%.o)
+	$$$${CXX:-c++} $$(EMULATED_$(1)) $$^ -o $$@ -pthread
+endef
+$(eval $(call emulated_build,address))
+$(eval $(call emulated_build,thread))
+
+cuda-emulate: $(EMULATED)/address/cuda_on_cpu $(EMULATED)/thread/cuda_on_cpu ## the CUDA kernels on the CPU, under sanitizers
+	ASAN_OPTIONS=detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(EMULATED)/address/cuda_on_cpu
+	$(EMULATED)/thread/cuda_on_cpu --few
 
 $(CUDA_VENV)/torch: constraints-cuda.txt
 	$(call make_venv,$(CUDA_VENV),constraints-cuda.txt)

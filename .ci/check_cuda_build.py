@@ -15,7 +15,10 @@ assert info["cuda_architectures"], info
 
 bindings = (Path(hesskern.__file__).parents[1] / "csrc" / "cuda" / "bindings.cpp").read_text()
 registered = re.findall(r'm\.impl\("(\w+)"', bindings)
-assert "mirror_" in registered, registered
+contract = (Path(hesskern.__file__).parents[1] / "csrc" / "ops.cpp").read_text()
+public = contract[: contract.index("TORCH_LIBRARY(hesskern_internal")]
+operators = re.findall(r'"(\w+)\(Tensor', public)
+assert sorted(registered) == sorted(operators), (registered, operators)
 for name in registered:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"hesskern::{name}", "CUDA"), name
 print("CUDA build imports:", info, "; CUDA kernels:", ", ".join(registered))

@@ -20,6 +20,9 @@ from torch import Tensor
 from hesskern import ops
 
 PATHS = ("patches", "lags", "spectral")
+# Takes 1 x 1 kernels with at most that many channels per group.
+_POINTWISE, _POINTWISE_CHANNELS = "pointwise", 16
+SHOWN = (*PATHS, _POINTWISE)
 # Samples, channels, pixels per side, kernel size, stride, groups.
 TARGETS = ((64, 64, 32, 3, 1, 1), (32, 64, 28, 5, 1, 1))
 _UNFOLDED_BYTES = 2**30
@@ -77,7 +80,7 @@ def forms(x: Tensor, kernel: int, stride: int, groups: int) -> dict[str, Callabl
         u = unfolded().permute(1, 2, 0, 3).reshape(groups, d, -1)
         return u @ u.mT
 
-    def pointwise() -> Tensor:
+    def no_unfold() -> Tensor:
         u = x[..., ::stride, ::stride].unflatten(1, (groups, d)).flatten(3)
         u = u.permute(1, 2, 0, 3).reshape(groups, d, -1)
         return u @ u.mT
@@ -86,7 +89,7 @@ def forms(x: Tensor, kernel: int, stride: int, groups: int) -> dict[str, Callabl
     if 4 * len(x) * groups * d * d <= _UNFOLDED_BYTES:
         found["batched"] = batched
     if kernel == 1:
-        found["pointwise"] = pointwise
+        found["no unfold"] = no_unfold
     return found
 
 
@@ -95,7 +98,7 @@ def main() -> None:
     groups, extra = [], []
     print(
         f"{'point':34} {'hesskern ms':>16} {'unfold + GEMM':>16}   over"
-        + "".join(f" {path:>16}" for path in PATHS)
+        + "".join(f" {path:>16}" for path in SHOWN)
         + "  choice"
     )
     for point in grid():
@@ -116,16 +119,18 @@ def main() -> None:
             return acc
 
         calls = {"hesskern": ours}
-        calls |= {path: lambda path=path, one=one: one(path) for path in PATHS}
+        fits = kernel == 1 and channels // count <= _POINTWISE_CHANNELS
+        paths = (*PATHS, _POINTWISE) if fits else PATHS
+        calls |= {path: lambda path=path, one=one: one(path) for path in paths}
         opponents = forms(x, kernel, stride, count)
         group = compare(name, calls | opponents, arguments.repeats)
         rows = {row.name: row for row in group.rows}
         opponent = min((rows[key] for key in opponents), key=lambda row: row.median or 0.0)
-        best = min(rows[path].ratio or 0.0 for path in PATHS)
+        best = min(rows[path].ratio or 0.0 for path in paths)
         over = opponent.ratio or 0.0
         print(
             f"{name:34} {spread(rows['hesskern']):>16} {spread(opponent):>16} {over:6.2f}"
-            + "".join(f" {spread(rows[path]):>16}" for path in PATHS)
+            + "".join(f" {spread(rows[path]) if path in rows else '-':>16}" for path in SHOWN)
             + f"  {best:6.2f}",
             flush=True,
         )

@@ -24,7 +24,8 @@ from hesskern.progress import reporter
 
 __all__ = ["compare", "normal", "options", "spread", "upper", "write"]
 
-_AGREEMENT = 1e-4
+# Torch's own float32 sums of millions of terms are not better.
+_AGREEMENT = 1e-3
 
 
 def options(description: str) -> argparse.ArgumentParser:

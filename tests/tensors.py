@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -24,14 +23,6 @@ ACCUMULATOR_LAYOUTS = ("contiguous", "column_major", "window", "strided")
 
 # Largest relative error (Frobenius) against the float64 reference on the same inputs.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
-
-input_layouts = st.sampled_from(INPUT_LAYOUTS)
-accumulator_layouts = st.sampled_from(ACCUMULATOR_LAYOUTS)
-dtypes = st.sampled_from((torch.float32, torch.float64))
-# Also what an accumulator takes as input, and what does not survive narrow accumulation.
-input_dtypes = st.sampled_from((torch.float32, torch.float64, torch.bfloat16, torch.float16))
-alphas = st.sampled_from((1.0, -0.75, 0.0, 1 / 3))
-seeds = st.integers(0, 2**16)
 
 
 def random(

@@ -191,12 +191,69 @@ class TestPaths:
             torch.set_num_threads(threads)
 
 
+class TestPointwise:
+    """1 x 1 kernels with few channels per group."""
+
+    @given(channels=st.integers(1, 16), groups=st.sampled_from((1, 1, 3)),
+           samples=st.integers(1, 4), height=st.integers(1, 20), width=st.integers(1, 40),
+           stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+           padding=st.tuples(st.integers(0, 4), st.integers(0, 4)), double=st.booleans(),
+           alpha=st.sampled_from((1.0, -0.5)), seed=st.integers(0, 999))  # fmt: skip
+    def test_any_geometry(
+        self, channels: int, groups: int, samples: int, height: int, width: int,
+        stride: tuple[int, int], padding: tuple[int, int], double: bool, alpha: float, seed: int,
+    ) -> None:  # fmt: skip
+        geometry = Geometry(
+            (samples, groups * channels, height, width), (1, 1), stride, padding, groups=groups
+        )
+        dtype = torch.float64 if double else torch.float32
+        x = normal(*geometry.shape, dtype=dtype, seed=seed)
+        check(geometry, x, "pointwise", alpha)
+        check(geometry, x, None, alpha)
+
+    @pytest.mark.parametrize("shape", [(2, 1, 90, 110), (40, 5, 60, 60), (3, 16, 70, 70)])
+    def test_long_runs_and_threads(self, shape: tuple[int, ...]) -> None:
+        geometry = Geometry(shape, (1, 1))
+        check(geometry, normal(*shape, dtype=torch.float32), "pointwise")
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_narrow_inputs(self, dtype: torch.dtype) -> None:
+        """More samples than are converted at a time."""
+        geometry = Geometry((90, 3, 128, 130), (1, 1))
+        check(geometry, normal(*geometry.shape, dtype=dtype), "pointwise")
+
+    def test_sliced_images(self) -> None:
+        geometry = Geometry((3, 6, 8, 7), (1, 1), (2, 1))
+        x = normal(5, 9, 10, 9)[1:4, 1:7, 2:, 1:8]
+        check(geometry, x, "pointwise")
+        check(geometry, x[:1].expand(3, -1, -1, -1), "pointwise")
+
+    def test_transposed_accumulator(self) -> None:
+        geometry = Geometry((3, 4, 6, 6), (1, 1))
+        x = normal(*geometry.shape)
+        acc = torch.zeros(geometry.order, geometry.order, dtype=torch.float64)
+        by_path(acc.t(), x, *geometry.window, 1, 1.0, "pointwise")
+        torch.testing.assert_close(acc.t().triu(), covariance(geometry, x, "pointwise")[0])
+
+    @pytest.mark.parametrize(
+        ("shape", "kernel", "channels_last"),
+        [((2, 17, 4, 4), 1, False), ((2, 3, 4, 4), 2, False), ((2, 3, 4, 4), 1, True)],
+    )
+    def test_refused(self, shape: tuple[int, ...], kernel: int, channels_last: bool) -> None:
+        geometry = Geometry(shape, (kernel, kernel))
+        x = normal(*shape)
+        if channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        with pytest.raises(ValueError, match="where it fits, pointwise"):
+            covariance(geometry, x, "pointwise")
+
+
 @given(geometry=geometries(), seed=st.integers(0, 999))
 def test_choice(geometry: Geometry, seed: int) -> None:
     check(geometry, normal(*geometry.shape, seed=seed), None)
 
 
 def test_unknown_path() -> None:
-    with pytest.raises(ValueError, match="path must be patches, lags or spectral, got fast"):
+    with pytest.raises(ValueError, match=r"path must be patches, lags, spectral or, .*, got fast"):
         by_path(torch.zeros(4, 4), torch.zeros(1, 4, 2, 2), [1, 1], [1, 1], [0, 0], [1, 1], 1, 1.0,
                 "fast")  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import CASES, classes, randn
-from tensors import dtypes, seeds
+from strategies import dtypes, seeds
 from torch import Tensor, nn
 
 import hesskern as hk

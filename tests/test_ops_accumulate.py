@@ -8,20 +8,15 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from strategies import accumulator_layouts, alphas, dtypes, input_dtypes, input_layouts, seeds
 from tensors import (
     ACCUMULATOR_LAYOUTS,
     INPUT_LAYOUTS,
     Accumulator,
-    accumulator_layouts,
-    alphas,
     arrange,
     assert_near,
-    dtypes,
-    input_dtypes,
-    input_layouts,
     random,
     relative_error,
-    seeds,
     softmax,
 )
 from torch import Tensor

@@ -9,17 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensors import (
-    TOLERANCE,
-    arrange,
-    assert_near,
-    dtypes,
-    input_layouts,
-    random,
-    relative_error,
-    seeds,
-    to_double,
-)
+from strategies import dtypes, input_layouts, seeds
+from tensors import TOLERANCE, arrange, assert_near, random, relative_error, to_double
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 

@@ -6,18 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tensors import (
-    INPUT_LAYOUTS,
-    alphas,
-    arrange,
-    assert_near,
-    dtypes,
-    input_layouts,
-    random,
-    relative_error,
-    seeds,
-    softmax,
-)
+from strategies import alphas, dtypes, input_layouts, seeds
+from tensors import INPUT_LAYOUTS, arrange, assert_near, random, relative_error, softmax
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 

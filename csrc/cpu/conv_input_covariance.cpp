@@ -17,15 +17,10 @@ std::string_view cheapest(const ConvCall& call) {
   const ConvGeometry& g = call.geometry;
   const ConvSizes x{call.images.size(0), call.images.size(1), call.images.size(2),
                     call.images.size(3)};
+  if (pointwise_fits(call)) return "pointwise";
+  if (g.taps() == 1) return "patches";
   const double lanes = static_cast<double>(
       call.acc.scalar_type() == at::kDouble ? simd_lanes<double>() : simd_lanes<float>());
-  // One tap: dot products of whole channels, where these do not fill the lanes and are
-  // long enough to pay for the plan.
-  if (g.taps() == 1) {
-    constexpr int64_t kLong = 1 << 13;
-    const bool narrow = static_cast<double>(x.channels / g.groups) <= lanes;
-    return narrow && x.samples * g.positions() >= kLong ? "lags" : "patches";
-  }
   const ConvAxis h =
       make_axis(x.height, g.kernel_h, g.stride_h, g.padding_h, g.dilation_h, g.out_h);
   const ConvAxis w = make_axis(x.width, g.kernel_w, g.stride_w, g.padding_w, g.dilation_w, g.out_w);
@@ -52,9 +47,12 @@ void accumulate(at::Tensor& acc, const at::Tensor& x, at::IntArrayRef kernel_siz
     conv_spectral(call);
   } else if (path == "lags") {
     conv_lags(call);
+  } else if (path == "pointwise" && pointwise_fits(call)) {
+    conv_pointwise(call);
   } else {
     TORCH_CHECK_VALUE(path == "patches",
-                      "conv_input_covariance_by_: path must be patches, lags or spectral, got ",
+                      "conv_input_covariance_by_: path must be patches, lags, spectral or, where "
+                      "it fits, pointwise, got ",
                       path);
     conv_patches(call);
   }

@@ -15,8 +15,8 @@
 
 #include "conv_paths.h"
 #include "conv_plan.h"
+#include "dot_tile.h"
 #include "scratch.h"
-#include "vector.h"
 
 namespace hesskern::cpu {
 
@@ -24,41 +24,6 @@ namespace {
 
 // Elements of a flat array that one register tile runs over.
 constexpr int64_t kRun = 4096;
-
-// out [R, N] := dot products of R rows and N columns of K elements, K whole vectors.
-template <class T, class Isa, int R, int N>
-HESSKERN_FORCE_INLINE void dot_tile(int64_t K, const T* const* rows, const T* const* cols, T* out) {
-  using V = Vector<T, Isa>;
-  constexpr int L = kLanes<T, Isa>;
-  V sum[R][N];
-  HESSKERN_UNROLL
-  for (int i = 0; i < R; ++i) {
-    HESSKERN_UNROLL
-    for (int j = 0; j < N; ++j) sum[i][j] = V{};
-  }
-  for (int64_t k = 0; k < K; k += L) {
-    V left[R];
-    HESSKERN_UNROLL
-    for (int i = 0; i < R; ++i) load<T, Isa>(left[i], rows[i] + k);
-    HESSKERN_UNROLL
-    for (int j = 0; j < N; ++j) {
-      V right;
-      load<T, Isa>(right, cols[j] + k);
-      HESSKERN_UNROLL
-      for (int i = 0; i < R; ++i) sum[i][j] += left[i] * right;
-    }
-  }
-  HESSKERN_UNROLL
-  for (int i = 0; i < R; ++i) {
-    HESSKERN_UNROLL
-    for (int j = 0; j < N; ++j) {
-      T lanes[L], total = 0;
-      store<T, Isa>(lanes, sum[i][j]);
-      for (int l = 0; l < L; ++l) total += lanes[l];
-      out[i * N + j] = total;
-    }
-  }
-}
 
 // Signals of one kind: whole images (by phase pair), border rows (by border and
 // horizontal phase), border columns (by border and vertical phase) or pixels (by

@@ -28,6 +28,9 @@ struct ConvCall {
   }
 };
 
+// Dot products of whole channels, for 1 x 1 kernels: whether that way takes the call, and it.
+bool pointwise_fits(const ConvCall& call);
+void conv_pointwise(const ConvCall& call);
 // Patches, packed from the images as the triangle is computed. Any geometry.
 void conv_patches(const ConvCall& call);
 // Correlations at the lags between patch offsets, for few channels per group. Any geometry.

@@ -1,7 +1,9 @@
 #include <algorithm>
 #include <limits>
 
+#include "launch.h"
 #include "mirror.h"
+#include "triangle.h"
 
 namespace hesskern::cuda {
 
@@ -12,28 +14,20 @@ constexpr int kRows = 8;
 
 // acc [groups, d, d]; a block moves one tile at a time from the source triangle
 // through shared memory, so that its reads and its writes both run along x.
-//
-// The tiles (i, j), i <= j, of one matrix are folded into a rectangle, row r
-// beside the row that completes it, so that no block is launched for the other
-// triangle and a tile's place needs no square root.
 template <typename T>
 __global__ void __launch_bounds__(kTile* kRows)
     mirror_kernel(T* acc, int64_t groups, int64_t d, int64_t stride_group, int64_t stride_y,
                   int64_t stride_x, bool source_is_lower) {
   // One column more than a tile: a column is then read from distinct banks.
   __shared__ T tile[kTile][kTile + 1];
-  const int64_t tiles = (d + kTile - 1) / kTile;
-  const int64_t even = 1 - tiles % 2;
-  const int64_t width = tiles + even;
-  const int64_t per_matrix = tiles * (tiles + 1) / 2;
+  const int64_t tiles = ceil_div(d, kTile);
+  const int64_t per_matrix = triangle_size(tiles);
   const int x = threadIdx.x;
 
   for (int64_t item = blockIdx.x; item < groups * per_matrix; item += gridDim.x) {
     T* a = acc + item / per_matrix * stride_group;
-    const int64_t row = item % per_matrix / width, col = item % per_matrix % width;
-    const bool upper_part = col >= row + even;
-    const int64_t i = upper_part ? row : tiles - even - row;
-    const int64_t j = upper_part ? col - even : tiles - 1 - col;
+    const TilePlace place = triangle_place(item % per_matrix, tiles);
+    const int64_t i = place.row, j = place.column;
     const int64_t source_y0 = (source_is_lower ? j : i) * kTile;
     const int64_t source_x0 = (source_is_lower ? i : j) * kTile;
 
@@ -60,8 +54,8 @@ __global__ void __launch_bounds__(kTile* kRows)
 template <typename T>
 cudaError_t mirror(T* acc, int64_t groups, int64_t d, int64_t stride_group, int64_t stride_row,
                    int64_t stride_col, cudaStream_t stream) {
-  const int64_t tiles = (d + kTile - 1) / kTile;
-  const int64_t items = groups * (tiles * (tiles + 1) / 2);
+  const int64_t tiles = ceil_div(d, kTile);
+  const int64_t items = groups * triangle_size(tiles);
   if (items == 0) return cudaSuccess;
   // Neighbouring threads take the axis with the smaller stride. Swapping the axes
   // of a column-major matrix turns its upper triangle into the lower one.
@@ -69,9 +63,8 @@ cudaError_t mirror(T* acc, int64_t groups, int64_t d, int64_t stride_group, int6
   const int64_t stride_y = column_major ? stride_col : stride_row;
   const int64_t stride_x = column_major ? stride_row : stride_col;
   const int64_t blocks = std::min<int64_t>(items, std::numeric_limits<int32_t>::max());
-  mirror_kernel<T><<<static_cast<unsigned>(blocks), dim3(kTile, kRows), 0, stream>>>(
-      acc, groups, d, stride_group, stride_y, stride_x, column_major);
-  return cudaGetLastError();
+  return launch(mirror_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kTile, kRows), 0,
+                stream, acc, groups, d, stride_group, stride_y, stride_x, column_major);
 }
 
 template cudaError_t mirror<float>(float*, int64_t, int64_t, int64_t, int64_t, int64_t,

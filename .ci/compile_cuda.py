@@ -1,0 +1,96 @@
+"""Compiles every .cu file with nvcc alone and shows what its kernels take.
+
+    python .ci/compile_cuda.py --output FOLDER ARCHITECTURE...
+
+Warnings are errors, and so are spills: a kernel whose registers overflow into local memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
+FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers")
+SHARED = re.compile(r"(\d+) bytes smem")
+
+
+def compile_one(source: Path, output: Path, architectures: list[str]) -> str:
+    """Messages of nvcc; raises with them if it fails."""
+    command = ["nvcc", "-std=c++17", "-O3", "--Werror", "all-warnings"]
+    command += ["-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v", "-I", str(ROOT / "csrc")]
+    for architecture in architectures:
+        command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
+    command += ["-c", str(source), "-o", str(output / f"{source.stem}.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{source.relative_to(ROOT)}:\n{done.stdout}{done.stderr}")
+    return done.stderr
+
+
+def kernels(messages: str) -> list[tuple[str, str, int, int, int]]:
+    """Name, architecture, registers, static shared memory and spilled bytes of every kernel."""
+    found, name, spills = [], ("", ""), 0
+    for line in messages.splitlines():
+        if entry := ENTRY.search(line):
+            name = (entry[1], entry[2])
+        elif frame := FRAME.search(line):
+            spills = int(frame[2]) + int(frame[3])
+        elif used := USED.search(line):
+            shared = SHARED.search(line)
+            found.append((*name, int(used[1]), int(shared[1]) if shared else 0, spills))
+    return found
+
+
+def readable(names: list[str]) -> list[str]:
+    """C++ names without the namespaces, where c++filt is found."""
+    try:
+        text = "\n".join(names)
+        shown = subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return names
+    return [
+        re.sub(r"\(anonymous namespace\)::|hesskern::cuda::|^void ", "", line)
+        for line in shown.stdout.splitlines()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for the object files")
+    parser.add_argument("architectures", nargs="+", help="e.g. 80 90")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    if not sources:
+        raise SystemExit("csrc/cuda holds no .cu file")
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        messages = list(
+            pool.map(
+                lambda s: compile_one(s, arguments.output, arguments.architectures),
+                sources,
+            )
+        )
+    spilled = 0
+    print("registers  shared  spilled  architecture  kernel")
+    for source, said in zip(sources, messages, strict=True):
+        rows = kernels(said)
+        print(f"-- {source.name}: {len(rows)} kernels")
+        shown = readable([row[0] for row in rows])
+        for (_, architecture, registers, shared, spills), name in zip(rows, shown, strict=True):
+            kernel = name.split("(")[0]
+            print(f"{registers:9}  {shared:6}  {spills:7}  {architecture:12}  {kernel[:150]}")
+            spilled += spills > 0
+    if spilled:
+        sys.exit(f"{spilled} kernels spill registers")
+
+
+if __name__ == "__main__":
+    main()

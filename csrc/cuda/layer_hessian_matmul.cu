@@ -1,0 +1,172 @@
+// Product with the exact layer-wise Hessian: alpha sum_n S_n^T S_n (V x_n) x_n^T.
+//
+// Samples in chunks whose products V x_n stay in the L2 cache: Y = X V^T, then every sample's
+// coefficients a = S_n y_n and its row S_n^T a in the place of y_n, then out += Y^T X. 4 N t d m
+// operations a vector in the two products (three times on tensor cores), which bound it; one read
+// of S, and two of X.
+#include <algorithm>
+
+#include "launch.h"
+#include "layer_hessian_matmul.h"
+#include "products.h"
+#include "warp.h"
+
+namespace hesskern::cuda {
+
+namespace {
+
+constexpr int kWarps = kThreads / 32;
+// Parts of a chunk's samples whose sums are added in fixed order, and their elements in all.
+constexpr int64_t kMostSplits = 32, kSplitElements = 1 << 24;
+
+template <typename T>
+int64_t chunk_samples(const LayerHessianProduct<T>& call) {
+  const int64_t row = call.positions * call.vector_count * call.outputs;
+  return std::clamp<int64_t>(call.chunk_elements / row, 1, call.samples);
+}
+
+// Splits of a chunk's rows, so that the tiles of the second product fill the device.
+template <typename T>
+int64_t split_count(const LayerHessianProduct<T>& call) {
+  const int64_t rows = chunk_samples(call) * call.positions;
+  const int64_t size = call.vector_count * call.outputs * call.inputs;
+  const int64_t tiles =
+      ceil_div(call.vector_count * call.outputs, 128) * ceil_div(call.inputs, 128);
+  const int64_t wanted = std::min(ceil_div(3 * multiprocessors(), tiles), kMostSplits);
+  return std::max<int64_t>(std::min({wanted, rows / 256, kSplitElements / size}), 1);
+}
+
+// y [samples, t, k m] in place: of every sample and vector, y := sum_c <s_c, y> s_c with
+// s_c [m, t]. One block a sample; first: the chunk's first sample; coefficients [samples, c].
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    coefficient_kernel(LayerHessianProduct<T> call, int64_t first, T* y, T* coefficients) {
+  coefficients += blockIdx.x * call.classes;
+  const int64_t size = call.outputs * call.positions;
+  const int64_t row = call.vector_count * call.outputs;
+  const T* s = call.s + (first + blockIdx.x) * call.s_sample;
+  T* sample = y + blockIdx.x * call.positions * row;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  // Neighbouring threads take neighbours in s: outputs, or positions.
+  const bool outputs_first = call.s_output == 1 || call.positions == 1;
+  const auto place = [&](int64_t index, int64_t* output, int64_t* position) {
+    *output = outputs_first ? index % call.outputs : index / call.positions;
+    *position = outputs_first ? index / call.outputs : index % call.positions;
+  };
+  for (int64_t vector = 0; vector < call.vector_count; ++vector) {
+    T* values = sample + vector * call.outputs;
+    for (int64_t c = warp; c < call.classes; c += kWarps) {
+      T total = T(0);
+      for (int64_t index = lane; index < size; index += 32) {
+        int64_t output, position;
+        place(index, &output, &position);
+        total += s[c * call.s_class + output * call.s_output + position * call.s_position] *
+                 values[position * row + output];
+      }
+      total = warp_sum(total);
+      if (lane == 0) coefficients[c] = total;
+    }
+    __syncthreads();
+    for (int64_t index = threadIdx.x; index < size; index += kThreads) {
+      int64_t output, position;
+      place(index, &output, &position);
+      T total = T(0);
+      for (int64_t c = 0; c < call.classes; ++c) {
+        total += coefficients[c] *
+                 s[c * call.s_class + output * call.s_output + position * call.s_position];
+      }
+      values[position * row + output] = total;
+    }
+    __syncthreads();
+  }
+}
+
+// out [size] (+)= alpha sum over splits of partial [splits, size], in their order.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    add_splits_kernel(T* out, const T* partial, int64_t splits, int64_t size, T alpha, bool first) {
+  for (int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; index < size;
+       index += static_cast<int64_t>(gridDim.x) * kThreads) {
+    T total = partial[index];
+    for (int64_t split = 1; split < splits; ++split) total += partial[split * size + index];
+    out[index] = first ? alpha * total : out[index] + alpha * total;
+  }
+}
+
+}  // namespace
+
+template <typename T>
+int64_t LayerHessianProduct<T>::workspace() const {
+  return chunk_samples(*this) * (positions * vector_count * outputs + classes) +
+         split_count(*this) * vector_count * outputs * inputs;
+}
+
+template <typename T>
+cudaError_t LayerHessianProduct<T>::run(T* workspace, cudaStream_t stream) const {
+  const int64_t step = chunk_samples(*this), splits = split_count(*this);
+  const int64_t columns = vector_count * outputs, size = columns * inputs;
+  T *y = workspace, *coefficients = y + step * positions * columns;
+  T* partial = coefficients + step * classes;
+  const auto rows_of = [&](int64_t sample_stride, int64_t position_stride) {
+    if (positions == 1) return Axis{sample_stride};
+    return Axis{position_stride, positions, sample_stride};
+  };
+  for (int64_t start = 0; start < samples; start += step) {
+    const int64_t count = std::min(step, samples - start), rows = count * positions;
+    const T* inputs_of_chunk = x + start * x_sample;
+
+    Product<T> forward{};
+    forward.a = inputs_of_chunk;
+    forward.a_row = rows_of(x_sample, x_position);
+    forward.a_k = {x_input};
+    forward.b = vectors;
+    forward.b_k = {1};
+    forward.b_column = {inputs};
+    forward.c = y;
+    forward.c_row = {columns};
+    forward.c_column = {1};
+    forward.m = rows;
+    forward.n = columns;
+    forward.k_end = inputs;
+    cudaError_t error = multiply_all<T>({forward}, tf32, stream);
+    if (error != cudaSuccess) return error;
+
+    error = launch(coefficient_kernel<T>, dim3(static_cast<unsigned>(count)), dim3(kThreads), 0,
+                   stream, *this, start, y, coefficients);
+    if (error != cudaSuccess) return error;
+
+    std::vector<Product<T>> backward;
+    const int64_t share = ceil_div(rows, splits);
+    for (int64_t begin = 0; begin < rows; begin += share) {
+      Product<T> part{};
+      part.a = y;
+      part.a_row = {1};
+      part.a_k = {columns};
+      part.b = inputs_of_chunk;
+      part.b_k = rows_of(x_sample, x_position);
+      part.b_column = {x_input};
+      part.c = partial + static_cast<int64_t>(backward.size()) * size;
+      part.c_row = {inputs};
+      part.c_column = {1};
+      part.m = columns;
+      part.n = inputs;
+      part.k_begin = begin;
+      part.k_end = std::min(begin + share, rows);
+      backward.push_back(part);
+    }
+    error = multiply_all(backward, tf32, stream);
+    if (error != cudaSuccess) return error;
+
+    const int64_t blocks = std::min<int64_t>(ceil_div(size, kThreads), 16 * multiprocessors());
+    error = launch(add_splits_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
+                   stream, out, static_cast<const T*>(partial),
+                   static_cast<int64_t>(backward.size()), size, alpha, start == 0);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+template struct LayerHessianProduct<float>;
+template struct LayerHessianProduct<double>;
+
+}  // namespace hesskern::cuda

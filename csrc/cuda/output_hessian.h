@@ -1,0 +1,23 @@
+#pragma once
+
+#include "axis.h"
+
+namespace hesskern::cuda {
+
+// sum.acc [m, m] += alpha sum_n sum_t G_nt^T (diag(p_n) - p_n p_n^T) G_nt for rows p_n that sum to
+// one; jacobian [N, c, m, t] with element strides, probabilities p [N, c] contiguous.
+// T is float or double.
+template <typename T>
+struct OutputHessian {
+  const T* jacobian;
+  const T* probabilities;
+  int64_t samples, classes, outputs, positions;
+  int64_t sample_stride, class_stride, output_stride, position_stride;
+  bool tf32;
+  SymmetricSum<T> sum;
+
+  int64_t workspace() const;
+  cudaError_t run(T* workspace, cudaStream_t stream) const;
+};
+
+}  // namespace hesskern::cuda

@@ -1,0 +1,122 @@
+// Products of many matrices in one launch.
+//
+// A block takes one tile of 64 x 64 or 128 x 128 of one of up to 64 products, whose descriptions
+// travel as the kernel's parameter: no copy to the device, and a captured graph keeps them.
+// 2 m n k operations, three times on tensor cores with float32 split into two tf32 numbers; bound
+// by these, and by the launch for small layers.
+#include <algorithm>
+
+#include "elements.h"
+#include "launch.h"
+#include "product.h"
+#include "products.h"
+#include "stage.h"
+#include "tile.h"
+
+namespace hesskern::cuda {
+
+namespace {
+
+constexpr int kMost = 64;
+
+template <typename T>
+struct ProductList {
+  int count;
+  int64_t first_tile[kMost + 1];
+  Product<T> products[kMost];
+};
+
+template <class Tile>
+int64_t tile_count(const Product<typename Tile::Value>& product) {
+  return ceil_div(product.m, Tile::kRows) * ceil_div(product.n, Tile::kColumns);
+}
+
+// Whether neighbouring threads should take neighbours along k.
+__device__ inline bool along_k(const Axis& k, const Axis& i) {
+  return k.step == 1 && i.step != 1;
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(kThreads, blocks_per_processor<Tile>())
+    product_kernel(const __grid_constant__ ProductList<typename Tile::Value> list) {
+  using T = typename Tile::Value;
+  using Source = Elements<T, T>;
+  using StageA = Stage<Source, Tile::kRows, Tile::kDepth>;
+  using StageB = Stage<Source, Tile::kColumns, Tile::kDepth>;
+  const int64_t item = blockIdx.x;
+  int index = 0;
+  while (index + 1 < list.count && item >= list.first_tile[index + 1]) ++index;
+  const Product<T>& product = list.products[index];
+  const int64_t across = ceil_div(product.n, Tile::kColumns);
+  const int64_t tile_index = item - list.first_tile[index];
+  const int64_t row0 = tile_index / across * Tile::kRows;
+  const int64_t column0 = tile_index % across * Tile::kColumns;
+
+  const Source a{product.a, product.a_k, product.a_row, product.k_end, product.m};
+  const Source b{product.b, product.b_k, product.b_column, product.k_end, product.n};
+  using Memory = ProductMemory<StageA, StageB>;
+  StageA stage_a(a, along_k(a.k_axis, a.i_axis), row0, Memory::table_a());
+  StageB stage_b(b, along_k(b.k_axis, b.i_axis), column0, Memory::table_b());
+  Tile tile;
+  multiply(tile, stage_a, stage_b, false, product.k_begin, product.k_end);
+  tile.each([&](int i, int j, T value) {
+    const int64_t row = row0 + i, column = column0 + j;
+    if (row >= product.m || column >= product.n) return;
+    if (product.scale != nullptr) {
+      value *= product.scale[product.scale_row.offset(row) + product.scale_column.offset(column)];
+    }
+    product.c[product.c_row.offset(row) + product.c_column.offset(column)] = value;
+  });
+}
+
+template <class Tile, typename T>
+cudaError_t run(const std::vector<Product<T>>& products, cudaStream_t stream) {
+  using Operand = Stage<Elements<T, T>, Tile::kRows, Tile::kDepth>;
+  for (size_t first = 0; first < products.size(); first += kMost) {
+    ProductList<T> list{};
+    list.count = static_cast<int>(std::min<size_t>(kMost, products.size() - first));
+    for (int i = 0; i < list.count; ++i) {
+      list.products[i] = products[first + static_cast<size_t>(i)];
+      list.first_tile[i + 1] = list.first_tile[i] + tile_count<Tile>(list.products[i]);
+    }
+    const int64_t tiles = list.first_tile[list.count];
+    if (tiles == 0) continue;
+    const cudaError_t error =
+        launch(product_kernel<Tile>, dim3(static_cast<unsigned>(tiles)), dim3(kThreads),
+               ProductMemory<Operand, Operand>::kBytes, stream, list);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+// Large tiles read less per product; they pay where they fill the device and the matrices fill
+// them.
+template <typename T>
+bool large_tiles(const std::vector<Product<T>>& products) {
+  int64_t small = 0, large = 0;
+  for (const Product<T>& product : products) {
+    small += ceil_div(product.m, 64) * ceil_div(product.n, 64);
+    large += ceil_div(product.m, 128) * ceil_div(product.n, 128);
+  }
+  return large >= multiprocessors() && 3 * small >= 8 * large;
+}
+
+}  // namespace
+
+template <typename T>
+cudaError_t multiply_all(const std::vector<Product<T>>& products, bool tf32, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 8) {
+    return run<FmaTile<64, 64>>(products, stream);
+  } else if (large_tiles(products)) {
+    return tf32 ? run<TensorTile<1, 128, 128>>(products, stream)
+                : run<TensorTile<3, 128, 128>>(products, stream);
+  } else {
+    return tf32 ? run<TensorTile<1, 64, 64>>(products, stream)
+                : run<TensorTile<3, 64, 64>>(products, stream);
+  }
+}
+
+template cudaError_t multiply_all(const std::vector<Product<float>>&, bool, cudaStream_t);
+template cudaError_t multiply_all(const std::vector<Product<double>>&, bool, cudaStream_t);
+
+}  // namespace hesskern::cuda

@@ -1,0 +1,161 @@
+// acc += alpha sum_k r_k r_k^T over rows r_k of any source, one triangle of tiles. Where the
+// triangle has too few tiles to fill the device, blocks share the rows and leave partial sums,
+// which a second kernel adds in fixed order: the result never depends on timing.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "axis.h"
+#include "launch.h"
+#include "product.h"
+#include "tile.h"
+#include "triangle.h"
+
+namespace hesskern::cuda {
+
+template <typename T>
+__device__ inline void add_to(const SymmetricSum<T>& sum, int64_t group, int64_t row,
+                              int64_t column, T value) {
+  if (row > column || column >= sum.order) return;
+  sum.acc[group * sum.group_stride + row * sum.row_stride + column * sum.column_stride] +=
+      sum.alpha * value;
+}
+
+template <class T>
+struct Tag {
+  using Type = T;
+};
+
+// visit(Tag<Tile>) with the tile for sums of that order: Terms of tf32 in float32, or float64.
+template <typename Value, int Terms, int Depth, class Visit>
+auto with_tile_of(int64_t order, Visit visit) {
+  if constexpr (sizeof(Value) == 8) {
+    return visit(Tag<FmaTile<64, 64, Depth>>());
+  } else {
+    // Large tiles read less per product, small ones fit small orders more closely.
+    const int64_t small = triangle_size(ceil_div(order, 64)) * (64 * 64);
+    const int64_t large = triangle_size(ceil_div(order, 128)) * (128 * 128);
+    if (3 * small < 2 * large) return visit(Tag<TensorTile<Terms, 64, 64, Depth>>());
+    return visit(Tag<TensorTile<Terms, 128, 128, Depth>>());
+  }
+}
+
+// The same with as many terms as elements of In need; tf32: one will do.
+template <typename In, typename Value, int Depth, class Visit>
+auto with_symmetric_tile(int64_t order, bool tf32, Visit visit) {
+  // bfloat16 and float16 are tf32 numbers.
+  if constexpr (sizeof(In) == 2) {
+    return with_tile_of<Value, 1, Depth>(order, visit);
+  } else {
+    return tf32 ? with_tile_of<Value, 1, Depth>(order, visit)
+                : with_tile_of<Value, 3, Depth>(order, visit);
+  }
+}
+
+// How the work is cut: tiles of the triangle, and splits of the rows, each of so many rows.
+struct SymmetricPlan {
+  int64_t tiles, splits, split_rows;
+};
+
+// Rows in one float32 sum of a thread, which takes sums of 64 rows: longer ones lose digits.
+constexpr int64_t kLongestSplit = 1 << 17;
+
+// order: of acc; rows: of the source.
+template <class Tile>
+SymmetricPlan plan_symmetric(int64_t groups, int64_t order, int64_t rows) {
+  constexpr int64_t depth = Tile::kDepth;
+  const int64_t slots = multiprocessors() * blocks_per_processor<Tile>();
+  const int64_t tiles = triangle_size(ceil_div(order, Tile::kRows)), blocks = groups * tiles;
+  const int64_t steps = std::max<int64_t>(ceil_div(rows, depth), 1);
+  // In steps of the product: what it costs a block to write its sums and have them added.
+  constexpr int64_t kWrite = 5, kFewest = 16, kMost = 64;
+  const int64_t least = ceil_div(rows, kLongestSplit);
+  const int64_t most = std::max(least, std::min(kMost, steps / kFewest));
+  SymmetricPlan best{tiles, 1, 0};
+  int64_t best_cost = 0;
+  for (int64_t splits = std::max<int64_t>(least, 1); splits <= std::max<int64_t>(most, 1);
+       ++splits) {
+    const int64_t share = ceil_div(steps, splits), used = ceil_div(steps, share);
+    const int64_t cost = ceil_div(blocks * used, slots) * (share + (used > 1 ? kWrite : 0));
+    if (best.split_rows == 0 || cost < best_cost) {
+      best = {tiles, used, share * depth};
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+// partial [groups, tiles, splits, rows x columns of a tile]; null with one split.
+template <class Tile, class StageType, class Source>
+__global__ void __launch_bounds__(kThreads, blocks_per_processor<Tile>())
+    symmetric_kernel(Source source, bool along_k, int64_t rows, SymmetricPlan plan,
+                     SymmetricSum<typename Tile::Value> sum, typename Tile::Value* partial) {
+  using Value = typename Tile::Value;
+  static_assert(Tile::kRows == Tile::kColumns);
+  const int64_t item = blockIdx.x;
+  const int64_t split = item % plan.splits, tile_index = item / plan.splits % plan.tiles;
+  const int64_t group = item / plan.splits / plan.tiles;
+  const TilePlace place = triangle_place(tile_index, ceil_div(sum.order, Tile::kRows));
+  const int64_t row0 = place.row * Tile::kRows, column0 = place.column * Tile::kColumns;
+  const int64_t begin = split * plan.split_rows;
+  const int64_t end = begin + plan.split_rows < rows ? begin + plan.split_rows : rows;
+
+  source.select(group);
+  Tile tile;
+  using Memory = ProductMemory<StageType, StageType>;
+  StageType a(source, along_k, row0, Memory::table_a());
+  StageType b(source, along_k, column0, Memory::table_b());
+  multiply(tile, a, b, place.row == place.column, begin, end);
+  if (partial == nullptr) {
+    tile.each([&](int i, int j, Value value) { add_to(sum, group, row0 + i, column0 + j, value); });
+    return;
+  }
+  Value* out = partial + item * (Tile::kRows * Tile::kColumns);
+  tile.each([&](int i, int j, Value value) { out[i * Tile::kColumns + j] = value; });
+}
+
+// Adds the partial sums of every tile in the order of the splits.
+template <typename T, int Side>
+__global__ void __launch_bounds__(kThreads)
+    add_partial_kernel(SymmetricPlan plan, SymmetricSum<T> sum, const T* partial) {
+  const int64_t parts = ceil_div(Side * Side, kThreads);
+  const int64_t item = blockIdx.x / parts;
+  const int64_t element = blockIdx.x % parts * kThreads + threadIdx.x;
+  const TilePlace place = triangle_place(item % plan.tiles, ceil_div(sum.order, Side));
+  const T* values = partial + item * plan.splits * (Side * Side) + element;
+  T total = values[0];
+  for (int64_t split = 1; split < plan.splits; ++split) total += values[split * (Side * Side)];
+  add_to(sum, item / plan.tiles, place.row * Side + element / Side,
+         place.column * Side + element % Side, total);
+}
+
+// Elements of the workspace that update_symmetric needs.
+template <class Tile>
+int64_t symmetric_workspace(const SymmetricPlan& plan, int64_t groups) {
+  return plan.splits == 1 ? 0 : groups * plan.tiles * plan.splits * Tile::kRows * Tile::kColumns;
+}
+
+template <class Tile, class StageType, class Source>
+cudaError_t update_symmetric(const Source& source, bool along_k, int64_t rows,
+                             const SymmetricPlan& plan,
+                             const SymmetricSum<typename Tile::Value>& sum,
+                             typename Tile::Value* workspace, cudaStream_t stream) {
+  using Value = typename Tile::Value;
+  const int64_t tiles = sum.groups * plan.tiles;
+  Value* partial = plan.splits == 1 ? nullptr : workspace;
+  const cudaError_t error = launch(symmetric_kernel<Tile, StageType, Source>,
+                                   dim3(static_cast<unsigned>(tiles * plan.splits)), dim3(kThreads),
+                                   ProductMemory<StageType, StageType>::kBytes, stream, source,
+                                   along_k, rows, plan, sum, partial);
+  if (error != cudaSuccess || partial == nullptr) return error;
+  constexpr int kSide = Tile::kRows;
+  return launch(add_partial_kernel<Value, kSide>,
+                dim3(static_cast<unsigned>(tiles * ceil_div(kSide * kSide, kThreads))),
+                dim3(kThreads), 0, stream, plan, sum, partial);
+}
+
+}  // namespace hesskern::cuda

@@ -1,0 +1,240 @@
+// kron_matmul.cu and layer_hessian_matmul.cu (and products.cu with them) on the CPU.
+#include "check.h"
+#include "checks.h"
+#include "kron_matmul.h"
+#include "layer_hessian_matmul.h"
+
+namespace hesskern::cuda::check {
+
+namespace {
+
+// [rows, columns], in columns where transposed
+template <typename T>
+class Matrix {
+ public:
+  Matrix(int64_t rows, int64_t columns, bool transposed)
+      : rows_(rows), columns_(columns), transposed_(transposed), memory_(rows * columns) {
+    for (int64_t i = 0; i < rows * columns; ++i) memory_[i] = static_cast<T>(normal());
+  }
+  double operator()(int64_t i, int64_t j) const {
+    return memory_[transposed_ ? j * rows_ + i : i * columns_ + j];
+  }
+  typename KronLayer<T>::Matrix view() const {
+    return {memory_.data(), rows_, columns_, transposed_ ? 1 : columns_, transposed_ ? rows_ : 1};
+  }
+  int64_t rows() const { return rows_; }
+  int64_t columns() const { return columns_; }
+  T* data() const { return memory_.data(); }
+
+ private:
+  int64_t rows_, columns_;
+  bool transposed_;
+  Memory<T> memory_;
+};
+
+using Values = std::vector<double>;
+
+// left x right, x [m, d]
+template <typename T>
+Values sandwich(const Matrix<T>& left, const Values& x, const Matrix<T>& right) {
+  const int64_t m = left.columns(), d = right.rows(), r = left.rows(), q = right.columns();
+  Values half(static_cast<size_t>(m * q)), out(static_cast<size_t>(r * q));
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t e = 0; e < d; ++e) {
+      for (int64_t j = 0; j < q; ++j) {
+        half[static_cast<size_t>(i * q + j)] += x[static_cast<size_t>(i * d + e)] * right(e, j);
+      }
+    }
+  }
+  for (int64_t i = 0; i < r; ++i) {
+    for (int64_t e = 0; e < m; ++e) {
+      for (int64_t j = 0; j < q; ++j) {
+        out[static_cast<size_t>(i * q + j)] += left(i, e) * half[static_cast<size_t>(e * q + j)];
+      }
+    }
+  }
+  return out;
+}
+
+struct Sizes {
+  int64_t vectors, m, d, r, q;
+};
+
+// Layers of these sizes in one call; eigen: with scaling and the way back.
+template <typename T>
+void kron(const char* type, const std::vector<Sizes>& sizes, bool eigen, bool tf32,
+          int processors) {
+  multiprocessor_count_is(processors);
+  std::vector<std::unique_ptr<Matrix<T>>> matrices;
+  std::vector<std::unique_ptr<Memory<T>>> outs;
+  std::vector<KronLayer<T>> layers;
+  std::vector<Values> expected;
+  int64_t workspace = 0;
+  const auto matrix = [&](int64_t rows, int64_t columns) -> const Matrix<T>& {
+    matrices.push_back(std::make_unique<Matrix<T>>(rows, columns, matrices.size() % 2 == 1));
+    return *matrices.back();
+  };
+  for (const Sizes& s : sizes) {
+    KronLayer<T> layer{};
+    const Matrix<T>&left = matrix(s.r, s.m), &right = matrix(s.d, s.q);
+    const Matrix<T>&up = matrix(s.m, s.r), &down = matrix(s.q, s.d), &scale = matrix(s.r, s.q);
+    matrices.push_back(std::make_unique<Matrix<T>>(s.vectors * s.m, s.d, false));
+    const Matrix<T>& x = *matrices.back();
+    const int64_t size = eigen ? s.m * s.d : s.r * s.q;
+    outs.push_back(std::make_unique<Memory<T>>(s.vectors * size));
+    layer.left = left.view();
+    layer.right = right.view();
+    if (eigen) {
+      layer.scale = scale.view();
+      layer.back_left = up.view();
+      layer.back_right = down.view();
+    }
+    layer.x = x.data();
+    layer.out = outs.back()->data();
+    layer.vectors = s.vectors;
+    layers.push_back(layer);
+    workspace += layer.workspace();
+    Values all;
+    for (int64_t vector = 0; vector < s.vectors; ++vector) {
+      Values one;
+      for (int64_t i = 0; i < s.m; ++i) {
+        for (int64_t j = 0; j < s.d; ++j) one.push_back(x(vector * s.m + i, j));
+      }
+      one = sandwich(left, one, right);
+      if (eigen) {
+        for (int64_t i = 0; i < s.r; ++i) {
+          for (int64_t j = 0; j < s.q; ++j) one[static_cast<size_t>(i * s.q + j)] *= scale(i, j);
+        }
+        one = sandwich(up, one, down);
+      }
+      all.insert(all.end(), one.begin(), one.end());
+    }
+    expected.push_back(all);
+  }
+  const Memory<T> memory(workspace);
+  const std::string name = std::string(eigen ? "kron_eigen_matmul " : "kron_matmul ") + type +
+                           " of " + std::to_string(layers.size()) + " layers, first " +
+                           std::to_string(sizes[0].vectors) + " x [" + std::to_string(sizes[0].m) +
+                           ", " + std::to_string(sizes[0].d) + "]" + (tf32 ? " tf32" : "");
+  if (kron_matmul(layers, tf32, memory.data(), nullptr) != cudaSuccess) {
+    return report(name + ": not launched", 1, 0);
+  }
+  double worst = 0;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    worst = std::max(worst, relative_error(
+                                outs[i]->size(), [&](int64_t e) { return (*outs[i])[e]; },
+                                [&](int64_t e) { return expected[i][static_cast<size_t>(e)]; }));
+  }
+  report(name, worst, tf32 ? 3 * limit_of<T>(true) : 2 * limit_of<T>());
+}
+
+struct HessianSizes {
+  int64_t n, c, m, d, t, vectors;
+};
+
+// positions_last: x [n, d, t], s [n, c, m, t] contiguous; else x [n, t, d], s [n, c, t, m]
+template <typename T>
+void hessian(const char* type, const HessianSizes& z, bool positions_last, bool tf32,
+             int processors, int64_t chunk_elements = 1 << 22) {
+  multiprocessor_count_is(processors);
+  const Memory<T> x(z.n * z.d * z.t), s(z.n * z.c * z.m * z.t), v(z.vectors * z.m * z.d);
+  for (int64_t i = 0; i < x.size(); ++i) x[i] = static_cast<T>(normal());
+  for (int64_t i = 0; i < s.size(); ++i) s[i] = static_cast<T>(normal());
+  for (int64_t i = 0; i < v.size(); ++i) v[i] = static_cast<T>(normal());
+  const Memory<T> out(v.size());
+  LayerHessianProduct<T> call{};
+  call.x = x.data();
+  call.s = s.data();
+  call.vectors = v.data();
+  call.out = out.data();
+  call.samples = z.n;
+  call.classes = z.c;
+  call.outputs = z.m;
+  call.inputs = z.d;
+  call.positions = z.t;
+  call.vector_count = z.vectors;
+  call.x_sample = z.d * z.t;
+  call.x_input = positions_last ? z.t : 1;
+  call.x_position = positions_last ? 1 : z.d;
+  call.s_sample = z.c * z.m * z.t;
+  call.s_class = z.m * z.t;
+  call.s_output = positions_last ? z.t : 1;
+  call.s_position = positions_last ? 1 : z.m;
+  call.alpha = T(0.3);
+  call.tf32 = tf32;
+  call.chunk_elements = chunk_elements;
+  Values expected(static_cast<size_t>(v.size())), row(static_cast<size_t>(z.m * z.d));
+  for (int64_t n = 0; n < z.n; ++n) {
+    for (int64_t c = 0; c < z.c; ++c) {
+      for (int64_t i = 0; i < z.m; ++i) {
+        for (int64_t j = 0; j < z.d; ++j) {
+          double total = 0;
+          for (int64_t t = 0; t < z.t; ++t) {
+            total += static_cast<double>(s[n * call.s_sample + c * call.s_class +
+                                           i * call.s_output + t * call.s_position]) *
+                     x[n * call.x_sample + j * call.x_input + t * call.x_position];
+          }
+          row[static_cast<size_t>(i * z.d + j)] = total;
+        }
+      }
+      for (int64_t vector = 0; vector < z.vectors; ++vector) {
+        const int64_t first = vector * z.m * z.d;
+        double a = 0;
+        for (int64_t e = 0; e < z.m * z.d; ++e) a += v[first + e] * row[static_cast<size_t>(e)];
+        for (int64_t e = 0; e < z.m * z.d; ++e) {
+          expected[static_cast<size_t>(first + e)] +=
+              static_cast<double>(call.alpha) * a * row[static_cast<size_t>(e)];
+        }
+      }
+    }
+  }
+  const Memory<T> workspace(call.workspace());
+  const std::string name = std::string("layer_hessian_matmul ") + type + " n " +
+                           std::to_string(z.n) + " c " + std::to_string(z.c) + " m " +
+                           std::to_string(z.m) + " d " + std::to_string(z.d) + " t " +
+                           std::to_string(z.t) + " k " + std::to_string(z.vectors) +
+                           (positions_last ? " positions last" : "") + (tf32 ? " tf32" : "");
+  if (call.run(workspace.data(), nullptr) != cudaSuccess) {
+    return report(name + ": not launched", 1, 0);
+  }
+  report(name,
+         relative_error(
+             out.size(), [&](int64_t e) { return out[e]; },
+             [&](int64_t e) { return expected[static_cast<size_t>(e)]; }),
+         tf32 ? 3 * limit_of<T>(true) : 2 * limit_of<T>());
+}
+
+}  // namespace
+
+void check_kron_matmul(bool few) {
+  kron<float>("float", {{2, 5, 7, 4, 6}}, true, false, 2);
+  if (few) return;
+  kron<float>("float", {{1, 1, 1, 1, 1}}, false, false, 2);
+  kron<float>("float", {{1, 20, 70, 33, 5}, {3, 4, 9, 8, 2}, {1, 65, 3, 2, 66}}, false, false, 2);
+  kron<float>("float", {{1, 20, 70, 20, 70}, {3, 4, 9, 4, 9}}, true, false, 2);
+  kron<float>("float", {{2, 3, 40, 60, 4}, {2, 60, 4, 3, 40}}, true, false, 2);
+  // More layers than one launch takes, and large tiles.
+  kron<float>("float", std::vector<Sizes>(70, {1, 2, 3, 4, 5}), false, false, 2);
+  kron<float>("float", {{1, 140, 150, 130, 140}}, false, false, 1);
+  kron<float>("float", {{1, 130, 70, 129, 128}}, true, true, 1);
+  kron<float>("float", {{2, 9, 20, 9, 20}}, true, true, 2);
+  kron<double>("double", {{2, 9, 70, 66, 20}, {1, 5, 6, 7, 8}}, true, false, 2);
+}
+
+void check_layer_hessian_matmul(bool few) {
+  hessian<float>("float", {9, 3, 5, 7, 1, 2}, false, false, 2);
+  if (few) return;
+  hessian<float>("float", {1, 1, 1, 1, 1, 1}, false, false, 2);
+  hessian<float>("float", {70, 9, 20, 66, 1, 1}, false, false, 2);
+  hessian<float>("float", {600, 2, 3, 4, 1, 1}, false, false, 40);
+  hessian<float>("float", {6, 3, 4, 5, 9, 2}, true, false, 2);
+  hessian<float>("float", {6, 3, 4, 5, 9, 2}, false, false, 2);
+  hessian<float>("float", {5, 11, 3, 70, 4, 1}, true, true, 2);
+  hessian<float>("float", {3, 2, 130, 140, 1, 1}, false, false, 1);
+  // Several chunks, the last one smaller.
+  hessian<float>("float", {7, 3, 4, 5, 2, 2}, true, false, 2, 50);
+  hessian<float>("float", {5, 2, 6, 3, 1, 1}, false, false, 2, 1);
+  hessian<double>("double", {20, 4, 9, 33, 3, 2}, true, false, 2);
+}
+
+}  // namespace hesskern::cuda::check

@@ -1,0 +1,311 @@
+// input_covariance.cu, conv_input_covariance.cu, output_hessian.cu and mirror.cu on the CPU.
+#include <algorithm>
+
+#include "check.h"
+#include "checks.h"
+#include "conv_input_covariance.h"
+#include "input_covariance.h"
+#include "mirror.h"
+#include "output_hessian.h"
+
+namespace hesskern::cuda::check {
+
+namespace {
+
+// An accumulator [groups, d, d] in rows of ld, with known values in its upper triangle and NaN
+// elsewhere, and what it must hold afterwards.
+template <typename T>
+class Accumulator {
+ public:
+  Accumulator(int64_t groups, int64_t d, int64_t ld, T alpha)
+      : groups_(groups), d_(d), ld_(ld), memory_(groups * d * ld), expected_(groups * d * d) {
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t i = 0; i < d; ++i) {
+        for (int64_t j = i; j < d; ++j) {
+          at(g, i, j) = static_cast<T>(normal());
+          expected(g, i, j) = at(g, i, j);
+        }
+      }
+    }
+    sum = {memory_.data(), groups, d, d * ld, ld, 1, alpha};
+  }
+  T& at(int64_t g, int64_t i, int64_t j) { return memory_[(g * d_ + i) * ld_ + j]; }
+  double& expected(int64_t g, int64_t i, int64_t j) { return expected_[(g * d_ + i) * d_ + j]; }
+
+  // Error on the upper triangles; infinite if anything else was written.
+  double error() {
+    double worst = relative_error(
+        groups_ * d_ * d_,
+        [&](int64_t e) { return upper(e) ? at(e / d_ / d_, e / d_ % d_, e % d_) : 0.0; },
+        [&](int64_t e) { return upper(e) ? expected_[e] : 0.0; });
+    for (int64_t g = 0; g < groups_; ++g) {
+      for (int64_t i = 0; i < d_; ++i) {
+        for (int64_t j = 0; j < ld_; ++j) {
+          if ((j < i || j >= d_) && !std::isnan(at(g, i, j))) {
+            worst = std::numeric_limits<double>::infinity();
+          }
+        }
+      }
+    }
+    return worst;
+  }
+
+  SymmetricSum<T> sum;
+
+ private:
+  bool upper(int64_t e) const { return e / d_ % d_ <= e % d_; }
+  int64_t groups_, d_, ld_;
+  Memory<T> memory_;
+  Memory<double> expected_;
+};
+
+template <class Call, typename T>
+void run(const Call& call, Accumulator<T>& acc, const std::string& name, double limit) {
+  const Memory<T> workspace(call.workspace());
+  if (call.run(workspace.data(), nullptr) != cudaSuccess) {
+    return report(name + ": not launched", 1, 0);
+  }
+  report(name, acc.error(), limit);
+}
+
+// x [n, d] in rows, or in columns where transposed
+template <typename In, typename T>
+void covariance(const char* type, int64_t n, int64_t d, bool ones, bool transposed, bool tf32,
+                int processors) {
+  multiprocessor_count_is(processors);
+  const Memory<In> x(n * d);
+  for (int64_t i = 0; i < n * d; ++i) x[i] = store<In>(normal());
+  const Axis rows{transposed ? 1 : d}, columns{transposed ? n : 1};
+  const int64_t order = d + (ones ? 1 : 0);
+  Accumulator<T> acc(1, order, order + 3, T(0.7));
+  const auto value = [&](int64_t k, int64_t i) {
+    return i == d ? 1.0 : value_of(x[rows.offset(k) + columns.offset(i)]);
+  };
+  for (int64_t i = 0; i < order; ++i) {
+    for (int64_t j = i; j < order; ++j) {
+      double total = 0;
+      for (int64_t k = 0; k < n; ++k) total += value(k, i) * value(k, j);
+      acc.expected(0, i, j) += acc.sum.alpha * total;
+    }
+  }
+  const InputCovariance<In, T> call{x.data(), rows, columns, n, d, ones, tf32, acc.sum};
+  run(call, acc,
+      std::string("input_covariance ") + type + " [" + std::to_string(n) + ", " +
+          std::to_string(d) + "]" + (ones ? " ones" : "") + (transposed ? " transposed" : "") +
+          (tf32 ? " tf32" : "") + " on " + std::to_string(processors),
+      limit_of<T>(tf32));
+}
+
+// Non-negative data, where sums that are cut off instead of rounded all err to the same side.
+void long_sum() {
+  multiprocessor_count_is(1);
+  constexpr int64_t n = 20000, d = 4;
+  const Memory<float> x(n * d);
+  for (int64_t i = 0; i < n * d; ++i) x[i] = static_cast<float>(std::fabs(normal()));
+  Accumulator<float> acc(1, d, d, 1.0f);
+  for (int64_t i = 0; i < d; ++i) {
+    for (int64_t j = i; j < d; ++j) {
+      for (int64_t k = 0; k < n; ++k) {
+        acc.expected(0, i, j) += static_cast<double>(x[k * d + i]) * x[k * d + j];
+      }
+    }
+  }
+  run(InputCovariance<float, float>{x.data(), {d}, {1}, n, d, false, false, acc.sum}, acc,
+      "input_covariance float [20000, 4] non-negative", 2e-6);
+}
+
+struct Shape {
+  int64_t n, channels, height, width, groups;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
+};
+
+template <typename In, typename T>
+void convolution(const char* type, const Shape& s, bool channels_last, bool tf32, int processors) {
+  multiprocessor_count_is(processors);
+  const int64_t size = s.n * s.channels * s.height * s.width;
+  const Memory<In> x(size);
+  for (int64_t i = 0; i < size; ++i) x[i] = store<In>(normal());
+  const int64_t sample = s.channels * s.height * s.width;
+  const int64_t channel = channels_last ? 1 : s.height * s.width;
+  const int64_t row = channels_last ? s.width * s.channels : s.width;
+  const int64_t column = channels_last ? s.channels : 1;
+  const auto out = [](int64_t in, int64_t kernel, int64_t stride, int64_t padding,
+                      int64_t dilation) {
+    return (in + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+  };
+  const int64_t out_h = out(s.height, s.kernel_h, s.stride_h, s.padding_h, s.dilation_h);
+  const int64_t out_w = out(s.width, s.kernel_w, s.stride_w, s.padding_w, s.dilation_w);
+  const int64_t per_group = s.channels / s.groups, d = per_group * s.kernel_h * s.kernel_w;
+  Accumulator<T> acc(s.groups, d, d, T(0.5));
+  const auto value = [&](int64_t g, int64_t n, int64_t oy, int64_t ox, int64_t i) {
+    const int64_t c = g * per_group + i / s.kernel_w / s.kernel_h;
+    const int64_t y = oy * s.stride_h - s.padding_h + i / s.kernel_w % s.kernel_h * s.dilation_h;
+    const int64_t z = ox * s.stride_w - s.padding_w + i % s.kernel_w * s.dilation_w;
+    if (y < 0 || y >= s.height || z < 0 || z >= s.width) return 0.0;
+    return value_of(x[n * sample + c * channel + y * row + z * column]);
+  };
+  for (int64_t g = 0; g < s.groups; ++g) {
+    for (int64_t n = 0; n < s.n; ++n) {
+      for (int64_t position = 0; position < out_h * out_w; ++position) {
+        for (int64_t i = 0; i < d; ++i) {
+          const double left = value(g, n, position / out_w, position % out_w, i);
+          for (int64_t j = i; j < d; ++j) {
+            acc.expected(g, i, j) +=
+                acc.sum.alpha * left * value(g, n, position / out_w, position % out_w, j);
+          }
+        }
+      }
+    }
+  }
+  const ConvInputCovariance<In, T> call{
+      x.data(),    s.n,          per_group,    s.height,   s.width,    sample,     channel,
+      row,         column,       s.kernel_h,   s.kernel_w, s.stride_h, s.stride_w, s.padding_h,
+      s.padding_w, s.dilation_h, s.dilation_w, out_h,      out_w,      tf32,       acc.sum};
+  run(call, acc,
+      std::string("conv_input_covariance ") + type + " [" + std::to_string(s.n) + ", " +
+          std::to_string(s.channels) + ", " + std::to_string(s.height) + ", " +
+          std::to_string(s.width) + "] k " + std::to_string(s.kernel_h) + "x" +
+          std::to_string(s.kernel_w) + " g " + std::to_string(s.groups) +
+          (channels_last ? " channels last" : "") + (tf32 ? " tf32" : ""),
+      limit_of<T>(tf32));
+}
+
+// jacobian [n, c, m, t]; positions_last: contiguous along t rather than along m
+template <typename T>
+void output(const char* type, int64_t n, int64_t c, int64_t m, int64_t t, bool positions_last,
+            bool tf32, int processors) {
+  multiprocessor_count_is(processors);
+  const Memory<T> jacobian(n * c * m * t), p(n * c);
+  for (int64_t i = 0; i < n * c * m * t; ++i) jacobian[i] = static_cast<T>(1 + normal());
+  for (int64_t i = 0; i < n; ++i) {
+    double total = 0;
+    for (int64_t j = 0; j < c; ++j) total += p[i * c + j] = static_cast<T>(std::exp(normal()));
+    for (int64_t j = 0; j < c; ++j) p[i * c + j] /= static_cast<T>(total);
+  }
+  const int64_t output_stride = positions_last ? t : 1, position_stride = positions_last ? 1 : m;
+  Accumulator<T> acc(1, m, m, T(1.25));
+  const auto value = [&](int64_t i, int64_t j, int64_t a, int64_t b) {
+    return static_cast<double>(
+        jacobian[(i * c + j) * m * t + a * output_stride + b * position_stride]);
+  };
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t b = 0; b < t; ++b) {
+      std::vector<double> mean(static_cast<size_t>(m));
+      for (int64_t a = 0; a < m; ++a) {
+        for (int64_t j = 0; j < c; ++j) {
+          mean[static_cast<size_t>(a)] += static_cast<double>(p[i * c + j]) * value(i, j, a, b);
+        }
+      }
+      for (int64_t j = 0; j < c; ++j) {
+        for (int64_t a = 0; a < m; ++a) {
+          const double left = value(i, j, a, b) - mean[static_cast<size_t>(a)];
+          for (int64_t e = a; e < m; ++e) {
+            acc.expected(0, a, e) += acc.sum.alpha * static_cast<double>(p[i * c + j]) * left *
+                                     (value(i, j, e, b) - mean[static_cast<size_t>(e)]);
+          }
+        }
+      }
+    }
+  }
+  const OutputHessian<T> call{
+      jacobian.data(), p.data(),        n,    c,      m, t, c * m * t, m * t,
+      output_stride,   position_stride, tf32, acc.sum};
+  run(call, acc,
+      std::string("output_hessian ") + type + " [" + std::to_string(n) + ", " + std::to_string(c) +
+          ", " + std::to_string(m) + ", " + std::to_string(t) + "]" +
+          (positions_last ? " positions last" : "") + (tf32 ? " tf32" : ""),
+      tf32 ? limit_of<T>(true) : 3 * limit_of<T>());
+}
+
+template <typename T>
+void mirrored(int64_t groups, int64_t d, bool column_major) {
+  const Memory<T> acc(groups * d * d);
+  const int64_t row = column_major ? 1 : d, column = column_major ? d : 1;
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t i = 0; i < d; ++i) {
+      for (int64_t j = i; j < d; ++j)
+        acc[g * d * d + i * row + j * column] = static_cast<T>(normal());
+    }
+  }
+  if (mirror(acc.data(), groups, d, d * d, row, column, nullptr) != cudaSuccess) {
+    return report("mirror: not launched", 1, 0);
+  }
+  double worst = 0;
+  for (int64_t e = 0; e < groups * d * d; ++e) {
+    const int64_t g = e / d / d, i = e / d % d, j = e % d;
+    const double delta = acc[g * d * d + i * row + j * column] -
+                         acc[g * d * d + std::min(i, j) * row + std::max(i, j) * column];
+    worst = std::isnan(delta) ? 1.0 : std::max(worst, std::fabs(delta));
+  }
+  report("mirror " + std::to_string(8 * sizeof(T)) + " [" + std::to_string(groups) + ", " +
+             std::to_string(d) + "]" + (column_major ? " column-major" : ""),
+         worst, 0);
+}
+
+}  // namespace
+
+void check_input_covariance(bool few) {
+  // Orders about the sides of the tiles; one processor leaves no splits, many force them.
+  covariance<float, float>("float", 40, 70, true, false, false, 1);
+  covariance<float, float>("float", 600, 5, false, false, false, 2);
+  if (few) return;
+  covariance<float, float>("float", 1, 1, false, false, false, 2);
+  covariance<float, float>("float", 17, 64, false, true, false, 1);
+  covariance<float, float>("float", 33, 128, false, false, false, 1);
+  covariance<float, float>("float", 19, 129, false, false, false, 1);
+  covariance<float, float>("float", 2000, 3, true, true, false, 40);
+  covariance<float, float>("float", 300, 100, false, false, true, 4);
+  covariance<float, float>("float", 45, 33, true, false, true, 1);
+  covariance<BFloat16, float>("bfloat16", 300, 65, true, false, false, 4);
+  covariance<BFloat16, float>("bfloat16", 50, 100, false, true, false, 1);
+  covariance<Float16, float>("float16", 300, 20, false, false, false, 4);
+  covariance<Float16, float>("float16", 31, 130, true, false, false, 1);
+  covariance<double, double>("double", 700, 70, true, false, false, 4);
+  covariance<double, double>("double", 18, 130, false, true, false, 1);
+  long_sum();
+}
+
+void check_conv_input_covariance(bool few) {
+  convolution<float, float>("float", {2, 3, 7, 6, 1, 3, 3, 1, 1, 1, 1, 1, 1}, false, false, 1);
+  if (few) return;
+  convolution<float, float>("float", {3, 4, 9, 9, 2, 3, 2, 2, 1, 1, 0, 1, 2}, false, false, 2);
+  convolution<float, float>("float", {2, 12, 5, 5, 1, 3, 3, 1, 1, 1, 1, 1, 1}, true, false, 2);
+  convolution<float, float>("float", {1, 1, 1, 40, 1, 1, 5, 1, 2, 0, 2, 1, 3}, false, false, 1);
+  convolution<float, float>("float", {2, 3, 8, 8, 1, 5, 5, 1, 1, 2, 2, 1, 1}, false, true, 2);
+  convolution<float, float>("float", {2, 6, 8, 8, 6, 3, 3, 1, 1, 4, 4, 1, 1}, true, true, 2);
+  convolution<BFloat16, float>("bfloat16", {2, 3, 8, 8, 1, 5, 5, 1, 1, 2, 2, 1, 1}, false, false,
+                               2);
+  convolution<BFloat16, float>("bfloat16", {2, 3, 8, 8, 3, 3, 3, 1, 1, 2, 2, 1, 1}, false, false,
+                               2);
+  convolution<Float16, float>("float16", {2, 12, 4, 4, 1, 3, 3, 1, 1, 1, 1, 1, 1}, true, false, 2);
+  convolution<Float16, float>("float16", {2, 2, 4, 4, 1, 3, 3, 1, 1, 1, 1, 1, 1}, true, false, 2);
+  convolution<double, double>("double", {2, 8, 6, 5, 2, 3, 3, 2, 2, 1, 1, 1, 1}, false, false, 2);
+}
+
+void check_output_hessian(bool few) {
+  output<float>("float", 7, 10, 20, 1, false, false, 2);
+  if (few) return;
+  output<float>("float", 1, 2, 1, 1, false, false, 1);
+  output<float>("float", 40, 32, 65, 1, false, false, 4);
+  output<float>("float", 30, 3, 130, 1, false, false, 1);
+  output<float>("float", 5, 40, 70, 1, false, false, 2);
+  output<float>("float", 4, 50, 110, 3, true, false, 2);
+  output<float>("float", 4, 5, 9, 11, true, false, 2);
+  output<float>("float", 4, 5, 110, 6, false, true, 2);
+  output<float>("float", 4, 33, 40, 2, false, true, 2);
+  output<float>("float", 4, 33, 100, 2, false, true, 2);
+  output<float>("float", 6, 7, 40, 1, false, true, 2);
+  output<double>("double", 40, 10, 70, 2, true, false, 2);
+  output<double>("double", 6, 35, 30, 1, false, false, 2);
+}
+
+void check_mirror(bool few) {
+  mirrored<float>(2, 40, false);
+  if (few) return;
+  mirrored<float>(1, 1, false);
+  mirrored<float>(3, 65, true);
+  mirrored<double>(1, 64, true);
+  mirrored<double>(2, 33, false);
+}
+
+}  // namespace hesskern::cuda::check

@@ -1,0 +1,16 @@
+// Every kernel's checks; few: the short set for slow builds.
+#pragma once
+
+namespace hesskern::cuda::check {
+
+// Processors that the planners see from here on.
+void multiprocessor_count_is(int count);
+
+void check_input_covariance(bool few);
+void check_conv_input_covariance(bool few);
+void check_output_hessian(bool few);
+void check_mirror(bool few);
+void check_kron_matmul(bool few);
+void check_layer_hessian_matmul(bool few);
+
+}  // namespace hesskern::cuda::check

@@ -1,0 +1,82 @@
+// The warp's primitives of csrc/cuda/warp.h, by exchange between the emulated lanes.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "emulation.h"
+
+namespace hesskern::cuda {
+
+inline unsigned char* dynamic_shared() {
+  return emulation::dynamic_shared();
+}
+
+// To nearest, ties away from zero, as cvt.rna does.
+inline float round_to_tf32(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if ((bits & 0x7f800000u) != 0x7f800000u) bits += 0x1000u;
+  bits &= 0xffffe000u;
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+namespace emulated {
+
+struct Operands {
+  float c[4], a[4], b[2];
+};
+
+// The low 13 bits of an operand do not enter.
+inline double operand(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  bits &= 0xffffe000u;
+  std::memcpy(&value, &bits, sizeof(bits));
+  return value;
+}
+
+// Tensor cores cut off what does not fit instead of rounding it.
+inline float cut_off(double value) {
+  float rounded = static_cast<float>(value);
+  if (std::isfinite(rounded) && std::fabs(static_cast<double>(rounded)) > std::fabs(value)) {
+    rounded = std::nextafter(rounded, 0.0f);
+  }
+  return rounded;
+}
+
+}  // namespace emulated
+
+inline void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
+  emulated::Operands mine;
+  std::memcpy(mine.c, c, sizeof(mine.c));
+  std::memcpy(mine.a, a, sizeof(mine.a));
+  std::memcpy(mine.b, b, sizeof(mine.b));
+  const auto* lanes =
+      static_cast<const emulated::Operands*>(emulation::warp_exchange(&mine, sizeof(mine)));
+  const int lane = emulation::lane(), g = lane / 4, t = lane % 4;
+  for (int part = 0; part < 4; ++part) {
+    // Element (row, column) of c; a's element (row, k) and b's (k, column) lie with these lanes.
+    const int row = g + part / 2 * 8, column = 2 * t + part % 2;
+    double total = c[part];
+    for (int k = 0; k < 8; ++k) {
+      const float left = lanes[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2];
+      const float right = lanes[column * 4 + k % 4].b[k / 4];
+      total += emulated::operand(left) * emulated::operand(right);
+    }
+    c[part] = emulated::cut_off(total);
+  }
+  emulation::warp_barrier();
+}
+
+template <typename T>
+T from_lane_xor(T value, int mask) {
+  const auto* lanes = static_cast<const T*>(emulation::warp_exchange(&value, sizeof(value)));
+  const T other = lanes[emulation::lane() ^ mask];
+  emulation::warp_barrier();
+  return other;
+}
+
+}  // namespace hesskern::cuda

@@ -1,0 +1,320 @@
+#include "emulation.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <vector>
+
+#ifdef HESSKERN_EMULATE_THREADS
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#else
+#include <ucontext.h>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+#endif
+
+namespace hesskern::cuda::emulation {
+
+namespace {
+
+constexpr size_t kLargestExchange = 64;
+constexpr unsigned kMostThreads = 1024;
+// What a block gets without asking, and at most (sm_90).
+constexpr size_t kDefaultShared = 48 << 10, kMostShared = 227 << 10;
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "CUDA on CPU: %s\n", what);
+  std::abort();
+}
+
+struct Warp;
+
+struct Thread {
+  uint3 index;
+  int lane;
+  Warp* warp;
+#ifndef HESSKERN_EMULATE_THREADS
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  void* fake_stack = nullptr;
+  bool done = false;
+#endif
+};
+
+#ifdef HESSKERN_EMULATE_THREADS
+
+class Barrier {
+ public:
+  explicit Barrier(unsigned count) : count_(count) {}
+  void wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const unsigned long generation = generation_;
+    if (++arrived_ == count_) {
+      arrived_ = 0;
+      ++generation_;
+      changed_.notify_all();
+    } else {
+      changed_.wait(lock, [&] { return generation_ != generation; });
+    }
+  }
+  // A thread that has returned takes part in no later barrier.
+  void leave() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    --count_;
+    if (count_ > 0 && arrived_ == count_) {
+      arrived_ = 0;
+      ++generation_;
+      changed_.notify_all();
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  unsigned count_, arrived_ = 0;
+  unsigned long generation_ = 0;
+};
+
+#else
+
+void yield();
+
+class Barrier {
+ public:
+  explicit Barrier(unsigned count) : count_(count) {}
+  void wait();
+  void leave();
+
+ private:
+  void release();
+  unsigned count_, arrived_ = 0;
+  unsigned long generation_ = 0;
+};
+
+#endif
+
+struct Warp {
+  explicit Warp(unsigned lanes) : barrier(lanes) {}
+  Barrier barrier;
+  alignas(16) unsigned char slots[32 * kLargestExchange];
+};
+
+struct Block {
+  uint3 index;
+  dim3 size, grid;
+  std::unique_ptr<unsigned char[]> shared;
+  std::unique_ptr<Barrier> barrier;
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::vector<Thread> threads;
+};
+
+Block* block = nullptr;
+thread_local Thread* current = nullptr;
+
+uint3 index_in(unsigned linear, dim3 size) {
+  return {linear % size.x, linear / size.x % size.y, linear / size.x / size.y};
+}
+
+void prepare(Block& b, const cudaLaunchConfig_t& config, unsigned linear) {
+  b.index = index_in(linear, config.gridDim);
+  b.size = config.blockDim;
+  b.grid = config.gridDim;
+  const unsigned count = b.size.x * b.size.y * b.size.z;
+  b.shared.reset(new unsigned char[config.dynamicSmemBytes]);
+  std::memset(b.shared.get(), 0xff, config.dynamicSmemBytes);
+  b.barrier = std::make_unique<Barrier>(count);
+  b.warps.clear();
+  for (unsigned first = 0; first < count; first += 32) {
+    b.warps.push_back(std::make_unique<Warp>(count - first < 32 ? count - first : 32));
+  }
+  if (b.threads.size() != count) b.threads = std::vector<Thread>(count);
+  for (unsigned i = 0; i < count; ++i) {
+    b.threads[i].index = index_in(i, b.size);
+    b.threads[i].lane = static_cast<int>(i % 32);
+    b.threads[i].warp = b.warps[i / 32].get();
+  }
+}
+
+#ifdef HESSKERN_EMULATE_THREADS
+
+void run_block(Block& b, const std::function<void()>& body) {
+  std::vector<std::thread> running;
+  for (Thread& thread : b.threads) {
+    running.emplace_back([&b, &thread, &body] {
+      current = &thread;
+      body();
+      thread.warp->barrier.leave();
+      b.barrier->leave();
+    });
+  }
+  for (std::thread& thread : running) thread.join();
+}
+
+#else
+
+constexpr size_t kStack = 256 << 10;
+
+ucontext_t scheduler;
+const std::function<void()>* body_of_block = nullptr;
+// Barriers that opened and threads that returned: without any in a whole round nothing moves.
+unsigned long progress = 0;
+
+#if defined(__SANITIZE_ADDRESS__)
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_size = 0;
+void* scheduler_fake_stack = nullptr;
+#endif
+
+void switch_to_scheduler([[maybe_unused]] bool last) {
+  Thread* self = current;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(last ? nullptr : &self->fake_stack, scheduler_stack,
+                                 scheduler_stack_size);
+#endif
+  swapcontext(&self->context, &scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(self->fake_stack, &scheduler_stack, &scheduler_stack_size);
+#endif
+}
+
+void yield() {
+  switch_to_scheduler(false);
+}
+
+void fiber() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
+#endif
+  (*body_of_block)();
+  current->done = true;
+  ++progress;
+  current->warp->barrier.leave();
+  block->barrier->leave();
+  switch_to_scheduler(true);
+  fail("a thread went on after its end");
+}
+
+void resume(Thread& thread) {
+  current = &thread;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&scheduler_fake_stack, thread.stack.get(), kStack);
+#endif
+  swapcontext(&scheduler, &thread.context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+#endif
+}
+
+void run_block(Block& b, const std::function<void()>& body) {
+  body_of_block = &body;
+  for (Thread& thread : b.threads) {
+    if (!thread.stack) thread.stack.reset(new char[kStack]);
+    thread.done = false;
+    thread.fake_stack = nullptr;
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = kStack;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, &fiber, 0);
+  }
+  for (bool running = true; running;) {
+    running = false;
+    const unsigned long before = progress;
+    for (Thread& thread : b.threads) {
+      if (thread.done) continue;
+      resume(thread);
+      running = running || !thread.done;
+    }
+    if (running && progress == before) fail("threads wait at different barriers");
+  }
+}
+
+void Barrier::release() {
+  arrived_ = 0;
+  ++generation_;
+  ++progress;
+}
+
+void Barrier::wait() {
+  const unsigned long generation = generation_;
+  if (++arrived_ == count_) release();
+  while (generation_ == generation) yield();
+}
+
+void Barrier::leave() {
+  --count_;
+  if (count_ > 0 && arrived_ == count_) release();
+}
+
+#endif
+
+}  // namespace
+
+uint3 thread_index() {
+  return current->index;
+}
+uint3 block_index() {
+  return block->index;
+}
+dim3 block_size() {
+  return block->size;
+}
+dim3 grid_size() {
+  return block->grid;
+}
+int lane() {
+  return current->lane;
+}
+unsigned char* dynamic_shared() {
+  return block->shared.get();
+}
+void block_barrier() {
+  block->barrier->wait();
+}
+void warp_barrier() {
+  current->warp->barrier.wait();
+}
+
+const void* warp_exchange(const void* value, size_t size) {
+  if (size > kLargestExchange) fail("a lane exchanges too much");
+  std::memcpy(current->warp->slots + static_cast<size_t>(current->lane) * size, value, size);
+  warp_barrier();
+  return current->warp->slots;
+}
+
+size_t& shared_limit(const void* kernel) {
+  static std::map<const void*, size_t> limits;
+  return limits.emplace(kernel, kDefaultShared).first->second;
+}
+
+int& multiprocessor_count() {
+  static int count = 2;
+  return count;
+}
+
+cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& body) {
+  const unsigned long long threads =
+      1ull * config.blockDim.x * config.blockDim.y * config.blockDim.z;
+  const unsigned long long blocks = 1ull * config.gridDim.x * config.gridDim.y * config.gridDim.z;
+  if (threads == 0 || threads > kMostThreads || blocks == 0 || config.gridDim.y > 65535 ||
+      config.gridDim.z > 65535 || config.gridDim.x > 0x7fffffffu ||
+      config.dynamicSmemBytes > kMostShared) {
+    return cudaErrorInvalidConfiguration;
+  }
+  static Block storage;
+  block = &storage;
+  for (unsigned long long i = 0; i < blocks; ++i) {
+    prepare(storage, config, static_cast<unsigned>(i));
+    run_block(storage, body);
+  }
+  current = nullptr;
+  block = nullptr;
+  return cudaSuccess;
+}
+
+}  // namespace hesskern::cuda::emulation

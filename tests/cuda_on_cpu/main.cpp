@@ -1,0 +1,53 @@
+// cuda_on_cpu [--few] [OPERATOR]...: runs the kernels of csrc/cuda on the CPU against references in
+// double precision; 0 if all agree.
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "checks.h"
+
+namespace hesskern::cuda::check {
+
+void multiprocessor_count_is(int count) {
+  emulation::multiprocessor_count() = count;
+}
+
+}  // namespace hesskern::cuda::check
+
+int main(int count, char** arguments) {
+  namespace check = hesskern::cuda::check;
+  const std::vector<std::pair<std::string, void (*)(bool)>> all = {
+      {"mirror", check::check_mirror},
+      {"input_covariance", check::check_input_covariance},
+      {"conv_input_covariance", check::check_conv_input_covariance},
+      {"output_hessian", check::check_output_hessian},
+      {"kron_matmul", check::check_kron_matmul},
+      {"layer_hessian_matmul", check::check_layer_hessian_matmul},
+  };
+  bool few = false;
+  std::vector<std::string> chosen;
+  for (int i = 1; i < count; ++i) {
+    if (std::strcmp(arguments[i], "--few") == 0) {
+      few = true;
+    } else {
+      chosen.emplace_back(arguments[i]);
+    }
+  }
+  int found = 0;
+  for (const auto& [name, run] : all) {
+    bool wanted = chosen.empty();
+    for (const std::string& choice : chosen) wanted = wanted || choice == name;
+    if (!wanted) continue;
+    ++found;
+    run(few);
+  }
+  if (!chosen.empty() && found != static_cast<int>(chosen.size())) {
+    std::fprintf(stderr, "unknown operator among the arguments\n");
+    return 2;
+  }
+  std::printf("%d checks failed\n", check::failures());
+  return check::failures() == 0 ? 0 : 1;
+}

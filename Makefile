@@ -97,7 +97,8 @@ cuda-compile: ## every .cu file with nvcc alone, warnings and spills as errors; 
 
 # The kernels on the CPU: every thread of a block a fiber under AddressSanitizer and UBSan; for
 # ThreadSanitizer, which looks for races, a real thread, with fewer cases.
-EMULATED_address = -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined
+# Not position-independent, so that addresses are those of the symbols.
+EMULATED_address = -O1 -no-pie -fsanitize=address,undefined -fno-sanitize-recover=undefined
 EMULATED_thread = -O1 -fsanitize=thread -DHESSKERN_EMULATE_THREADS
 EMULATED_SOURCES := $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*.cpp)
 EMULATED_HEADERS := $(wildcard csrc/cuda/*.h tests/cuda_on_cpu/*.h)
@@ -117,7 +118,8 @@ $(eval $(call emulated_build,thread))
 
 cuda-emulate: $(EMULATED)/address/cuda_on_cpu $(EMULATED)/thread/cuda_on_cpu ## the CUDA kernels on the CPU, under sanitizers
 	ASAN_OPTIONS=detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(EMULATED)/address/cuda_on_cpu
+		$(EMULATED)/address/cuda_on_cpu --kernels $(EMULATED)/kernels.txt
+	$(PYTHON) .ci/check_emulated.py $(EMULATED)/address/cuda_on_cpu $(EMULATED)/kernels.txt
 	$(EMULATED)/thread/cuda_on_cpu --few
 
 $(CUDA_VENV)/torch: constraints-cuda.txt

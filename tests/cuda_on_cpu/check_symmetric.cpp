@@ -258,8 +258,10 @@ void check_input_covariance(bool few) {
   covariance<float, float>("float", 45, 33, true, false, true, 1);
   covariance<BFloat16, float>("bfloat16", 300, 65, true, false, false, 4);
   covariance<BFloat16, float>("bfloat16", 50, 100, false, true, false, 1);
+  covariance<BFloat16, float>("bfloat16", 300, 20, true, false, false, 4);
   covariance<Float16, float>("float16", 300, 20, false, false, false, 4);
   covariance<Float16, float>("float16", 31, 130, true, false, false, 1);
+  covariance<Float16, float>("float16", 20, 100, false, false, false, 1);
   covariance<double, double>("double", 700, 70, true, false, false, 4);
   covariance<double, double>("double", 18, 130, false, true, false, 1);
   long_sum();
@@ -290,6 +292,7 @@ void check_output_hessian(bool few) {
   output<float>("float", 30, 3, 130, 1, false, false, 1);
   output<float>("float", 5, 40, 70, 1, false, false, 2);
   output<float>("float", 4, 50, 110, 3, true, false, 2);
+  output<float>("float", 7, 40, 30, 1, false, false, 2);
   output<float>("float", 4, 5, 9, 11, true, false, 2);
   output<float>("float", 4, 5, 110, 6, false, true, 2);
   output<float>("float", 4, 33, 40, 2, false, true, 2);

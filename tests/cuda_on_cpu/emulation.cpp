@@ -292,6 +292,11 @@ size_t& shared_limit(const void* kernel) {
   return limits.emplace(kernel, kDefaultShared).first->second;
 }
 
+std::set<const void*>& launched() {
+  static std::set<const void*> kernels;
+  return kernels;
+}
+
 int& multiprocessor_count() {
   static int count = 2;
   return count;

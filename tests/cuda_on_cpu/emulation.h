@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <set>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -73,6 +74,9 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& b
 // The most dynamic shared memory that the kernel was allowed so far.
 size_t& shared_limit(const void* kernel);
 
+// Kernels launched so far.
+std::set<const void*>& launched();
+
 // What multiprocessor counts are answered with.
 int& multiprocessor_count();
 
@@ -106,6 +110,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (config->dynamicSmemBytes > emulation::shared_limit(reinterpret_cast<const void*>(kernel))) {
     return cudaErrorInvalidConfiguration;
   }
+  emulation::launched().insert(reinterpret_cast<const void*>(kernel));
   // Kernel parameters are copies, as on a device: every thread gets its own.
   const std::tuple<std::decay_t<Parameters>...> parameters(std::forward<Arguments>(arguments)...);
   return emulation::run(*config, [&] { std::apply(kernel, parameters); });

@@ -1,5 +1,6 @@
-// cuda_on_cpu [--few] [OPERATOR]...: runs the kernels of csrc/cuda on the CPU against references in
-// double precision; 0 if all agree.
+// cuda_on_cpu [--few] [--kernels FILE] [OPERATOR]...: runs the kernels of csrc/cuda on the CPU
+// against references in double precision; 0 if all agree. FILE: the addresses of the kernels that
+// ran.
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -28,10 +29,13 @@ int main(int count, char** arguments) {
       {"layer_hessian_matmul", check::check_layer_hessian_matmul},
   };
   bool few = false;
+  const char* kernels = nullptr;
   std::vector<std::string> chosen;
   for (int i = 1; i < count; ++i) {
     if (std::strcmp(arguments[i], "--few") == 0) {
       few = true;
+    } else if (std::strcmp(arguments[i], "--kernels") == 0 && i + 1 < count) {
+      kernels = arguments[++i];
     } else {
       chosen.emplace_back(arguments[i]);
     }
@@ -47,6 +51,14 @@ int main(int count, char** arguments) {
   if (!chosen.empty() && found != static_cast<int>(chosen.size())) {
     std::fprintf(stderr, "unknown operator among the arguments\n");
     return 2;
+  }
+  if (kernels != nullptr) {
+    std::FILE* file = std::fopen(kernels, "w");
+    if (file == nullptr) return 2;
+    for (const void* kernel : hesskern::cuda::emulation::launched()) {
+      std::fprintf(file, "%p\n", kernel);
+    }
+    std::fclose(file);
   }
   std::printf("%d checks failed\n", check::failures());
   return check::failures() == 0 ? 0 : 1;

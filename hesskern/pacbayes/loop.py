@@ -75,6 +75,12 @@ class Method(Protocol):
     def step(self, rows: Tensor, fraction: float) -> float:
         """One update on the samples ``rows`` [B]; returns the objective's value."""
 
+    def kl(self) -> float:
+        """KL(Q ‖ P) at the current parameters, off the grid."""
+
+    def error(self) -> float:
+        """Mean error of the steps since :meth:`begin_epoch`, under their noise."""
+
     def drafts(self) -> dict[str, Draft]:
         """The current posterior."""
 
@@ -106,7 +112,7 @@ def optimize(
     identity: dict[str, Any] | None = None,
     interval: float = 30.0,
     progress: Progress | None = None,
-    observe: Callable[[], dict[str, float]] | None = None,
+    estimate: Callable[[float, float], float] | None = None,
 ) -> Outcome:
     """Runs ``method`` until the budget is spent or Ctrl-C is pressed.
 
@@ -119,7 +125,7 @@ def optimize(
         identity: what a checkpoint must have been made with.
         interval: least seconds between two checkpoints.
         progress: callback.
-        observe: measures to record after each epoch, e.g. the KL.
+        estimate: of the bound, from an error and a KL; shown and recorded, and no certificate.
 
     Raises:
         ValueError: the objective is not finite, or the checkpoint belongs to another run.
@@ -137,6 +143,7 @@ def optimize(
     last_saved = time.perf_counter()
     per_epoch = -(-n // method.batch_size)
     interrupted = False
+    shown = "optimizing"
 
     def spent(done: float) -> float:
         return budget.fraction(done, time.perf_counter() - started)
@@ -159,7 +166,7 @@ def optimize(
                 steps += 1
                 if progress is not None:
                     progress(
-                        "optimizing",
+                        shown,
                         *_shown(
                             budget,
                             epoch * per_epoch + i + 1,
@@ -168,7 +175,12 @@ def optimize(
                         ),
                     )
             epoch += 1
-            history.append({"epoch": float(epoch), "objective": total / n, **(observe or dict)()})
+            entry = {"epoch": float(epoch), "objective": total / n}
+            entry |= {"error": method.error(), "kl": method.kl()}
+            if estimate is not None:
+                entry["estimate"] = estimate(entry["error"], entry["kl"])
+                shown = f"optimizing · estimate {entry['estimate']:.4f}"
+            history.append(entry)
             due = time.perf_counter() - last_saved >= interval or spent(epoch) >= 1
             if checkpoint is not None and due:
                 state = {

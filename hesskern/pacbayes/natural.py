@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from hesskern import ops
 from hesskern.factors import kronecker_factors
 from hesskern.pacbayes.bound import bound_rate, kl_inverse
+from hesskern.pacbayes.evaluate import wrong
 from hesskern.pacbayes.loop import Draft
 from hesskern.pacbayes.network import Slot, evaluating, replaced
 from hesskern.pacbayes.posterior import eigenbasis
@@ -310,6 +311,7 @@ class Natural:
         self._known: dict[str, Rotated] = {}
         self._start_bases()
         self._error: float | None = None
+        self._errors: list[tuple[float, int]] = []
         self._refreshed = 0
         self._make_optimizer()
 
@@ -362,6 +364,7 @@ class Natural:
 
     def begin_epoch(self, fraction: float) -> None:
         """Computes the bases anew where the settings ask for it."""
+        self._errors = []
         due = sum(fraction >= part for part in self._settings.refreshes)
         if due > self._refreshed:
             self._refreshed = due
@@ -389,6 +392,7 @@ class Natural:
                 scores = self._layers[self._last].noisy(mean, deviation)
             weight = self._settings.error_weight * self._settings.log_loss_weight
             objective = weight * log_loss(scores, targets).mean() + kl / n
+            error = wrong(scores.detach(), targets).to(mean.dtype).mean()
         else:
             error = error_probability(mean, deviation[:, -1:], targets).mean()
             objective = self._weight(float(error.detach()), float(kl.detach())) * error + kl / n
@@ -399,6 +403,7 @@ class Natural:
             ceiling = math.log(self._protocol.grid.variance(1))
             for layer in self._layers.values():
                 layer.log_prior.clamp_(max=ceiling)
+        self._errors.append((float(error.detach()), len(rows)))
         return float(objective.detach())
 
     def _weight(self, error: float, kl: float) -> float:
@@ -434,6 +439,10 @@ class Natural:
         with evaluating(self._model), replaced(self._slots, forwards):
             outputs = self._model(self._samples.inputs[rows])
         return outputs, kept[0] if kept else None
+
+    def error(self) -> float:
+        """Mean error of the steps since :meth:`begin_epoch`, under their noise."""
+        return sum(e * n for e, n in self._errors) / max(1, sum(n for _, n in self._errors))
 
     def kl(self) -> float:
         """KL(Q ‖ P) at the current parameters, off the grid."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.pacbayes.architecture import describe
-from hesskern.pacbayes.bound import kl_inverse
+from hesskern.pacbayes.bound import bound_rate, kl_inverse
 from hesskern.pacbayes.certificate import Certificate, rate_of
 from hesskern.pacbayes.evaluate import draw_error
 from hesskern.pacbayes.loop import Budget, Draft, optimize
@@ -27,12 +27,14 @@ from hesskern.pacbayes.posterior import LayerPosterior
 from hesskern.pacbayes.protocol import Protocol
 from hesskern.pacbayes.published_methods import METHODS, Published, PublishedSettings
 from hesskern.pacbayes.samples import Samples, collect
+from hesskern.pacbayes.surrogates import log_loss
 from hesskern.progress import Progress, reporter
 
-__all__ = ["certify"]
+__all__ = ["certify", "train_start"]
 
 _DECLARED = "declared data-free by the user"
 _DEFAULT_EPOCHS = 100
+_TEST_PASSES = 20
 
 
 def certify(
@@ -50,6 +52,7 @@ def certify(
     n: int | None = None,
     prior_record: Mapping[str, Any] | None = None,
     checkpoint: str | Path | None = None,
+    test: Any = None,
     progress: bool | Progress = False,
 ) -> Certificate:
     """Optimizes a posterior and draws its certificate, once, with fresh noise.
@@ -76,6 +79,7 @@ def certify(
         prior_record: how the prior was made, e.g. ``{"construction": ..., "seed": ...}``; None:
             the certificate says 'declared data-free by the user'.
         checkpoint: file from which an interrupted optimization goes on, and to which it is saved.
+        test: samples that took no part, for an error beside the certificate, of the same networks.
         progress: see :func:`hesskern.progress.reporter`.
 
     Returns:
@@ -124,7 +128,7 @@ def certify(
         checkpoint=None if checkpoint is None else Path(checkpoint),
         identity=_plain({"method": method, **options, "data": fingerprint, "prior": _hash(centre)}),
         progress=report,
-        observe=lambda: {"kl": optimizer.kl()},
+        estimate=lambda error, kl: _estimate(protocol, error, kl, len(samples), len(slots)),
     )
     layers = on_grid(optimizer.drafts(), slots, centre, len(samples), protocol)
     started = time.perf_counter()
@@ -160,6 +164,9 @@ def certify(
         versions=_versions(),
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         history=outcome.history,
+        test=None
+        if test is None
+        else _test_error(work, slots, layers, collect(test), _seed(seed, "test"), report),
         model=work,
     ).sealed()
     certificate.verify()
@@ -211,6 +218,31 @@ def on_grid(
             ),
         )
         for name, draft in drafts.items()
+    }
+
+
+def _estimate(protocol: Protocol, error: float, kl: float, n: int, layers: int) -> float:
+    """The bound for an error measured while training; prices of the grid's middle."""
+    priced = [protocol.grid.b] * (1 if protocol.shared_variance else layers)
+    rate = bound_rate(kl, n, priced, protocol.delta, protocol.form, protocol.grid)
+    return float(kl_inverse(min(1.0, error), rate))
+
+
+def _test_error(
+    model: nn.Module,
+    slots: Mapping[str, Slot],
+    layers: Mapping[str, LayerPosterior],
+    samples: Samples,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    terms = Protocol(passes=_TEST_PASSES)
+    drawn = draw_error(model, slots, layers, samples, terms, seed, progress, "test samples")
+    return {
+        "error": drawn.mean,
+        "n": len(samples),
+        "passes": _TEST_PASSES,
+        "fingerprint": samples.fingerprint(),
     }
 
 
@@ -304,3 +336,26 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def train_start(
+    model: nn.Module,
+    samples: Samples,
+    epochs: int,
+    seed: int,
+    progress: Progress,
+    rate: float = 0.01,
+    momentum: float = 0.9,
+    batch_size: int = 100,
+) -> None:
+    """SGD on the surrogate loss, in place: the trained weights the published methods start from."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
+    order = torch.Generator().manual_seed(_seed(seed, "sgd"))
+    for epoch in range(epochs):
+        for rows in torch.randperm(len(samples), generator=order).split(batch_size):
+            loss = log_loss(model(samples.inputs[rows]), samples.targets[rows]).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        progress("training the start", epoch + 1, epochs)
+    model.zero_grad(set_to_none=True)

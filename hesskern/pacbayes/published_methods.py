@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.factors import kronecker_factors
+from hesskern.pacbayes.evaluate import wrong
 from hesskern.pacbayes.loop import Draft
 from hesskern.pacbayes.network import Slot, evaluating, replaced
 from hesskern.pacbayes.posterior import eigenbasis, gaussian_kl
@@ -107,6 +108,7 @@ class Published:
         parameters = [*self._means.values(), *self._log_variances.values(), self._log_prior]
         self._optimizer = torch.optim.RMSprop(parameters, lr=settings.rate, foreach=True)
         self._refreshed = 0
+        self._errors: list[tuple[int, int]] = []
 
     def _coordinates(self, key: str, matrix: Tensor) -> Tensor:
         if key not in self._bases:
@@ -168,6 +170,7 @@ class Published:
 
     def begin_epoch(self, fraction: float) -> None:
         """Computes the bases anew where the method's schedule asks for it."""
+        self._errors = []
         if self._name in ("base", "appr"):
             return
         due = int(_INTERVALS * fraction)
@@ -231,14 +234,20 @@ class Published:
         index = (grid.b * (math.log(grid.c) - self._log_prior.double())).clamp(min=1)
         price = 2 * index.log() + math.log(math.pi**2 * n / (6 * p.delta))
         rate = (self._divergence() + price) / (n - 1)
-        surrogate = log_loss(outputs, self._samples.targets[rows]).mean()
+        targets = self._samples.targets[rows]
+        surrogate = log_loss(outputs, targets).mean()
         objective = surrogate + (rate / 2).sqrt()
         self._optimizer.zero_grad()
         objective.backward()
         self._optimizer.step()
         with torch.no_grad():
             self._log_prior.clamp_(max=math.log(grid.variance(1)))
+        self._errors.append((int(wrong(outputs.detach(), targets).sum()), len(rows)))
         return float(objective.detach())
+
+    def error(self) -> float:
+        """Mean error of the steps since :meth:`begin_epoch`, under their noise."""
+        return sum(e for e, _ in self._errors) / max(1, sum(n for _, n in self._errors))
 
     def kl(self) -> float:
         """KL(Q ‖ P) at the current parameters, off the grid."""

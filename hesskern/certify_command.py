@@ -16,10 +16,11 @@ from hesskern.command_line import check_writable, command_line, running
 from hesskern.pacbayes import (
     METHODS,
     NETS,
+    OURS,
+    PUBLISHED,
     Certificate,
     NaturalSettings,
     Net,
-    Protocol,
     PublishedSettings,
     certify,
     parse_net,
@@ -170,9 +171,8 @@ def _run(
     options: dict[str, Any],
 ) -> Certificate:
     method = options["method"]
-    protocol = Protocol(
-        form="maurer" if method == "natural" else "langford-seeger",
-        shared_variance=method != "natural",
+    protocol = replace(
+        OURS if method == "natural" else PUBLISHED,
         sampling="networks" if options["whole_networks"] else "per-example",
         passes=options["passes"],
     )

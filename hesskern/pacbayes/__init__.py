@@ -11,12 +11,13 @@ from hesskern.pacbayes.natural import NaturalSettings
 from hesskern.pacbayes.networks import NETS, Net, parse_net
 from hesskern.pacbayes.posterior import LayerPosterior, gaussian_kl
 from hesskern.pacbayes.procedure import certify
-from hesskern.pacbayes.protocol import PUBLISHED, Protocol
+from hesskern.pacbayes.protocol import OURS, PUBLISHED, Protocol
 from hesskern.pacbayes.published_methods import METHODS, PublishedSettings
 
 __all__ = [
     "METHODS",
     "NETS",
+    "OURS",
     "PUBLISHED",
     "Certificate",
     "CertificateError",

@@ -49,6 +49,7 @@ __all__ = ["Natural", "NaturalSettings"]
 _FACTOR_SAMPLES = 10_000
 _FACTOR_BATCH = 1000
 _SMALLEST = 1e-12
+_WEIGHT_STEPS = 10
 
 # Components along the leading directions [N, k], squared norm of the rest [N] or None, w0 x [N, m].
 Rotated = tuple[Tensor, Tensor | None, Tensor]
@@ -75,9 +76,9 @@ class NaturalSettings:
     """
 
     batch_size: int = 500
-    rate_mean: float = 0.005
-    rate_ratio: float = 0.02
-    rate_prior: float = 0.005
+    rate_mean: float = 0.1
+    rate_ratio: float = 0.1
+    rate_prior: float = 0.05
     beta2: float = 0.999
     rank_in: int = 256
     rank_hidden: int = 64
@@ -269,7 +270,7 @@ def _carried(ratio: Tensor, old: Tensor, new: Tensor, rank: int) -> Tensor:
 
 def _completed(columns: Tensor) -> Tensor:
     """An orthogonal matrix whose first columns span the same as ``columns`` one by one."""
-    return torch.linalg.qr(columns, mode="complete").Q
+    return torch.linalg.qr(columns, mode="complete").Q.contiguous()
 
 
 class Natural:
@@ -309,8 +310,9 @@ class Natural:
                 generator,
             )
         self._known: dict[str, Rotated] = {}
-        self._start_bases()
+        self._start_bases(start)
         self._error: float | None = None
+        self._slope, self._age = 0.0, 0
         self._errors: list[tuple[float, int]] = []
         self._refreshed = 0
         self._make_optimizer()
@@ -328,10 +330,10 @@ class Natural:
             groups.append({"params": list(parameters), "lr": rate, "full": rate})
         self._optimizer = torch.optim.Adam(groups, betas=(0.9, s.beta2), foreach=True)
 
-    def _factors(self) -> Mapping[str, Any]:
-        """Kronecker factors at the current means, on a part of the samples."""
-        for name, layer in self._layers.items():
-            self._slots[name].load(layer.mean())
+    def _factors(self, means: Mapping[str, Tensor]) -> Mapping[str, Any]:
+        """Kronecker factors of the network with these weights, on a part of the samples."""
+        for name, mean in means.items():
+            self._slots[name].load(mean)
         rows = self._factor_rows
         inputs, targets = self._samples.inputs[rows], self._samples.targets[rows]
         loss: nn.Module = nn.CrossEntropyLoss()
@@ -344,8 +346,8 @@ class Natural:
         with torch.no_grad(), evaluating(self._model):
             return int(self._model(self._samples.inputs[:2]).shape[1])
 
-    def _start_bases(self) -> None:
-        factors = self._factors()
+    def _start_bases(self, start: Mapping[str, Tensor]) -> None:
+        factors = self._factors({name: slot.matrix(start) for name, slot in self._slots.items()})
         beta = self._settings.error_weight * self._settings.log_loss_weight * len(self._samples)
         for name, layer in self._layers.items():
             tau, U = eigenbasis(factors[name].output_hessian)
@@ -368,7 +370,7 @@ class Natural:
         due = sum(fraction >= part for part in self._settings.refreshes)
         if due > self._refreshed:
             self._refreshed = due
-            factors = self._factors()
+            factors = self._factors({name: layer.mean() for name, layer in self._layers.items()})
             for name, layer in self._layers.items():
                 layer.rotate(
                     eigenbasis(factors[name].output_hessian)[1],
@@ -410,13 +412,17 @@ class Natural:
         """What error counts in units of KL / n: the ratio of the bound's two derivatives."""
         previous = error if self._error is None else self._error
         self._error = 0.99 * previous + 0.01 * error
+        self._age += 1
+        if self._age % _WEIGHT_STEPS != 1:
+            return self._slope
         q = torch.tensor(self._error, dtype=torch.float64, requires_grad=True)
         rate = bound_rate(kl, len(self._samples), [1], self._protocol.delta, self._protocol.form)
         rate.requires_grad_(True)
         kl_inverse(q, rate).backward()
         assert q.grad is not None
         assert rate.grad is not None
-        return float(q.grad / rate.grad)
+        self._slope = float(q.grad / rate.grad)
+        return self._slope
 
     def _forward(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [B, c] under noise; with a closed-form last layer, its mean and deviations."""
@@ -468,6 +474,8 @@ class Natural:
             "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(),
             "error": self._error,
+            "slope": self._slope,
+            "age": self._age,
             "refreshed": self._refreshed,
         }
 
@@ -485,6 +493,7 @@ class Natural:
         self._optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"])
         self._error, self._refreshed = state["error"], state["refreshed"]
+        self._slope, self._age = state["slope"], state["age"]
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values."""

@@ -24,7 +24,7 @@ from hesskern.pacbayes.loop import Budget, Draft, optimize
 from hesskern.pacbayes.natural import Natural, NaturalSettings
 from hesskern.pacbayes.network import Slot, check_fixed, evaluating, slots_of, state_of
 from hesskern.pacbayes.posterior import LayerPosterior
-from hesskern.pacbayes.protocol import Protocol
+from hesskern.pacbayes.protocol import OURS, PUBLISHED, Protocol
 from hesskern.pacbayes.published_methods import METHODS, Published, PublishedSettings
 from hesskern.pacbayes.samples import Samples, collect
 from hesskern.pacbayes.surrogates import log_loss
@@ -35,6 +35,8 @@ __all__ = ["certify", "train_start"]
 _DECLARED = "declared data-free by the user"
 _DEFAULT_EPOCHS = 100
 _TEST_PASSES = 20
+SAVE_INTERVAL = 30.0
+"""Least seconds between two checkpoints."""
 
 
 def certify(
@@ -70,7 +72,7 @@ def certify(
         epochs: passes of the optimization; None, with ``minutes`` None too: 100.
         minutes: wall-clock time of the optimization instead.
         protocol: confidence, prior grid, form of the bound, T; fixed before the data. None:
-            :class:`Protocol`'s defaults.
+            ``OURS`` for "natural", ``PUBLISHED`` (T = 50,000 whole networks) for the others.
         settings: of the method; None: its defaults.
         start: where the mean starts: "prior" (default of "natural": the model's weights are not
             used, only its shape) or "model" (default and only choice of the published methods).
@@ -94,7 +96,7 @@ def certify(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    protocol = protocol or Protocol()
+    protocol = protocol or (OURS if method == "natural" else PUBLISHED)
     if epochs is None and minutes is None:
         epochs = _DEFAULT_EPOCHS
     budget = Budget(epochs, minutes)
@@ -127,6 +129,7 @@ def certify(
         torch.Generator().manual_seed(seeds["order"]),
         checkpoint=None if checkpoint is None else Path(checkpoint),
         identity=_plain({"method": method, **options, "data": fingerprint, "prior": _hash(centre)}),
+        interval=SAVE_INTERVAL,
         progress=report,
         estimate=lambda error, kl: _estimate(protocol, error, kl, len(samples), len(slots)),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from hesskern.pacbayes.bound import FORMS, PriorGrid
 
-__all__ = ["PUBLISHED", "SAMPLINGS", "Protocol"]
+__all__ = ["OURS", "PUBLISHED", "SAMPLINGS", "Protocol"]
 
 SAMPLINGS = ("per-example", "networks")
 
@@ -74,3 +74,6 @@ PUBLISHED = Protocol(
     form="langford-seeger", shared_variance=True, sampling="networks", passes=50_000
 )
 """The terms of arXiv 2010.04261."""
+
+OURS = Protocol(grid=PriorGrid(c=1.0))
+"""The terms of "natural" if none are given: as published, with a grid that begins higher."""

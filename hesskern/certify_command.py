@@ -23,6 +23,7 @@ from hesskern.pacbayes import (
     Net,
     PublishedSettings,
     certify,
+    load_certificate,
     parse_net,
 )
 from hesskern.pacbayes.procedure import train_start
@@ -105,6 +106,13 @@ _SMALL_BATCH = 100
 @click.option("--batch-size", type=click.IntRange(min=1), help="Examples per step.")
 @click.option("--learning-rate", type=float, help="Rate at the start (natural: of the means).")
 @click.option(
+    "--verify",
+    "verified",
+    type=click.Path(path_type=Path),
+    help="Check this certificate against the data instead of making one: everything is computed "
+    "anew, and its error is drawn again.",
+)
+@click.option(
     "--output",
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("hesskern-certificate"),
@@ -123,6 +131,7 @@ def certify_command(
     root: Path | None,
     seed: int,
     seeds: int,
+    verified: Path | None,
     output: Path,
     as_json: bool,
     **options: Any,
@@ -133,6 +142,11 @@ def certify_command(
     often it errs. Pixels are scaled to [0, 1]. Ctrl-C ends the optimization early and certifies
     what it has reached; after a kill the same command goes on where the last checkpoint was.
     """
+    if verified is not None:
+        with running(context) as progress:
+            certificate = _verify(verified, data_name, root, options["passes"], progress)
+        click.echo(f"holds: {certificate!r}")
+        return
     with running(context) as progress:
         check_writable(output)
         chosen = parse_net(net or _NET[data_name])
@@ -155,6 +169,18 @@ def certify_command(
         console.print(f"        {path}", soft_wrap=True)
     if as_json:
         click.echo(json.dumps(result, allow_nan=False))
+
+
+def _verify(
+    path: Path, data_name: str, root: Path | None, passes: int, progress: Progress
+) -> Certificate:
+    certificate = load_certificate(path)
+    name = certificate.prior.get("net")
+    if name is None:
+        raise ValueError(f"{path} was not made by this command; use Certificate.verify(data)")
+    samples = _samples(parse_net(name), data.load(data_name, root), certificate.settings["seed"])
+    certificate.verify(samples, passes=passes, progress=progress)
+    return certificate
 
 
 def _checkpoint(output: Path, seed: int) -> Path:

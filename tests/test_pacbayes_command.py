@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,19 @@ def test_it_writes_a_page_and_a_certificate_that_holds(here):
     assert "hesskern certify --net T-8_10 --epochs 2 --passes 3" in page
     assert page.count("data:image/svg+xml") == 3
     assert "http" not in re.sub(r"data:image[^\"]*", "", page)
+
+
+def test_a_certificate_is_checked_from_its_file(here):
+    assert run(*TINY).exit_code == 0
+    path = here / "hesskern-certificate/seed0.safetensors"
+    outcome = run("certify", "--verify", path, "--passes", 2)
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.stdout.startswith(f"holds: {load_certificate(path)!r}")
+    certificate = load_certificate(path)
+    replace(certificate, bound=0.1).sealed().save(path)
+    outcome = run("certify", "--verify", path, "--passes", 2)
+    assert outcome.exit_code == 1
+    assert "bound is 0.1, recomputed" in outcome.output
 
 
 def test_seeds_are_reported_as_a_mean(here):

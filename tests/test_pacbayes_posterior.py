@@ -84,10 +84,19 @@ def slot_for(m, d, bias=True):
     return model, slots_of(model, randn(2, d - bias))["0"]
 
 
-@pytest.mark.parametrize("standard", [False, True])
-def test_draws_per_example_have_the_distribution_of_whole_networks(standard):
-    m, d, count = 3, 4, 40_000
-    layer = posterior(m, d, standard=standard)
+def tied(layer, rows, columns):
+    """The same with one variance behind the leading rows and columns, as truncated bases leave."""
+    layer.variance[rows:] = layer.variance[rows].clone()
+    layer.variance[:, columns:] = layer.variance[:, columns : columns + 1].clone()
+    return layer
+
+
+@pytest.mark.parametrize("kind", ["kronecker", "standard", "tied", "isotropic"])
+def test_draws_per_example_have_the_distribution_of_whole_networks(kind):
+    m, d, count = 3, 5, 40_000
+    layer = posterior(m, d, standard=kind == "standard")
+    if kind in ("tied", "isotropic"):
+        tied(layer, *((1, 2) if kind == "tied" else (0, 0)))
     _, slot = slot_for(m, d)
     x = randn(1, d - 1, seed=9)
     per_example = ExampleDraw(slot, layer, generator(1), torch.float64)(x.expand(count, -1))

@@ -39,7 +39,7 @@ from hesskern.pacbayes.bound import bound_rate, kl_inverse
 from hesskern.pacbayes.evaluate import wrong
 from hesskern.pacbayes.loop import Draft
 from hesskern.pacbayes.network import Slot, evaluating, replaced
-from hesskern.pacbayes.posterior import eigenbasis
+from hesskern.pacbayes.posterior import eigenbasis, spread_out
 from hesskern.pacbayes.protocol import Protocol
 from hesskern.pacbayes.samples import Samples
 from hesskern.pacbayes.surrogates import error_probability, log_loss
@@ -67,8 +67,8 @@ class NaturalSettings:
         rank_in: leading input directions with variances of their own, in the layer that reads the
             data; rank_hidden: in the other per-example layers.
         rank_out: leading output directions with variances of their own.
-        prior_first, prior_rest: prior deviation at the start over that of w0's entries, in the
-            first layer and in the others.
+        prior_hidden, prior_last: prior deviation at the start over that of w0's entries, in all
+            layers but the last, and in the last one.
         warm_up: part of the budget in which the log loss stands in for the error.
         log_loss_weight: what one unit of log loss counts there, in units of error.
         error_weight: what one unit of error counts there, in units of KL / n.
@@ -77,15 +77,15 @@ class NaturalSettings:
 
     batch_size: int = 500
     rate_mean: float = 0.1
-    rate_ratio: float = 0.1
-    rate_prior: float = 0.05
+    rate_ratio: float = 0.05
+    rate_prior: float = 0.02
     beta2: float = 0.999
     rank_in: int = 256
     rank_hidden: int = 64
     rank_out: int = 32
-    prior_first: float = 0.3
-    prior_rest: float = 0.5
-    warm_up: float = 0.2
+    prior_hidden: float = 1.0
+    prior_last: float = 5.0
+    warm_up: float = 0.4
     log_loss_weight: float = 0.5
     error_weight: float = 1.7
     refreshes: tuple[float, ...] = (0.05, 0.15, 0.3, 0.5)
@@ -94,7 +94,7 @@ class NaturalSettings:
         for name in ("batch_size", "rank_in", "rank_hidden", "rank_out"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("rate_mean", "rate_ratio", "rate_prior", "prior_first", "prior_rest"):
+        for name in ("rate_mean", "rate_ratio", "rate_prior", "prior_hidden", "prior_last"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
@@ -189,18 +189,8 @@ class _Layer:
         return mean, (variance + _SMALLEST).sqrt()
 
     def noisy(self, mean: Tensor, deviation: Tensor) -> Tensor:
-        """Mean + U (deviation . noise), the leading directions corrected within isotropic noise."""
-        noise = torch.randn(
-            mean.shape, generator=self._generator, dtype=mean.dtype, device=mean.device
-        )
-        if self.rank_out == mean.shape[1]:
-            return torch.addmm(mean, deviation * noise, self.U.T)
-        rest = deviation[:, -1:]
-        drawn = mean + rest * noise
-        if self.rank_out:
-            leading = (deviation[:, :-1] - rest) * (noise @ self.U)
-            drawn = torch.addmm(drawn, leading, self.U.T)
-        return drawn
+        """W x under noise, from its moments."""
+        return spread_out(mean, deviation, self.U, self._generator)
 
     def weight(self) -> Tensor:
         """One drawn weight [m, d] (layers that share it over positions; bases are whole)."""
@@ -297,7 +287,8 @@ class Natural:
             centre = slot.matrix(prior)
             weights = centre[:, : slot.spec.weight_inputs]
             scale = float(weights.std()) if bool(weights.any()) else weights.shape[1] ** -0.5
-            factor = settings.prior_first if i == 0 else settings.prior_rest
+            last = i == len(slots) - 1
+            factor = settings.prior_last if last else settings.prior_hidden
             largest = math.sqrt(protocol.grid.variance(1))
             self._layers[name] = _Layer(
                 slot,

@@ -58,6 +58,7 @@ class Net:
         """How w0 was made, so that it can be made again."""
         return {
             "construction": "hesskern.models.build",
+            "net": self.name,
             "model": self.spec,
             "input_shape": list(input_shape),
             "classes": self.outputs,

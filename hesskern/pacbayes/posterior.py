@@ -12,7 +12,15 @@ from torch import Tensor
 from hesskern import ops
 from hesskern.pacbayes.network import Slot
 
-__all__ = ["ExampleDraw", "GroupDraw", "LayerPosterior", "draws_of", "eigenbasis", "gaussian_kl"]
+__all__ = [
+    "ExampleDraw",
+    "GroupDraw",
+    "LayerPosterior",
+    "draws_of",
+    "eigenbasis",
+    "gaussian_kl",
+    "spread_out",
+]
 
 
 def gaussian_kl(
@@ -123,17 +131,29 @@ class ExampleDraw:
         self, slot: Slot, layer: LayerPosterior, generator: torch.Generator, dtype: torch.dtype
     ) -> None:
         self._slot, self._generator = slot, generator
+        m, d = layer.mean.shape
         self._mean_t = layer.mean.to(dtype).T.contiguous()
-        self._variance_t = layer.variance.to(dtype).T.contiguous()
-        self._U_t = None if layer.U is None else layer.U.to(dtype).T.contiguous()
-        self._V = None if layer.V is None else layer.V.to(dtype)
+        # Equal variances behind the leading rows or columns need no coordinates of their own there.
+        self._rows = m if layer.U is None else _distinct(layer.variance)
+        self._columns = d if layer.V is None else _distinct(layer.variance.T)
+        kept = layer.variance[: self._rows + 1, : self._columns + 1]
+        self._variance_t = kept.to(dtype).T.contiguous()
+        self._U = None if layer.U is None else layer.U[:, : self._rows].to(dtype).contiguous()
+        self._V = None if layer.V is None else layer.V[:, : self._columns].to(dtype).contiguous()
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean [N, m] of W x, and its deviation [N, m] in the basis U, for x [N, d]."""
+        """Mean [N, m] of W x, and its deviations [N, rows], for x [N, d].
+
+        The deviations are those along U's leading columns and, if these are not all, the one that
+        all other directions share.
+        """
         extended = self._slot.extended(x)
-        rotated = extended if self._V is None else extended @ self._V
-        return extended @ self._mean_t, (rotated.square() @ self._variance_t).sqrt()
+        squares = (extended if self._V is None else extended @ self._V).square()
+        if len(self._variance_t) > self._columns:
+            rest = extended.square().sum(1, keepdim=True) - squares.sum(1, keepdim=True)
+            squares = torch.cat([squares, rest.clamp(min=0)], 1)
+        return extended @ self._mean_t, (squares @ self._variance_t).sqrt()
 
     def __call__(self, x: Tensor) -> Tensor:
         """W x for x [N, d], every row with a W of its own."""
@@ -142,14 +162,37 @@ class ExampleDraw:
         if self._last is None or not _same_memory(self._last[0], x):
             self._last = (x, *self.moments(x)) if self._slot.reads_data else None
         _, mean, deviation = self._last or (x, *self.moments(x))
-        noise = torch.randn(
-            mean.shape, generator=self._generator, dtype=mean.dtype, device=mean.device
-        )
-        noise *= deviation
-        return mean + noise if self._U_t is None else torch.addmm(mean, noise, self._U_t)
+        return spread_out(mean, deviation, self._U, self._generator)
 
     def renew(self) -> None:
         """Nothing to do: every call draws anew."""
+
+
+def spread_out(
+    mean: Tensor, deviation: Tensor, U: Tensor | None, generator: torch.Generator
+) -> Tensor:
+    """Mean [N, m] plus normal noise, independent along U's columns and across rows.
+
+    ``deviation`` is [N, r] for r columns of U, or [N, r + 1] with the deviation of the whole
+    complement last: isotropic noise g, of which the components along U are rescaled.
+    """
+    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+    if U is None:
+        return mean + deviation * noise
+    if U.shape[1] == mean.shape[1]:
+        return torch.addmm(mean, deviation * noise, U.T)
+    rest = deviation[:, -1:]
+    drawn = mean + rest * noise
+    if U.shape[1] == 0:
+        return drawn
+    return torch.addmm(drawn, (deviation[:, :-1] - rest) * (noise @ U), U.T)
+
+
+def _distinct(variance: Tensor) -> int:
+    """Leading rows up to which the rows of [r, q] differ; all of them if that saves nothing."""
+    differing = (variance != variance[-1:]).any(1).nonzero()
+    count = int(differing[-1]) + 1 if len(differing) else 0
+    return count if 2 * count < len(variance) else len(variance)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

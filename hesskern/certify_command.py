@@ -18,6 +18,7 @@ from hesskern.pacbayes import (
     NETS,
     OURS,
     PUBLISHED,
+    TRAINED_PRIOR,
     Certificate,
     NaturalSettings,
     Net,
@@ -103,6 +104,12 @@ _SMALL_BATCH = 100
     show_default=True,
     help="Epochs of SGD that find the published methods' start.",
 )
+@click.option(
+    "--held-out",
+    type=float,
+    help="Another method: train the prior on this part of the samples by SGD, certify with the "
+    "rest alone. Not comparable with certificates whose prior has seen no data.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), help="Examples per step.")
 @click.option("--learning-rate", type=float, help="Rate at the start (natural: of the means).")
 @click.option(
@@ -179,6 +186,8 @@ def _verify(
     if name is None:
         raise ValueError(f"{path} was not made by this command; use Certificate.verify(data)")
     samples = _samples(parse_net(name), data.load(data_name, root), certificate.settings["seed"])
+    if (share := certificate.prior.get("held out")) is not None:
+        samples = samples.split(share, certificate.prior["seed"])[1]
     certificate.verify(samples, passes=passes, progress=progress)
     return certificate
 
@@ -205,6 +214,17 @@ def _run(
     samples = _samples(net, train, seed)
     model = net.build(train.input_shape, seed)
     prior = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    record = net.prior_record(train.input_shape, seed)
+    seen: Samples | None = None
+    if options["held_out"] is not None:
+        seen, samples = samples.split(options["held_out"], seed)
+        train_start(model, seen, options["sgd_epochs"], seed, progress)
+        prior = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        record |= {
+            "construction": "SGD on held-out samples",
+            "held out": options["held_out"],
+            "epochs": options["sgd_epochs"],
+        }
     if method != "natural":
         train_start(model, samples, options["sgd_epochs"], seed, progress)
     epochs, minutes = options["epochs"], options["minutes"]
@@ -220,7 +240,8 @@ def _run(
         protocol=protocol,
         settings=_settings(method, len(samples), options),
         seed=seed,
-        prior_record=net.prior_record(train.input_shape, seed),
+        prior_record=record,
+        prior_data=seen,
         checkpoint=_checkpoint(output, seed),
         test=None if test is None else _samples(net, test, seed),
         progress=progress,
@@ -231,7 +252,7 @@ def _settings(method: str, n: int, options: dict[str, Any]) -> NaturalSettings |
     size, rate = options["batch_size"], options["learning_rate"]
     settings: NaturalSettings | PublishedSettings
     if method == "natural":
-        settings = NaturalSettings()
+        settings = NaturalSettings() if options["held_out"] is None else TRAINED_PRIOR
         if n < 100 * settings.batch_size:
             settings = replace(settings, batch_size=_SMALL_BATCH)
         if rate is not None:

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from certificates import FAST, NET, blobs
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -13,7 +14,6 @@ import hesskern as hk
 from hesskern.pacbayes import (
     CertificateError,
     LayerPosterior,
-    NaturalSettings,
     PriorGrid,
     Protocol,
     certify,
@@ -22,18 +22,6 @@ from hesskern.pacbayes import (
     parse_net,
 )
 from hesskern.pacbayes.samples import Samples, collect
-
-NET = parse_net("T-6_10")
-FAST = NaturalSettings(batch_size=50, rank_in=5, rank_out=3)
-
-
-def blobs(count=150, seed=0):
-    """Ten Gaussian blobs as images of 3 x 4 pixels."""
-    source = torch.Generator().manual_seed(seed)
-    centres = torch.randn(10, 12, generator=torch.Generator().manual_seed(99))
-    targets = torch.randint(0, 10, (count,), generator=source)
-    inputs = centres[targets] + 0.3 * torch.randn(count, 12, generator=source)
-    return Samples(inputs.view(count, 1, 3, 4), targets)
 
 
 @pytest.fixture(scope="module")

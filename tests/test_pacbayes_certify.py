@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_pacbayes_certificate import FAST, NET, blobs
+from certificates import FAST, NET, blobs
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
 
@@ -283,6 +283,17 @@ def test_every_sample_is_counted_once():
             run(source)
     with pytest.raises(ValueError, match="n is 60000, but the data hold 30"):
         run(loader(), n=60_000)
+
+
+def test_samples_a_prior_has_seen_are_not_counted_again():
+    seen, rest = blobs(60).split(0.5, seed=0)
+    found = run(rest, prior_data=seen)
+    assert (found.n, found.prior["samples seen"]) == (30, 30)
+    assert found.prior["fingerprint seen"] == seen.fingerprint() != found.fingerprint
+    with pytest.raises(ValueError, match="30 of its samples are among the data"):
+        run(blobs(60), prior_data=seen)
+    with pytest.raises(ValueError, match="share must leave at least 8 of 60"):
+        blobs(60).split(0.05, seed=0)
 
 
 @pytest.mark.parametrize(

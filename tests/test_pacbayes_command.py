@@ -58,6 +58,17 @@ def test_a_certificate_is_checked_from_its_file(here):
     assert "bound is 0.1, recomputed" in outcome.output
 
 
+def test_a_held_out_prior_counts_only_what_it_has_not_seen(here):
+    outcome = run(*TINY, "--held-out", 0.5, "--sgd-epochs", 2)
+    assert outcome.exit_code == 0, outcome.output
+    path = here / "hesskern-certificate/seed0.safetensors"
+    certificate = load_certificate(path)
+    assert certificate.n == 1437 - 718
+    assert certificate.prior["samples seen"] == 718
+    assert "718 samples that are not counted" in (path.parent / "certificate.html").read_text()
+    assert run("certify", "--verify", path, "--passes", 2).exit_code == 0
+
+
 def test_seeds_are_reported_as_a_mean(here):
     outcome = run(*TINY, "--seeds", 2, "--json")
     assert outcome.exit_code == 0, outcome.output

@@ -7,7 +7,7 @@ independent network per example: :class:`hesskern.pacbayes.posterior.ExampleDraw
 
 from hesskern.pacbayes.bound import PriorGrid, bound_rate, draws_rate, kl, kl_inverse
 from hesskern.pacbayes.certificate import Certificate, CertificateError, load_certificate
-from hesskern.pacbayes.natural import NaturalSettings
+from hesskern.pacbayes.natural import TRAINED_PRIOR, NaturalSettings
 from hesskern.pacbayes.networks import NETS, Net, parse_net
 from hesskern.pacbayes.posterior import LayerPosterior, gaussian_kl
 from hesskern.pacbayes.procedure import certify
@@ -19,6 +19,7 @@ __all__ = [
     "NETS",
     "OURS",
     "PUBLISHED",
+    "TRAINED_PRIOR",
     "Certificate",
     "CertificateError",
     "LayerPosterior",

@@ -59,7 +59,8 @@ class Certificate:
         fixed: all other tensors of the network, the same under P and Q.
         method, settings: how Q was found; nothing of it matters for validity.
         seeds: of the training and of the final draws.
-        prior: how w0 was made (``construction``, ``seed``), or who declares it data-free.
+        prior: how w0 was made (``construction``, ``seed``), or who declares it data-free; for a
+            data-dependent prior also how many other samples it has seen, and their fingerprint.
         fingerprint: of the samples, see :meth:`hesskern.pacbayes.samples.Samples.fingerprint`.
         architecture: the network, if it is a plain sequence (else None).
         interrupted: whether optimization was stopped before its end.

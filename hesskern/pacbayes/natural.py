@@ -44,7 +44,7 @@ from hesskern.pacbayes.protocol import Protocol
 from hesskern.pacbayes.samples import Samples
 from hesskern.pacbayes.surrogates import error_probability, log_loss
 
-__all__ = ["Natural", "NaturalSettings"]
+__all__ = ["TRAINED_PRIOR", "Natural", "NaturalSettings"]
 
 _FACTOR_SAMPLES = 10_000
 _FACTOR_BATCH = 1000
@@ -97,6 +97,12 @@ class NaturalSettings:
         for name in ("rate_mean", "rate_ratio", "rate_prior", "prior_hidden", "prior_last"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+TRAINED_PRIOR = NaturalSettings(
+    rate_mean=0.03, prior_hidden=0.2, prior_last=0.2, warm_up=0.0, refreshes=(0.5,)
+)
+"""For a centre that was trained on other samples: less noise, and no need for the log loss."""
 
 
 class _Layer:

@@ -53,6 +53,7 @@ def certify(
     seed: int = 0,
     n: int | None = None,
     prior_record: Mapping[str, Any] | None = None,
+    prior_data: Any = None,
     checkpoint: str | Path | None = None,
     test: Any = None,
     progress: bool | Progress = False,
@@ -80,6 +81,8 @@ def certify(
         n: the number of samples there must be.
         prior_record: how the prior was made, e.g. ``{"construction": ..., "seed": ...}``; None:
             the certificate says 'declared data-free by the user'.
+        prior_data: the samples that the prior was trained on, if it was: a data-dependent prior.
+            None of them may be among ``data``, which alone count as n.
         checkpoint: file from which an interrupted optimization goes on, and to which it is saved.
         test: samples that took no part, for an error beside the certificate, of the same networks.
         progress: see :func:`hesskern.progress.reporter`.
@@ -103,8 +106,10 @@ def certify(
     settings = _settings(method, settings)
     start = _start(method, start)
     report = reporter(progress)
-    record = _record(prior_record)
     samples = collect(data, n)
+    record = _record(prior_record)
+    if prior_data is not None:
+        record |= _seen(collect(prior_data), samples)
     centre = state_of(prior)
     work = copy.deepcopy(model)
     slots = slots_of(work, samples.inputs[:2])
@@ -301,6 +306,17 @@ def _record(record: Mapping[str, Any] | None) -> dict[str, Any]:
         )
     plain: dict[str, Any] = _plain(dict(record))
     return plain
+
+
+def _seen(seen: Samples, samples: Samples) -> dict[str, Any]:
+    """The record of a data-dependent prior's samples, none of which may be counted again."""
+    common = set(seen.digests()) & set(samples.digests())
+    if common:
+        raise ValueError(
+            f"prior_data: {len(common)} of its samples are among the data; a certificate counts "
+            "only samples that its prior has not seen"
+        )
+    return {"samples seen": len(seen), "fingerprint seen": seen.fingerprint()}
 
 
 def _check_targets(model: nn.Module, samples: Samples) -> None:

@@ -24,17 +24,36 @@ class Samples:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the samples, whatever their order: of the sorted digests of each of them."""
+    def digests(self) -> list[bytes]:
+        """SHA-256 of every sample, input and target, sorted."""
         inputs = self.inputs.detach().cpu().contiguous()
         targets = self.targets.detach().cpu().tolist()
         rows = inputs.view(len(inputs), -1).view(torch.uint8).numpy()
-        digests = sorted(
+        return sorted(
             hashlib.sha256(row.tobytes() + int(target).to_bytes(8, "little", signed=True)).digest()
             for row, target in zip(rows, targets, strict=True)
         )
-        head = f"{inputs.dtype} {tuple(inputs.shape)}".encode()
-        return hashlib.sha256(head + b"".join(digests)).hexdigest()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the samples, whatever their order."""
+        head = f"{self.inputs.dtype} {tuple(self.inputs.shape)}".encode()
+        return hashlib.sha256(head + b"".join(self.digests())).hexdigest()
+
+    def split(self, share: float, seed: int) -> tuple[Samples, Samples]:
+        """A random part of about ``share`` of the samples, and the others.
+
+        Raises:
+            ValueError: ``share`` leaves fewer than 8 samples on one side.
+        """
+        count = round(share * len(self))
+        if not 8 <= count <= len(self) - 8:
+            raise ValueError(
+                f"share must leave at least 8 of {len(self)} samples on both sides, got {share}"
+            )
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        parts = order[:count].sort().values, order[count:].sort().values
+        first, second = (Samples(self.inputs[rows], self.targets[rows]) for rows in parts)
+        return first, second
 
 
 def collect(data: Any, n: int | None = None) -> Samples:

@@ -62,13 +62,16 @@ class NaturalSettings:
     Attributes:
         batch_size: examples per step.
         rate_mean, rate_ratio, rate_prior: Adam's learning rates for u, log r and log lambda at the
-            start; all fall to zero linearly.
+            start; all fall to zero linearly. At a rate a the means of directions that matter
+            little jitter with a variance of the order of a, which costs KL until the end.
         beta2: Adam's second moment's memory.
         rank_in: leading input directions with variances of their own, in the layer that reads the
             data; rank_hidden: in the other per-example layers.
         rank_out: leading output directions with variances of their own.
         prior_hidden, prior_last: prior deviation at the start over that of w0's entries, in all
-            layers but the last, and in the last one.
+            layers but the last, and in the last one. Large: hidden layers learn; small: they stay
+            near w0's random features, at hardly any KL. None for ``prior_hidden``: 1 for one
+            output, 0.1 for several, whichever gave the lower bounds (docs/certificates.md).
         warm_up: part of the budget in which the log loss stands in for the error.
         log_loss_weight: what one unit of log loss counts there, in units of error.
         error_weight: what one unit of error counts there, in units of KL / n.
@@ -76,16 +79,16 @@ class NaturalSettings:
     """
 
     batch_size: int = 500
-    rate_mean: float = 0.1
+    rate_mean: float = 0.2
     rate_ratio: float = 0.05
-    rate_prior: float = 0.02
+    rate_prior: float = 0.04
     beta2: float = 0.999
     rank_in: int = 256
     rank_hidden: int = 64
     rank_out: int = 32
-    prior_hidden: float = 1.0
+    prior_hidden: float | None = None
     prior_last: float = 5.0
-    warm_up: float = 0.4
+    warm_up: float = 0.3
     log_loss_weight: float = 0.5
     error_weight: float = 1.7
     refreshes: tuple[float, ...] = (0.05, 0.15, 0.3, 0.5)
@@ -95,8 +98,9 @@ class NaturalSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("rate_mean", "rate_ratio", "rate_prior", "prior_hidden", "prior_last"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
 
 
 TRAINED_PRIOR = NaturalSettings(
@@ -289,12 +293,13 @@ class Natural:
         self._last = next((n for n, slot in slots.items() if slot.writes_output), None)
         self._factor_rows = torch.randperm(len(samples), generator=generator)[:_FACTOR_SAMPLES]
         self._layers: dict[str, _Layer] = {}
+        hidden = settings.prior_hidden or (1.0 if self._outputs() == 1 else 0.1)
         for i, (name, slot) in enumerate(slots.items()):
             centre = slot.matrix(prior)
             weights = centre[:, : slot.spec.weight_inputs]
             scale = float(weights.std()) if bool(weights.any()) else weights.shape[1] ** -0.5
             last = i == len(slots) - 1
-            factor = settings.prior_last if last else settings.prior_hidden
+            factor = settings.prior_last if last else hidden
             largest = math.sqrt(protocol.grid.variance(1))
             self._layers[name] = _Layer(
                 slot,

@@ -271,3 +271,12 @@ def test_the_log_losses_are_the_published_ones():
         log_loss(randn(5, 3), targets),
         nn.functional.cross_entropy(randn(5, 3), targets, reduction="none"),
     )
+
+
+def test_only_a_layer_on_the_data_themselves_reads_the_data():
+    inputs = randn(3, 2, 3).abs()
+    direct = slots_of(mlp(), inputs)
+    assert [slot.reads_data for slot in direct.values()] == [True, False]
+    # Equal values for these samples, but another function of the data.
+    behind = nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(6, 3)).double()
+    assert not slots_of(behind, inputs)["2"].reads_data

@@ -66,7 +66,7 @@ class NaturalSettings:
             little jitter with a variance of the order of a, which costs KL until the end.
         beta2: Adam's second moment's memory.
         rank_in: leading input directions with variances of their own, in the layer that reads the
-            data; rank_hidden: in the other per-example layers.
+            data; rank_hidden: in the other per-example layers but the last, where all have.
         rank_out: leading output directions with variances of their own.
         prior_hidden, prior_last: prior deviation at the start over that of w0's entries, in all
             layers but the last, and in the last one. Large: hidden layers learn; small: they stay
@@ -84,7 +84,7 @@ class NaturalSettings:
     rate_prior: float = 0.04
     beta2: float = 0.999
     rank_in: int = 256
-    rank_hidden: int = 64
+    rank_hidden: int = 128
     rank_out: int = 32
     prior_hidden: float | None = None
     prior_last: float = 5.0
@@ -237,6 +237,12 @@ class _Layer:
         )
 
 
+def _rank(settings: NaturalSettings, slot: Slot, last: bool) -> int:
+    if slot.reads_data:
+        return settings.rank_in
+    return slot.spec.inputs if last else settings.rank_hidden
+
+
 def _multiplicities(rank: int, size: int) -> Tensor:
     rest = [size - rank] if rank < size else []
     return torch.tensor([1.0] * rank + rest)
@@ -306,7 +312,7 @@ class Natural:
                 centre,
                 slot.matrix(start),
                 min(scale * factor, largest),
-                settings.rank_in if slot.reads_data else settings.rank_hidden,
+                _rank(settings, slot, last),
                 settings.rank_out,
                 name == self._last,
                 generator,

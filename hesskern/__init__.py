@@ -1,6 +1,6 @@
 """Curvature of neural-network layers: Kronecker factors, exact layer-wise Hessians, eigenspaces."""
 
-from hesskern import ops
+from hesskern import ops, pacbayes
 from hesskern._extension import build_info
 from hesskern.accumulate import FactorAccumulator
 from hesskern.eigen import eigsh
@@ -44,6 +44,7 @@ __all__ = [
     "load_factors",
     "nearest_kronecker",
     "ops",
+    "pacbayes",
     "rank_one_ratio",
     "subspace_overlap",
 ]

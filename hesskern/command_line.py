@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 from click.core import ParameterSource
 
 from hesskern.progress import Progress, reporter
 
-__all__ = ["command_line", "running"]
+__all__ = ["check_writable", "command_line", "running"]
 
 _INTERRUPTED = 130
 
@@ -49,3 +51,10 @@ def command_line(context: click.Context) -> str:
         for item in value if parameter.multiple else (value,):
             words += [parameter.opts[0]] if parameter.is_flag else [parameter.opts[0], str(item)]
     return shlex.join(words)
+
+
+def check_writable(folder: Path) -> None:
+    """Says before the work, not after it, that its results could not be kept."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"output {folder} cannot be written: {existing} is no writable folder")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from safetensors.torch import save
 from hesskern import __version__, build_info
 from hesskern.analysis import Analysis, Settings, analyze
 from hesskern.bench.command import bench
-from hesskern.command_line import command_line, running
+from hesskern.certify_command import certify_command
+from hesskern.command_line import check_writable, command_line, running
 from hesskern.data import DATASETS
 from hesskern.digest import Digest, counted, listed
 from hesskern.models import KNOWN_MODELS
@@ -123,7 +123,7 @@ def analyze_command(
         **options,
     )
     with running(context) as progress:
-        _check_writable(output)
+        check_writable(output)
         analysis = analyze(settings, progress, command_line(context))
         paths = write_report(analysis.result, output, _weights(analysis))
     console = Console(stderr=as_json, highlight=False)
@@ -133,13 +133,6 @@ def analyze_command(
         console.print(f"        {path}", soft_wrap=True)
     if as_json:
         click.echo(json.dumps(analysis.result, allow_nan=False))
-
-
-def _check_writable(folder: Path) -> None:
-    """Says before the work, not after it, that its results could not be kept."""
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"output {folder} cannot be written: {existing} is no writable folder")
 
 
 def _weights(analysis: Analysis) -> dict[str, bytes]:
@@ -203,3 +196,4 @@ def info(as_json: bool) -> None:
 
 
 hesskern.add_command(bench)
+hesskern.add_command(certify_command)

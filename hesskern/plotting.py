@@ -23,9 +23,11 @@ __all__ = [
     "colour",
     "correspondence_panel",
     "eigenvalue_panel",
+    "history_panel",
     "overlap_panel",
     "overview",
     "rank_one_panel",
+    "variance_panel",
 ]
 
 # Okabe and Ito's palette without its yellow: told apart by colour-blind readers and in print.
@@ -367,3 +369,49 @@ def overview(
         stream = io.BytesIO()
         figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()
+
+
+def variance_panel(
+    layers: Mapping[str, Mapping[str, Sequence[float]]], side: str, kronecker: bool
+) -> str:
+    """Posterior over prior variance by index, a curve per layer, both axes logarithmic.
+
+    Args:
+        layers: ``index`` and ``ratio`` by layer name.
+        side: "input" or "output".
+        kronecker: whether indices count eigenvectors of the Kronecker factors.
+    """
+
+    def draw(axes: Axes) -> None:
+        for i, (name, curve) in enumerate(layers.items()):
+            axes.plot(curve["index"], curve["ratio"], color=colour(i), label=name)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        # Decades of a nearly constant curve would have no tick at all.
+        low = min(min(curve["ratio"]) for curve in layers.values())
+        axes.set_ylim(min(0.5 * low, 0.05), 2)
+        what = "eigenvector" if kronecker else "coordinate"
+        axes.set_xlabel(f"{side} {what} (index)")
+        axes.set_ylabel("variance / prior's")
+        axes.set_title(f"Variance by {side} index")
+        axes.legend(loc="lower right")
+
+    return _svg(draw)
+
+
+def history_panel(history: Sequence[Mapping[str, float]], bound: float) -> str:
+    """Estimates of bound and error after each epoch, and the certificate itself."""
+
+    def draw(axes: Axes) -> None:
+        epochs = [entry["epoch"] for entry in history]
+        axes.plot(
+            epochs, [e["estimate"] for e in history], color=colour(0), label="bound, estimate"
+        )
+        axes.plot(epochs, [e["error"] for e in history], color=colour(1), label="error, estimate")
+        axes.plot([epochs[-1]], [bound], "o", color=_INK, label="certificate")
+        axes.set_ylim(0, min(1.0, 2.5 * bound))
+        axes.set_xlabel("epoch")
+        axes.set_title("Course of the optimization")
+        axes.legend(loc="upper right")
+
+    return _svg(draw)

@@ -10,7 +10,12 @@ from typing import Any
 __all__ = ["Progress", "reporter"]
 
 Progress = Callable[[str, int, int | None], None]
-"""``progress(description, done, total)``; ``total`` is None when it is not known beforehand."""
+"""``progress(description, done, total)``; ``total`` is None when it is not known beforehand.
+
+What follows " · " in the description is a remark that may change while the work stays the same.
+"""
+
+_REMARK = " · "
 
 
 def reporter(progress: bool | Progress) -> Progress:
@@ -49,8 +54,9 @@ class _Lines:
     def __call__(self, description: str, done: int, total: int | None) -> None:
         now = time.monotonic()
         finished = total is not None and done >= total
-        if finished or now - self._last.get(description, 0.0) > 2.0:
-            self._last[description] = now
+        work = description.partition(_REMARK)[0]
+        if finished or now - self._last.get(work, 0.0) > 2.0:
+            self._last[work] = now
             print(f"{description}: {done}{f' of {total}' if total else ''}", file=sys.stderr)
 
 
@@ -60,7 +66,7 @@ class _Bars:
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
-        self._description: str | None = None
+        self._work: str | None = None
 
     def __call__(self, description: str, done: int, total: int | None) -> None:
         from rich.console import Console
@@ -73,7 +79,8 @@ class _Bars:
             TimeRemainingColumn,
         )
 
-        if description != self._description:
+        work = description.partition(_REMARK)[0]
+        if work != self._work:
             self.close()
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -86,8 +93,8 @@ class _Bars:
             )
             self._bar.start()
             self._task = self._bar.add_task(description, total=total)
-            self._description = description
-        self._bar.update(self._task, completed=done, total=total)
+            self._work = work
+        self._bar.update(self._task, description=description, completed=done, total=total)
         if total is not None and done >= total:
             self.close()
 
@@ -95,7 +102,7 @@ class _Bars:
         """Takes an unfinished bar off the terminal."""
         if self._bar is not None:
             self._bar.stop()
-        self._bar = self._description = None
+        self._bar = self._work = None
 
     def __del__(self) -> None:
         self.close()

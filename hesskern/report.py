@@ -15,7 +15,7 @@ import jinja2
 from hesskern import plotting, tables, wording
 from hesskern.digest import Digest
 
-__all__ = ["overview", "render", "write_files", "write_report"]
+__all__ = ["overview", "picture", "render", "write_files", "write_report"]
 
 Result = Mapping[str, Any]
 
@@ -101,19 +101,19 @@ def _figures(result: Result) -> dict[str, list[dict[str, str]]]:
     published = result["published"]
     return {
         "overlap": [
-            _picture(
+            picture(
                 plotting.overlap_panel(
                     layers, overlaps, mark, published["overlap"] if published else None
                 ),
                 "Overlap of the top-k spaces of the exact Hessian and its Kronecker form, by layer",
             ),
-            _picture(
+            picture(
                 plotting.rank_one_panel(layers, _curves(result, "rank_one"), mark),
                 "Largest singular value over Frobenius norm of the leading eigenvectors, by layer",
             ),
         ],
         "eigenvalues": [
-            _picture(
+            picture(
                 plotting.eigenvalue_panel(
                     name, i, first[name], _published(result, "eigenvalues").get(name)
                 ),
@@ -122,7 +122,7 @@ def _figures(result: Result) -> dict[str, list[dict[str, str]]]:
             for i, name in enumerate(layers)
         ],
         "between": [
-            _picture(
+            picture(
                 plotting.between_panel(name, i, first[name]["parameters"], pairs[name]),
                 f"Overlap of leading spaces between models, {name}",
             )
@@ -130,7 +130,7 @@ def _figures(result: Result) -> dict[str, list[dict[str, str]]]:
             if pairs
         ],
         "correspondence": [
-            _picture(
+            picture(
                 plotting.correspondence_panel(name, i, side, first[name]["correspondence"][side]),
                 f"Components of the leading eigenvectors of {name} along the {side} factor",
             )
@@ -141,7 +141,7 @@ def _figures(result: Result) -> dict[str, list[dict[str, str]]]:
     }
 
 
-def _picture(svg: str, alt: str) -> dict[str, str]:
+def picture(svg: str, alt: str) -> dict[str, str]:
     """An SVG as an image of its own, so that ids of different figures cannot meet."""
     encoded = base64.b64encode(svg.encode()).decode()
     return {"uri": f"data:image/svg+xml;base64,{encoded}", "alt": alt}

@@ -1,0 +1,80 @@
+"""One step of `hesskern certify` beside one of deterministic SGD: T-600, batch 500.
+
+    python benchmarks/certify_step.py [--net T-600] [--rounds 15]
+
+Both take the same rows of random data of MNIST's shape, turn about; medians and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+
+from hesskern.pacbayes import NaturalSettings, Protocol, parse_net
+from hesskern.pacbayes.natural import Natural
+from hesskern.pacbayes.network import slots_of, state_of
+from hesskern.pacbayes.samples import Samples
+from hesskern.pacbayes.surrogates import log_loss
+
+STEPS = 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--net", default="T-600")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--samples", type=int, default=5000)
+    arguments = parser.parse_args()
+    net = parse_net(arguments.net)
+    generator = torch.Generator().manual_seed(0)
+    # A fifth of the pixels inked, as in MNIST.
+    inputs = torch.rand(arguments.samples, 1, 28, 28, generator=generator)
+    inputs *= torch.rand(inputs.shape, generator=generator) < 0.2
+    digits = torch.randint(0, 10, (arguments.samples,), generator=generator)
+    samples = Samples(inputs, net.targets(digits, 0))
+    model, plain = (net.build((1, 28, 28), 0) for _ in range(2))
+    state, settings = state_of(model), NaturalSettings()
+    slots = slots_of(model, inputs[:2])
+    method = Natural(model, slots, state, state, samples, Protocol(), settings, generator)
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.01)
+    batches = [
+        torch.randint(0, len(samples), (settings.batch_size,), generator=generator)
+        for _ in range(STEPS)
+    ]
+
+    def certify() -> None:
+        for rows in batches:
+            method.step(rows, 0.5)
+
+    def deterministic() -> None:
+        for rows in batches:
+            loss = log_loss(plain(samples.inputs[rows]), samples.targets[rows]).mean()
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+
+    times: dict[str, list[float]] = {"certify": [], "sgd": []}
+    for round_number in range(arguments.rounds + 1):
+        for name, run in (("certify", certify), ("sgd", deterministic)):
+            started = time.perf_counter()
+            run()
+            if round_number:
+                times[name].append((time.perf_counter() - started) / STEPS * 1000)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    result = {
+        "net": net.name,
+        "batch": settings.batch_size,
+        "threads": torch.get_num_threads(),
+        "certify_ms": round(medians["certify"], 2),
+        "sgd_ms": round(medians["sgd"], 2),
+        "ratio": round(medians["certify"] / medians["sgd"], 2),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

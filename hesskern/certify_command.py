@@ -1,0 +1,294 @@
+"""``hesskern certify``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+
+from hesskern import certify_report, data
+from hesskern.command_line import check_writable, command_line, running
+from hesskern.pacbayes import (
+    METHODS,
+    NETS,
+    OURS,
+    PUBLISHED,
+    TRAINED_PRIOR,
+    Certificate,
+    NaturalSettings,
+    Net,
+    PublishedSettings,
+    certify,
+    load_certificate,
+    parse_net,
+)
+from hesskern.pacbayes.procedure import train_start
+from hesskern.pacbayes.samples import Samples
+from hesskern.progress import Progress
+
+__all__ = ["certify_command"]
+
+_DATA = ("digits", "mnist")
+_NET = {"digits": "T-64_10", "mnist": "T-600_10"}
+_EPOCHS = {"digits": 200}
+_MINUTES = {"mnist": 15.0}
+_SMALL_BATCH = 100
+
+
+@click.command("certify")
+@click.option(
+    "--net",
+    help=f"Published name: {', '.join(NETS)}, or another width^depth; x may stand for ^. Without "
+    "_10: digits 0-4 against 5-9. R-: random labels.  [default: T-600_10, for digits T-64_10]",
+)
+@click.option(
+    "--data",
+    "data_name",
+    type=click.Choice(_DATA),
+    default="digits",
+    show_default=True,
+    help="Data set.",
+)
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    help="Folder with MNIST's files.  [default: $HESSKERN_DATA, else ../shared/data]",
+)
+@click.option(
+    "--method",
+    type=click.Choice(["natural", *METHODS]),
+    default="natural",
+    show_default=True,
+    help="natural: ours; the others as published.",
+)
+@click.option(
+    "--minutes",
+    type=float,
+    help="Time of the optimization.  [default: 15 for mnist]",
+)
+@click.option(
+    "--epochs",
+    type=int,
+    help="Epochs of the optimization instead of a time.  [default: 200 for digits; the published "
+    "methods' own schedule has 2000]",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first run.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Number of runs, seeds counted up; their mean is what counts.",
+)
+@click.option(
+    "--passes",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="T, passes over the training samples for the error at the end.",
+)
+@click.option(
+    "--whole-networks",
+    is_flag=True,
+    help="One network per pass, as published (with T = 50000), instead of one per example.",
+)
+@click.option(
+    "--sgd-epochs",
+    type=click.IntRange(min=0),
+    default=20,
+    show_default=True,
+    help="Epochs of SGD that find the published methods' start.",
+)
+@click.option(
+    "--held-out",
+    type=float,
+    help="Another method: train the prior on this part of the samples by SGD, certify with the "
+    "rest alone. Not comparable with certificates whose prior has seen no data.",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), help="Examples per step.")
+@click.option("--learning-rate", type=float, help="Rate at the start (natural: of the means).")
+@click.option(
+    "--verify",
+    "verified",
+    type=click.Path(path_type=Path),
+    help="Check this certificate against the data instead of making one: everything is computed "
+    "anew, and its error is drawn again.",
+)
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("hesskern-certificate"),
+    show_default=True,
+    help="Folder for certificate.html, certificate.json and the certificates themselves; an "
+    "unfinished run is kept there too, and continued by the same command.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON; all else goes to stderr."
+)
+@click.pass_context
+def certify_command(
+    context: click.Context,
+    net: str | None,
+    data_name: str,
+    root: Path | None,
+    seed: int,
+    seeds: int,
+    verified: Path | None,
+    output: Path,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Bound a network's error with a proof: a PAC-Bayes certificate.
+
+    Trains a stochastic network from a random initialization and certifies, without test data, how
+    often it errs. Pixels are scaled to [0, 1]. Ctrl-C ends the optimization early and certifies
+    what it has reached; after a kill the same command goes on where the last checkpoint was.
+    """
+    if verified is not None:
+        with running(context) as progress:
+            certificate = _verify(verified, data_name, root, options["passes"], progress)
+        click.echo(f"holds: {certificate!r}")
+        return
+    with running(context) as progress:
+        check_writable(output)
+        chosen = parse_net(net or _NET[data_name])
+        train = data.load(data_name, root)
+        test = None if chosen.random_labels else data.load(data_name, root, train=False)
+        certificates = [
+            _run(chosen, train, test, s, output, progress, options)
+            for s in range(seed, seed + seeds)
+        ]
+        result = certify_report.summarize(
+            certificates, chosen.name, train.source, command_line(context)
+        )
+        paths = certify_report.write(result, certificates, output)
+        for certificate in certificates:
+            _checkpoint(output, certificate.settings["seed"]).unlink(missing_ok=True)
+    console = Console(stderr=as_json, highlight=False)
+    _show(console, chosen, certificates, result)
+    console.print(f"\n[bold]Report:[/bold] {paths[0]}", soft_wrap=True)
+    for path in paths[1:]:
+        console.print(f"        {path}", soft_wrap=True)
+    if as_json:
+        click.echo(json.dumps(result, allow_nan=False))
+
+
+def _verify(
+    path: Path, data_name: str, root: Path | None, passes: int, progress: Progress
+) -> Certificate:
+    certificate = load_certificate(path)
+    name = certificate.prior.get("net")
+    if name is None:
+        raise ValueError(f"{path} was not made by this command; use Certificate.verify(data)")
+    samples = _samples(parse_net(name), data.load(data_name, root), certificate.settings["seed"])
+    if (share := certificate.prior.get("held out")) is not None:
+        samples = samples.split(share, certificate.prior["seed"])[1]
+    certificate.verify(samples, passes=passes, progress=progress)
+    return certificate
+
+
+def _checkpoint(output: Path, seed: int) -> Path:
+    return output / f"seed{seed}.unfinished.pt"
+
+
+def _run(
+    net: Net,
+    train: data.Dataset,
+    test: data.Dataset | None,
+    seed: int,
+    output: Path,
+    progress: Progress,
+    options: dict[str, Any],
+) -> Certificate:
+    method = options["method"]
+    protocol = replace(
+        OURS if method == "natural" else PUBLISHED,
+        sampling="networks" if options["whole_networks"] else "per-example",
+        passes=options["passes"],
+    )
+    samples = _samples(net, train, seed)
+    model = net.build(train.input_shape, seed)
+    prior = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    record = net.prior_record(train.input_shape, seed)
+    seen: Samples | None = None
+    if options["held_out"] is not None:
+        seen, samples = samples.split(options["held_out"], seed)
+        train_start(model, seen, options["sgd_epochs"], seed, progress)
+        prior = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        record |= {
+            "construction": "SGD on held-out samples",
+            "held out": options["held_out"],
+            "epochs": options["sgd_epochs"],
+        }
+    if method != "natural":
+        train_start(model, samples, options["sgd_epochs"], seed, progress)
+    epochs, minutes = options["epochs"], options["minutes"]
+    if epochs is None and minutes is None:
+        epochs, minutes = _EPOCHS.get(train.name), _MINUTES.get(train.name)
+    return certify(
+        model,
+        prior,
+        samples,
+        method,
+        epochs=epochs,
+        minutes=minutes,
+        protocol=protocol,
+        settings=_settings(method, len(samples), options),
+        seed=seed,
+        prior_record=record,
+        prior_data=seen,
+        checkpoint=_checkpoint(output, seed),
+        test=None if test is None else _samples(net, test, seed),
+        progress=progress,
+    )
+
+
+def _settings(method: str, n: int, options: dict[str, Any]) -> NaturalSettings | PublishedSettings:
+    size, rate = options["batch_size"], options["learning_rate"]
+    settings: NaturalSettings | PublishedSettings
+    if method == "natural":
+        settings = NaturalSettings() if options["held_out"] is None else TRAINED_PRIOR
+        if n < 100 * settings.batch_size:
+            settings = replace(settings, batch_size=_SMALL_BATCH)
+        if rate is not None:
+            settings = replace(settings, rate_mean=rate)
+    else:
+        settings = PublishedSettings()
+        if rate is not None:
+            settings = replace(settings, rate=rate)
+    return settings if size is None else replace(settings, batch_size=size)
+
+
+def _samples(net: Net, dataset: data.Dataset, seed: int) -> Samples:
+    """Pixels in [0, 1], a scale that depends on no sample: the data set's own is undone."""
+    mean, deviation = data.MOMENTS[dataset.name]
+    pixels = dataset.inputs * torch.tensor(deviation) + torch.tensor(mean)
+    return Samples(pixels.clamp(0, 1), net.targets(dataset.targets, seed))
+
+
+def _show(
+    console: Console, net: Net, certificates: list[Certificate], result: dict[str, Any]
+) -> None:
+    first = certificates[0]
+    console.print(f"\n{net.name}: error at most {result['bound']:.4f}", style="bold", markup=False)
+    if len(certificates) > 1:
+        console.print(
+            f"mean of {len(certificates)} seeds, standard deviation {result['spread']:.4f}; each "
+            f"by itself holds with confidence {first.confidence:.3f}",
+            markup=False,
+        )
+    else:
+        console.print(f"with confidence {first.confidence:.3f}, on new samples", markup=False)
+    for c in certificates:
+        test = "" if c.test is None else f", test error {c.test['error']:.4f}"
+        early = ", interrupted" if c.interrupted else ""
+        console.print(
+            f"• seed {c.settings['seed']}: bound {c.bound:.4f}, training error {c.snn_error:.4f} "
+            f"(q {c.q:.4f}), KL {c.kl:,.0f}{test}, n = {c.n:,}{early}",
+            markup=False,
+        )

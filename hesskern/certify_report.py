@@ -1,0 +1,139 @@
+"""The page about one or several certificates, made from their numbers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import jinja2
+
+from hesskern import plotting
+from hesskern.digest import number, percent, seconds
+from hesskern.pacbayes import Certificate
+from hesskern.report import picture, write_files
+
+__all__ = ["render", "summarize", "write"]
+
+Result = Mapping[str, Any]
+_CURVE_POINTS = 200
+
+
+def summarize(
+    certificates: Sequence[Certificate], net: str, data: str, command: str
+) -> dict[str, Any]:
+    """Everything the page shows, ready for JSON.
+
+    Args:
+        certificates: of the same network and data, one per seed.
+        net: its name, e.g. ``T-600_10``.
+        data: where the samples come from.
+        command: as it was typed.
+    """
+    bounds = [c.bound for c in certificates]
+    return {
+        "net": net,
+        "data": data,
+        "command": command,
+        "bound": fmean(bounds),
+        "spread": stdev(bounds) if len(bounds) > 1 else None,
+        "certificates": [{**c.header(), "layers": _layers(c)} for c in certificates],
+    }
+
+
+def _layers(certificate: Certificate) -> dict[str, Any]:
+    variances = certificate.prior_variances
+    found = {}
+    for name, layer in certificate.layers.items():
+        ratio = (layer.variance.double() / variances[name]).cpu()
+        kl = layer.kl(variances[name])
+        moved = float(
+            (layer.mean.double() - layer.prior_mean.double()).square().sum() / (2 * variances[name])
+        )
+        found[name] = {
+            "shape": list(layer.mean.shape),
+            "kl": kl,
+            "kl_mean": moved,
+            "kl_variance": kl - moved,
+            "j": layer.index,
+            "prior_deviation": math.sqrt(variances[name]),
+            "kronecker": layer.V is not None,
+            "by_input": _curve(ratio.mean(0).tolist()),
+            "by_output": _curve(ratio.mean(1).tolist()),
+        }
+    return found
+
+
+def _curve(values: list[float]) -> dict[str, list[float]]:
+    """At most a few hundred points, denser at small indices, as on a logarithmic axis."""
+    count = len(values)
+    index = sorted(
+        {round(count ** (i / (_CURVE_POINTS - 1))) for i in range(_CURVE_POINTS)} | {1, count}
+    )
+    return {"index": [float(i) for i in index], "ratio": [values[i - 1] for i in index]}
+
+
+def render(result: Result) -> str:
+    """The page's HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hesskern", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    first = result["certificates"][0]
+    return environment.get_template("certificate.html.j2").render(
+        result=result,
+        first=first,
+        number=number,
+        percent=percent,
+        seconds=seconds,
+        confidence=1 - first["protocol"]["delta"] - first["protocol"]["delta_draws"],
+        colours={name: plotting.colour(i) for i, name in enumerate(first["layers"])},
+        figures=_figures(first),
+        interrupted=any(c["interrupted"] for c in result["certificates"]),
+    )
+
+
+def _figures(first: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
+    layers = first["layers"]
+    basis = all(layer["kronecker"] for layer in layers.values())
+    return {
+        "variance": [
+            picture(
+                plotting.variance_panel(
+                    {name: layer[f"by_{side}"] for name, layer in layers.items()}, side, basis
+                ),
+                f"Variances of the posterior over those of the prior, by {side} index",
+            )
+            for side in ("input", "output")
+        ],
+        "history": [
+            picture(plotting.history_panel(first["history"], first["bound"]), "Course of the bound")
+        ]
+        if len(first["history"]) > 1
+        else [],
+    }
+
+
+def write(result: Result, certificates: Sequence[Certificate], folder: Path) -> list[Path]:
+    """Writes ``certificate.html``, ``certificate.json`` and a file per certificate.
+
+    Returns:
+        the paths, the page first.
+    """
+    paths = write_files(
+        folder,
+        {
+            "certificate.html": render(result).encode(),
+            "certificate.json": (json.dumps(result, indent=1, allow_nan=False) + "\n").encode(),
+        },
+    )
+    for certificate in certificates:
+        path = folder / f"seed{certificate.settings['seed']}.safetensors"
+        certificate.save(path)
+        paths.append(path)
+    return paths

@@ -1,0 +1,49 @@
+"""State of an unfinished optimization on disk: whole or not at all; reading it runs no code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["read_checkpoint", "write_checkpoint"]
+
+_FORMAT = "hesskern.certify-checkpoint/1"
+
+
+def write_checkpoint(path: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
+    """Writes tensors and plain values; a kill at any moment leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save({"format": _FORMAT, "identity": identity, "state": state}, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The state in ``path``, None if there is no such file.
+
+    Raises:
+        ValueError: the file is damaged, or belongs to another run; names what differs.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for damaged files
+        raise ValueError(f"checkpoint {path} is damaged; remove it to start anew") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"checkpoint {path} is not one of these; choose another file")
+    found = content["identity"]
+    for key in sorted(identity.keys() | found.keys()):
+        if identity.get(key) != found.get(key):
+            raise ValueError(
+                f"checkpoint {path} belongs to another run: its {key} is {found.get(key)!r}, not "
+                f"{identity.get(key)!r}; remove it or choose another file"
+            )
+    state: dict[str, Any] = content["state"]
+    return state

@@ -1,0 +1,130 @@
+"""The error of the stochastic network: draws, errors counted, the Chernoff step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hesskern.pacbayes.bound import draws_rate, kl_inverse
+from hesskern.pacbayes.network import Slot, evaluating, replaced
+from hesskern.pacbayes.posterior import LayerPosterior, draws_of
+from hesskern.pacbayes.protocol import Protocol
+from hesskern.pacbayes.samples import Samples
+from hesskern.progress import Progress
+
+__all__ = ["DrawnError", "counted", "draw_error", "wrong"]
+
+_CHUNK = 2000
+
+
+@dataclass(frozen=True)
+class DrawnError:
+    """What counting gave.
+
+    Attributes:
+        errors: wrong predictions in all draws.
+        draws: independent variables behind the Chernoff step.
+        trials: predictions that were made, passes times samples.
+        share: ``errors`` over the largest number the ``draws`` variables could have held; equals
+            errors / trials except where the last group of examples is smaller than the others.
+        scale: trials over that largest number, at most 1.
+    """
+
+    errors: int
+    draws: int
+    trials: int
+    share: float
+    scale: float
+
+    @property
+    def mean(self) -> float:
+        """Share of wrong predictions."""
+        return self.errors / self.trials
+
+    def upper(self, delta_draws: float) -> float:
+        """q: with probability 1 - delta' the error of Q on the samples is not above it."""
+        q = float(kl_inverse(self.share, draws_rate(self.draws, delta_draws)))
+        return min(1.0, q / self.scale)
+
+
+def wrong(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Bool [N]: which predictions are errors; outputs that are not finite are errors.
+
+    Args:
+        outputs: [N, c] scores, or [N, 1] logits of class 1 against class 0.
+        targets: [N].
+    """
+    if outputs.shape[1] == 1:
+        predicted = (outputs[:, 0] > 0).to(targets.dtype)
+    else:
+        predicted = outputs.argmax(1)
+    return (predicted != targets) | ~torch.isfinite(outputs).all(1)
+
+
+def counted(
+    protocol: Protocol, layers: Mapping[str, LayerPosterior], errors: int, n: int
+) -> DrawnError:
+    """What so many errors in the protocol's passes over n samples are worth.
+
+    If all layers are per-example (Linear, used once), each of the T n predictions is made by a
+    network of its own: that many independent variables. If some share weights over positions,
+    ``protocol.group`` examples share a draw of these, and the mean error of a group is one
+    variable; a smaller last group counts as if its missing samples were right, and q is scaled
+    back. With whole networks, as published, one pass is one variable.
+    """
+    passes, trials = protocol.passes, protocol.passes * n
+    if protocol.sampling == "networks":
+        return DrawnError(errors, passes, trials, errors / trials, 1.0)
+    if all(layer.per_example for layer in layers.values()):
+        return DrawnError(errors, trials, trials, errors / trials, 1.0)
+    size = min(protocol.group, n)
+    groups = -(-n // size)
+    capacity = passes * groups * size
+    return DrawnError(errors, passes * groups, trials, errors / capacity, trials / capacity)
+
+
+@torch.no_grad()
+def draw_error(
+    model: nn.Module,
+    slots: Mapping[str, Slot],
+    layers: Mapping[str, LayerPosterior],
+    samples: Samples,
+    protocol: Protocol,
+    seed: int,
+    progress: Progress | None = None,
+    description: str = "drawing networks",
+) -> DrawnError:
+    """Counts the errors of networks drawn from the posterior, T passes over all samples.
+
+    Args:
+        samples: inputs [N, *shape], targets [N].
+        protocol: how many passes, and what a draw is; see :func:`counted`.
+        seed: of the draws.
+        progress: callback, or None.
+    """
+    generator = torch.Generator(device=samples.inputs.device).manual_seed(seed)
+    whole = protocol.sampling == "networks"
+    draws = draws_of(slots, layers, generator, samples.inputs.dtype, whole)
+    grouped = not whole and not all(layer.per_example for layer in layers.values())
+    size = min(protocol.group, len(samples)) if grouped else _CHUNK
+    chunks = list(zip(samples.inputs.split(size), samples.targets.split(size), strict=True))
+    turns = range(protocol.passes)
+    # A network that is drawn for a whole pass meets all chunks before the next one is drawn;
+    # otherwise a chunk's passes follow each other, so that what they have in common is kept.
+    order = ((t, i) for t in turns for i in range(len(chunks)))
+    if not whole:
+        order = ((t, i) for i in range(len(chunks)) for t in turns)
+    errors = 0
+    with evaluating(model), replaced(slots, draws):
+        for done, (_, i) in enumerate(order):
+            if not whole or i == 0:
+                for draw in draws.values():
+                    draw.renew()
+            inputs, targets = chunks[i]
+            errors += int(wrong(model(inputs), targets).sum())
+            if progress is not None:
+                progress(description, done + 1, protocol.passes * len(chunks))
+    return counted(protocol, layers, errors, len(samples))

@@ -1,0 +1,205 @@
+"""The optimization loop that all methods share: epochs, budget, checkpoints, interruption."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hesskern.pacbayes.checkpoint import read_checkpoint, write_checkpoint
+from hesskern.progress import Progress
+
+__all__ = ["Budget", "Draft", "Method", "Outcome", "optimize"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to optimize: ``epochs``, or ``minutes`` of wall-clock time.
+
+    Attributes:
+        epochs: passes over the samples; the result then depends on the seed alone.
+        minutes: the schedule follows the clock; time before an interruption counts.
+    """
+
+    epochs: int | None = None
+    minutes: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.minutes is None):
+            raise ValueError(
+                f"give either epochs or minutes, got epochs {self.epochs}, minutes {self.minutes}"
+            )
+        if self.epochs is not None and self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        if self.minutes is not None and not (math.isfinite(self.minutes) and self.minutes > 0):
+            raise ValueError(f"minutes must be positive, got {self.minutes}")
+
+    def fraction(self, epochs_done: float, seconds: float) -> float:
+        """Which part of the budget is spent."""
+        if self.epochs is not None:
+            return epochs_done / self.epochs
+        assert self.minutes is not None
+        return seconds / (60 * self.minutes)
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """One layer's posterior as a method leaves it, before its prior variance is put on the grid.
+
+    Shapes as in :class:`hesskern.pacbayes.posterior.LayerPosterior`; ``relative`` says whether
+    ``variance`` follows the prior variance when that is moved to the grid.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    U: Tensor | None
+    V: Tensor | None
+    prior_variance: float
+    relative: bool = False
+
+
+class Method(Protocol):
+    """What :func:`optimize` asks of a method."""
+
+    batch_size: int
+
+    def begin_epoch(self, fraction: float) -> None:
+        """Called before each epoch; ``fraction`` of the budget is spent."""
+
+    def step(self, rows: Tensor, fraction: float) -> float:
+        """One update on the samples ``rows`` [B]; returns the objective's value."""
+
+    def kl(self) -> float:
+        """KL(Q ‖ P) at the current parameters, off the grid."""
+
+    def error(self) -> float:
+        """Mean error of the steps since :meth:`begin_epoch`, under their noise."""
+
+    def drafts(self) -> dict[str, Draft]:
+        """The current posterior."""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that must be kept to go on, as tensors and plain values."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state` gave."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the optimization ended."""
+
+    epochs: int
+    steps: int
+    seconds: float
+    interrupted: bool
+    history: list[dict[str, float]]
+
+
+def optimize(
+    method: Method,
+    n: int,
+    budget: Budget,
+    order: torch.Generator,
+    *,
+    checkpoint: Path | None = None,
+    identity: dict[str, Any] | None = None,
+    interval: float = 30.0,
+    progress: Progress | None = None,
+    estimate: Callable[[float, float], float] | None = None,
+) -> Outcome:
+    """Runs ``method`` until the budget is spent or Ctrl-C is pressed.
+
+    Args:
+        method: holds the parameters; sees every sample once per epoch.
+        n: number of samples.
+        budget: epochs or minutes.
+        order: generator of the samples' order.
+        checkpoint: file to go on from, if it is there, and to write after epochs.
+        identity: what a checkpoint must have been made with.
+        interval: least seconds between two checkpoints.
+        progress: callback.
+        estimate: of the bound, from an error and a KL; shown and recorded, and no certificate.
+
+    Raises:
+        ValueError: the objective is not finite, or the checkpoint belongs to another run.
+    """
+    identity = identity or {}
+    epoch, steps, before = 0, 0, 0.0
+    history: list[dict[str, float]] = []
+    saved = read_checkpoint(checkpoint, identity) if checkpoint else None
+    if saved is not None:
+        method.load_state(saved["method"])
+        order.set_state(saved["order"])
+        epoch, steps, before = saved["epoch"], saved["steps"], saved["seconds"]
+        history = saved["history"]
+    started = time.perf_counter() - before
+    last_saved = time.perf_counter()
+    per_epoch = -(-n // method.batch_size)
+    interrupted = False
+    shown = "optimizing"
+
+    def spent(done: float) -> float:
+        return budget.fraction(done, time.perf_counter() - started)
+
+    try:
+        while spent(epoch) < 1:
+            method.begin_epoch(spent(epoch))
+            total = 0.0
+            for i, rows in enumerate(torch.randperm(n, generator=order).split(method.batch_size)):
+                fraction = spent(epoch + i / per_epoch)
+                if fraction >= 1:
+                    break
+                value = method.step(rows, fraction)
+                if not math.isfinite(value):
+                    raise ValueError(
+                        f"the objective is not finite in epoch {epoch + 1}, step {i + 1}: the "
+                        "learning rate is too high, or the data or weights are out of range"
+                    )
+                total += value * len(rows)
+                steps += 1
+                if progress is not None:
+                    progress(
+                        shown,
+                        *_shown(
+                            budget,
+                            epoch * per_epoch + i + 1,
+                            per_epoch,
+                            time.perf_counter() - started,
+                        ),
+                    )
+            epoch += 1
+            entry = {"epoch": float(epoch), "objective": total / n}
+            entry |= {"error": method.error(), "kl": method.kl()}
+            if estimate is not None:
+                entry["estimate"] = estimate(entry["error"], entry["kl"])
+                shown = f"optimizing · estimate {entry['estimate']:.4f}"
+            history.append(entry)
+            due = time.perf_counter() - last_saved >= interval or spent(epoch) >= 1
+            if checkpoint is not None and due:
+                state = {
+                    "method": method.state(),
+                    "order": order.get_state(),
+                    "epoch": epoch,
+                    "steps": steps,
+                    "seconds": time.perf_counter() - started,
+                    "history": history,
+                }
+                write_checkpoint(checkpoint, identity, state)
+                last_saved = time.perf_counter()
+    except KeyboardInterrupt:
+        interrupted = True
+    return Outcome(epoch, steps, time.perf_counter() - started, interrupted, history)
+
+
+def _shown(budget: Budget, step: int, per_epoch: int, seconds: float) -> tuple[int, int]:
+    if budget.epochs is not None:
+        return step, budget.epochs * per_epoch
+    assert budget.minutes is not None
+    return min(int(seconds), int(60 * budget.minutes)), int(60 * budget.minutes)

@@ -23,6 +23,7 @@ from hesskern import metrics, models, published, training
 from hesskern.eigen import eigsh
 from hesskern.factors import LayerFactors, kronecker_factors
 from hesskern.layer_hessian import LayerHessian, layer_hessians
+from hesskern.predictor import predict_overlap
 from hesskern.progress import Progress, reporter
 
 __all__ = ["Analysis", "Settings", "analyze"]
@@ -352,23 +353,19 @@ def _compare(first: _Spectrum, second: _Spectrum, top: int) -> dict[str, Any]:
         "prediction": None,
     }
     if first.factors.groups == 1:
-        entry["prediction"] = _prediction(first.factors, second.factors)
+        entry["prediction"] = _prediction(first.factors, second.factors, k)
     return entry
 
 
-def _prediction(first: LayerFactors, second: LayerFactors) -> dict[str, Any]:
-    """``applies``: tau_m gamma_1 > tau_1 gamma_2 in both models, tau of E[M], gamma of E[x x^T];
-    then the overlap grows as (k / m) (t^T t')², t the first input eigenvectors."""
-    applies, directions = True, []
-    for factors in (first, second):
-        tau = _descending(factors.output_hessian)
-        gamma, vectors = torch.linalg.eigh(factors.input_covariance.double())
-        applies &= len(gamma) > 1 and bool(tau[-1] * gamma[-1] > tau[0] * gamma[-2])
-        directions.append(vectors[:, -1])
+def _prediction(first: LayerFactors, second: LayerFactors, k: int) -> dict[str, Any]:
+    found = predict_overlap(first, second, k)
     return {
-        "applies": applies,
-        "squared_cosine": float(directions[0] @ directions[1]) ** 2,
-        "m": first.layer_shape[0],
+        "applies": found.applies,
+        "squared_cosine": found.squared_cosine,
+        "m": found.outputs,
+        "curve": found.curve,
+        "peak": found.peak,
+        "kind": found.kind,
     }
 
 

@@ -26,7 +26,7 @@ from hesskern.layer_hessian import LayerHessian, layer_hessians
 from hesskern.predictor import predict_overlap
 from hesskern.progress import Progress, reporter
 
-__all__ = ["Analysis", "Settings", "analyze"]
+__all__ = ["Analysis", "Settings", "analyze", "plain", "versions"]
 
 FORMAT = "hesskern.analyze/1"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -170,7 +170,7 @@ def analyze(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "settings": asdict(settings),
-        "versions": _versions(settings.device),
+        "versions": versions(settings.device),
         "data": {
             "name": data.name,
             "source": data.source,
@@ -192,7 +192,7 @@ def analyze(
         "times": clock.rows,
         "seconds": time.perf_counter() - started,
     }
-    return Analysis(_plain(result), networks)
+    return Analysis(plain(result), networks)
 
 
 def _check(settings: Settings) -> None:
@@ -369,7 +369,8 @@ def _prediction(first: LayerFactors, second: LayerFactors, k: int) -> dict[str, 
     }
 
 
-def _versions(device: str) -> dict[str, Any]:
+def versions(device: str) -> dict[str, Any]:
+    """Versions of the libraries, the machine, and how the kernels were built."""
     libraries = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy")}
     on_cuda = torch.device(device).type == "cuda"
     return {
@@ -396,17 +397,17 @@ def _cpu_name() -> str:
 _SIGNIFICANT = 6
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Nested containers, tensors, paths and numbers as JSON knows them.
 
     Floats keep six significant digits; infinite ones and NaN become None.
     """
     if isinstance(value, Tensor):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, float):

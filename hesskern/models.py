@@ -23,7 +23,11 @@ from torch import Tensor, nn
 __all__ = ["build", "fully_connected", "lenet5", "load_checkpoint", "read_state"]
 
 _FULLY_CONNECTED = re.compile(r"f(\d+)(?:[x^](\d+))?(-bn)?", re.IGNORECASE)
-KNOWN_MODELS = "f200x2 (any width x depth, -bn for batch norm), lenet5, lenet5-bn, module:function"
+_LENET5 = re.compile(r"lenet5(?:-w(\d+))?(-bn)?", re.IGNORECASE)
+KNOWN_MODELS = (
+    "f200x2 (any width x depth, -bn for batch norm), lenet5 (-w80: that many outputs of fc1; -bn), "
+    "module:function"
+)
 
 
 def fully_connected(
@@ -65,7 +69,7 @@ def fully_connected(
 
 
 def lenet5(
-    input_shape: Sequence[int], classes: int = 10, batch_norm: bool = False
+    input_shape: Sequence[int], classes: int = 10, batch_norm: bool = False, width: int = 120
 ) -> nn.Sequential:
     """LeNet5: 5 x 5 convolutions (6, 16 channels) with max pooling, then 120, 84 and the outputs.
 
@@ -76,13 +80,17 @@ def lenet5(
         input_shape: [C, H, W] of one image.
         classes: number of outputs.
         batch_norm: a non-affine batch norm after each hidden ReLU.
+        width: outputs of fc1.
 
     Returns:
         A network [N, C, H, W] -> [N, classes]; layers are named conv1, conv2, fc1, fc2, fc3.
 
     Raises:
-        ValueError: ``input_shape`` is no image of at least 28 x 28 pixels.
+        ValueError: ``input_shape`` is no image of at least 28 x 28 pixels, or ``width`` is not
+            positive.
     """
+    if width < 1:
+        raise ValueError(f"width must be at least 1, got {width}")
     if len(input_shape) != 3 or min(input_shape[1:]) < 28:
         raise ValueError(
             "lenet5 needs images [C, H, W] of at least 28 x 28 pixels, "
@@ -104,8 +112,9 @@ def lenet5(
     block(2, "conv2", nn.Conv2d(6, 16, 5), nn.BatchNorm2d(16, affine=False))
     layers["pool2"] = nn.MaxPool2d(2)
     layers["flatten"] = nn.Flatten()
-    block(3, "fc1", nn.Linear(16 * pooled[0] * pooled[1], 120), nn.BatchNorm1d(120, affine=False))
-    block(4, "fc2", nn.Linear(120, 84), nn.BatchNorm1d(84, affine=False))
+    flat = 16 * pooled[0] * pooled[1]
+    block(3, "fc1", nn.Linear(flat, width), nn.BatchNorm1d(width, affine=False))
+    block(4, "fc2", nn.Linear(width, 84), nn.BatchNorm1d(84, affine=False))
     layers["fc3"] = nn.Linear(84, classes)
     return _initialized(nn.Sequential(layers))
 
@@ -124,9 +133,10 @@ def build(spec: str, input_shape: Sequence[int], classes: int, seed: int = 0) ->
 
     Args:
         spec: ``"f200x2"`` (F-200^2; ``-bn`` appended: with batch norm), ``"lenet5"``,
-            ``"lenet5-bn"``, or ``"module:function"`` for a builder of the user's own, found with
-            the current directory on the path. The function is called with those of the keywords
-            ``inputs`` (number of features), ``input_shape`` and ``classes`` that it takes.
+            ``"lenet5-w80-bn"`` (fc1 with 80 outputs), or ``"module:function"`` for a builder of the
+            user's own, found with the current directory on the path. The function is called with
+            those of the keywords ``inputs`` (number of features), ``input_shape`` and ``classes``
+            that it takes.
         input_shape: shape of one input, without the batch.
         classes: number of outputs.
         seed: seed of the initialization.
@@ -147,8 +157,8 @@ def build(spec: str, input_shape: Sequence[int], classes: int, seed: int = 0) ->
         if match := _FULLY_CONNECTED.fullmatch(spec):
             width, depth = int(match[1]), int(match[2] or 1)
             return fully_connected(math.prod(input_shape), width, depth, classes, batch_norm)
-        if spec.lower() in ("lenet5", "lenet5-bn"):
-            return lenet5(input_shape, classes, batch_norm)
+        if match := _LENET5.fullmatch(spec):
+            return lenet5(input_shape, classes, batch_norm, int(match[1] or 120))
     raise ValueError(f"model must be one of {KNOWN_MODELS}; got {spec!r}")
 
 

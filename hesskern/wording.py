@@ -28,7 +28,13 @@ def network_name(spec: str) -> str:
     if body[:1] == "f" and width.isdigit() and (depth.isdigit() or not depth):
         power = depth.translate(_SUPERSCRIPT) if depth not in ("", "1") else ""
         return f"F-{width}{power}{norm}"
-    return f"LeNet5{norm}" if body == "lenet5" else spec
+    if body != "lenet5":
+        return spec
+    outputs = suffix.partition("-")[0]
+    if outputs[:1] == "w" and outputs[1:].isdigit():
+        norm = " with batch norm" if suffix.endswith("-bn") else ""
+        return f"LeNet5 (fc1 {outputs[1:]}){norm}"
+    return f"LeNet5{norm}"
 
 
 def training_words(result: Result) -> str:

@@ -69,7 +69,7 @@ def fully_connected(
 
 
 def lenet5(
-    input_shape: Sequence[int], classes: int = 10, batch_norm: bool = False, width: int = 120
+    input_shape: Sequence[int], classes: int = 10, batch_norm: bool = False, hidden: int = 120
 ) -> nn.Sequential:
     """LeNet5: 5 x 5 convolutions (6, 16 channels) with max pooling, then 120, 84 and the outputs.
 
@@ -80,17 +80,17 @@ def lenet5(
         input_shape: [C, H, W] of one image.
         classes: number of outputs.
         batch_norm: a non-affine batch norm after each hidden ReLU.
-        width: outputs of fc1.
+        hidden: outputs of fc1.
 
     Returns:
         A network [N, C, H, W] -> [N, classes]; layers are named conv1, conv2, fc1, fc2, fc3.
 
     Raises:
-        ValueError: ``input_shape`` is no image of at least 28 x 28 pixels, or ``width`` is not
+        ValueError: ``input_shape`` is no image of at least 28 x 28 pixels, or ``hidden`` is not
             positive.
     """
-    if width < 1:
-        raise ValueError(f"width must be at least 1, got {width}")
+    if hidden < 1:
+        raise ValueError(f"hidden must be at least 1, got {hidden}")
     if len(input_shape) != 3 or min(input_shape[1:]) < 28:
         raise ValueError(
             "lenet5 needs images [C, H, W] of at least 28 x 28 pixels, "
@@ -113,8 +113,8 @@ def lenet5(
     layers["pool2"] = nn.MaxPool2d(2)
     layers["flatten"] = nn.Flatten()
     flat = 16 * pooled[0] * pooled[1]
-    block(3, "fc1", nn.Linear(flat, width), nn.BatchNorm1d(width, affine=False))
-    block(4, "fc2", nn.Linear(width, 84), nn.BatchNorm1d(84, affine=False))
+    block(3, "fc1", nn.Linear(flat, hidden), nn.BatchNorm1d(hidden, affine=False))
+    block(4, "fc2", nn.Linear(hidden, 84), nn.BatchNorm1d(84, affine=False))
     layers["fc3"] = nn.Linear(84, classes)
     return _initialized(nn.Sequential(layers))
 

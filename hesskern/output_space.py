@@ -59,7 +59,7 @@ def closed_form_output_hessian(S: Tensor, logit_hessian: Tensor, layers: int) ->
     Raises:
         ValueError: the shapes do not fit, or ``layers`` is negative.
     """
-    S = S.double()
+    S = S.detach().double()
     c = S.shape[0]
     if tuple(logit_hessian.shape) != (c, c):
         raise ValueError(
@@ -99,7 +99,7 @@ def row_space_overlap(S: Tensor, output_hessian: Tensor) -> RowSpaceOverlap:
         raise ValueError(f"S must be [c, m] with 2 <= c <= m, got {list(S.shape)}")
     if tuple(output_hessian.shape) != (m, m):
         raise ValueError(f"output_hessian must be {[m, m]}, got {list(output_hessian.shape)}")
-    S = S.double().to(output_hessian.device)
+    S = S.detach().double().to(output_hessian.device)
     top = torch.linalg.eigh(output_hessian.double()).eigenvectors.flip(1)[:, : c - 1]
     rows = torch.linalg.qr(S.T).Q
     common = S.sum(0)

@@ -96,8 +96,11 @@ def picture(draw: Callable[[Axes], None], size: tuple[float, float] = _PANEL) ->
     stream = io.BytesIO()
     with _style():
         figure = _panel(draw, size)
-        figure.savefig(stream, format="png", dpi=200, metadata={"Software": None})
-    return Picture(_svg(draw, size), stream.getvalue())
+        svg = _as_svg(figure)
+        # The axes have found their places.
+        figure.set_layout_engine("none")
+        figure.savefig(stream, format="png", dpi=160, metadata={"Software": None})
+    return Picture(svg, stream.getvalue())
 
 
 def _panel(draw: Callable[[Axes], None], size: tuple[float, float]) -> Figure:
@@ -106,13 +109,16 @@ def _panel(draw: Callable[[Axes], None], size: tuple[float, float]) -> Figure:
     return figure
 
 
+def _as_svg(figure: Figure) -> str:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    return stream.getvalue()
+
+
 def _svg(draw: Callable[[Axes], None], size: tuple[float, float] = _PANEL) -> str:
     """One panel as a standalone SVG document; the same numbers give the same bytes."""
-    stream = io.StringIO()
     with _style():
-        metadata = {"Date": None, "Creator": None}
-        _panel(draw, size).savefig(stream, format="svg", metadata=metadata)
-    return stream.getvalue()
+        return _as_svg(_panel(draw, size))
 
 
 def eigenvalue_panel(

@@ -194,3 +194,13 @@ def test_a_checkpoint_of_another_network_is_refused_and_the_model_kept(tmp_path)
     with pytest.raises(ValueError, match=r"does not fit.*fc3\.weight is not in the model.* more"):
         models.load_checkpoint(model, tmp_path / "other.pt")
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_width_of_lenet5():
+    model = models.build("lenet5-w80", (3, 32, 32), 10)
+    assert layer_shapes(model)["fc1"] == (80, 400)
+    assert layer_shapes(model)["fc2"] == (84, 80)
+    normed = models.build("LeNet5-w80-bn", (1, 28, 28), 10)
+    assert normed.bn3.num_features == 80
+    with pytest.raises(ValueError, match="hidden must be at least 1, got 0"):
+        models.lenet5((1, 28, 28), hidden=0)

@@ -12,7 +12,7 @@ from typing import Any
 import jinja2
 
 from hesskern.analysis import plain
-from hesskern.digest import counted
+from hesskern.digest import counted, listed
 from hesskern.report import write_files
 from hesskern.reproduce.drawing import draw_chart, draw_heat_map
 from hesskern.reproduce.items import Item
@@ -72,6 +72,13 @@ def verdict_words(verdict: Mapping[str, Any]) -> str:
     )
 
 
+def _title(item: Item, facts: Mapping[str, Any]) -> str:
+    """The item's title, and what was looked at in its place."""
+    if not facts["changed"]:
+        return item.title
+    return f"{item.title} (here: {listed([n['name'] for n in facts['networks']])})"
+
+
 def write_item(folder: Path, item: Item, outcome: Outcome, facts: Mapping[str, Any]) -> list[Path]:
     """Writes ``result.json`` and every figure as SVG and PNG into the item's folder.
 
@@ -79,7 +86,7 @@ def write_item(folder: Path, item: Item, outcome: Outcome, facts: Mapping[str, A
         folder: of the profile.
         item: what was computed.
         outcome: what came out.
-        facts: profile, networks, command, versions, seconds.
+        facts: profile, whether its subject was changed, networks, command, versions, seconds.
 
     Returns:
         the paths, the result first.
@@ -87,7 +94,7 @@ def write_item(folder: Path, item: Item, outcome: Outcome, facts: Mapping[str, A
     result = {
         "format": FORMAT,
         "item": item.name,
-        "title": item.title,
+        "title": _title(item, facts),
         "shows": item.shows,
         **facts,
         **outcome.to_dict(),

@@ -3,6 +3,8 @@
 from hesskern import ops
 from hesskern._extension import build_info
 from hesskern.accumulate import FactorAccumulator
+from hesskern.centring import centre_inputs
+from hesskern.clustering import GradientClusters, gradient_clusters
 from hesskern.corrected import CorrectedOperator, eigenvalue_corrected
 from hesskern.eigen import eigsh
 from hesskern.factors import Factors, LayerFactors, kronecker_factors, load_factors
@@ -44,6 +46,7 @@ __all__ = [
     "FactorAccumulator",
     "Factors",
     "GaussNewton",
+    "GradientClusters",
     "InputAutocorrelation",
     "KroneckerOperator",
     "LayerFactors",
@@ -54,6 +57,7 @@ __all__ = [
     "StackedGaussNewton",
     "TraceEstimate",
     "build_info",
+    "centre_inputs",
     "classify_peak",
     "closed_form_output_hessian",
     "decoupling_error",
@@ -61,6 +65,7 @@ __all__ = [
     "eigenvector_correspondence",
     "eigsh",
     "functional_share",
+    "gradient_clusters",
     "hutchpp_trace",
     "input_autocorrelation",
     "kronecker_factors",

@@ -12,7 +12,7 @@ from torch import nn
 
 import hesskern as hk
 from hesskern import commands, data, published, training
-from hesskern.reproduce import catalogue, command, factors, lab, overlaps, vectors
+from hesskern.reproduce import beyond, catalogue, command, factors, lab, overlaps, vectors
 from hesskern.reproduce.lab import Lab, Network, Overrides
 from hesskern.reproduce.report import verdict_words
 from hesskern.reproduce.results import judge
@@ -62,7 +62,7 @@ def test_all_items_write_their_numbers_and_figures(everything):
             assert ET.parse(path / f"{figure['name']}.svg").getroot().tag.endswith("svg")
             assert (path / f"{figure['name']}.png").read_bytes().startswith(b"\x89PNG")
         assert all(verdict["agrees"] is None for verdict in result["verdicts"])
-        assert "here: F-16" in result["title"]
+        assert "here: F-16" in result["title"] or not result["networks"]
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
     assert "No figure here is judged" in page
     assert outcome.stderr.count("no verdict") == sum(len(r["verdicts"]) for r in results)
@@ -305,3 +305,73 @@ def test_published_figures_are_complete():
     for item in catalogue.ITEMS.values():
         assert set(item.minutes) == {"quick", "paper"}
         assert item.shows.endswith(".")
+
+
+def test_forms_and_trajectory(tiny):
+    outcome = beyond.forms(tiny, [network(tiny)])
+    found = outcome.numbers["F-16² on digits"]["fc2"]
+    H, K = tiny.hessian(network(tiny), 1, "fc2"), tiny.factors(network(tiny), 1)["fc2"].operator()
+    operators = {
+        "E[M] ⊗ E[x xᵀ]": K,
+        "EKFAC on its basis": hk.eigenvalue_corrected(H, K),
+        "nearest A ⊗ B": hk.nearest_kronecker(H),
+    }
+    dense = H.to_dense().double()
+    for form, operator in operators.items():
+        gap = dense - operator.to_dense().double()
+        expected = float(gap.norm() / dense.norm())
+        assert found[form]["frobenius"][1] == pytest.approx(expected, rel=1e-3)
+    means = {form: sum(entry["frobenius"]) for form, entry in found.items()}
+    assert means["EKFAC on that basis"] < means["nearest A ⊗ B"] < means["E[M] ⊗ E[x xᵀ]"]
+    outcome = beyond.trajectory(tiny, [network(tiny)])
+    numbers = outcome.numbers["F-16² on digits"]
+    assert numbers["epochs"] == [0, 1, 2]
+    assert numbers["error"]["fc2"][1][-1] == pytest.approx(found["E[M] ⊗ E[x xᵀ]"]["frobenius"][1])
+    assert numbers["overlap"]["fc2"][0][0] != numbers["overlap"]["fc2"][0][2]
+
+
+def test_normalization_compares_centred_and_plain(tiny):
+    outcome = beyond.normalization(tiny, [network(tiny)])
+    plain, centred = outcome.numbers.values()
+    seeds = [tiny.factors(network(tiny), seed)["fc2"] for seed in (0, 1)]
+    shared = hk.subspace_overlap(*(f.eigsh(16).vectors for f in seeds))[-1]
+    assert plain["fc2"]["between"] == [pytest.approx(float(shared))]
+    f = seeds[1]
+    values = torch.linalg.eigvalsh(
+        f.input_covariance.double() - torch.outer(f.input_mean, f.input_mean).double()
+    )
+    assert centred["fc2"]["ratio"][1] == pytest.approx(float(values[-1] / values[-2]), rel=1e-4)
+    assert centred["fc2"]["ratio"][1] < plain["fc2"]["ratio"][1]
+
+
+def test_functional_terms_vanish_within_the_layers_of_relu_networks(tiny):
+    networks = [network(tiny), network(tiny, "f64x2-tanh")]
+    assert networks[1].model == "f16x2-tanh"
+    outcome = beyond.functional_terms(tiny, networks)
+    relu, tanh = outcome.numbers.values()
+    assert max(relu[name]["frobenius"][0] for name in ("fc1", "fc2", "fc3")) < 1e-4
+    assert relu["all layers"]["frobenius"][0] > 0.01
+    assert tanh["fc1"]["frobenius"][0] > 0.01
+    assert tanh["fc3"]["frobenius"][0] < 1e-4
+    density = outcome.charts[0].curves[1]
+    area = torch.trapezoid(torch.tensor(density.values[0]), torch.tensor(density.x))
+    assert float(area) == pytest.approx(1.0, abs=0.05)
+
+
+def test_random_data_approach_the_limits_of_the_theorem(tiny):
+    outcome = beyond.random_data(tiny, [])
+    numbers = outcome.numbers
+    assert numbers["widths"] == sorted(numbers["widths"])
+    for seed in (0, 1):
+        assert numbers["overlap"][seed][-1] > 0.99
+        assert numbers["gap"][seed][-1] < 0.3 * numbers["gap"][seed][0]
+
+
+def test_clusters_item(tiny):
+    outcome = beyond.clusters(tiny, [network(tiny)])
+    found = outcome.numbers["F-16² on digits"]["fc1, after training"]
+    expected = hk.gradient_clusters(
+        tiny.model(network(tiny), 1), tiny.batches(network(tiny)), "fc1"
+    )
+    assert found["logit"][1] == pytest.approx(expected.by_logit)
+    assert found["both"][1] == pytest.approx(expected.by_both)

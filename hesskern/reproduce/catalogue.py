@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hesskern.reproduce import factors, overlaps, vectors
+from hesskern.reproduce import beyond, factors, overlaps, vectors
 from hesskern.reproduce.items import Item
 from hesskern.reproduce.lab import Network
 
@@ -146,6 +146,64 @@ _ALL = (
         ),
         overlaps.width_variants,
         {"quick": 20, "paper": 1000},
+    ),
+    Item(
+        "forms",
+        "Kronecker forms beside each other",
+        "The paper never says how far H is from E[M] ⊗ E[x xᵀ]. Here it stands beside the nearest "
+        "single Kronecker product and the eigenvalue-corrected forms (EKFAC).",
+        (_F200,),
+        beyond.forms,
+        {"quick": 6, "paper": 30},
+    ),
+    Item(
+        "normalization",
+        "The mean input, and what takes it away",
+        "Plain, with centred activations, with batch norm and with layer norm: the rank-one part "
+        "of E[x xᵀ], the Kronecker form's overlap with H, and what two models share.",
+        (_F200, _with_norm(_F200), Network("mnist", "f200x2-ln")),
+        beyond.normalization,
+        {"quick": 8, "paper": 300},
+    ),
+    Item(
+        "trajectory",
+        "Over the epochs of training",
+        "Overlap of H and its Kronecker form, their distance, and the inputs' first direction, "
+        "from initialization on.",
+        (_F200,),
+        beyond.trajectory,
+        {"quick": 6, "paper": 60},
+    ),
+    Item(
+        "random-data",
+        "Random two-layer networks",
+        "Gaussian data and weights: as the width grows, E[M]'s top c − 1 eigenvectors turn into "
+        "the row space of S and the rest of its spectrum falls away.",
+        (),
+        beyond.random_data,
+        {"quick": 1, "paper": 10},
+    ),
+    Item(
+        "functional-term",
+        "What the Gauss-Newton matrix leaves out",
+        "The functional term is zero within the layers of piecewise linear networks. Its share "
+        "with tanh and GELU, and between layers; spectral densities of both matrices.",
+        (
+            Network("mnist", "f64x2", samples=2000),
+            Network("mnist", "f64x2-tanh", samples=2000),
+            Network("mnist", "f64x2-gelu", samples=2000),
+        ),
+        beyond.functional_terms,
+        {"quick": 8, "paper": 200},
+    ),
+    Item(
+        "clusters",
+        "Clusters of gradients",
+        "Gradients of the logits in a layer's output: how much of their variance the logit and the "
+        "sample's class explain.",
+        (_F200,),
+        beyond.clusters,
+        {"quick": 2, "paper": 10},
     ),
 )
 

@@ -30,7 +30,10 @@ def draw_chart(chart: Chart) -> plotting.Picture:
         if chart.mark is not None:
             plotting.mark_at(axes, *chart.mark)
         axes.set(title=chart.title, ylabel=chart.ylabel)
-        plotting.k_axis(axes, chart.xlabel)
+        if chart.integers:
+            plotting.k_axis(axes, chart.xlabel)
+        else:
+            axes.set_xlabel(chart.xlabel)
         if chart.unit:
             axes.set_ylim(0, 1.03)
         elif not chart.log:

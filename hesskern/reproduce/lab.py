@@ -34,6 +34,7 @@ LOSS = nn.CrossEntropyLoss()
 PUBLISHED_SIZES: Mapping[str, int] = {"mnist": 60_000, "cifar10": 50_000}
 """Training samples behind the published figures."""
 
+_KEPT_SUFFIXES = ("bn", "ln", "tanh", "gelu")
 _BATCH = 512
 _TOLERANCE = 1e-4
 # Epochs of the quick profile where the data set's quick recipe is not meant for the network.
@@ -72,7 +73,7 @@ class Overrides:
     """What a user may change about an item; a changed item has no verdicts.
 
     Attributes:
-        data, model: stand in for every network's own; a ``-bn`` at a network's end stays.
+        data, model: stand in for every network's own; norms and activations at a name's end stay.
         limit: only the first so many training samples.
         epochs: of training.
         seeds: number of seeds.
@@ -90,7 +91,8 @@ class Overrides:
         """The network as it will be looked at."""
         model = network.model
         if self.model is not None:
-            model = self.model + ("-bn" if network.model.endswith("-bn") else "")
+            kept = [part for part in model.split("-")[1:] if part in _KEPT_SUFFIXES]
+            model = "-".join([self.model, *kept])
         return replace(
             network,
             data=self.data or network.data,

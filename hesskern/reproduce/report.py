@@ -74,7 +74,7 @@ def verdict_words(verdict: Mapping[str, Any]) -> str:
 
 def _title(item: Item, facts: Mapping[str, Any]) -> str:
     """The item's title, and what was looked at in its place."""
-    if not facts["changed"]:
+    if not facts["changed"] or not facts["networks"]:
         return item.title
     return f"{item.title} (here: {listed([n['name'] for n in facts['networks']])})"
 

@@ -40,6 +40,7 @@ class Chart:
         mark: a position on the x axis and what stands there.
         log: whether the y axis is logarithmic.
         unit: whether the y axis is [0, 1].
+        integers: whether the x axis counts, from 0.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Chart:
     mark: tuple[float, str] | None = None
     log: bool = False
     unit: bool = False
+    integers: bool = True
 
 
 @dataclass(frozen=True)

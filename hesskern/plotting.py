@@ -288,12 +288,10 @@ def _between(
         m = predictions[0]["m"]
         if m <= longest:
             mark_at(axes, m, f"k = m = {m}")
-        if all(p["applies"] for p in predictions):
-            height = float(np.mean([p["squared_cosine"] for p in predictions]))
-            top = max(top, height)
-            axes.plot(
-                [0, m], [0, height], color=_INK, linewidth=1, linestyle=":", label="predicted"
-            )
+        curve = np.mean([p["curve"] for p in predictions], axis=0)
+        top = max(top, float(curve.max()))
+        k = np.arange(1, len(curve) + 1)
+        axes.plot(k, curve, color=_INK, linewidth=1, linestyle=":", label="predicted")
     axes.set(
         title=name,
         ylabel="overlap between models",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from hesskern.reproduce.results import Chart, Curve, HeatMap
 
 __all__ = ["draw_chart", "draw_heat_map"]
 
+_LINE = 40
 _LINES = {"solid": "-", "dashed": "--", "dotted": ":"}
 
 
@@ -29,7 +31,7 @@ def draw_chart(chart: Chart) -> plotting.Picture:
             plotting.readable_log_axis(axes)
         if chart.mark is not None:
             plotting.mark_at(axes, *chart.mark)
-        axes.set(title=chart.title, ylabel=chart.ylabel)
+        axes.set(title=_wrapped(chart.title), ylabel=chart.ylabel)
         if chart.integers:
             plotting.k_axis(axes, chart.xlabel)
         else:
@@ -77,9 +79,20 @@ def draw_heat_map(heat: HeatMap) -> plotting.Picture:
 
     def draw(axes: Axes) -> None:
         plotting.heat_map(axes, _rectangle(heat.rows), heat.colour)
-        axes.set(title=heat.title, xlabel=heat.xlabel, ylabel=heat.ylabel)
+        axes.set(title=_wrapped(heat.title), xlabel=heat.xlabel, ylabel=heat.ylabel)
 
     return plotting.picture(draw)
+
+
+def _wrapped(title: str) -> str:
+    """In as many lines as a panel's width needs, broken after commas where there are some."""
+    lines: list[str] = []
+    for part in title.split(", "):
+        if lines and len(lines[-1]) + len(part) + 2 <= _LINE:
+            lines[-1] += f", {part}"
+        else:
+            lines.append(part)
+    return "\n".join(line for part in lines for line in textwrap.wrap(part, _LINE))
 
 
 def _rectangle(rows: Sequence[Sequence[float]]) -> np.ndarray:

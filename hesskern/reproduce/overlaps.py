@@ -109,7 +109,7 @@ def _overlap_chart(
             )
     return Chart(
         f"overlap-{network.data}-{strip_power(network.model)}",
-        f"H against its Kronecker form, {network.name}",
+        f"H and its Kronecker form, {network.name}",
         _K_AXIS,
         "overlap",
         drawn,

@@ -397,3 +397,19 @@ def test_clusters_item(tiny):
     )
     assert found["logit"][1] == pytest.approx(expected.by_logit)
     assert found["both"][1] == pytest.approx(expected.by_both)
+
+
+def test_architectures_within_a_memory_budget(tiny):
+    limited = Lab(tiny.folder, overrides=replace(TINY, seeds=1), memory_budget=100_000)
+    outcome = beyond.architectures(limited, [network(tiny)])
+    (table,) = outcome.tables
+    assert [row[:2] for row in table.rows] == [
+        ["fc1", "16 × 64"],
+        ["fc2", "16 × 16"],
+        ["fc3", "10 × 16"],
+    ]
+    assert "samples of 1 of 3 Hessians fit 9.31323e-05 GiB" in table.note
+    pairs = limited.eigenpairs(network(tiny), 0, "fc2", 9).vectors
+    form = limited.factors(network(tiny), 0)["fc2"].eigsh(9).vectors
+    expected = float(hk.subspace_overlap(pairs, form)[-1])
+    assert outcome.numbers["F-16² on digits"]["fc2"]["overlap"][0] == pytest.approx(expected)

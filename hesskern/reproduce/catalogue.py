@@ -205,6 +205,18 @@ _ALL = (
         beyond.clusters,
         {"quick": 2, "paper": 10},
     ),
+    Item(
+        "architectures",
+        "VGG11 and ResNet18, every layer",
+        "The same numbers for deep convolutional networks, from a subset of CIFAR-10, within the "
+        "memory budget of --memory.",
+        (
+            Network("cifar10", "vgg11-w16", samples=256),
+            Network("cifar10", "resnet18-w8-bn", samples=256),
+        ),
+        beyond.architectures,
+        {"quick": 20, "paper": 3000},
+    ),
 )
 
 ITEMS = {item.name: item for item in _ALL}

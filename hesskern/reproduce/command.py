@@ -60,6 +60,13 @@ _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\
     type=click.IntRange(min=1),
     help="Exact eigenpairs per layer.  [default: 50; paper: 200]",
 )
+@click.option(
+    "--memory",
+    type=click.FloatRange(min=0),
+    default=4.0,
+    show_default=True,
+    help="GiB of samples that Hessians keep; layers above it run the network again.",
+)
 @click.option("--data", type=click.Choice(list(DATASETS)), help="Other data than the item's.")
 @click.option("--model", help=f"Another network than the item's: {KNOWN_MODELS}.")
 @click.option("--epochs", type=click.IntRange(min=0), help="Epochs instead of the profile's.")
@@ -76,6 +83,7 @@ def reproduce(
     budget: str | None,
     output: Path,
     root: Path | None,
+    memory: float,
     as_json: bool,
     **changes: Any,
 ) -> None:
@@ -98,7 +106,7 @@ def reproduce(
         seconds = None if budget is None else parse_budget(budget)
         overrides = Overrides(**changes)
         folder = output / _folder_name(profile, overrides)
-        lab = Lab(folder, profile, root, overrides, progress)
+        lab = Lab(folder, profile, root, overrides, progress, int(memory * 2**30))
         words = " ".join([command_line(context), *items])
         clock = _Budget(seconds, profile)
         done = []

@@ -38,7 +38,7 @@ _KEPT_SUFFIXES = ("bn", "ln", "tanh", "gelu")
 _BATCH = 512
 _TOLERANCE = 1e-4
 # Epochs of the quick profile where the data set's quick recipe is not meant for the network.
-_QUICK_EPOCHS = {"f1500x3": 5, "f600x4": 8, "lenet5": 10, "lenet5-bn": 10}
+_QUICK_EPOCHS = {"f1500x3": 5, "f600x4": 8, "vgg11-w16": 8, "resnet18-w8-bn": 4}
 _QUICK_RANDOM_LABELS = training.Recipe(epochs=60, momentum=0.9)
 
 
@@ -115,6 +115,7 @@ class Lab:
         profile: "quick" or "paper".
         root: folder of the data's files.
         overrides: see :class:`Overrides`.
+        memory_budget: bytes of samples that Hessians keep; layers above it run the model again.
         progress: see :func:`hesskern.progress.reporter`.
     """
 
@@ -125,7 +126,9 @@ class Lab:
         root: Path | None = None,
         overrides: Overrides = Overrides(),
         progress: bool | Progress = False,
+        memory_budget: int = 4 * 2**30,
     ) -> None:
+        self.memory_budget = memory_budget
         self.folder, self.profile, self.root = folder, profile, root
         self.overrides = overrides
         self._report = reporter(progress)
@@ -278,7 +281,13 @@ class Lab:
         with self._named(network, seed), warnings.catch_warnings():
             # That a smooth layer's block is no Hessian is said where it matters.
             warnings.simplefilter("ignore", UserWarning)
-            return layer_hessians(model, self.batches(network), LOSS, progress=self.progress)
+            return layer_hessians(
+                model,
+                self.batches(network),
+                LOSS,
+                memory_budget=self.memory_budget,
+                progress=self.progress,
+            )
 
     def full(self, network: Network, seed: int) -> GaussNewton:
         """The Gauss-Newton matrix over all layers, biases included."""
@@ -286,7 +295,12 @@ class Lab:
         model = self.model(network, seed)
         with self._named(network, seed):
             return GaussNewton(
-                model, self.batches(network), LOSS, bias="joint", progress=self.progress
+                model,
+                self.batches(network),
+                LOSS,
+                bias="joint",
+                memory_budget=self.memory_budget,
+                progress=self.progress,
             )
 
     def eigenpairs(

@@ -3,7 +3,8 @@
     python benchmarks/top_eigenpairs.py [--checkpoint FILE] [--pairs 200] [--json FILE]
 
 Without a checkpoint the network is trained first (10 epochs of plain SGD); its time is not counted.
-Processor time adds up over threads: on a machine that does something else it is the steadier number.
+Processor time adds up over threads; on a machine that does something else it is the steadier
+number.
 """
 
 from __future__ import annotations

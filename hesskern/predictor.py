@@ -25,10 +25,12 @@ from torch import Tensor
 
 from hesskern.factors import LayerFactors
 
-__all__ = ["OverlapPrediction", "classify_peak", "predict_overlap"]
+__all__ = ["OverlapPrediction", "classify_peak", "peak_position", "predict_overlap"]
 
 # A peak this near k = m counts as one at m.
 _NEAR = (0.8, 1.25)
+# What counts as the maximum: several k can reach it, and rounding must not choose among them.
+_TIE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class OverlapPrediction:
         squared_cosine: (t^T t')², the height that the linear growth reaches at k = m.
         outputs: m.
         curve: [k] float64, expected overlap at 1 ... k.
-        peak: position of the curve's maximum, counted from 1.
+        peak: position of the curve's maximum, see :func:`peak_position`.
         kind: "normal" (a peak near k = m), "early" or "delayed".
     """
 
@@ -105,10 +107,16 @@ def predict_overlap(
     squares = (bases[0].T @ bases[1]).square()
     sizes = torch.arange(1, length + 1, device=squares.device, dtype=torch.float64)
     curve = ((counts[0] @ squares) * counts[1]).sum(1) / (sizes * m)
-    peak = int(curve.argmax()) + 1
+    peak = peak_position(curve.tolist())
     # A single input has no second direction, and no products beyond the m-th.
     kind = classify_peak(curve.tolist(), m) if d > 1 else "normal"
     return OverlapPrediction(applies, float(squares[0, 0]), m, curve[:shown], peak, kind)
+
+
+def peak_position(curve: Sequence[float]) -> int:
+    """The first k, counted from 1, at which a curve is within .1 % of its maximum."""
+    enough = (1 - _TIE) * max(curve)
+    return next(k for k, value in enumerate(curve, 1) if value >= enough)
 
 
 def classify_peak(curve: Sequence[float], outputs: int) -> str:
@@ -124,5 +132,5 @@ def classify_peak(curve: Sequence[float], outputs: int) -> str:
     low, high = (factor * outputs for factor in _NEAR)
     if len(curve) < high:
         raise ValueError(f"curve must reach at least k = 5/4 m = {high:g}, got {len(curve)} values")
-    peak = max(range(len(curve)), key=curve.__getitem__) + 1
+    peak = peak_position(curve)
     return "early" if peak < low else "delayed" if peak > high else "normal"

@@ -8,6 +8,7 @@ from networks import randn
 from torch import nn
 
 import hesskern as hk
+from hesskern.predictor import peak_position
 
 
 def factors(tau, gamma, u, v, groups=1):
@@ -94,6 +95,12 @@ def test_classification_of_measured_curves():
     assert hk.classify_peak(peaked(13), 10) == "delayed"
     with pytest.raises(ValueError, match=r"curve must reach at least k = 5/4 m = 12\.5, got 12"):
         hk.classify_peak(peaked(10, 12), 10)
+
+
+def test_the_first_of_equal_maxima_is_the_peak():
+    assert peak_position([0.1, 0.9995, 1.0, 0.2]) == 2
+    assert peak_position([0.1, 0.99, 1.0, 0.2]) == 3
+    assert hk.classify_peak([0.5] * 9 + [1.0] * 20, 10) == "normal"
 
 
 def test_real_factors_and_bad_input():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hesskern import published
 from hesskern.metrics import subspace_overlap
-from hesskern.predictor import classify_peak, predict_overlap
+from hesskern.predictor import classify_peak, peak_position, predict_overlap
 from hesskern.reproduce.items import pairs_of, strip_power
 from hesskern.reproduce.lab import Lab, Network
 from hesskern.reproduce.results import Chart, Curve, Outcome, Table, judge
@@ -240,6 +240,16 @@ def between_models(lab: Lab, networks: Sequence[Network]) -> Outcome:
             out.numbers.setdefault(network.name, {})[name] = found
             out.charts.append(_between_chart(network, name, index, found))
             k, figure = reference.get(name, (0, 0.0))
+            if k and index < len(layers) - 1 and len(found["exact"][0]) >= 1.25 * found["outputs"]:
+                out.verdicts.append(
+                    judge(
+                        f"{name} of {network.name}: k of the peak (exact H)",
+                        [float(peak_position(curve)) for curve in found["exact"]],
+                        f"{k}",
+                        between=(0.8 * k, 1.25 * k),
+                        withheld=lab.withheld(network),
+                    )
+                )
             if k:
                 form = "exact" if len(found["exact"][0]) >= k else "kronecker"
                 ours = [curve[k - 1] for curve in found[form] if len(curve) >= k]

@@ -3,8 +3,13 @@
 from hesskern import ops, pacbayes
 from hesskern._extension import build_info
 from hesskern.accumulate import FactorAccumulator
+from hesskern.centring import centre_inputs
+from hesskern.clustering import GradientClusters, gradient_clusters
+from hesskern.corrected import CorrectedOperator, eigenvalue_corrected
 from hesskern.eigen import eigsh
 from hesskern.factors import Factors, LayerFactors, kronecker_factors, load_factors
+from hesskern.functional import functional_share
+from hesskern.gauss_newton import GaussNewton
 from hesskern.layer_hessian import LayerHessian, layer_hessians
 from hesskern.metrics import (
     Correspondence,
@@ -18,26 +23,50 @@ from hesskern.metrics import (
 )
 from hesskern.nearest import nearest_kronecker
 from hesskern.operators import AutogradHessian, CurvatureOperator, KroneckerOperator
+from hesskern.output_space import (
+    RowSpaceOverlap,
+    closed_form_output_hessian,
+    row_space_overlap,
+    weight_product,
+)
+from hesskern.predictor import OverlapPrediction, classify_peak, predict_overlap
 from hesskern.results import EigenResult
+from hesskern.spectrum import SpectralDensity, TraceEstimate, hutchpp_trace, spectral_density
+from hesskern.stacked import StackedGaussNewton
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AutogradHessian",
+    "CorrectedOperator",
     "Correspondence",
     "CurvatureOperator",
     "DecouplingError",
     "EigenResult",
     "FactorAccumulator",
     "Factors",
+    "GaussNewton",
+    "GradientClusters",
     "InputAutocorrelation",
     "KroneckerOperator",
     "LayerFactors",
     "LayerHessian",
+    "OverlapPrediction",
+    "RowSpaceOverlap",
+    "SpectralDensity",
+    "StackedGaussNewton",
+    "TraceEstimate",
     "build_info",
+    "centre_inputs",
+    "classify_peak",
+    "closed_form_output_hessian",
     "decoupling_error",
+    "eigenvalue_corrected",
     "eigenvector_correspondence",
     "eigsh",
+    "functional_share",
+    "gradient_clusters",
+    "hutchpp_trace",
     "input_autocorrelation",
     "kronecker_factors",
     "layer_hessians",
@@ -45,6 +74,10 @@ __all__ = [
     "nearest_kronecker",
     "ops",
     "pacbayes",
+    "predict_overlap",
     "rank_one_ratio",
+    "row_space_overlap",
+    "spectral_density",
     "subspace_overlap",
+    "weight_product",
 ]

@@ -23,9 +23,10 @@ from hesskern import metrics, models, published, training
 from hesskern.eigen import eigsh
 from hesskern.factors import LayerFactors, kronecker_factors
 from hesskern.layer_hessian import LayerHessian, layer_hessians
+from hesskern.predictor import predict_overlap
 from hesskern.progress import Progress, reporter
 
-__all__ = ["Analysis", "Settings", "analyze"]
+__all__ = ["Analysis", "Settings", "analyze", "plain", "versions"]
 
 FORMAT = "hesskern.analyze/1"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -169,7 +170,7 @@ def analyze(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "settings": asdict(settings),
-        "versions": _versions(settings.device),
+        "versions": versions(settings.device),
         "data": {
             "name": data.name,
             "source": data.source,
@@ -191,7 +192,7 @@ def analyze(
         "times": clock.rows,
         "seconds": time.perf_counter() - started,
     }
-    return Analysis(_plain(result), networks)
+    return Analysis(plain(result), networks)
 
 
 def _check(settings: Settings) -> None:
@@ -352,27 +353,24 @@ def _compare(first: _Spectrum, second: _Spectrum, top: int) -> dict[str, Any]:
         "prediction": None,
     }
     if first.factors.groups == 1:
-        entry["prediction"] = _prediction(first.factors, second.factors)
+        entry["prediction"] = _prediction(first.factors, second.factors, k)
     return entry
 
 
-def _prediction(first: LayerFactors, second: LayerFactors) -> dict[str, Any]:
-    """``applies``: tau_m gamma_1 > tau_1 gamma_2 in both models, tau of E[M], gamma of E[x x^T];
-    then the overlap grows as (k / m) (t^T t')², t the first input eigenvectors."""
-    applies, directions = True, []
-    for factors in (first, second):
-        tau = _descending(factors.output_hessian)
-        gamma, vectors = torch.linalg.eigh(factors.input_covariance.double())
-        applies &= len(gamma) > 1 and bool(tau[-1] * gamma[-1] > tau[0] * gamma[-2])
-        directions.append(vectors[:, -1])
+def _prediction(first: LayerFactors, second: LayerFactors, k: int) -> dict[str, Any]:
+    found = predict_overlap(first, second, k)
     return {
-        "applies": applies,
-        "squared_cosine": float(directions[0] @ directions[1]) ** 2,
-        "m": first.layer_shape[0],
+        "applies": found.applies,
+        "squared_cosine": found.squared_cosine,
+        "m": found.outputs,
+        "curve": found.curve,
+        "peak": found.peak,
+        "kind": found.kind,
     }
 
 
-def _versions(device: str) -> dict[str, Any]:
+def versions(device: str) -> dict[str, Any]:
+    """Versions of the libraries, the machine, and how the kernels were built."""
     libraries = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy")}
     on_cuda = torch.device(device).type == "cuda"
     return {
@@ -399,17 +397,17 @@ def _cpu_name() -> str:
 _SIGNIFICANT = 6
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Nested containers, tensors, paths and numbers as JSON knows them.
 
     Floats keep six significant digits; infinite ones and NaN become None.
     """
     if isinstance(value, Tensor):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, float):

@@ -20,6 +20,7 @@ from hesskern.data import DATASETS
 from hesskern.digest import Digest, counted, listed
 from hesskern.models import KNOWN_MODELS
 from hesskern.report import write_report
+from hesskern.reproduce.command import reproduce
 from hesskern.tables import layer_table
 from hesskern.training import RECIPES
 from hesskern.wording import notes, subject, summary
@@ -197,3 +198,4 @@ def info(as_json: bool) -> None:
 
 hesskern.add_command(bench)
 hesskern.add_command(certify_command)
+hesskern.add_command(reproduce)

@@ -15,7 +15,7 @@ from hesskern import ops
 from hesskern.capture import Batch, Capture, batches, check_iterable
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
-from hesskern.operators import CurvatureOperator, KroneckerOperator
+from hesskern.operators import CurvatureOperator, EigenbasisOperator, KroneckerOperator
 from hesskern.progress import Progress, reporter
 from hesskern.pruning import kept_samples, norm_bound, prune
 from hesskern.roots import (
@@ -167,8 +167,32 @@ class LayerHessian(CurvatureOperator):
             TypeError: K is not a KroneckerOperator.
             ValueError: its shape, groups, dtype or device differ.
         """
-        if not isinstance(K, KroneckerOperator):
-            raise TypeError(f"K must be a KroneckerOperator, got {type(K).__name__}")
+        self._check_like(K, KroneckerOperator)
+        with self._samples() as chunks:
+            return sum(chunk.inner(K) for chunk in chunks) / self.num_samples
+
+    def diagonal_in(self, K: EigenbasisOperator) -> Tensor:
+        """[m, d]: (u_i (x) v_j)^T H (u_i (x) v_j) in K's eigenbasis, exact, in one pass.
+
+        Args:
+            K: of the layer's shape (m, d), with as many groups.
+
+        Raises:
+            TypeError: K has no Kronecker eigenbasis.
+            ValueError: its shape, groups, dtype or device differ.
+        """
+        self._check_like(K, EigenbasisOperator)
+        with self._samples() as chunks:
+            m, d = self.layer_shape
+            total = torch.zeros(m, d, dtype=self.dtype, device=self.device)
+            for chunk in chunks:
+                total += chunk.diagonal_in(K)
+            return total / self.num_samples
+
+    def _check_like(self, K: Any, kind: type[Any]) -> None:
+        if not isinstance(K, kind):
+            name = "a KroneckerOperator" if kind is KroneckerOperator else f"of {kind.__name__}"
+            raise TypeError(f"K must be {name}, got {type(K).__name__}")
         if (K.layer_shape, K.groups) != (self.layer_shape, self.groups):
             raise ValueError(
                 f"K must be of shape {self.layer_shape} with groups={self.groups}, got "
@@ -178,8 +202,6 @@ class LayerHessian(CurvatureOperator):
             raise ValueError(
                 f"K must be {self.dtype} on {self.device}, got {K.dtype} on {K.device}"
             )
-        with self._samples() as chunks:
-            return sum(chunk.inner(K) for chunk in chunks) / self.num_samples
 
     def contract_inputs(self, B: Tensor) -> Tensor:
         """sum_kl H_(ik)(jl) B_kl, [m, m], for a symmetric positive semi-definite B [d, d]."""

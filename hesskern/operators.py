@@ -22,7 +22,7 @@ from hesskern.roots import model_device, sample_weights
 if TYPE_CHECKING:
     from hesskern.results import EigenResult
 
-__all__ = ["AutogradHessian", "CurvatureOperator", "KroneckerOperator"]
+__all__ = ["AutogradHessian", "CurvatureOperator", "EigenbasisOperator", "KroneckerOperator"]
 
 
 class CurvatureOperator(ABC):
@@ -95,47 +95,21 @@ class CurvatureOperator(ABC):
         return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]}, {self.dtype})"
 
 
-class KroneckerOperator(CurvatureOperator):
-    """A (x) B, row-major: vectors are matrices [m, d] flattened, and K vec(X) = vec(A X B^T).
+class EigenbasisOperator(CurvatureOperator):
+    """A symmetric matrix that is diagonal in a Kronecker eigenbasis u_i (x) v_j.
 
-    With groups K is block diagonal: block i is A_ii (x) B_i, A_ii the i-th diagonal block of A.
-
-    Args:
-        A: [m, m] symmetric, e.g. the output Hessian.
-        B: [d, d] symmetric, e.g. the input covariance; or [g, d, d].
-
-    Raises:
-        TypeError: a factor is not a tensor.
-        ValueError: a factor is not square, dtypes or devices differ, or g does not divide m.
+    Attributes:
+        layer_shape: (m, d); vectors are such matrices, flattened.
+        groups: with groups the matrix is block diagonal.
     """
 
-    def __init__(self, A: Tensor, B: Tensor) -> None:
-        for name, factor in (("A", A), ("B", B)):
-            if not isinstance(factor, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
-        if A.dim() != 2 or A.shape[0] != A.shape[1]:
-            raise ValueError(f"A must be [m, m], got {list(A.shape)}")
-        if B.dim() not in (2, 3) or B.shape[-1] != B.shape[-2]:
-            raise ValueError(f"B must be [d, d] or [g, d, d], got {list(B.shape)}")
-        if A.dtype != B.dtype or A.device != B.device:
-            raise ValueError(
-                f"A and B must agree in dtype and device, got {A.dtype} on {A.device} and "
-                f"{B.dtype} on {B.device}"
-            )
-        groups = B.shape[0] if B.dim() == 3 else 1
-        if A.shape[0] % groups:
-            raise ValueError(f"B has {groups} groups, which do not divide m = {A.shape[0]}")
-        self.A, self.B = A, B
-        self.groups = groups
-        self.layer_shape = (A.shape[0], B.shape[-1])
-        size = A.shape[0] * B.shape[-1]
-        self.shape = (size, size)
-        self.dtype, self.device = A.dtype, A.device
-        step = A.shape[0] // groups
-        self._left = [
-            A[i * step : (i + 1) * step, i * step : (i + 1) * step] for i in range(groups)
-        ]
-        self._right = list(B) if B.dim() == 3 else [B]
+    layer_shape: tuple[int, int]
+    groups: int
+
+    @property
+    @abstractmethod
+    def eigenbases(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per group: U [m/g, m/g] and V [d, d], orthogonal, and the eigenvalues S [m/g, d]."""
 
     def _blocks(self, block: Tensor) -> list[Tensor]:
         """[k, P] -> per group [k, m/g, d]."""
@@ -147,54 +121,8 @@ class KroneckerOperator(CurvatureOperator):
     def _joined(blocks: list[Tensor]) -> Tensor:
         return torch.stack(blocks, 1).flatten(1)
 
-    def _matmul(self, block: Tensor) -> Tensor:
-        return self._joined(ops.grouped_kron_matmul(self._left, self._right, self._blocks(block)))
-
-    @cached_property
-    def eigenbases(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Per group: eigenvectors U [m/g, m/g] of A and V [d, d] of B, and the products of their
-        eigenvalues S [m/g, d]; ascending along both axes."""
-        left, right, values = [], [], []
-        for a, b in zip(self._left, self._right, strict=True):
-            tau, u = torch.linalg.eigh(a.double())
-            gamma, v = torch.linalg.eigh(b.double())
-            left.append(u.to(self.dtype))
-            right.append(v.to(self.dtype))
-            values.append(torch.outer(tau, gamma).to(self.dtype))
-        return left, right, values
-
-    def trace(self) -> float:
-        return float(
-            sum(
-                a.diagonal().double().sum() * b.diagonal().double().sum()
-                for a, b in zip(self._left, self._right, strict=True)
-            )
-        )
-
-    def squared_norm(self) -> float:
-        """‖A (x) B‖_F² = ‖A‖_F² ‖B‖_F², summed over groups."""
-        return float(
-            sum(
-                a.double().square().sum() * b.double().square().sum()
-                for a, b in zip(self._left, self._right, strict=True)
-            )
-        )
-
-    def diagonal(self) -> Tensor:
-        return torch.cat(
-            [
-                torch.outer(a.diagonal(), b.diagonal()).flatten()
-                for a, b in zip(self._left, self._right, strict=True)
-            ]
-        )
-
-    def to_dense(self) -> Tensor:
-        return torch.block_diag(
-            *(torch.kron(a, b) for a, b in zip(self._left, self._right, strict=True))
-        )
-
     def eigsh(self, k: int) -> EigenResult:
-        """The k largest eigenpairs, from the factors' own: products of eigenvalues, u (x) v.
+        """The k largest eigenpairs: the largest entries of S, u (x) v.
 
         Raises:
             ValueError: k is not in [1, P].
@@ -243,6 +171,95 @@ class KroneckerOperator(CurvatureOperator):
             sign = torch.where(difference >= 0, 1.0, -1.0).to(self.dtype)
             scaled.append(y / (sign * torch.maximum(difference.abs(), gap)))
         return self._joined(ops.grouped_kron_matmul(left, right, scaled)).T
+
+
+class KroneckerOperator(EigenbasisOperator):
+    """A (x) B, row-major: vectors are matrices [m, d] flattened, and K vec(X) = vec(A X B^T).
+
+    With groups K is block diagonal: block i is A_ii (x) B_i, A_ii the i-th diagonal block of A.
+
+    Args:
+        A: [m, m] symmetric, e.g. the output Hessian.
+        B: [d, d] symmetric, e.g. the input covariance; or [g, d, d].
+
+    Raises:
+        TypeError: a factor is not a tensor.
+        ValueError: a factor is not square, dtypes or devices differ, or g does not divide m.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        for name, factor in (("A", A), ("B", B)):
+            if not isinstance(factor, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
+        if A.dim() != 2 or A.shape[0] != A.shape[1]:
+            raise ValueError(f"A must be [m, m], got {list(A.shape)}")
+        if B.dim() not in (2, 3) or B.shape[-1] != B.shape[-2]:
+            raise ValueError(f"B must be [d, d] or [g, d, d], got {list(B.shape)}")
+        if A.dtype != B.dtype or A.device != B.device:
+            raise ValueError(
+                f"A and B must agree in dtype and device, got {A.dtype} on {A.device} and "
+                f"{B.dtype} on {B.device}"
+            )
+        groups = B.shape[0] if B.dim() == 3 else 1
+        if A.shape[0] % groups:
+            raise ValueError(f"B has {groups} groups, which do not divide m = {A.shape[0]}")
+        self.A, self.B = A, B
+        self.groups = groups
+        self.layer_shape = (A.shape[0], B.shape[-1])
+        size = A.shape[0] * B.shape[-1]
+        self.shape = (size, size)
+        self.dtype, self.device = A.dtype, A.device
+        step = A.shape[0] // groups
+        self._left = [
+            A[i * step : (i + 1) * step, i * step : (i + 1) * step] for i in range(groups)
+        ]
+        self._right = list(B) if B.dim() == 3 else [B]
+
+    def _matmul(self, block: Tensor) -> Tensor:
+        return self._joined(ops.grouped_kron_matmul(self._left, self._right, self._blocks(block)))
+
+    @cached_property
+    def eigenbases(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per group: eigenvectors U [m/g, m/g] of A and V [d, d] of B, and the products of their
+        eigenvalues S [m/g, d]; ascending along both axes."""
+        left, right, values = [], [], []
+        for a, b in zip(self._left, self._right, strict=True):
+            tau, u = torch.linalg.eigh(a.double())
+            gamma, v = torch.linalg.eigh(b.double())
+            left.append(u.to(self.dtype))
+            right.append(v.to(self.dtype))
+            values.append(torch.outer(tau, gamma).to(self.dtype))
+        return left, right, values
+
+    def trace(self) -> float:
+        return float(
+            sum(
+                a.diagonal().double().sum() * b.diagonal().double().sum()
+                for a, b in zip(self._left, self._right, strict=True)
+            )
+        )
+
+    def squared_norm(self) -> float:
+        """‖A (x) B‖_F² = ‖A‖_F² ‖B‖_F², summed over groups."""
+        return float(
+            sum(
+                a.double().square().sum() * b.double().square().sum()
+                for a, b in zip(self._left, self._right, strict=True)
+            )
+        )
+
+    def diagonal(self) -> Tensor:
+        return torch.cat(
+            [
+                torch.outer(a.diagonal(), b.diagonal()).flatten()
+                for a, b in zip(self._left, self._right, strict=True)
+            ]
+        )
+
+    def to_dense(self) -> Tensor:
+        return torch.block_diag(
+            *(torch.kron(a, b) for a, b in zip(self._left, self._right, strict=True))
+        )
 
 
 class AutogradHessian(CurvatureOperator):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -19,20 +20,27 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 __all__ = [
+    "MUTED",
+    "Picture",
     "between_panel",
     "colour",
     "correspondence_panel",
     "eigenvalue_panel",
+    "heat_map",
     "history_panel",
+    "k_axis",
+    "mark_at",
     "overlap_panel",
     "overview",
+    "picture",
     "rank_one_panel",
+    "readable_log_axis",
     "variance_panel",
 ]
 
 # Okabe and Ito's palette without its yellow: told apart by colour-blind readers and in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_INK, _MUTED, _GRID = "#1b1f24", "#5b6470", "#e3e6ea"
+_INK, MUTED, _GRID = "#1b1f24", "#5b6470", "#e3e6ea"
 _PANEL = (4.4, 3.15)
 _SHOWN_EIGENVALUES = 20
 
@@ -46,7 +54,7 @@ _STYLE: dict[str, Any] = {
     "axes.titlelocation": "left",
     "axes.labelsize": 10,
     "axes.labelcolor": _INK,
-    "axes.edgecolor": _MUTED,
+    "axes.edgecolor": MUTED,
     "axes.linewidth": 0.8,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -54,8 +62,8 @@ _STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "grid.color": _GRID,
     "grid.linewidth": 0.8,
-    "xtick.color": _MUTED,
-    "ytick.color": _MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
     "legend.fontsize": 9,
@@ -77,14 +85,42 @@ def colour(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
 
 
+@dataclass(frozen=True)
+class Picture:
+    """One panel as a standalone SVG document, and as a PNG of twice its size on screen."""
+
+    svg: str
+    png: bytes
+
+
+def picture(draw: Callable[[Axes], None], size: tuple[float, float] = _PANEL) -> Picture:
+    """One panel in both forms; the same numbers give the same bytes."""
+    stream = io.BytesIO()
+    with _style():
+        figure = _panel(draw, size)
+        svg = _as_svg(figure)
+        # The axes have found their places.
+        figure.set_layout_engine("none")
+        figure.savefig(stream, format="png", dpi=160, metadata={"Software": None})
+    return Picture(svg, stream.getvalue())
+
+
+def _panel(draw: Callable[[Axes], None], size: tuple[float, float]) -> Figure:
+    figure = Figure(figsize=size, layout="constrained")
+    draw(figure.add_subplot())
+    return figure
+
+
+def _as_svg(figure: Figure) -> str:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    return stream.getvalue()
+
+
 def _svg(draw: Callable[[Axes], None], size: tuple[float, float] = _PANEL) -> str:
     """One panel as a standalone SVG document; the same numbers give the same bytes."""
     with _style():
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure.add_subplot())
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return stream.getvalue()
+        return _as_svg(_panel(draw, size))
 
 
 def eigenvalue_panel(
@@ -131,13 +167,13 @@ def _eigenvalues(
                 label=f"published, {label}",
             )
     axes.set_yscale("log")
-    _readable_log_axis(axes)
+    readable_log_axis(axes)
     axes.set(title=name, xlabel="index", ylabel="eigenvalue")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend()
 
 
-def _readable_log_axis(axes: Axes) -> None:
+def readable_log_axis(axes: Axes) -> None:
     """Plain numbers on the axis, and enough of them when it spans less than two decades."""
     low, high = axes.get_ylim()
     narrow = high / low < 100
@@ -183,14 +219,14 @@ def _overlap(
                 clip_on=False,
             )
     if published:
-        axes.plot([], [], "x", color=_MUTED, label="published")
-    _mark(axes, mark, f"k = c − 1 = {mark}")
+        axes.plot([], [], "x", color=MUTED, label="published")
+    mark_at(axes, mark, f"k = c − 1 = {mark}")
     axes.set(
         title="Exact H against its Kronecker form",
         ylabel="overlap",
         ylim=(0, 1.03),
     )
-    _k_axis(axes)
+    k_axis(axes)
     axes.legend(ncols=2 if len(layers) > 3 else 1, loc="lower right")
 
 
@@ -205,21 +241,21 @@ def _band(axes: Axes, curves: Curves, index: int, label: str, **look: Any) -> No
         )
 
 
-def _k_axis(axes: Axes, label: str = "k, dimension of the leading space") -> None:
+def k_axis(axes: Axes, label: str = "k, dimension of the leading space") -> None:
     axes.set_xlim(0, None)
     axes.set_xlabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _mark(axes: Axes, x: float, text: str) -> None:
-    axes.axvline(x, color=_MUTED, linewidth=0.9, linestyle=":")
+def mark_at(axes: Axes, x: float, text: str) -> None:
+    axes.axvline(x, color=MUTED, linewidth=0.9, linestyle=":")
     axes.annotate(
         text,
         (x, 1.0),
         xycoords=("data", "axes fraction"),
         xytext=(4, -2),
         textcoords="offset points",
-        color=_MUTED,
+        color=MUTED,
         fontsize=9,
         va="top",
     )
@@ -246,26 +282,24 @@ def _between(
     _band(axes, exact, index, "exact H", linewidth=2.4)
     longest = len(kronecker[0])
     axes.plot(
-        [0, longest], [0, longest / parameters], color=_MUTED, linewidth=1, label="random spaces"
+        [0, longest], [0, longest / parameters], color=MUTED, linewidth=1, label="random spaces"
     )
     predictions = [p["prediction"] for p in pairs if p["prediction"] is not None]
     top = max(max(map(max, kronecker)), max(map(max, exact)))
     if predictions:
         m = predictions[0]["m"]
         if m <= longest:
-            _mark(axes, m, f"k = m = {m}")
-        if all(p["applies"] for p in predictions):
-            height = float(np.mean([p["squared_cosine"] for p in predictions]))
-            top = max(top, height)
-            axes.plot(
-                [0, m], [0, height], color=_INK, linewidth=1, linestyle=":", label="predicted"
-            )
+            mark_at(axes, m, f"k = m = {m}")
+        curve = np.mean([p["curve"] for p in predictions], axis=0)
+        top = max(top, float(curve.max()))
+        k = np.arange(1, len(curve) + 1)
+        axes.plot(k, curve, color=_INK, linewidth=1, linestyle=":", label="predicted")
     axes.set(
         title=name,
         ylabel="overlap between models",
         ylim=(0, min(1.03, 1.25 * top)),
     )
-    _k_axis(axes)
+    k_axis(axes)
     axes.legend()
 
 
@@ -275,12 +309,12 @@ def rank_one_panel(layers: Sequence[str], curves: Mapping[str, Curves], mark: in
     def draw(axes: Axes) -> None:
         for index, name in enumerate(layers):
             _band(axes, curves[name], index, name)
-        _mark(axes, mark, f"k = c − 1 = {mark}")
+        mark_at(axes, mark, f"k = c − 1 = {mark}")
         axes.set(
             title="How close eigenvectors are to rank one",
             ylim=(0, 1.03),
         )
-        _k_axis(axes, "index of the eigenvector of H")
+        k_axis(axes, "index of the eigenvector of H")
         axes.set_ylabel(r"$\Vert\mathrm{Mat}(h)\Vert_2\,/\,\Vert\mathrm{Mat}(h)\Vert_F$")
         axes.legend(ncols=2 if len(layers) > 3 else 1, loc="lower right")
 
@@ -302,31 +336,35 @@ def correspondence_panel(name: str, index: int, side: str, squares: Curves) -> s
     """
 
     def draw(axes: Axes) -> None:
-        matrix = np.array(squares)[:_SHOWN_EIGENVALUES, :_SHOWN_EIGENVALUES]
-        rows, columns = matrix.shape
-        image = axes.imshow(
-            matrix,
-            cmap=_shades(index),
-            vmin=0,
-            vmax=1,
-            extent=(0.5, columns + 0.5, rows + 0.5, 0.5),
-            interpolation="nearest",
-            aspect="auto",
-        )
+        heat_map(axes, np.array(squares)[:_SHOWN_EIGENVALUES, :_SHOWN_EIGENVALUES], index)
         factor = "E[x xᵀ]" if side == "input" else "E[M]"
         axes.set(
             title=f"{name}, {side} side",
             xlabel="eigenvector of H",
             ylabel=f"eigenvector of {factor}",
         )
-        axes.grid(False)
-        axes.spines[:].set_visible(True)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-        bar = axes.figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02)
-        bar.outline.set(linewidth=0.6, edgecolor=_MUTED)
 
     return _svg(draw)
+
+
+def heat_map(axes: Axes, matrix: np.ndarray, index: int) -> None:
+    """A matrix [rows, columns] of numbers in [0, 1], the first row on top, with a colour bar."""
+    rows, columns = matrix.shape
+    image = axes.imshow(
+        matrix,
+        cmap=_shades(index),
+        vmin=0,
+        vmax=1,
+        extent=(0.5, columns + 0.5, rows + 0.5, 0.5),
+        interpolation="nearest",
+        aspect="auto",
+    )
+    axes.grid(False)
+    axes.spines[:].set_visible(True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    bar = axes.figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], pad=0.02)
+    bar.outline.set(linewidth=0.6, edgecolor=MUTED)
 
 
 def overview(
@@ -364,7 +402,7 @@ def overview(
                 ylabel="overlap between models",
                 ylim=(0, 1.03),
             )
-            _k_axis(axes[2])
+            k_axis(axes[2])
             axes[2].legend()
         stream = io.BytesIO()
         figure.savefig(stream, format="png", metadata={"Software": None})

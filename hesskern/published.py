@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["figures_for"]
+__all__ = [
+    "AUTOCORRELATION",
+    "BETWEEN",
+    "BETWEEN_BATCH_NORM",
+    "FULL_OVERLAP",
+    "LENET5_WIDTHS",
+    "RANK_ONE",
+    "ROW_SPACE",
+    "SOURCE",
+    "figures_for",
+]
 
 SOURCE = "Wu, Zhu, Wu, Wang, Ge: Dissecting Hessian, arXiv 2010.04261"
 
@@ -41,6 +51,65 @@ _F200X2_MNIST: dict[str, Any] = {
     # Mean, min, max over the layers behind the first.
     "autocorrelation": {"mean_alignment": 1.000, "eigenvalue_ratio": [12.29, 9.65, 16.16]},
 }
+
+
+FULL_OVERLAP: dict[str, dict[str, list[float]]] = {
+    "f200x2": {"k": [1, 9, 10, 20, 49], "overlap": [0.96, 0.94, 0.92, 0.83, 0.74]},
+    "f600x4": {"k": [1, 9, 50], "overlap": [0.97, 0.84, 0.69]},
+}
+"""On MNIST: leading spaces of the full Hessian and of its approximation, by network."""
+
+BETWEEN: dict[tuple[str, str], dict[str, tuple[int, float]]] = {
+    ("mnist", "f200x2"): {"fc1": (150, 0.30), "fc2": (400, 0.04), "fc3": (9, 0.38)},
+    ("cifar10", "lenet5"): {
+        "conv1": (6, 0.71),
+        "conv2": (16, 0.34),
+        "fc1": (120, 0.59),
+        "fc2": (150, 0.18),
+        "fc3": (9, 0.5),
+    },
+}
+"""Between differently seeded models, by (data, model) and layer: k and the overlap there. Curves of
+last layers are flat; k = 9 stands for all."""
+
+LENET5_WIDTHS: dict[int, float] = {80: 0.67, 100: 0.60, 120: 0.59, 150: 0.485}
+"""fc1 of LeNet5 on CIFAR-10 with so many outputs: overlap between models at its peak."""
+
+BETWEEN_BATCH_NORM = 0.025
+"""Between models with batch norm: the overlap stays about here, without a peak."""
+
+RANK_ONE: dict[str, tuple[int, float, float]] = {
+    "conv1": (6, 0.94, 0.99),
+    "conv2": (14, 0.93, 0.95),
+    "fc1": (9, 0.81, 0.88),
+    "fc2": (9, 0.72, 0.76),
+    "fc3": (9, 0.80, 0.87),
+}
+"""LeNet5 on CIFAR-10, by layer: the first so many eigenvectors have ratios in [low, high]."""
+
+AUTOCORRELATION: dict[tuple[str, str], tuple[float, float, tuple[float, float] | None]] = {
+    ("mnist", "f200x2"): (1.000, 12.29, (9.65, 16.16)),
+    ("mnist", "f600x2"): (0.999, 12.00, (11.42, 13.00)),
+    ("mnist", "f600x4"): (1.000, 17.81, (7.33, 28.00)),
+    ("mnist", "f600x8"): (0.991, 6.63, (2.28, 11.15)),
+    ("mnist", "f200x2-bn"): (0.062, 1.16, None),
+    ("mnist", "f600x2-bn"): (0.026, 1.13, None),
+    ("cifar10", "f600x2"): (0.999, 9.24, (4.74, 13.74)),
+    ("cifar10", "f1500x3"): (0.999, 13.27, None),
+    ("cifar10", "lenet5"): (0.998, 7.21, (5.88, 9.02)),
+    ("cifar10", "lenet5-bn"): (0.210, 1.54, None),
+}
+"""By (data, model): (v_1^T E[x])² / ‖E[x]‖² and lambda_1 / lambda_2, means over the fully connected
+layers behind the first, and the ratio's range."""
+
+ROW_SPACE: dict[tuple[str, str], dict[str, float]] = {
+    ("mnist", "f1500x3"): {"fc1": 0.602, "fc2": 0.967, "fc3": 0.982},
+    ("mnist", "lenet5"): {"fc1": 0.890, "fc2": 0.931, "fc3": 0.999},
+    ("cifar10", "f1500x3"): {"fc1": 0.880, "fc2": 0.943, "fc3": 0.993},
+    ("cifar10", "lenet5"): {"fc1": 0.951, "fc2": 0.972, "fc3": 0.999},
+}
+"""By (data, model) and layer: overlap of the row space of S, without the direction 1^T S, with the
+top c - 1 eigenvectors of E[M]."""
 
 
 def figures_for(data: str, model: str) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hesskern.layers import LayerSpec
-from hesskern.operators import KroneckerOperator
+from hesskern.operators import EigenbasisOperator, KroneckerOperator
 from hesskern.reference import unfold
 from hesskern.roots import BatchRoots, accumulator_dtype, positions_last
 
@@ -103,6 +103,27 @@ class SampleRows:
             else:
                 rows = torch.matmul(s.flatten(1, 2), x.transpose(1, 2))
             yield rows.reshape(-1, m * d)
+
+    def diagonal_in(self, K: EigenbasisOperator) -> Tensor:
+        """[m, d] diagonal of R^T R in K's eigenbasis: sum_nc (u_i^T R_nc v_j)²."""
+        left, right, _ = K.eigenbases
+        m, d = K.layer_shape
+        if not self.stored and K.groups == 1:
+            # Inputs and gradients can be rotated by themselves.
+            if self.x.dim() == 2:
+                turned = SampleRows(self.x @ right[0], self.s @ left[0])
+            else:
+                turned = SampleRows(
+                    torch.matmul(right[0].T, self.x), torch.matmul(left[0].T, self.s)
+                )
+            return turned.diagonal().reshape(m, d)
+        u, v = torch.stack(left), torch.stack(right)
+        total = self.s.new_zeros(m, d)
+        for rows in self.dense_rows():
+            blocks = rows.reshape(len(rows), K.groups, m // K.groups, d)
+            turned_rows = torch.matmul(torch.matmul(u.transpose(1, 2), blocks), v)
+            total += turned_rows.square().sum(0).reshape(m, d)
+        return total
 
     def inner(self, K: KroneckerOperator) -> float:
         """tr(R^T R K) = sum_nc <R_nc, A R_nc B>.

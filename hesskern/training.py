@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,8 +80,15 @@ def train(
     seed: int = 0,
     progress: bool | Progress = False,
     description: str = "training",
+    *,
+    checkpoint: Path | None = None,
+    save_every: float = 20.0,
 ) -> History:
     """Trains ``model`` in place on cross-entropy; the same seed gives the same weights.
+
+    With ``checkpoint`` an interrupted run goes on after its last saved epoch and ends at the very
+    weights an uninterrupted one ends at; a finished one is loaded. The learning rate is constant,
+    so more epochs than before continue where the fewer ended.
 
     Args:
         model: network [N, *input_shape] -> [N, classes], on the data's device.
@@ -86,9 +97,12 @@ def train(
         seed: seed of the order of samples (and of dropout).
         progress: see :func:`hesskern.progress.reporter`.
         description: what progress calls the work.
+        checkpoint: file for weights, optimizer and random state; replaced as a whole.
+        save_every: seconds between two savings at the end of an epoch; the last epoch is saved.
 
     Raises:
-        ValueError: the loss is no longer finite (the learning rate is too high).
+        ValueError: the loss is no longer finite (the learning rate is too high), or ``checkpoint``
+            belongs to other settings, data or network, or has more epochs behind it.
     """
     report = reporter(progress)
     history = History(seed, recipe)
@@ -102,12 +116,22 @@ def train(
     device = data.inputs.device
     per_epoch = -(-len(data) // recipe.batch_size)
     was_training = model.training
-    started = time.perf_counter()
+    started = saved = time.perf_counter()
     model.train()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            for epoch in range(recipe.epochs):
+            state = None
+            if checkpoint is not None:
+                state = _State(checkpoint, _fingerprint(recipe, seed, data))
+                state.restore(model, optimizer, order, history)
+                if len(history.loss) > recipe.epochs:
+                    raise ValueError(
+                        f"checkpoint {checkpoint} has {len(history.loss)} epochs behind it, more "
+                        f"than the {recipe.epochs} asked for"
+                    )
+            before = history.seconds
+            for epoch in range(len(history.loss), recipe.epochs):
                 loss_sum = torch.zeros((), dtype=torch.float64, device=device)
                 hits = torch.zeros((), dtype=torch.int64, device=device)
                 permutation = torch.randperm(len(data), generator=order).to(device)
@@ -128,11 +152,89 @@ def train(
                         f"training diverged in epoch {epoch + 1}: the loss is not finite with "
                         f"learning rate {recipe.learning_rate}"
                     )
+                now = time.perf_counter()
+                history.seconds = before + now - started
+                if state and (epoch + 1 == recipe.epochs or now - saved >= save_every):
+                    state.save(model, optimizer, order, history)
+                    saved = now
     finally:
         model.train(was_training)
         model.zero_grad(set_to_none=True)
-    history.seconds = time.perf_counter() - started
     return history
+
+
+def _fingerprint(recipe: Recipe, seed: int, data: Dataset) -> str:
+    """What two runs must share so that one can go on where the other stopped."""
+    settings = {key: value for key, value in asdict(recipe).items() if key != "epochs"}
+    digest = hashlib.sha256(data.targets.cpu().numpy().tobytes())
+    digest.update(data.inputs[:: max(1, len(data) // 64)].cpu().contiguous().numpy().tobytes())
+    return json.dumps([settings, seed, data.name, len(data), digest.hexdigest()])
+
+
+@dataclass(frozen=True)
+class _State:
+    """A run's state in a file, which also serves as a checkpoint of the weights."""
+
+    path: Path
+    fingerprint: str
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        order: torch.Generator,
+        history: History,
+    ) -> None:
+        state = {
+            "fingerprint": self.fingerprint,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "order": order.get_state(),
+            "random": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "loss": history.loss,
+            "accuracy": history.accuracy,
+            "seconds": history.seconds,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            torch.save(state, temporary)
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def restore(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        order: torch.Generator,
+        history: History,
+    ) -> None:
+        """Does nothing where there is no file yet."""
+        if not self.path.is_file():
+            return
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            found = state["fingerprint"]
+        except Exception as error:  # the reader raises types of its own for damaged files
+            raise ValueError(f"checkpoint {self.path} cannot be read ({error})") from error
+        if found != self.fingerprint:
+            raise ValueError(
+                f"checkpoint {self.path} was made with other settings or data: {found} where "
+                f"{self.fingerprint} is expected"
+            )
+        try:
+            model.load_state_dict(state["model"])
+        except RuntimeError as error:
+            raise ValueError(f"checkpoint {self.path} does not fit the model: {error}") from error
+        optimizer.load_state_dict(state["optimizer"])
+        order.set_state(state["order"])
+        torch.set_rng_state(state["random"])
+        if state["cuda"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["cuda"])
+        history.loss, history.accuracy = state["loss"], state["accuracy"]
+        history.seconds = state["seconds"]
 
 
 @torch.no_grad()

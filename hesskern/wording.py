@@ -11,6 +11,12 @@ __all__ = ["eigen_words", "facts", "network_name", "notes", "subject", "summary"
 
 Result = Mapping[str, Any]
 _DATA_NAMES = {"digits": "digits", "mnist": "MNIST", "cifar10": "CIFAR-10"}
+_SUFFIXES = {
+    "bn": " with batch norm",
+    "ln": " with layer norm",
+    "tanh": " (tanh)",
+    "gelu": " (GELU)",
+}
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -22,13 +28,22 @@ def subject(result: Result) -> str:
 
 def network_name(spec: str) -> str:
     """``f200x2`` as the paper writes it, F-200²; other names as they are."""
-    body, _, suffix = spec.lower().partition("-")
+    if ":" in spec:
+        return spec
+    body, *suffixes = spec.lower().split("-")
+    extra = "".join(_SUFFIXES.get(part, "") for part in suffixes)
+    given = next((p[1:] for p in suffixes if p[:1] == "w" and p[1:].isdigit()), "")
+    if body in ("vgg11", "resnet18"):
+        return (
+            ("VGG11" if body == "vgg11" else "ResNet18") + (f"-W{given}" if given else "") + extra
+        )
+    if body == "lenet5":
+        return "LeNet5" + (f" (fc1 {given})" if given else "") + extra
     width, _, depth = body[1:].replace("^", "x").partition("x")
-    norm = " with batch norm" if suffix == "bn" else ""
     if body[:1] == "f" and width.isdigit() and (depth.isdigit() or not depth):
         power = depth.translate(_SUPERSCRIPT) if depth not in ("", "1") else ""
-        return f"F-{width}{power}{norm}"
-    return f"LeNet5{norm}" if body == "lenet5" else spec
+        return f"F-{width}{power}{extra}"
+    return spec
 
 
 def training_words(result: Result) -> str:

@@ -8,7 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import hesskern as hk
 from hesskern import models
+from hesskern.wording import network_name
 
 
 def layer_shapes(model):
@@ -84,7 +86,7 @@ def test_batch_norm_stands_after_relu_without_affine_parameters(spec):
 @pytest.mark.parametrize(
     ("spec", "shape", "message"),
     [
-        ("resnet18", (3, 32, 32), "model must be one of f200x2.*got 'resnet18'"),
+        ("resnet50", (3, 32, 32), "model must be one of f200x2.*got 'resnet50'"),
         ("lenet5", (64,), r"lenet5 needs images.*\[64\]"),
         ("lenet5", (1, 8, 8), "at least 28 x 28"),
         ("f0x2", (4,), "width must be at least 1, got 0"),
@@ -194,3 +196,97 @@ def test_a_checkpoint_of_another_network_is_refused_and_the_model_kept(tmp_path)
     with pytest.raises(ValueError, match=r"does not fit.*fc3\.weight is not in the model.* more"):
         models.load_checkpoint(model, tmp_path / "other.pt")
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_width_of_lenet5():
+    model = models.build("lenet5-w80", (3, 32, 32), 10)
+    assert layer_shapes(model)["fc1"] == (80, 400)
+    assert layer_shapes(model)["fc2"] == (84, 80)
+    normed = models.build("LeNet5-w80-bn", (1, 28, 28), 10)
+    assert normed.bn3.num_features == 80
+    with pytest.raises(ValueError, match="hidden must be at least 1, got 0"):
+        models.lenet5((1, 28, 28), hidden=0)
+
+
+def test_vgg11():
+    model = models.build("vgg11-w2", (3, 32, 32), 10)
+    shapes = layer_shapes(model)
+    assert [shapes[f"conv{i}"][0] for i in range(1, 9)] == [2, 4, 8, 8, 16, 16, 16, 16]
+    assert [shapes[f"fc{i}"] for i in (1, 2, 3)] == [(16, 16), (16, 16), (10, 16)]
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    normed = models.build("VGG11-W2-bn", (3, 32, 32), 10)
+    assert sum(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in normed) == 10
+    assert models.build("vgg11", (3, 32, 32), 10).conv1.out_channels == 64
+    with pytest.raises(ValueError, match=r"vgg11 needs images .* at least 32 x 32 pixels"):
+        models.build("vgg11-w2", (1, 28, 28), 10)
+    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+        models.build("vgg11-w0", (3, 32, 32), 10)
+
+
+def test_resnet18():
+    model = models.build("resnet18-w2", (3, 32, 32), 10)
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == 1 + 8 * 2 + 3
+    assert [model.get_submodule(f"block{i}").conv2.out_channels for i in range(1, 9)] == [
+        2, 2, 4, 4, 8, 8, 16, 16,
+    ]  # fmt: skip
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert model(x).shape == (2, 10)
+    assert model.block8(torch.zeros(1, 16, 4, 4)).shape == (1, 16, 4, 4)
+    block = model.block3
+    hidden = torch.relu(block.conv1(model.block2(x[:, :2])))
+    expected = torch.relu(block.conv2(hidden) + block.shortcut(model.block2(x[:, :2])))
+    assert torch.equal(block(model.block2(x[:, :2])), expected)
+    assert "norm1" not in dict(model.named_children())
+    normed = models.build("resnet18-w2-bn", (3, 32, 32), 10)
+    norms = [m for m in normed.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(norms) == len(convolutions)
+    assert not any(m.affine for m in norms)
+    bound = (6 / (9 * (2 + 2))) ** 0.5
+    assert float(model.block1.conv1.weight.detach().abs().max()) <= bound
+    with pytest.raises(ValueError, match="resnet18 needs images"):
+        models.build("resnet18-w2", (64,), 10)
+
+
+@pytest.mark.parametrize("spec", ["vgg11-w2", "resnet18-w2-bn"])
+def test_every_layer_of_the_wide_networks_is_analysed(spec):
+    model = models.build(spec, (3, 32, 32), 10)
+    generator = torch.Generator().manual_seed(1)
+    data = [(torch.randn(6, 3, 32, 32, generator=generator), torch.arange(6) % 10)]
+    loss = torch.nn.CrossEntropyLoss()
+    factors = hk.kronecker_factors(model, data, loss)
+    hessians = hk.layer_hessians(model, data, loss, memory_budget=2**25)
+    layers = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))
+    ]
+    assert list(factors) == list(hessians) == layers
+    for name, H in hessians.items():
+        assert H.is_exact, name
+        assert H.trace() > 0, name
+        assert factors[name].layer_shape == H.layer_shape
+
+
+def test_activations_and_norms_of_fully_connected_networks():
+    names = [name for name, _ in models.build("f8x2-tanh-ln", (4,), 3).named_children()]
+    assert names == ["flatten", "fc1", "tanh1", "ln1", "fc2", "tanh2", "ln2", "fc3"]
+    assert isinstance(models.build("F8-GELU", (4,), 3).gelu1, nn.GELU)
+    assert not models.build("f8-ln", (4,), 3).ln1.elementwise_affine
+    with pytest.raises(ValueError, match="norm must be None, 'bn' or 'ln', got 'gn'"):
+        models.fully_connected(4, 8, 1, 3, "gn")
+    with pytest.raises(ValueError, match="activation must be relu, tanh or gelu, got 'elu'"):
+        models.fully_connected(4, 8, 1, 3, activation="elu")
+
+
+def test_names_of_networks():
+    for spec, name in (
+        ("f200x2", "F-200²"),
+        ("F64^1-BN", "F-64 with batch norm"),
+        ("f32x3-gelu-ln", "F-32³ (GELU) with layer norm"),
+        ("lenet5-w80-bn", "LeNet5 (fc1 80) with batch norm"),
+        ("vgg11", "VGG11"),
+        ("resnet18-w16-bn", "ResNet18-W16 with batch norm"),
+        ("my.nets:lenet5", "my.nets:lenet5"),
+    ):
+        assert network_name(spec) == name

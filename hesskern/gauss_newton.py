@@ -1,0 +1,300 @@
+"""The Gauss-Newton matrix over all layers at once, cross-layer blocks included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesskern import ops
+from hesskern.capture import Capture, batches, check_iterable
+from hesskern.layers import LayerSpec, select_layers
+from hesskern.losses import Loss, resolve_loss
+from hesskern.operators import CurvatureOperator
+from hesskern.progress import Progress, reporter
+from hesskern.roots import BatchRoots, accumulator_dtype, check_budget, model_device
+from hesskern.samples import SampleRows, layer_rows
+from hesskern.stacked import StackedGaussNewton
+
+__all__ = ["GaussNewton"]
+
+Piece = dict[str, SampleRows]
+"""By layer, the rows of the same samples and root rows; a layer that was not reached is missing."""
+
+
+class GaussNewton(CurvatureOperator):
+    """G = E[J^T A J] over the weights of all layers, from one pass over the data.
+
+    With r_nc the stacked rows (s_nc^(p) x_n^(p)T)_p of sample n and root row c, G = E[sum_c r r^T];
+    its diagonal blocks are the layer-wise Gauss-Newton blocks. For piecewise linear networks these
+    are the blocks of the Hessian, which G misses in the blocks between layers only.
+
+    Vectors hold the layers' matrices [m, d] one after the other, flattened row by row; see
+    :attr:`slices` and :meth:`split`.
+
+    Args:
+        model: runs in eval mode and comes back as it was; must not change while this is in use,
+            where the samples exceed ``memory_budget``.
+        data: iterable of (inputs, targets) or (inputs, targets, weight [N]).
+        loss: as in :func:`hesskern.kronecker_factors`.
+        layers: names from ``model.named_modules()``; None for all supported.
+        bias: "none" (weights only) or "joint" (x~ = [x; 1], d one larger where there is a bias).
+        sample_weight: [total samples] non-negative weights, in the order of the data.
+        output_root: a custom loss as a function, with ``loss=None``.
+        memory_budget: bytes of samples kept; above it every product runs the model again.
+        progress: True for a bar with the time left, or a callback.
+
+    Attributes:
+        layer_shapes: (m, d) by layer.
+        slices: by layer, where its weights stand in a vector.
+        num_samples: weighted number of samples.
+        cached: whether the samples are stored.
+        skipped: modules with parameters that are not part of G, with the reason.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as in :func:`hesskern.layer_hessians`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        loss: Any = None,
+        layers: Iterable[str] | None = None,
+        *,
+        bias: str = "none",
+        sample_weight: Tensor | None = None,
+        output_root: Callable[..., Tensor] | None = None,
+        memory_budget: int = 4 * 2**30,
+        progress: bool | Progress = False,
+    ) -> None:
+        budget = check_budget(memory_budget)
+        check_iterable(data)
+        specs, self.skipped = select_layers(model, layers, bias)
+        source = _Pass(model, data, resolve_loss(loss, output_root), specs, sample_weight, budget)
+        pieces: list[Piece] | None = []
+        held = 0
+        for piece in source(reporter(progress)):
+            if pieces is None:
+                continue
+            pieces.append(piece)
+            held += sum(rows.nbytes for rows in piece.values())
+            if held > budget:
+                if isinstance(data, Iterator):
+                    raise ValueError(
+                        f"memory_budget of {budget} bytes is too small for the samples' rows, and "
+                        "data can be iterated only once; raise it or pass a re-iterable (a "
+                        "DataLoader or a list)"
+                    )
+                pieces = None
+        if not source.count > 0:
+            raise ValueError("data yielded no samples, so there is no Gauss-Newton matrix")
+        if layers is not None and source.reasons:
+            name, reason = next(iter(source.reasons.items()))
+            raise ValueError(f"layers: {name!r} {reason}")
+        self.skipped.update(source.reasons)
+        reached = [spec for name, spec in specs.items() if name not in source.reasons]
+        if not reached:
+            raise ValueError(f"no layer of the model has curvature: {source.reasons}")
+        self.layer_shapes = {spec.name: spec.shape for spec in reached}
+        self.slices: dict[str, slice] = {}
+        size = 0
+        for name, (m, d) in self.layer_shapes.items():
+            self.slices[name] = slice(size, size + m * d)
+            size += m * d
+        self.shape = (size, size)
+        self.dtype = source.dtype
+        self.device = model_device(model)
+        self.num_samples = source.count
+        self.cached = pieces is not None
+        self._stored, self._source = pieces, source
+
+    def _pieces(self) -> Generator[Piece, None, None]:
+        if self._stored is not None:
+            yield from self._stored
+        else:
+            yield from self._source(reporter(False))
+
+    def split(self, vectors: Tensor) -> dict[str, Tensor]:
+        """By layer, the matrices [m, d] of a vector [P], or [k, m, d] of a block [P, k]."""
+        shape: tuple[int, ...] = (-1,) if vectors.dim() == 2 else ()
+        rows = vectors.T if vectors.dim() == 2 else vectors
+        return {
+            name: rows[..., part].reshape(*shape, *self.layer_shapes[name])
+            for name, part in self.slices.items()
+        }
+
+    def _matmul(self, block: Tensor) -> Tensor:
+        total = torch.zeros_like(block)
+        vectors = self.split(block.T)
+        with closing(self._pieces()) as pieces:
+            for piece in pieces:
+                along = sum(_along(rows, vectors[name]) for name, rows in piece.items())
+                assert isinstance(along, Tensor)
+                for name, rows in piece.items():
+                    total[:, self.slices[name]] += _combined(rows, along)
+        return total.div_(self.num_samples)
+
+    def trace(self) -> float:
+        """Sum of the eigenvalues, exact."""
+        with closing(self._pieces()) as pieces:
+            total = sum(float(r.shares().sum()) for piece in pieces for r in piece.values())
+        return total / self.num_samples
+
+    def diagonal(self) -> Tensor:
+        """[P] diagonal, exact."""
+        total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        with closing(self._pieces()) as pieces:
+            for piece in pieces:
+                for name, rows in piece.items():
+                    total[self.slices[name]] += rows.diagonal()
+        return total.div_(self.num_samples)
+
+    def to_dense(self) -> Tensor:
+        """[P, P]; for small networks."""
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        with closing(self._pieces()) as pieces:
+            for piece in pieces:
+                first = next(iter(piece.values()))
+                rows = torch.zeros(
+                    first.s.shape[0] * first.s.shape[1], self.shape[0], dtype=self.dtype
+                ).to(self.device)
+                for name, part in piece.items():
+                    rows[:, self.slices[name]] = torch.cat(list(part.dense_rows()))
+                ops.input_covariance_(total, rows, 1.0 / self.num_samples)
+        return ops.mirror_(total)
+
+    def stacked(self) -> StackedGaussNewton:
+        """G with every layer's inputs replaced by their mean: rank sum of m at the most.
+
+        Raises:
+            NotImplementedError: a layer is a convolution or sees sequences.
+        """
+        sizes = [m for m, _ in self.layer_shapes.values()]
+        hessian = torch.zeros(sum(sizes), sum(sizes), dtype=self.dtype, device=self.device)
+        means = self._source.input_means
+        for name, (_, d) in self.layer_shapes.items():
+            if name not in means or means[name].shape != (d,):
+                raise NotImplementedError(
+                    f"layer {name!r} is a convolution or sees sequences; the stacked output "
+                    "Hessian is defined for linear layers with inputs [N, d]"
+                )
+        with closing(self._pieces()) as pieces:
+            for piece in pieces:
+                first = next(iter(piece.values())).s
+                rows = [
+                    piece[name].s if name in piece else first.new_zeros(*first.shape[:2], m)
+                    for name, (m, _) in self.layer_shapes.items()
+                ]
+                stacked = torch.cat(rows, 2).flatten(0, 1)
+                ops.input_covariance_(hessian, stacked, 1.0 / self.num_samples)
+        ordered = [means[name] for name in self.layer_shapes]
+        return StackedGaussNewton(ops.mirror_(hessian), ordered, sizes)
+
+
+def _along(rows: SampleRows, vectors: Tensor) -> Tensor:
+    """[N, r, k] inner products <R_nc, V_j> of rows with matrices V [k, m, d]."""
+    k = len(vectors)
+    if rows.stored:
+        return torch.matmul(rows.s, vectors.reshape(k, -1).T) * rows.x.unsqueeze(2)
+    if rows.x.dim() == 2:
+        images = (rows.x @ vectors.flatten(0, 1).T).unflatten(1, (k, -1))
+    else:
+        images = torch.matmul(vectors.flatten(0, 1), rows.x).unflatten(1, (k, -1)).flatten(2)
+    return torch.matmul(rows.s.flatten(2), images.transpose(1, 2))
+
+
+def _combined(rows: SampleRows, along: Tensor) -> Tensor:
+    """[k, m d] sums of a_ncj R_nc over samples and root rows, for a [N, r, k]."""
+    if rows.stored:
+        weighted = (along * rows.x.unsqueeze(2)).flatten(0, 1)
+        return weighted.T @ rows.s.flatten(0, 1)
+    weighted = torch.matmul(along.transpose(1, 2), rows.s.flatten(2))
+    n, k = weighted.shape[:2]
+    if rows.x.dim() == 2:
+        return (weighted.reshape(n, -1).T @ rows.x).reshape(k, -1)
+    m, t = rows.s.shape[2:]
+    outputs = weighted.reshape(n, k * m, t).transpose(0, 1).reshape(k * m, n * t)
+    inputs = rows.x.transpose(1, 2).reshape(n * t, -1)
+    return (outputs @ inputs).reshape(k, -1)
+
+
+@dataclass
+class _Pass:
+    """One pass over the data: the rows of all layers, piece by piece.
+
+    Attributes:
+        count: weighted number of samples, after a pass.
+        reasons: layers without curvature, with the reason, after a pass.
+        input_means: [d] by layer, E[x] of layers without positions, after the first pass.
+        dtype: of the rows.
+    """
+
+    model: nn.Module
+    data: Iterable[Any]
+    loss: Loss
+    specs: dict[str, LayerSpec]
+    sample_weight: Tensor | None
+    budget: int
+
+    def __post_init__(self) -> None:
+        self.count = 0.0
+        self.reasons: dict[str, str] = {}
+        self.input_means: dict[str, Tensor] = {}
+        self.dtype = torch.float32
+        self._versions = self._current()
+
+    def _current(self) -> list[tuple[int, int]]:
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+    def __call__(self, progress: Progress) -> Iterator[Piece]:
+        if self._current() != self._versions:
+            raise RuntimeError(
+                "the model changed since its Gauss-Newton matrix was made; make it anew"
+            )
+        count, sums = 0.0, dict[str, Tensor]()
+        with torch.inference_mode(False), Capture(self.model, dict(self.specs)) as capture:
+            for batch in batches(
+                self.data,
+                model_device(self.model),
+                self.sample_weight,
+                progress,
+                "Gauss-Newton matrix",
+            ):
+                roots = BatchRoots(capture, batch, self.loss, "exact", 1, torch.Generator())
+                count += roots.count
+                for name in roots.uses:
+                    self.dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
+                    _add_inputs(sums, self.specs[name], roots)
+                yield from self._batch(roots)
+            self.reasons = capture.reasons
+        if self.count == 0 and count > 0:
+            self.input_means = {name: total / count for name, total in sums.items()}
+        self.count = count
+
+    def _batch(self, roots: BatchRoots) -> Iterator[Piece]:
+        piece: Piece = {}
+        for name, rows in layer_rows(self.specs, roots, self.budget):
+            if name in piece:
+                yield piece
+                piece = {}
+            piece[name] = rows
+        if piece:
+            yield piece
+
+
+def _add_inputs(sums: dict[str, Tensor], spec: LayerSpec, roots: BatchRoots) -> None:
+    """Adds a batch's weighted sum of inputs, where the layer has one input vector per sample."""
+    uses = roots.uses[spec.name]
+    if len(uses) > 1 or uses[0].x.dim() != 2 or spec.kind != "linear":
+        return
+    x = uses[0].x.to(accumulator_dtype(uses[0].x.dtype))
+    total = x.sum(0) if roots.weight_root is None else roots.weight_root.square().to(x) @ x
+    if spec.joint:
+        total = torch.cat([total, total.new_tensor([roots.count])])
+    sums[spec.name] = sums[spec.name] + total if spec.name in sums else total

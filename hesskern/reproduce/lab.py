@@ -1,0 +1,410 @@
+"""Trained networks with their factors, Hessians and eigenpairs, kept in a folder and made once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from hesskern import data as datasets
+from hesskern import models, training
+from hesskern.data import Batches, Dataset
+from hesskern.eigen import eigsh
+from hesskern.factors import Factors, kronecker_factors, load_factors
+from hesskern.gauss_newton import GaussNewton
+from hesskern.layer_hessian import LayerHessian, layer_hessians
+from hesskern.progress import Progress, reporter
+from hesskern.results import EigenResult
+from hesskern.wording import network_name
+
+__all__ = ["PUBLISHED_SIZES", "Lab", "Network", "Overrides"]
+
+LOSS = nn.CrossEntropyLoss()
+PUBLISHED_SIZES: Mapping[str, int] = {"mnist": 60_000, "cifar10": 50_000}
+"""Training samples behind the published figures."""
+
+_KEPT_SUFFIXES = ("bn", "ln", "tanh", "gelu")
+_BATCH = 512
+_TOLERANCE = 1e-4
+# Epochs of the quick profile where the data set's quick recipe is not meant for the network.
+_QUICK_EPOCHS = {"f1500x3": 5, "f600x4": 8, "vgg11-w16": 8, "resnet18-w8-bn": 4}
+_QUICK_RANDOM_LABELS = training.Recipe(epochs=60, momentum=0.9)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One row of an item: data, network, and what is special about them.
+
+    Attributes:
+        data: see :func:`hesskern.data.load`.
+        model: see :func:`hesskern.models.build`.
+        random_labels: whether the targets are drawn at random.
+        limit: only the first so many training samples.
+        samples: the curvature passes look at the first so many training samples; None for all.
+    """
+
+    data: str
+    model: str
+    random_labels: bool = False
+    limit: int | None = None
+    samples: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As the paper writes it, with the data."""
+        known = {"mnist": "MNIST", "cifar10": "CIFAR-10"}
+        labels = ", random labels" if self.random_labels else ""
+        return f"{network_name(self.model)} on {known.get(self.data, self.data)}{labels}"
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What a user may change about an item; a changed item has no verdicts.
+
+    Attributes:
+        data, model: stand in for every network's own; norms and activations at a name's end stay.
+        limit: only the first so many training samples.
+        epochs: of training.
+        seeds: number of seeds.
+        top: exact eigenpairs per layer.
+    """
+
+    data: str | None = None
+    model: str | None = None
+    limit: int | None = None
+    epochs: int | None = None
+    seeds: int | None = None
+    top: int | None = None
+
+    def network(self, network: Network) -> Network:
+        """The network as it will be looked at."""
+        model = network.model
+        if self.model is not None:
+            kept = [part for part in model.split("-")[1:] if part in _KEPT_SUFFIXES]
+            model = "-".join([self.model, *kept])
+        return replace(
+            network,
+            data=self.data or network.data,
+            model=model,
+            limit=self.limit or network.limit,
+            samples=None if self.limit else network.samples,
+        )
+
+    @property
+    def changes_subject(self) -> bool:
+        """Whether the published figures no longer speak of what is computed."""
+        return any(v is not None for v in (self.data, self.model, self.limit, self.epochs))
+
+
+class Lab:
+    """Everything that items ask of a trained network; what is expensive is kept on disk.
+
+    Args:
+        folder: for the files; one profile's alone.
+        profile: "quick" or "paper".
+        root: folder of the data's files.
+        overrides: see :class:`Overrides`.
+        memory_budget: bytes of samples that Hessians keep; layers above it run the model again.
+        progress: see :func:`hesskern.progress.reporter`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        profile: str = "quick",
+        root: Path | None = None,
+        overrides: Overrides = Overrides(),
+        progress: bool | Progress = False,
+        memory_budget: int = 4 * 2**30,
+    ) -> None:
+        self.memory_budget = memory_budget
+        self.folder, self.profile, self.root = folder, profile, root
+        self.overrides = overrides
+        self._report = reporter(progress)
+        self._label = ""
+        self._data = lru_cache(maxsize=2)(self._load)
+        self._models = lru_cache(maxsize=8)(self._trained)
+        # Hessians hold every sample's rows, so only one network's stay.
+        self._hessians = lru_cache(maxsize=1)(self._layer_hessians)
+
+    def progress(self, description: str, done: int, total: int | None) -> None:
+        """Reports with the network's label in front."""
+        self._report(f"{self._label}{description}", done, total)
+
+    @property
+    def top(self) -> int:
+        """Exact eigenpairs per layer."""
+        return self.overrides.top or (50 if self.profile == "quick" else 200)
+
+    def seeds(self, quick: int = 3, paper: int = 5) -> list[int]:
+        """Seeds of an item."""
+        count = self.overrides.seeds or (quick if self.profile == "quick" else paper)
+        return list(range(count))
+
+    def networks(self, networks: Sequence[Network]) -> list[Network]:
+        """An item's networks after the user's changes, each once."""
+        return list(dict.fromkeys(self.overrides.network(network) for network in networks))
+
+    def withheld(self, network: Network) -> str:
+        """Why figures of this network get no verdict; empty where they do."""
+        if self.overrides.changes_subject:
+            return "not the published network, data or training"
+        published = PUBLISHED_SIZES.get(network.data)
+        used = len(self.data(network))
+        if published is not None and used != published and network.limit is None:
+            return f"{used:,} images here, {published:,} in the paper"
+        return ""
+
+    def recipe(self, network: Network) -> training.Recipe:
+        """How the profile trains the network."""
+        if self.profile == "paper":
+            recipe = training.RECIPES["paper"]
+        elif network.random_labels:
+            recipe = _QUICK_RANDOM_LABELS
+        else:
+            recipe = training.recipe_for("quick", network.data)
+            if network.data != "digits":
+                epochs = _QUICK_EPOCHS.get(network.model, recipe.epochs)
+                recipe = replace(recipe, epochs=epochs)
+        if self.overrides.epochs is not None:
+            recipe = replace(recipe, epochs=self.overrides.epochs)
+        return recipe
+
+    def data(self, network: Network) -> Dataset:
+        """The training samples."""
+        return self._data(network.data, network.limit, network.random_labels)
+
+    def classes(self, network: Network) -> int:
+        """c."""
+        return self.data(network).classes
+
+    def _load(self, name: str, limit: int | None, random_labels: bool) -> Dataset:
+        data = datasets.load(name, self.root, limit=limit)
+        if random_labels:
+            generator = torch.Generator().manual_seed(0)
+            targets = torch.randint(data.classes, (len(data),), generator=generator)
+            data = replace(data, targets=targets)
+        return data
+
+    def batches(self, network: Network) -> Batches:
+        """The samples of the curvature passes."""
+        data = self.data(network)
+        part = slice(network.samples)
+        return Batches(data.inputs[part], data.targets[part], _BATCH)
+
+    def folder_of(self, network: Network, seed: int, epochs: int | None = None) -> Path:
+        """Where the files of one trained network are."""
+        recipe = self.recipe(network)
+        parts = [network.data, network.model.replace(":", "-").replace("^", "x").lower()]
+        if network.random_labels:
+            parts.append("random")
+        if network.limit:
+            parts.append(f"first{network.limit}")
+        parts.append(f"{recipe.epochs if epochs is None else epochs}epochs")
+        if recipe.momentum:
+            parts.append(f"momentum{recipe.momentum:g}")
+        return self.folder / "networks" / "-".join(parts) / f"seed{seed}"
+
+    def model(self, network: Network, seed: int, epochs: int | None = None) -> nn.Module:
+        """The network trained from ``seed``, for fewer ``epochs`` than the recipe's if given."""
+        return self._models(network, seed, epochs)
+
+    def _trained(self, network: Network, seed: int, epochs: int | None) -> nn.Module:
+        data, recipe = self.data(network), self.recipe(network)
+        if epochs is not None:
+            recipe = replace(recipe, epochs=epochs)
+        model = models.build(network.model, data.input_shape, data.classes, seed)
+        path = self.folder_of(network, seed, epochs) / "state.pt"
+        if not path.is_file():
+            self._continue_from_fewer_epochs(network, seed, recipe.epochs, path)
+        with self._named(network, seed):
+            history = training.train(model, data, recipe, seed, self.progress, checkpoint=path)
+        if not (path.parent / "training.json").is_file():
+            loss, accuracy = training.evaluate(model, data)
+            facts = history.to_dict() | {"train_loss": loss, "train_accuracy": accuracy}
+            _write_json(path.parent / "training.json", facts)
+        return model
+
+    def _continue_from_fewer_epochs(
+        self, network: Network, seed: int, epochs: int, path: Path
+    ) -> None:
+        """Copies the state of the longest run that the wanted one begins with."""
+        for fewer in range(epochs - 1, 0, -1):
+            before = self.folder_of(network, seed, fewer) / "state.pt"
+            if before.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_name(f".state.{os.getpid()}.tmp")
+                shutil.copyfile(before, temporary)
+                os.replace(temporary, path)
+                return
+
+    def training(self, network: Network, seed: int, epochs: int | None = None) -> dict[str, Any]:
+        """Recipe, losses and seconds of a training, with the final loss and accuracy."""
+        self.model(network, seed, epochs)
+        path = self.folder_of(network, seed, epochs) / "training.json"
+        return dict(json.loads(path.read_text()))
+
+    def factors(self, network: Network, seed: int, epochs: int | None = None) -> Factors:
+        """Kronecker factors of every layer, weights only."""
+        path = self._cached(network, seed, epochs, "factors")
+        if path.is_file():
+            return load_factors(path)
+        model = self.model(network, seed, epochs)
+        with self._named(network, seed):
+            found = kronecker_factors(model, self.batches(network), LOSS, progress=self.progress)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found.save(path)
+        return found
+
+    def hessian(
+        self, network: Network, seed: int, layer: str, epochs: int | None = None
+    ) -> LayerHessian:
+        """The exact Hessian of one layer."""
+        return self._hessians(network, seed, epochs)[layer]
+
+    def _layer_hessians(
+        self, network: Network, seed: int, epochs: int | None
+    ) -> dict[str, LayerHessian]:
+        self._hessians.cache_clear()
+        model = self.model(network, seed, epochs)
+        with self._named(network, seed), warnings.catch_warnings():
+            # That a smooth layer's block is no Hessian is said where it matters.
+            warnings.simplefilter("ignore", UserWarning)
+            return layer_hessians(
+                model,
+                self.batches(network),
+                LOSS,
+                memory_budget=self.memory_budget,
+                progress=self.progress,
+            )
+
+    def full(self, network: Network, seed: int) -> GaussNewton:
+        """The Gauss-Newton matrix over all layers, biases included."""
+        self._hessians.cache_clear()
+        model = self.model(network, seed)
+        with self._named(network, seed):
+            return GaussNewton(
+                model,
+                self.batches(network),
+                LOSS,
+                bias="joint",
+                memory_budget=self.memory_budget,
+                progress=self.progress,
+            )
+
+    def eigenpairs(
+        self, network: Network, seed: int, layer: str, k: int, epochs: int | None = None
+    ) -> EigenResult:
+        """At least the k largest eigenpairs of a layer's exact Hessian, cut to k."""
+        m, d = self.factors(network, seed, epochs)[layer].layer_shape
+        k = min(k, m * d)
+        path = self._cached(network, seed, epochs, f"eigen.{layer}")
+        return self._kept_pairs(
+            path,
+            k,
+            network,
+            seed,
+            layer,
+            lambda: self.hessian(network, seed, layer, epochs),
+        )
+
+    def full_eigenpairs(self, network: Network, seed: int, k: int, G: GaussNewton) -> EigenResult:
+        """The k largest eigenpairs of :meth:`full`'s G."""
+        path = self._cached(network, seed, None, "eigen-full")
+        return self._kept_pairs(path, k, network, seed, "all layers", lambda: G)
+
+    def _kept_pairs(
+        self, path: Path, k: int, network: Network, seed: int, what: str, make: Callable[[], Any]
+    ) -> EigenResult:
+        found = _read_pairs(path, k)
+        if found is not None:
+            return found
+        operator = make()
+
+        def renamed(_: str, done: int, total: int | None) -> None:
+            self.progress(f"top eigenpairs of {what}", min(done, k), k)
+
+        with self._named(network, seed), warnings.catch_warnings():
+            # Pairs that did not converge are reported with the item.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            result = eigsh(operator, k, tol=_TOLERANCE, progress=renamed)
+        _write_pairs(path, result)
+        return result
+
+    def _cached(self, network: Network, seed: int, epochs: int | None, name: str) -> Path:
+        suffix = f"-{network.samples}samples" if network.samples else ""
+        return self.folder_of(network, seed, epochs) / f"{name}{suffix}.safetensors"
+
+    def _named(self, network: Network, seed: int) -> _Label:
+        return _Label(self, f"{network.name}, seed {seed}: ")
+
+
+class _Label:
+    """Puts a label in front of what the lab reports, for the time of a ``with`` block."""
+
+    def __init__(self, lab: Lab, label: str) -> None:
+        self._lab, self._new = lab, label
+
+    def __enter__(self) -> None:
+        self._old, self._lab._label = self._lab._label, self._new
+
+    def __exit__(self, *error: Any) -> None:
+        self._lab._label = self._old
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_pairs(path: Path, result: EigenResult) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tensors = {
+        "values": result.values,
+        "vectors": result.vectors.contiguous(),
+        "residuals": result.residuals,
+    }
+    facts = {"converged": str(int(result.converged)), "matvecs": str(result.matvecs)}
+    try:
+        save_file(tensors, temporary, metadata=facts)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_pairs(path: Path, k: int) -> EigenResult | None:
+    """The first k pairs of a file, or None where there are not so many."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata()
+            values = file.get_tensor("values")
+            if len(values) < k:
+                return None
+            return EigenResult(
+                values[:k].clone(),
+                file.get_tensor("vectors")[:, :k].contiguous(),
+                file.get_tensor("residuals")[:k].clone(),
+                facts["converged"] == "1",
+                int(facts["matvecs"]),
+            )
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read ({error}); remove it to compute it anew") from None

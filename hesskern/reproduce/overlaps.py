@@ -1,0 +1,420 @@
+"""Overlaps of leading eigenspaces: exact and Kronecker form, full Hessian, model and model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hesskern import published
+from hesskern.metrics import subspace_overlap
+from hesskern.predictor import classify_peak, peak_position, predict_overlap
+from hesskern.reproduce.items import pairs_of, strip_power
+from hesskern.reproduce.lab import Lab, Network
+from hesskern.reproduce.results import Chart, Curve, Outcome, Table, judge
+
+__all__ = ["between_models", "full_hessian", "hessian_and_kronecker", "width_variants"]
+
+_OVERLAP_WITHIN = 0.03
+_BETWEEN_WITHIN = 0.05
+_SHOWN_EIGENVALUES = 20
+# Bytes for the Kronecker eigenvectors of one layer of one model when models are compared.
+_PAIR_BUDGET = 384 * 2**20
+_K_AXIS = "k, dimension of the leading space"
+
+
+def hessian_and_kronecker(lab: Lab, networks: Sequence[Network]) -> Outcome:
+    """Eigenvalues and leading spaces of H and of E[M] (x) E[x x^T], layer by layer."""
+    out = Outcome()
+    for network in networks:
+        figures = published.figures_for(network.data, strip_power(network.model)) or {}
+        curves: dict[str, list[list[float]]] = {}
+        values: dict[str, dict[str, list[list[float]]]] = {}
+        worst = 0.0
+        for seed in lab.seeds():
+            for name, factors in lab.factors(network, seed).items():
+                exact = lab.eigenpairs(network, seed, name, lab.top)
+                kronecker = factors.eigsh(len(exact.values))
+                overlap = subspace_overlap(exact.vectors, kronecker.vectors)
+                curves.setdefault(name, []).append(overlap.tolist())
+                forms = values.setdefault(name, {"exact": [], "kronecker": []})
+                forms["exact"].append(exact.values.tolist())
+                forms["kronecker"].append(kronecker.values.tolist())
+                worst = max(worst, float(exact.residuals.max()))
+        out.numbers[network.name] = {"overlap": curves, "eigenvalues": values, "residual": worst}
+        reference = figures.get("overlap", {"k": [], "layers": {}})
+        out.charts.append(_overlap_chart(network, curves, reference, lab.classes(network)))
+        for index, name in enumerate(curves):
+            out.charts.append(
+                _eigenvalue_chart(
+                    network, name, index, values[name], figures.get("eigenvalues", {}).get(name)
+                )
+            )
+            for k, figure in zip(reference["k"], reference["layers"].get(name, []), strict=False):
+                ours = [curve[k - 1] for curve in curves[name] if len(curve) >= k]
+                if ours:
+                    out.verdicts.append(
+                        judge(
+                            f"{name} of {network.name}: overlap at k = {k}",
+                            ours,
+                            figure,
+                            within=_OVERLAP_WITHIN,
+                            withheld=lab.withheld(network),
+                        )
+                    )
+            if not reference["layers"].get(name):
+                k = min(lab.classes(network) - 1, len(curves[name][0]))
+                out.verdicts.append(
+                    judge(
+                        f"{name} of {network.name}: overlap at k = {k}",
+                        [curve[k - 1] for curve in curves[name]],
+                        withheld="no published figure",
+                    )
+                )
+        out.notes.append(
+            f"{network.name}: the largest residual ‖Hv − λv‖ / λ₁ of the exact eigenpairs is "
+            f"{worst:.1e}."
+        )
+    return out
+
+
+def _overlap_chart(
+    network: Network,
+    curves: dict[str, list[list[float]]],
+    reference: dict[str, Any],
+    classes: int,
+) -> Chart:
+    drawn = [
+        Curve(name, values, colour=index) for index, (name, values) in enumerate(curves.items())
+    ]
+    longest = max(len(values[0]) for values in curves.values())
+    for index, name in enumerate(curves):
+        points = [
+            (k, v)
+            for k, v in zip(reference["k"], reference["layers"].get(name, []), strict=False)
+            if k <= longest
+        ]
+        if points:
+            drawn.append(
+                Curve(
+                    "",
+                    [[v for _, v in points]],
+                    [float(k) for k, _ in points],
+                    index,
+                    "points",
+                    published=True,
+                )
+            )
+    return Chart(
+        f"overlap-{network.data}-{strip_power(network.model)}",
+        f"H and its Kronecker form, {network.name}",
+        _K_AXIS,
+        "overlap",
+        drawn,
+        mark=(classes - 1, f"k = c − 1 = {classes - 1}"),
+        unit=True,
+    )
+
+
+def _eigenvalue_chart(
+    network: Network,
+    name: str,
+    index: int,
+    values: dict[str, list[list[float]]],
+    figures: dict[str, list[float]] | None,
+) -> Chart:
+    def shown(rows: list[list[float]]) -> list[list[float]]:
+        floor = max(row[0] for row in rows) * 1e-8
+        return [[max(v, floor) for v in row[:_SHOWN_EIGENVALUES]] for row in rows]
+
+    drawn = [
+        Curve("exact H", shown(values["exact"]), colour=index),
+        Curve("Kronecker form", shown(values["kronecker"]), colour=index, style="dashed"),
+    ]
+    for form, label in (("exact", "exact H, published"), ("kronecker", "Kronecker, published")):
+        if figures:
+            drawn.append(
+                Curve(
+                    label,
+                    [figures[form]],
+                    colour=6 if form == "exact" else 1,
+                    style="points",
+                    published=True,
+                )
+            )
+    return Chart(
+        f"eigenvalues-{name}-{network.data}-{strip_power(network.model)}",
+        f"Eigenvalues of {name}, {network.name}",
+        "index",
+        "eigenvalue",
+        drawn,
+        log=True,
+    )
+
+
+def full_hessian(lab: Lab, networks: Sequence[Network]) -> Outcome:
+    """Leading space of the full Gauss-Newton matrix and of (u^(p) (x) E[x~^(p)])_p."""
+    out = Outcome()
+    for network in networks:
+        figures = published.FULL_OVERLAP.get(strip_power(network.model), {"k": [], "overlap": []})
+        curves: dict[str, list[list[float]]] = {"published form": [], "lengths kept": []}
+        values: list[list[float]] = []
+        for seed in lab.seeds():
+            G = lab.full(network, seed)
+            k = min(lab.top, sum(m for m, _ in G.layer_shapes.values()))
+            exact = lab.full_eigenpairs(network, seed, k, G)
+            stacked = G.stacked()
+            approximations = (stacked.published_vectors(k), stacked.eigsh(k).vectors)
+            for label, vectors in zip(curves, approximations, strict=True):
+                curves[label].append(subspace_overlap(exact.vectors, vectors).tolist())
+            values.append(exact.values.tolist())
+        out.numbers[network.name] = {"overlap": curves, "eigenvalues": values}
+        drawn = [
+            Curve(label, rows, colour=index, style="solid" if index == 0 else "dashed")
+            for index, (label, rows) in enumerate(curves.items())
+        ]
+        if network.data == "mnist" and figures["k"]:
+            drawn.append(
+                Curve(
+                    "published",
+                    [figures["overlap"]],
+                    figures["k"],
+                    6,
+                    "points",
+                    published=True,
+                )
+            )
+        classes = lab.classes(network)
+        out.charts.append(
+            Chart(
+                f"full-{network.data}-{strip_power(network.model)}",
+                f"Full Gauss-Newton matrix, {network.name}",
+                _K_AXIS,
+                "overlap",
+                drawn,
+                mark=(classes - 1, f"k = c − 1 = {classes - 1}"),
+                unit=True,
+            )
+        )
+        for label, rows in curves.items():
+            points: list[tuple[int, float | None]] = [(min(classes - 1, len(rows[0])), None)]
+            if network.data == "mnist" and figures["k"]:
+                points = [
+                    (int(k), v) for k, v in zip(figures["k"], figures["overlap"], strict=True)
+                ]
+            for index, figure in points:
+                ours = [row[index - 1] for row in rows if len(row) >= index]
+                if not ours:
+                    continue
+                out.verdicts.append(
+                    judge(
+                        f"{network.name}, {label}: overlap at k = {index}",
+                        ours,
+                        figure,
+                        within=None if figure is None else _OVERLAP_WITHIN,
+                        withheld="no published figure" if figure is None else lab.withheld(network),
+                    )
+                )
+    out.notes.append(
+        "Published form: u of the stacked output Hessian, times E[x~] as it stands. Lengths kept: "
+        "the exact eigenvectors of the same matrix, in which layers weigh by ‖E[x~]‖."
+    )
+    return out
+
+
+def between_models(lab: Lab, networks: Sequence[Network]) -> Outcome:
+    """Overlap of a layer's leading spaces in differently seeded models, with the prediction."""
+    out = Outcome()
+    hits: list[bool] = []
+    rows: list[list[str]] = []
+    for network in networks:
+        reference = published.BETWEEN.get((network.data, strip_power(network.model)), {})
+        seeds = lab.seeds()
+        if len(seeds) < 2:
+            raise ValueError("seeds must be at least 2 to compare models")
+        layers = list(lab.factors(network, seeds[0]))
+        for index, name in enumerate(layers):
+            found = _compare(lab, network, name, seeds)
+            out.numbers.setdefault(network.name, {})[name] = found
+            out.charts.append(_between_chart(network, name, index, found))
+            k, figure = reference.get(name, (0, 0.0))
+            if k and index < len(layers) - 1 and len(found["exact"][0]) >= 1.25 * found["outputs"]:
+                out.verdicts.append(
+                    judge(
+                        f"{name} of {network.name}: k of the peak (exact H)",
+                        [float(peak_position(curve)) for curve in found["exact"]],
+                        f"{k}",
+                        between=(0.8 * k, 1.25 * k),
+                        withheld=lab.withheld(network),
+                    )
+                )
+            if k:
+                form = "exact" if len(found["exact"][0]) >= k else "kronecker"
+                ours = [curve[k - 1] for curve in found[form] if len(curve) >= k]
+                if ours:
+                    words = "exact H" if form == "exact" else "Kronecker form"
+                    out.verdicts.append(
+                        judge(
+                            f"{name} of {network.name}: overlap between models at k = {k} "
+                            f"({words})",
+                            ours,
+                            figure,
+                            within=_BETWEEN_WITHIN,
+                            withheld=lab.withheld(network),
+                        )
+                    )
+            if network.model.endswith("-bn") and 0 < index < len(layers) - 1:
+                # The first layer sees images and the last gives classes, with or without it.
+                k = min(found["outputs"], len(found["kronecker"][0]))
+                out.verdicts.append(
+                    judge(
+                        f"{name} of {network.name}: overlap between models at k = m = {k} "
+                        "(Kronecker form)",
+                        [curve[k - 1] for curve in found["kronecker"]],
+                        published.BETWEEN_BATCH_NORM,
+                        within=_BETWEEN_WITHIN,
+                        withheld=lab.withheld(network),
+                    )
+                )
+            row, right = _prediction_row(network, name, found)
+            rows.append(row)
+            if index < len(layers) - 1:
+                hits += right
+    out.tables.append(
+        Table(
+            "The predictor",
+            ["layer", "condition holds", "predicted", "found", "(t·t′)²", "found at k = m"],
+            rows,
+            "Condition: τ_m γ₁ > τ₁ γ₂ in both models of a pair. Predicted and found: where the "
+            "overlap of the Kronecker forms peaks, early, normal (near k = m) or delayed; one "
+            "count per pair of models.",
+        )
+    )
+    if hits:
+        out.numbers["hit rate"] = sum(hits) / len(hits)
+        out.notes.append(
+            f"The predictor names the kind of peak in {sum(hits)} of {len(hits)} cases (layers "
+            "before the last, whose outputs are the classes, in one order in every model)."
+        )
+    return out
+
+
+def _compare(lab: Lab, network: Network, name: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """Curves of all pairs of seeds, exact and of the Kronecker forms, and predictions."""
+    factors = {seed: lab.factors(network, seed)[name] for seed in seeds}
+    m, d = factors[seeds[0]].layer_shape
+    reference = published.BETWEEN.get((network.data, strip_power(network.model)), {})
+    wanted = max(math.ceil(2.25 * m), lab.top, reference.get(name, (0, 0.0))[0])
+    affordable = _PAIR_BUDGET // (4 * m * d)
+    k = max(1, min(wanted, m * d, affordable))
+    pairs: dict[int, Tensor] = {
+        seed: lab.eigenpairs(network, seed, name, lab.top).vectors for seed in seeds
+    }
+    forms = {seed: f.eigsh(k).vectors for seed, f in factors.items()}
+    found: dict[str, Any] = {"outputs": m, "parameters": m * d, "exact": [], "kronecker": []}
+    found["predictions"] = []
+    for first, second in pairs_of(seeds):
+        found["exact"].append(subspace_overlap(pairs[first], pairs[second]).tolist())
+        found["kronecker"].append(subspace_overlap(forms[first], forms[second]).tolist())
+        prediction = predict_overlap(factors[first], factors[second], k)
+        found["predictions"].append(
+            {
+                "applies": prediction.applies,
+                "squared_cosine": prediction.squared_cosine,
+                "kind": prediction.kind,
+                "peak": prediction.peak,
+                "curve": prediction.curve.tolist(),
+            }
+        )
+    return found
+
+
+def _between_chart(network: Network, name: str, index: int, found: dict[str, Any]) -> Chart:
+    m = found["outputs"]
+    longest = len(found["kronecker"][0])
+    curves = [
+        Curve("Kronecker form", found["kronecker"], colour=index, style="dashed"),
+        Curve("exact H", found["exact"], colour=index),
+        Curve(
+            "predicted",
+            [p["curve"] for p in found["predictions"]],
+            colour=6,
+            style="dotted",
+        ),
+    ]
+    reference = published.BETWEEN.get((network.data, strip_power(network.model)), {})
+    if name in reference:
+        k, figure = reference[name]
+        curves.append(Curve("published", [[figure]], [float(k)], 6, "points", published=True))
+    return Chart(
+        f"between-{name}-{network.data}-{strip_power(network.model)}",
+        f"{name}, {network.name}",
+        _K_AXIS,
+        "overlap between models",
+        curves,
+        mark=(m, f"k = m = {m}") if m <= longest else None,
+    )
+
+
+def _prediction_row(
+    network: Network, name: str, found: dict[str, Any]
+) -> tuple[list[str], list[bool]]:
+    """A line of the predictor's table, and whether each pair's kind was right."""
+    m, predictions = found["outputs"], found["predictions"]
+    kinds, right = [], []
+    for curve, prediction in zip(found["kronecker"], predictions, strict=True):
+        if len(curve) < 1.25 * m:
+            continue
+        kinds.append(classify_peak(curve, m))
+        right.append(kinds[-1] == prediction["kind"])
+    height = [curve[m - 1] for curve in found["kronecker"] if len(curve) >= m]
+    return [
+        f"{name} of {network.name}",
+        _counted([str(p["applies"]).lower() for p in predictions]),
+        _counted([p["kind"] for p in predictions]),
+        _counted(kinds) or "–",
+        f"{sum(p['squared_cosine'] for p in predictions) / len(predictions):.3f}",
+        f"{sum(height) / len(height):.3f}" if height else "–",
+    ], right
+
+
+def _counted(words: Sequence[str]) -> str:
+    """``normal (2), early (1)``, or a single word where all are the same."""
+    kinds = dict.fromkeys(words)
+    if len(kinds) == 1:
+        return words[0]
+    return ", ".join(f"{kind} ({list(words).count(kind)})" for kind in kinds)
+
+
+def width_variants(lab: Lab, networks: Sequence[Network]) -> Outcome:
+    """fc1 of LeNet5 with different widths: overlap between models at k = m."""
+    out = Outcome()
+    curves = []
+    for index, network in enumerate(networks):
+        found = _compare(lab, network, "fc1", lab.seeds())
+        out.numbers[network.name] = found
+        m = found["outputs"]
+        curves.append(Curve(f"m = {m}", found["kronecker"], colour=index))
+        if len(found["kronecker"][0]) >= m:
+            figure = published.LENET5_WIDTHS.get(m) if "lenet5" in network.model else None
+            out.verdicts.append(
+                judge(
+                    f"fc1 of {network.name}, m = {m}: overlap between models at k = m",
+                    [curve[m - 1] for curve in found["kronecker"]],
+                    figure,
+                    within=None if figure is None else _BETWEEN_WITHIN,
+                    withheld=lab.withheld(network) or ("" if figure else "no published figure"),
+                )
+            )
+    out.charts.append(
+        Chart(
+            "widths",
+            "fc1 with different widths m (Kronecker forms)",
+            _K_AXIS,
+            "overlap between models",
+            curves,
+        )
+    )
+    return out

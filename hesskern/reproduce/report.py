@@ -1,0 +1,151 @@
+"""An item's files, and the page that shows all items of one folder."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import jinja2
+
+from hesskern.analysis import plain
+from hesskern.digest import counted, listed
+from hesskern.report import write_files
+from hesskern.reproduce.drawing import draw_chart, draw_heat_map
+from hesskern.reproduce.items import Item
+from hesskern.reproduce.lab import Lab, Network
+from hesskern.reproduce.results import Outcome
+
+__all__ = ["FORMAT", "describe", "verdict_words", "write_item", "write_page"]
+
+FORMAT = "hesskern.reproduce/1"
+RESULT, PAGE = "result.json", "report.html"
+
+
+def describe(lab: Lab, networks: Sequence[Network]) -> list[dict[str, Any]]:
+    """What the networks of an item are and how they were trained."""
+    rows = []
+    for network in networks:
+        trained = []
+        for seed in lab.seeds():
+            path = lab.folder_of(network, seed) / "training.json"
+            if path.is_file():
+                trained.append(json.loads(path.read_text()))
+        recipe = lab.recipe(network)
+        words = [
+            counted(recipe.epochs, "epoch"),
+            f"learning rate {recipe.learning_rate:g}",
+            f"batch {recipe.batch_size}",
+            f"momentum {recipe.momentum:g}" if recipe.momentum else "no momentum",
+            f"weight decay {recipe.weight_decay:g}" if recipe.weight_decay else "no weight decay",
+        ]
+        used = len(lab.batches(network).inputs)
+        rows.append(
+            {
+                "name": network.name,
+                "samples": len(lab.data(network)),
+                "curvature_samples": used,
+                "recipe": ", ".join(words),
+                "seeds": len(trained),
+                "train_loss": fmean(t["train_loss"] for t in trained) if trained else None,
+                "train_accuracy": fmean(t["train_accuracy"] for t in trained) if trained else None,
+                "seconds": sum(t["seconds"] for t in trained),
+            }
+        )
+    return rows
+
+
+def verdict_words(verdict: Mapping[str, Any]) -> str:
+    """One line: published, ours, seeds, spread."""
+    published = verdict["published"]
+    ours = f"{verdict['ours']:.3f}"
+    if verdict["count"] > 1:
+        ours += f" [{verdict['low']:.3f}, {verdict['high']:.3f}] of {verdict['count']}"
+    judged = {True: "agrees", False: "DIFFERS", None: "no verdict"}[verdict["agrees"]]
+    detail = verdict["rule"] if verdict["agrees"] is not None else verdict["note"]
+    parts = [f"published {published}" if published else "", f"ours {ours}"]
+    return f"{verdict['what']}: {', '.join(p for p in parts if p)}: {judged}" + (
+        f" ({detail})" if detail else ""
+    )
+
+
+def _title(item: Item, facts: Mapping[str, Any]) -> str:
+    """The item's title, and what was looked at in its place."""
+    if not facts["changed"] or not facts["networks"]:
+        return item.title
+    return f"{item.title} (here: {listed([n['name'] for n in facts['networks']])})"
+
+
+def write_item(folder: Path, item: Item, outcome: Outcome, facts: Mapping[str, Any]) -> list[Path]:
+    """Writes ``result.json`` and every figure as SVG and PNG into the item's folder.
+
+    Args:
+        folder: of the profile.
+        item: what was computed.
+        outcome: what came out.
+        facts: profile, whether its subject was changed, networks, command, versions, seconds.
+
+    Returns:
+        the paths, the result first.
+    """
+    result = {
+        "format": FORMAT,
+        "item": item.name,
+        "title": _title(item, facts),
+        "shows": item.shows,
+        **facts,
+        **outcome.to_dict(),
+    }
+    files = {RESULT: (json.dumps(plain(result), indent=1, allow_nan=False) + "\n").encode()}
+    for chart in outcome.charts:
+        picture = draw_chart(chart)
+        files[f"{chart.name}.svg"] = picture.svg.encode()
+        files[f"{chart.name}.png"] = picture.png
+    for heat in outcome.heat_maps:
+        picture = draw_heat_map(heat)
+        files[f"{heat.name}.svg"] = picture.svg.encode()
+        files[f"{heat.name}.png"] = picture.png
+    return write_files(folder / item.name, files)
+
+
+def write_page(folder: Path, order: Sequence[str]) -> Path:
+    """One page of all items whose results are in ``folder``, in this order; figures inside."""
+    results = []
+    for name in order:
+        path = folder / name / RESULT
+        if path.is_file():
+            results.append(json.loads(path.read_text()))
+    return write_files(folder, {PAGE: render(folder, results).encode()})[0]
+
+
+def render(folder: Path, results: Sequence[Mapping[str, Any]]) -> str:
+    """The page's HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hesskern", "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    figures = {
+        result["item"]: [
+            _picture(folder / result["item"] / f"{figure['name']}.svg", figure["title"])
+            for figure in (*result["charts"], *result["heat_maps"])
+        ]
+        for result in results
+    }
+    judged = [v for r in results for v in r["verdicts"] if v["agrees"] is not None]
+    return environment.get_template("reproduce.html.j2").render(
+        results=results,
+        figures=figures,
+        agree=sum(v["agrees"] for v in judged),
+        judged=len(judged),
+        profile=results[0]["profile"] if results else "",
+    )
+
+
+def _picture(path: Path, alt: str) -> dict[str, str]:
+    encoded = base64.b64encode(path.read_bytes()).decode()
+    return {"uri": f"data:image/svg+xml;base64,{encoded}", "alt": alt}

@@ -1,0 +1,33 @@
+"""The functional term: the Hessian minus its Gauss-Newton block."""
+
+import pytest
+import torch
+from dense import gauss_newton, loss_hessian
+from networks import classes, randn, seeded
+from torch import nn
+
+import hesskern as hk
+
+
+def tanh_problem(activation=nn.Tanh):
+    model = seeded(nn.Sequential(nn.Linear(4, 5), activation(), nn.Linear(5, 3)))
+    return model, [(randn(15, 4), classes(15, c=3))], nn.CrossEntropyLoss()
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU])
+def test_share_by_its_definition(activation):
+    model, data, loss = tanh_problem(activation)
+    found = hk.functional_share(model, data, loss, "0")
+    H, G = loss_hessian(model, data, loss, "0"), gauss_newton(model, data, loss, "0")
+    assert found.spectral == pytest.approx(
+        float(torch.linalg.matrix_norm(H - G, 2) / torch.linalg.matrix_norm(H, 2)), rel=1e-6
+    )
+    assert found.frobenius == pytest.approx(float((H - G).norm() / H.norm()), rel=1e-6)
+    assert found.frobenius > 0.01
+
+
+def test_no_share_behind_piecewise_linear_operations():
+    model, data, loss = tanh_problem(nn.ReLU)
+    assert hk.functional_share(model, data, loss, "0").frobenius < 1e-7
+    model, data, loss = tanh_problem(nn.Tanh)
+    assert hk.functional_share(model, data, loss, "2").frobenius < 1e-7

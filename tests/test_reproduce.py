@@ -1,0 +1,415 @@
+"""``hesskern reproduce``: items, verdicts, resumption, budget, files and page."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import hesskern as hk
+from hesskern import commands, data, models, published, training
+from hesskern.reproduce import beyond, catalogue, command, factors, lab, overlaps, vectors
+from hesskern.reproduce.lab import Lab, Network, Overrides
+from hesskern.reproduce.report import verdict_words
+from hesskern.reproduce.results import judge
+
+TINY = Overrides(data="digits", model="f16x2", limit=200, epochs=2, seeds=2, top=12)
+SMALL = ["--data", "digits", "--model", "f16x2", "--limit", 200, "--epochs", 2, "--top", 12]
+SMALL += ["--seeds", 2]
+# One of each kind of figure and table; the functions behind all others run below, undrawn.
+SHOWN = ["random-data", "overlap-f200x2", "autocorrelation", "correspondence"]
+FOLDER = "quick-data-digits-model-f16x2-limit-200-epochs-2"
+
+
+def run(*arguments):
+    return CliRunner().invoke(commands.hesskern, ["reproduce", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("all")
+    outcome = run(*SHOWN, *SMALL, "--output", folder, "--json")
+    assert outcome.exit_code == 0, outcome.output
+    return folder, outcome
+
+
+@pytest.fixture(scope="module")
+def tiny(everything):
+    """A lab over the networks that the command has trained."""
+    return Lab(everything[0] / FOLDER, overrides=TINY)
+
+
+def network(tiny, model="f200x2"):
+    return tiny.networks([Network("mnist", model)])[0]
+
+
+def test_items_write_their_numbers_and_figures(everything):
+    folder, outcome = everything
+    results = json.loads(outcome.stdout)
+    assert [result["item"] for result in results] == [n for n in catalogue.ITEMS if n in SHOWN]
+    page = (folder / FOLDER / "report.html").read_text()
+    for result in results:
+        path = folder / FOLDER / result["item"]
+        assert json.loads((path / "result.json").read_text()) == result
+        assert result["format"] == "hesskern.reproduce/1"
+        assert result["command"].startswith("hesskern reproduce --output")
+        assert f'id="{result["item"]}"' in page
+        figures = [*result["charts"], *result["heat_maps"]]
+        assert figures or result["tables"]
+        for figure in figures:
+            assert ET.parse(path / f"{figure['name']}.svg").getroot().tag.endswith("svg")
+            assert (path / f"{figure['name']}.png").read_bytes().startswith(b"\x89PNG")
+        assert all(verdict["agrees"] is None for verdict in result["verdicts"])
+        assert "here: F-16" in result["title"] or not result["networks"]
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+    assert "No figure here is judged" in page
+    assert outcome.stderr.count("no verdict") == sum(len(r["verdicts"]) for r in results)
+
+
+def test_overlap_item_holds_the_dense_overlap(tiny, everything):
+    layer = "fc2"
+    sample = data.load("digits", limit=200)
+    model = tiny.model(network(tiny), 1)
+    H = hk.AutogradHessian(
+        model, sample.batches(200), nn.CrossEntropyLoss(), params=[f"{layer}.weight"]
+    ).to_dense()
+    K = hk.kronecker_factors(model, sample.batches(200), nn.CrossEntropyLoss())[layer].operator()
+    U, V = (torch.linalg.eigh(A.double()).eigenvectors.flip(1) for A in (H, K.to_dense()))
+    expected = float((U[:, :5].T @ V[:, :5]).square().sum()) / 5
+    result = json.loads((everything[0] / FOLDER / "overlap-f200x2" / "result.json").read_text())
+    (numbers,) = result["numbers"].values()
+    assert numbers["overlap"][layer][1][4] == pytest.approx(expected, abs=2e-3)
+    assert numbers["eigenvalues"][layer]["exact"][1][0] == pytest.approx(
+        float(torch.linalg.eigvalsh(H.double())[-1]), rel=1e-4
+    )
+
+
+def test_between_models_and_its_prediction(tiny):
+    outcome = overlaps.between_models(tiny, [network(tiny)])
+    found = outcome.numbers["F-16² on digits"]["fc2"]
+    pair = [tiny.eigenpairs(network(tiny), seed, "fc2", 12).vectors for seed in (0, 1)]
+    torch.testing.assert_close(
+        torch.tensor(found["exact"][0]).double(), hk.subspace_overlap(*pair), rtol=1e-5, atol=1e-6
+    )
+    forms = [tiny.factors(network(tiny), seed)["fc2"] for seed in (0, 1)]
+    expected = hk.predict_overlap(*forms, k=len(found["kronecker"][0]))
+    assert found["predictions"][0]["curve"] == expected.curve.tolist()
+    assert len(found["kronecker"][0]) == 36
+    observed = hk.classify_peak(found["kronecker"][0], 16)
+    row = next(row for row in outcome.tables[0].rows if row[0].startswith("fc2"))
+    assert row[1:4] == [str(expected.applies).lower(), expected.kind, observed]
+    one = Lab(tiny.folder, overrides=replace(TINY, seeds=1))
+    with pytest.raises(ValueError, match="seeds must be at least 2 to compare models"):
+        overlaps.between_models(one, [network(tiny)])
+
+
+def test_full_hessian_item(tiny):
+    outcome = overlaps.full_hessian(tiny, [network(tiny)])
+    batches = tiny.batches(network(tiny))
+    G = hk.GaussNewton(tiny.model(network(tiny), 0), batches, nn.CrossEntropyLoss(), bias="joint")
+    U = torch.linalg.eigh(G.to_dense().double()).eigenvectors.flip(1)[:, :3].float()
+    forms = {"published form": G.stacked().published_vectors(3)}
+    forms["lengths kept"] = G.stacked().eigsh(3).vectors
+    for name, V in forms.items():
+        found = outcome.numbers["F-16² on digits"]["overlap"][name][0][:3]
+        torch.testing.assert_close(
+            torch.tensor(found).double(), hk.subspace_overlap(U, V), atol=5e-3, rtol=0
+        )
+
+
+def test_items_about_factors(tiny):
+    outcome = factors.autocorrelation(tiny, [network(tiny), network(tiny, "f200x2-bn")])
+    for name, model in (("F-16² on digits", "f200x2"), ("F-16² with batch norm on digits", None)):
+        chosen = network(tiny, model or "f200x2-bn")
+        expected = [
+            hk.input_autocorrelation(tiny.factors(chosen, seed)[layer]).mean_alignment
+            for seed in (0, 1)
+            for layer in ("fc2", "fc3")
+        ]
+        assert outcome.numbers[name]["fc"]["alignment"] == expected
+    outcome = factors.row_space(tiny, [network(tiny)])
+    model = tiny.model(network(tiny), 0)
+    S = model.fc3.weight @ model.fc2.weight
+    expected = hk.row_space_overlap(S, tiny.factors(network(tiny), 0)["fc1"].output_hessian)
+    found = outcome.numbers["F-16² on digits"]["fc1"]
+    assert found["orthogonal"][0] == pytest.approx(expected.orthogonal, abs=1e-5)
+    assert found["centred"][0] == pytest.approx(expected.centred, abs=1e-5)
+    assert outcome.numbers["F-16² on digits"]["fc3"]["centred"] == pytest.approx([1.0, 1.0])
+
+
+def test_output_spectra_are_of_three_different_stages(tiny):
+    networks = tiny.networks([Network("mnist", "f200x2"), Network("mnist", "f200x2", True)])
+    outcome = factors.output_spectra(tiny, networks)
+    spectra = outcome.numbers["spectra"]["fc1"]
+    assert list(spectra) == ["initialization", "after training", "random labels"]
+    start = tiny.factors(networks[0], 0, 0)["fc1"].output_hessian
+    values = torch.linalg.eigvalsh(start.double()).flip(0)
+    assert spectra["initialization"][0][3] == pytest.approx(float(values[3] / values[0]))
+    assert len({tuple(rows[0]) for rows in spectra.values()}) == 3
+    untrained = tiny.model(networks[0], 0, 0)
+    fresh = hk.kronecker_factors(untrained, tiny.batches(networks[0]), nn.CrossEntropyLoss())
+    torch.testing.assert_close(fresh["fc1"].output_hessian, start)
+    assert not torch.equal(tiny.data(networks[1]).targets, tiny.data(networks[0]).targets)
+
+
+def test_rank_one_and_correspondence(tiny):
+    outcome = vectors.rank_one(tiny, [network(tiny)])
+    h = tiny.eigenpairs(network(tiny), 0, "fc2", 12).vectors[:, 3].reshape(16, 16)
+    found = outcome.numbers["F-16² on digits"]["fc2"][0][3]
+    assert found == pytest.approx(float(torch.linalg.matrix_norm(h, 2) / h.norm()), rel=1e-5)
+    outcome = vectors.correspondence(tiny, [network(tiny)])
+    heat = next(h for h in outcome.heat_maps if h.name.startswith("correspondence-input-fc2"))
+    v = torch.linalg.eigh(tiny.factors(network(tiny), 0)["fc2"].input_covariance).eigenvectors
+    assert heat.rows[0][3] == pytest.approx(float((h @ v[:, -1]).square().sum()), abs=1e-4)
+
+
+class _Stopped(Exception):
+    pass
+
+
+def test_an_interrupted_lab_goes_on_and_ends_at_the_same_numbers(tmp_path):
+    def stop(description, done, total):
+        if "top eigenpairs of fc2" in description:
+            raise _Stopped
+
+    small = replace(TINY, seeds=1, top=5)
+    whole = overlaps.hessian_and_kronecker(
+        at_once := Lab(tmp_path / "whole", overrides=small), at_once.networks([F200])
+    )
+    broken = Lab(tmp_path / "parts", overrides=small, progress=stop)
+    with pytest.raises(_Stopped):
+        overlaps.hessian_and_kronecker(broken, broken.networks([F200]))
+    seen = []
+    again = Lab(tmp_path / "parts", overrides=small, progress=lambda *args: seen.append(args[0]))
+    resumed = overlaps.hessian_and_kronecker(again, again.networks([F200]))
+    assert resumed.numbers == whole.numbers
+    assert not any("training" in text or "fc1" in text for text in seen)
+    assert any("top eigenpairs of fc2" in text for text in seen)
+    assert not list((tmp_path / "parts").rglob("*.tmp"))
+
+
+F200 = Network("mnist", "f200x2")
+
+
+def test_fewer_epochs_are_where_more_begin(tmp_path):
+    small = replace(TINY, seeds=1)
+    steps = []
+    first = Lab(tmp_path / "a", overrides=small, progress=lambda *args: steps.append(args))
+    net = first.networks([F200])[0]
+    first.model(net, 0, 1)
+    steps.clear()
+    grown = first.model(net, 0)
+    assert min(done for text, done, _ in steps if "training" in text) > 4
+    direct = Lab(tmp_path / "b", overrides=small).model(net, 0)
+    assert torch.equal(grown.fc1.weight, direct.fc1.weight)
+    recipe = replace(training.recipe_for("quick", "digits"), epochs=2)
+    assert first.training(net, 0)["recipe"]["epochs"] == recipe.epochs
+
+
+def test_samples_of_the_curvature_are_a_part_of_the_training_data(tmp_path):
+    net = Network("digits", "f8x1", limit=120, samples=50)
+    laboratory = Lab(tmp_path, overrides=Overrides(epochs=1))
+    found = laboratory.factors(net, 0)
+    assert found.num_samples == 50
+    assert laboratory.factors(replace(net, samples=None), 0).num_samples == 120
+
+
+def test_profiles_and_overrides_never_share_a_folder():
+    folders = {
+        command._folder_name(profile, overrides)
+        for profile in ("quick", "paper")
+        for overrides in (
+            Overrides(),
+            Overrides(epochs=3),
+            Overrides(limit=5),
+            Overrides(data="digits"),
+            Overrides(model="a.b:net"),
+        )
+    }
+    assert len(folders) == 10
+    assert command._folder_name("quick", Overrides(seeds=7, top=3)) == "quick"
+    assert Lab(None, "paper").recipe(F200) == training.RECIPES["paper"]
+    assert Lab(None, "quick").recipe(F200) == training.recipe_for("quick", "mnist")
+
+
+def test_published_sizes_withhold_verdicts(monkeypatch):
+    laboratory = Lab(None)
+    cifar = Network("cifar10", "lenet5")
+    monkeypatch.setattr(laboratory, "data", lambda network: range(10_000))
+    assert laboratory.withheld(cifar) == "10,000 images here, 50,000 in the paper"
+    monkeypatch.setattr(laboratory, "data", lambda network: range(50_000))
+    assert laboratory.withheld(cifar) == ""
+    assert Lab(None, overrides=Overrides(epochs=1)).withheld(cifar) != ""
+
+
+def test_verdicts():
+    near = judge("a", [0.90, 0.94], 0.94, within=0.03)
+    assert (near.agrees, near.ours, near.low, near.high) == (True, pytest.approx(0.92), 0.90, 0.94)
+    assert judge("a", [0.90], 0.94, within=0.03).agrees is False
+    assert judge("a", [0.91], 0.94, within=0.03).agrees is True
+    assert judge("a", [0.5], "x", between=(0.5, 0.6)).agrees is True
+    assert judge("a", [0.61], "x", between=(0.5, 0.6)).agrees is False
+    held = judge("a", [0.90], 0.94, within=0.03, withheld="other data")
+    assert (held.agrees, held.note) == (None, "other data")
+    with pytest.raises(ValueError, match="ours must hold at least one value"):
+        judge("a", [])
+    with pytest.raises(ValueError, match="within needs a published number"):
+        judge("a", [1.0], "dark", within=0.1)
+    words = verdict_words(vars(near))
+    assert words == "a: published 0.94, ours 0.920 [0.900, 0.940] of 2: agrees (within 0.03)"
+    far = vars(judge("a", [0.1], 0.94, within=0.03))
+    assert verdict_words(far) == "a: published 0.94, ours 0.100: DIFFERS (within 0.03)"
+
+
+def test_budget_leaves_out_what_does_not_fit(tmp_path):
+    names = ["overlap-f200x2", "autocorrelation"]
+    assert command.parse_budget("1h30m") == 5400
+    assert command.parse_budget("45M") == 2700
+    assert command.parse_budget("1.5m10s") == 100
+    for bad in ("", "2", "h", "0s", "2 days"):
+        with pytest.raises(ValueError, match="budget must be a time such as 2h"):
+            command.parse_budget(bad)
+    minutes = catalogue.ITEMS["overlap-f200x2"].minutes["quick"] + 1
+    outcome = run(*names, *SMALL, "--output", tmp_path, "--budget", f"{minutes}m", "--json")
+    assert outcome.exit_code == 0, outcome.output
+    assert [r["item"] for r in json.loads(outcome.stdout)] == names[:1]
+    assert "Left out: autocorrelation (expected" in outcome.stderr
+
+
+def test_list_and_wrong_arguments(tmp_path):
+    listing = run("--list").output
+    assert all(name in listing for name in catalogue.ITEMS)
+    for arguments, message in (
+        ([], "name at least one item, or all"),
+        (["figure-9"], "there is no item 'figure-9'; there are overlap-f200x2,"),
+        (["rank-one", "--budget", "soon"], "budget must be a time"),
+        (["rank-one", "--data", "digits", "--model", "lenet5", "--output", tmp_path], "lenet5"),
+    ):
+        outcome = run(*arguments)
+        assert outcome.exit_code == 1
+        assert message in outcome.stderr
+
+
+def test_a_damaged_cache_is_named(tmp_path):
+    path = tmp_path / "eigen.fc1.safetensors"
+    path.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"cannot be read .* remove it to compute it anew"):
+        lab._read_pairs(path, 3)
+
+
+def test_every_item_has_networks_that_can_be_built():
+    shapes = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+    for item in catalogue.ITEMS.values():
+        for net in item.networks:
+            with torch.device("meta"):
+                models.build(net.model, shapes[net.data], 10)
+    assert [i.name for i in command._chosen(("all",))] == list(catalogue.ITEMS)
+    chosen = command._chosen(("rank-one", "overlap-f200x2"))
+    assert [i.name for i in chosen] == ["overlap-f200x2", "rank-one"]
+
+
+def test_width_variants(tiny):
+    networks = [network(tiny), replace(network(tiny), model="f12x2")]
+    outcome = overlaps.width_variants(tiny, networks)
+    forms = [tiny.factors(networks[1], seed)["fc1"].eigsh(12).vectors for seed in (0, 1)]
+    found = [verdict.ours for verdict in outcome.verdicts]
+    assert found[1] == pytest.approx(float(hk.subspace_overlap(*forms)[-1]), abs=1e-5)
+    assert [curve.label for curve in outcome.charts[0].curves] == ["m = 16", "m = 12"]
+
+
+def test_published_figures_are_complete():
+    for network_, layers in published.BETWEEN.items():
+        assert all(0 < value < 1 and k >= 1 for k, value in layers.values()), network_
+    for item in catalogue.ITEMS.values():
+        assert set(item.minutes) == {"quick", "paper"}
+        assert item.shows.endswith(".")
+
+
+def test_forms_and_trajectory(tiny):
+    outcome = beyond.forms(tiny, [network(tiny)])
+    found = outcome.numbers["F-16² on digits"]["fc2"]
+    H, K = tiny.hessian(network(tiny), 1, "fc2"), tiny.factors(network(tiny), 1)["fc2"].operator()
+    operators = {
+        "E[M] ⊗ E[x xᵀ]": K,
+        "EKFAC on its basis": hk.eigenvalue_corrected(H, K),
+        "nearest A ⊗ B": hk.nearest_kronecker(H),
+    }
+    dense = H.to_dense().double()
+    for form, operator in operators.items():
+        gap = dense - operator.to_dense().double()
+        expected = float(gap.norm() / dense.norm())
+        assert found[form]["frobenius"][1] == pytest.approx(expected, rel=1e-3)
+    means = {form: sum(entry["frobenius"]) for form, entry in found.items()}
+    assert means["EKFAC on that basis"] < means["nearest A ⊗ B"] < means["E[M] ⊗ E[x xᵀ]"]
+    outcome = beyond.trajectory(tiny, [network(tiny)])
+    numbers = outcome.numbers["F-16² on digits"]
+    assert numbers["epochs"] == [0, 1, 2]
+    assert numbers["error"]["fc2"][1][-1] == pytest.approx(found["E[M] ⊗ E[x xᵀ]"]["frobenius"][1])
+    assert numbers["overlap"]["fc2"][0][0] != numbers["overlap"]["fc2"][0][2]
+
+
+def test_normalization_compares_centred_and_plain(tiny):
+    outcome = beyond.normalization(tiny, [network(tiny)])
+    plain, centred = outcome.numbers.values()
+    seeds = [tiny.factors(network(tiny), seed)["fc2"] for seed in (0, 1)]
+    shared = hk.subspace_overlap(*(f.eigsh(16).vectors for f in seeds))[-1]
+    assert plain["fc2"]["between"] == [pytest.approx(float(shared))]
+    f = seeds[1]
+    values = torch.linalg.eigvalsh(
+        f.input_covariance.double() - torch.outer(f.input_mean, f.input_mean).double()
+    )
+    assert centred["fc2"]["ratio"][1] == pytest.approx(float(values[-1] / values[-2]), rel=1e-4)
+    assert centred["fc2"]["ratio"][1] < plain["fc2"]["ratio"][1]
+
+
+def test_functional_terms_vanish_within_the_layers_of_relu_networks(tiny):
+    networks = [network(tiny), network(tiny, "f64x2-tanh")]
+    assert networks[1].model == "f16x2-tanh"
+    outcome = beyond.functional_terms(tiny, networks)
+    relu, tanh = outcome.numbers.values()
+    assert max(relu[name]["frobenius"][0] for name in ("fc1", "fc2", "fc3")) < 1e-4
+    assert relu["all layers"]["frobenius"][0] > 0.01
+    assert tanh["fc1"]["frobenius"][0] > 0.01
+    assert tanh["fc3"]["frobenius"][0] < 1e-4
+    density = outcome.charts[0].curves[1]
+    area = torch.trapezoid(torch.tensor(density.values[0]), torch.tensor(density.x))
+    assert float(area) == pytest.approx(1.0, abs=0.05)
+
+
+def test_random_data_approach_the_limits_of_the_theorem(tiny):
+    outcome = beyond.random_data(tiny, [])
+    numbers = outcome.numbers
+    assert numbers["widths"] == sorted(numbers["widths"])
+    for seed in (0, 1):
+        assert numbers["overlap"][seed][-1] > 0.99
+        assert numbers["gap"][seed][-1] < 0.3 * numbers["gap"][seed][0]
+
+
+def test_clusters_item(tiny):
+    outcome = beyond.clusters(tiny, [network(tiny)])
+    found = outcome.numbers["F-16² on digits"]["fc1, after training"]
+    expected = hk.gradient_clusters(
+        tiny.model(network(tiny), 1), tiny.batches(network(tiny)), "fc1"
+    )
+    assert found["logit"][1] == pytest.approx(expected.by_logit)
+    assert found["both"][1] == pytest.approx(expected.by_both)
+
+
+def test_architectures_within_a_memory_budget(tiny):
+    limited = Lab(tiny.folder, overrides=replace(TINY, seeds=1), memory_budget=2**18)
+    outcome = beyond.architectures(limited, [network(tiny)])
+    (table,) = outcome.tables
+    assert [row[:2] for row in table.rows] == [
+        ["fc1", "16 × 64"],
+        ["fc2", "16 × 16"],
+        ["fc3", "10 × 16"],
+    ]
+    assert "samples of 2 of 3 Hessians fit 0.000244141 GiB" in table.note
+    pairs = limited.eigenpairs(network(tiny), 0, "fc2", 9).vectors
+    form = limited.factors(network(tiny), 0)["fc2"].eigsh(9).vectors
+    expected = float(hk.subspace_overlap(pairs, form)[-1])
+    assert outcome.numbers["F-16² on digits"]["fc2"]["overlap"][0] == pytest.approx(expected)

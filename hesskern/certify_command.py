@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from hesskern import certify_report, data
-from hesskern.command_line import check_writable, command_line, running
+from hesskern.command_line import check_writable, command_line, root_option, running
 from hesskern.pacbayes import (
     METHODS,
     NETS,
@@ -54,11 +54,7 @@ _SMALL_BATCH = 100
     show_default=True,
     help="Data set.",
 )
-@click.option(
-    "--root",
-    type=click.Path(path_type=Path),
-    help="Folder with MNIST's files.  [default: $HESSKERN_DATA, else ../shared/data]",
-)
+@root_option
 @click.option(
     "--method",
     type=click.Choice(["natural", *METHODS]),

@@ -13,7 +13,13 @@ from click.core import ParameterSource
 
 from hesskern.progress import Progress, reporter
 
-__all__ = ["check_writable", "command_line", "running"]
+__all__ = ["check_writable", "command_line", "root_option", "running"]
+
+root_option = click.option(
+    "--root",
+    type=click.Path(path_type=Path),
+    help="Folder with the data's files.  [default: $HESSKERN_DATA, else ../shared/data]",
+)
 
 _INTERRUPTED = 130
 

@@ -15,7 +15,7 @@ from hesskern import __version__, build_info
 from hesskern.analysis import Analysis, Settings, analyze
 from hesskern.bench.command import bench
 from hesskern.certify_command import certify_command
-from hesskern.command_line import check_writable, command_line, running
+from hesskern.command_line import check_writable, command_line, root_option, running
 from hesskern.data import DATASETS
 from hesskern.digest import Digest, counted, listed
 from hesskern.models import KNOWN_MODELS
@@ -44,11 +44,7 @@ def hesskern() -> None:
     show_default=True,
     help="Data set.",
 )
-@click.option(
-    "--root",
-    type=click.Path(path_type=Path),
-    help="Folder with the data's files.  [default: $HESSKERN_DATA, else ../shared/data]",
-)
+@root_option
 @click.option(
     "--model",
     help=f"Network: {KNOWN_MODELS}.  [default: f64x2 for digits, f200x2 for mnist, lenet5 for "

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hesskern.files import written_whole
 from hesskern.layers import LayerSpec
 from hesskern.reference import unfold
 
@@ -193,12 +194,8 @@ class Factors(Mapping[str, LayerFactors]):
             "settings": self.settings,
             "layers": layers,
         }
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
+        with written_whole(target) as temporary:
             save_file(tensors, temporary, metadata={"hesskern": json.dumps(header)})
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Factors:

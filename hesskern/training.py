@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from hesskern.data import Dataset
+from hesskern.files import written_whole
 from hesskern.progress import Progress, reporter
 
 __all__ = ["RECIPES", "History", "Recipe", "evaluate", "recipe_for", "train"]
@@ -197,12 +197,8 @@ class _State:
             "seconds": history.seconds,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
+        with written_whole(self.path) as temporary:
             torch.save(state, temporary)
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def restore(
         self,

@@ -10,22 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from console import run
 
 import hesskern
 from hesskern import cli, commands
 
 TINY = ["analyze", "--model", "f8x1", "--limit", "120", "--epochs", "2", "--top", "10"]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run(*arguments):
-    return CliRunner().invoke(commands.hesskern, list(map(str, arguments)))
 
 
 def test_analyze_writes_report_result_picture_and_weights(here):

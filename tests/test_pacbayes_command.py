@@ -6,23 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from click.testing import CliRunner
+from console import run
 
-from hesskern import certify_command, commands, data
+from hesskern import certify_command, data
 from hesskern.pacbayes import NETS, load_certificate, parse_net
 from hesskern.pacbayes.natural import Natural
 
 TINY = ["certify", "--net", "T-8_10", "--epochs", "2", "--passes", "3"]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run(*arguments):
-    return CliRunner().invoke(commands.hesskern, list(map(str, arguments)))
 
 
 def test_it_writes_a_page_and_a_certificate_that_holds(here):

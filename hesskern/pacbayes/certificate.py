@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hesskern import models
+from hesskern.files import written_whole
 from hesskern.pacbayes.architecture import rebuild
 from hesskern.pacbayes.bound import PriorGrid, bound_rate, draws_rate, kl_inverse
 from hesskern.pacbayes.evaluate import counted, draw_error
@@ -168,13 +169,8 @@ class Certificate:
         target = Path(path)
         if not target.parent.is_dir():
             raise FileNotFoundError(f"path: there is no folder {str(target.parent)!r}")
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            metadata = {"hesskern": json.dumps(self.header())}
-            save_file(self.tensors(), temporary, metadata=metadata)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with written_whole(target) as temporary:
+            save_file(self.tensors(), temporary, metadata={"hesskern": json.dumps(self.header())})
 
     def verify(
         self,

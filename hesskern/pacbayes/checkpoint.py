@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hesskern.files import written_whole
 
 __all__ = ["read_checkpoint", "write_checkpoint"]
 
@@ -16,12 +17,8 @@ _FORMAT = "hesskern.certify-checkpoint/1"
 def write_checkpoint(path: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
     """Writes tensors and plain values; a kill at any moment leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(path) as temporary:
         torch.save({"format": _FORMAT, "identity": identity, "state": state}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

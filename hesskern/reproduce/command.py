@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hesskern.analysis import versions
-from hesskern.command_line import command_line, running
+from hesskern.command_line import command_line, root_option, running
 from hesskern.data import DATASETS
 from hesskern.digest import counted
 from hesskern.models import KNOWN_MODELS
@@ -47,11 +47,7 @@ _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\
     show_default=True,
     help="Folder for pages, figures, numbers, and the checkpoints that a later run goes on from.",
 )
-@click.option(
-    "--root",
-    type=click.Path(path_type=Path),
-    help="Folder with the data's files.  [default: $HESSKERN_DATA, else ../shared/data]",
-)
+@root_option
 @click.option(
     "--seeds", type=click.IntRange(min=1), help="Number of seeds.  [default: 3; paper: 5]"
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from hesskern import models, training
 from hesskern.data import Batches, Dataset
 from hesskern.eigen import eigsh
 from hesskern.factors import Factors, kronecker_factors, load_factors
+from hesskern.files import written_whole
 from hesskern.gauss_newton import GaussNewton
 from hesskern.layer_hessian import LayerHessian, layer_hessians
 from hesskern.progress import Progress, reporter
@@ -250,9 +250,8 @@ class Lab:
             before = self.folder_of(network, seed, fewer) / "state.pt"
             if before.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_name(f".state.{os.getpid()}.tmp")
-                shutil.copyfile(before, temporary)
-                os.replace(temporary, path)
+                with written_whole(path) as temporary:
+                    shutil.copyfile(before, temporary)
                 return
 
     def training(self, network: Network, seed: int, epochs: int | None = None) -> dict[str, Any]:
@@ -371,28 +370,20 @@ class _Label:
 
 def _write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_pairs(path: Path, result: EigenResult) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {
         "values": result.values,
         "vectors": result.vectors.contiguous(),
         "residuals": result.residuals,
     }
     facts = {"converged": str(int(result.converged)), "matvecs": str(result.matvecs)}
-    try:
+    with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata=facts)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_pairs(path: Path, k: int) -> EigenResult | None:

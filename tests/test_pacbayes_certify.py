@@ -379,3 +379,22 @@ def test_binary_networks_have_one_output():
     found.verify(samples)
     with pytest.raises(ValueError, match=r"targets must lie in 0\.\.1"):
         certify(model, model, data, epochs=2, protocol=TERMS, settings=FAST)
+
+
+def test_the_last_part_of_the_budget_is_averaged():
+    optimizer = natural(blobs(40), averaged=0.5)
+    seen = []
+    for step in range(8):
+        optimizer.step(torch.arange(40), step / 8)
+        if step >= 4:
+            seen.append([p.detach().clone() for p in optimizer._layers["fc2"].parameters()])
+    u, log_ratio, log_prior = (torch.stack(column).mean(0) for column in zip(*seen, strict=True))
+    draft = optimizer.drafts()["fc2"]
+    layer = optimizer._layers["fc2"]
+    assert draft.prior_variance == pytest.approx(float(log_prior.exp()), rel=1e-5)
+    mean = layer.prior_mean + (0.5 * log_prior).exp() * u
+    torch.testing.assert_close(draft.mean, mean, rtol=1e-4, atol=1e-6)
+    ratio = (draft.variance / draft.prior_variance)[1, 0]
+    torch.testing.assert_close(float(ratio), float(log_ratio[1, 0].exp()), rtol=1e-4, atol=0)
+    # The optimization itself goes on from where it was.
+    assert torch.equal(layer.u.detach(), seen[-1][0])

@@ -26,7 +26,8 @@ alone decide. What makes it fast and tight:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,8 +63,10 @@ class NaturalSettings:
     Attributes:
         batch_size: examples per step.
         rate_mean, rate_ratio, rate_prior: Adam's learning rates for u, log r and log lambda at the
-            start; all fall to zero linearly. At a rate a the means of directions that matter
-            little jitter with a variance of the order of a, which costs KL until the end.
+            start; all fall to zero linearly.
+        averaged: last part of the budget over which the parameters are averaged. At a rate a the
+            means of directions that matter little jitter with a variance of the order of a: it
+            costs KL, and part of it would outlast the fall of the rates.
         beta2: Adam's second moment's memory.
         rank_in: leading input directions with variances of their own, in the layer that reads the
             data; rank_hidden: in the other per-example layers but the last, where all have.
@@ -82,6 +85,7 @@ class NaturalSettings:
     rate_mean: float = 0.2
     rate_ratio: float = 0.05
     rate_prior: float = 0.04
+    averaged: float = 0.15
     beta2: float = 0.999
     rank_in: int = 256
     rank_hidden: int = 128
@@ -323,6 +327,8 @@ class Natural:
         self._slope, self._age = 0.0, 0
         self._errors: list[tuple[float, int]] = []
         self._refreshed = 0
+        self._averages = 0
+        self._averaged: dict[str, list[Tensor]] = {}
         self._make_optimizer()
 
     def _make_optimizer(self) -> None:
@@ -413,8 +419,20 @@ class Natural:
             ceiling = math.log(self._protocol.grid.variance(1))
             for layer in self._layers.values():
                 layer.log_prior.clamp_(max=ceiling)
+            if fraction >= 1 - self._settings.averaged:
+                self._average()
         self._errors.append((float(error.detach()), len(rows)))
         return float(objective.detach())
+
+    def _average(self) -> None:
+        """Takes the parameters into the running mean of the last part of the budget."""
+        self._averages += 1
+        for name, layer in self._layers.items():
+            current = [p.detach() for p in layer.parameters()]
+            if name not in self._averaged:
+                self._averaged[name] = [p.clone() for p in current]
+            for mean, p in zip(self._averaged[name], current, strict=True):
+                mean.lerp_(p, 1 / self._averages)
 
     def _weight(self, error: float, kl: float) -> float:
         """What error counts in units of KL / n: the ratio of the bound's two derivatives."""
@@ -465,7 +483,29 @@ class Natural:
 
     def drafts(self) -> dict[str, Draft]:
         """The current posterior."""
-        return {name: layer.draft() for name, layer in self._layers.items()}
+        with self._at_average():
+            return {name: layer.draft() for name, layer in self._layers.items()}
+
+    @contextmanager
+    def _at_average(self) -> Iterator[None]:
+        """Inside, the parameters are their averages, once there are some."""
+        current = {
+            name: [p.detach().clone() for p in layer.parameters()]
+            for name, layer in self._layers.items()
+        }
+
+        def put(values: Mapping[str, list[Tensor]]) -> None:
+            with torch.no_grad():
+                for name, tensors in values.items():
+                    own = self._layers[name].parameters()
+                    for parameter, value in zip(own, tensors, strict=True):
+                        parameter.copy_(value)
+
+        put(self._averaged)
+        try:
+            yield
+        finally:
+            put(current)
 
     def state(self) -> dict[str, Any]:
         """Parameters, bases, Adam's moments, the noise's generator."""
@@ -482,6 +522,8 @@ class Natural:
             "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(),
             "error": self._error,
+            "averages": self._averages,
+            "averaged": self._averaged,
             "slope": self._slope,
             "age": self._age,
             "refreshed": self._refreshed,
@@ -500,6 +542,7 @@ class Natural:
                 self._known[name] = self._rotated(layer)
         self._optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"])
+        self._averages, self._averaged = state["averages"], state["averaged"]
         self._error, self._refreshed = state["error"], state["refreshed"]
         self._slope, self._age = state["slope"], state["age"]
 

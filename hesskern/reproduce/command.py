@@ -120,7 +120,7 @@ def reproduce(
             clock.spent(item, took)
             facts = {
                 "profile": folder.name,
-                "changed": overrides.changes_subject,
+                "changed": overrides.words,
                 "networks": describe(lab, networks),
                 "command": words,
                 "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -102,9 +102,15 @@ class Overrides:
         )
 
     @property
-    def changes_subject(self) -> bool:
-        """Whether the published figures no longer speak of what is computed."""
-        return any(v is not None for v in (self.data, self.model, self.limit, self.epochs))
+    def words(self) -> str:
+        """What no longer is as published; empty where seeds and eigenpairs alone are other."""
+        parts = {
+            "data {}": self.data,
+            "model {}": self.model,
+            "the first {:,} samples": self.limit,
+            "{} epochs": self.epochs,
+        }
+        return ", ".join(text.format(v) for text, v in parts.items() if v is not None)
 
 
 class Lab:
@@ -158,7 +164,7 @@ class Lab:
 
     def withheld(self, network: Network) -> str:
         """Why figures of this network get no verdict; empty where they do."""
-        if self.overrides.changes_subject:
+        if self.overrides.words:
             return "not the published network, data or training"
         published = PUBLISHED_SIZES.get(network.data)
         used = len(self.data(network))

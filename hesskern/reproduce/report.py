@@ -76,7 +76,8 @@ def _title(item: Item, facts: Mapping[str, Any]) -> str:
     """The item's title, and what was looked at in its place."""
     if not facts["changed"] or not facts["networks"]:
         return item.title
-    return f"{item.title} (here: {listed([n['name'] for n in facts['networks']])})"
+    words = [n["name"] for n in facts["networks"]]
+    return f"{item.title} (here: {listed(words)}; {facts['changed']})"
 
 
 def write_item(folder: Path, item: Item, outcome: Outcome, facts: Mapping[str, Any]) -> list[Path]:
@@ -86,7 +87,7 @@ def write_item(folder: Path, item: Item, outcome: Outcome, facts: Mapping[str, A
         folder: of the profile.
         item: what was computed.
         outcome: what came out.
-        facts: profile, whether its subject was changed, networks, command, versions, seconds.
+        facts: profile, what was changed about it (empty: nothing), networks, command, versions, seconds.
 
     Returns:
         the paths, the result first.

@@ -87,7 +87,8 @@ def write_item(folder: Path, item: Item, outcome: Outcome, facts: Mapping[str, A
         folder: of the profile.
         item: what was computed.
         outcome: what came out.
-        facts: profile, what was changed about it (empty: nothing), networks, command, versions, seconds.
+        facts: profile, what was changed about it (empty: nothing), networks, command, versions,
+            seconds.
 
     Returns:
         the paths, the result first.

@@ -235,6 +235,10 @@ def between_models(lab: Lab, networks: Sequence[Network]) -> Outcome:
         if len(seeds) < 2:
             raise ValueError("seeds must be at least 2 to compare models")
         layers = list(lab.factors(network, seeds[0]))
+        for seed in seeds:
+            # All layers of one model together: the lab keeps the Hessians of one model at a time.
+            for name in layers:
+                lab.eigenpairs(network, seed, name, lab.top)
         for index, name in enumerate(layers):
             found = _compare(lab, network, name, seeds)
             out.numbers.setdefault(network.name, {})[name] = found

@@ -131,6 +131,7 @@ def test_items_about_factors(tiny):
             for layer in ("fc2", "fc3")
         ]
         assert outcome.numbers[name]["fc"]["alignment"] == expected
+        assert outcome.numbers[name]["fc"]["layers"][1:3] == ["fc3, seed 0", "fc2, seed 1"]
     outcome = factors.row_space(tiny, [network(tiny)])
     model = tiny.model(network(tiny), 0)
     S = model.fc3.weight @ model.fc2.weight

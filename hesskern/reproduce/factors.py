@@ -30,12 +30,13 @@ def autocorrelation(lab: Lab, networks: Sequence[Network]) -> Outcome:
     for network in networks:
         figures = published.AUTOCORRELATION.get((network.data, strip_power(network.model)))
         normalized = network.model.endswith("-bn")
-        found: dict[str, dict[str, list[float]]] = {}
+        found: dict[str, dict[str, list[Any]]] = {}
         for seed in lab.seeds():
             for factors in list(lab.factors(network, seed).values())[1:]:
                 kind = "fc" if factors.kind == "linear" else "conv"
                 numbers = input_autocorrelation(factors)
                 entry = found.setdefault(kind, {"alignment": [], "ratio": [], "layers": []})
+                entry["layers"].append(f"{factors.name}, seed {seed}")
                 entry["alignment"].append(numbers.mean_alignment)
                 entry["ratio"].append(numbers.eigenvalue_ratio)
         out.numbers[network.name] = found

@@ -67,7 +67,7 @@ def forms(lab: Lab, networks: Sequence[Network]) -> Outcome:
                     nearest = nearest_kronecker(H, tol=1e-4)
                     built["nearest A ⊗ B"] = nearest
                     built["EKFAC on that basis"] = eigenvalue_corrected(H, nearest)
-                for form, operator in built.items():
+                for count, (form, operator) in enumerate(built.items(), 1):
                     error = decoupling_error(H, operator)
                     top = operator.eigsh(len(exact.values)).vectors
                     entry = found.setdefault(name, {}).setdefault(
@@ -76,7 +76,7 @@ def forms(lab: Lab, networks: Sequence[Network]) -> Outcome:
                     entry["spectral"].append(error.spectral)
                     entry["frobenius"].append(error.frobenius)
                     entry["overlap"].append(float(subspace_overlap(exact.vectors, top)[-1]))
-                    lab.progress(f"{form} of {name}", 1, 1)
+                    lab.progress(f"forms of {name}", count, len(built))
         out.numbers[network.name] = found
         rows = [
             [

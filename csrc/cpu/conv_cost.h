@@ -4,6 +4,8 @@
 // measured once; only their ratios matter for the choice.
 #pragma once
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -39,6 +41,12 @@ constexpr double kSpectralPair = 1000;
 
 }  // namespace cost
 
+// How much longer work takes that only so many threads can share.
+inline double idle_factor(double tasks) {
+  const double threads = at::get_num_threads();
+  return threads / std::min(threads, std::max(tasks, 1.0));
+}
+
 inline double ceil_to(double value, double multiple) {
   return std::ceil(value / multiple) * multiple;
 }
@@ -52,6 +60,13 @@ inline double patches_cost(const ConvSizes& x, const ConvGeometry& g, double lan
   const double chunks = std::ceil(rows * panels * width / (1 << 20));
   return static_cast<double>(g.groups) *
          (rows * (products + pack * d) + chunks * d * d / 2 * cost::kUpdate);
+}
+
+// What the other ways cost at least: their planning alone, pair of taps by pair.
+inline double least_planned_cost(const ConvGeometry& g) {
+  const double taps = static_cast<double>(g.taps());
+  return static_cast<double>(g.groups) * taps * taps *
+         std::min(cost::kLagPair, cost::kSpectralPair);
 }
 
 // Factors that a transform of this length passes through.
@@ -99,7 +114,8 @@ inline double spectral_cost(const ConvSizes& x, const ConvGeometry& g, const Con
       (4 * pairs + chunks * 4 * static_cast<double>(h.lags.size()) / (phases_h * phases_h));
   const double corners = singles_h * singles_w * (4 * pairs + 6 * chunks);
   const double terms = static_cast<double>(h.terms * w.terms);
-  const double pairs_of_taps = static_cast<double>(g.groups) * taps * taps * cost::kSpectralPair;
+  const double pairs_of_taps = static_cast<double>(g.groups) * taps * taps * cost::kSpectralPair *
+                               idle_factor(static_cast<double>(g.groups));
   return pairs_of_taps + transform +
          tiles * lanes *
              (image + row_singles + column_singles + corners +
@@ -122,14 +138,16 @@ inline double lags_cost(const ConvSizes& x, const ConvGeometry& g, const ConvAxi
     const double lines = single_h ? 1 : static_cast<double>(h.span + h.max_lag);
     const double pitch = single_w ? 1 : static_cast<double>(w.span + w.max_lag);
     const double runs = std::ceil(n * lines * pitch / 4096);
-    total +=
-        products * channels * channels * (n * lines * pitch / lanes * dot + runs * cost::kDotSum);
-    total += signals * channels * n * lines * pitch / lanes * 2;
+    const double idle = idle_factor(static_cast<double>(g.groups) * runs);
+    total += idle * products * channels * channels *
+             (n * lines * pitch / lanes * dot + runs * cost::kDotSum);
+    total += idle * signals * channels * n * lines * pitch / lanes * 2;
   }
   const double terms = static_cast<double>(h.terms * w.terms);
   const double assembly = channels * channels * (2 * terms + cost::kAssemble * taps * taps) +
                           taps * taps * cost::kLagPair;
-  return static_cast<double>(g.groups) * (total + assembly);
+  const double idle = idle_factor(static_cast<double>(g.groups));
+  return static_cast<double>(g.groups) * (total + idle * assembly);
 }
 
 }  // namespace hesskern::cpu

@@ -21,10 +21,12 @@ std::string_view cheapest(const ConvCall& call) {
   if (g.taps() == 1) return "patches";
   const double lanes = static_cast<double>(
       call.acc.scalar_type() == at::kDouble ? simd_lanes<double>() : simd_lanes<float>());
+  const double patches = patches_cost(x, g, lanes);
+  // Small calls are done before the lags are planned.
+  if (patches <= least_planned_cost(g)) return "patches";
   const ConvAxis h =
       make_axis(x.height, g.kernel_h, g.stride_h, g.padding_h, g.dilation_h, g.out_h);
   const ConvAxis w = make_axis(x.width, g.kernel_w, g.stride_w, g.padding_w, g.dilation_w, g.out_w);
-  const double patches = patches_cost(x, g, lanes);
   const double lags = lags_cost(x, g, h, w, lanes);
   const double spectral = spectral_cost(x, g, h, w, lanes);
   if (patches <= std::min(lags, spectral)) return "patches";

@@ -145,6 +145,8 @@ def test_sigint_in_the_middle_of_training(here):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": root},
+        # Whoever runs the tests in the background may have it ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stderr is not None

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -133,12 +134,12 @@ class Problems:
 
         compiled = torch.compile(product) if self._device.type == "cuda" else product
         weight = model[0].weight.detach()
-        ours = lambda: ops.layer_hessian_matmul(x, s, V, 1 / n)  # noqa: E731
+        ours = partial(ops.layer_hessian_matmul, x, s, V, 1 / n)
         yield (
             f"layer Hessian, fc1 of F-200^2, {n} samples",
             {
                 "hesskern": ours,
-                "hesskern, TF32 allowed": lambda: _with_tf32(ours),
+                "hesskern, TF32 allowed": partial(_with_tf32, ours),
                 "jvp of grad, compiled": lambda: compiled(weight, V),
             },
         )
@@ -155,12 +156,12 @@ class Problems:
             A = [self._normal(m, m) for m, _ in shapes]
             B = [self._normal(d, d) for _, d in shapes]
             X = [self._normal(m, d) for m, d in shapes]
-            ours = lambda A=A, B=B, X=X: ops.grouped_kron_matmul(A, B, X)  # noqa: E731
+            ours = partial(ops.grouped_kron_matmul, A, B, X)
             yield (
                 f"Kronecker products of {name}",
                 {
                     "hesskern": ours,
-                    "hesskern, TF32 allowed": lambda ours=ours: _with_tf32(ours),
+                    "hesskern, TF32 allowed": partial(_with_tf32, ours),
                     "a loop of torch products": lambda A=A, B=B, X=X: [
                         a @ x @ b.T for a, b, x in zip(A, B, X, strict=True)
                     ],

@@ -42,9 +42,14 @@ def accumulated(op: Callable[..., Tensor], order: Callable[..., tuple[int, ...]]
 
 def cases(dtype: torch.dtype) -> dict[str, Case]:
     """Operator, its reference, and inputs at sizes about the kernels' tiles."""
-    r = lambda *shape, seed=0: random(shape, dtype, seed)  # noqa: E731
     wide = F32 if dtype in (torch.bfloat16, torch.float16) else dtype
-    w = lambda *shape, seed=0: random(shape, wide, seed)  # noqa: E731
+
+    def r(*shape: int) -> Tensor:
+        return random(shape, dtype)
+
+    def w(*shape: int, seed: int = 0) -> Tensor:
+        return random(shape, wide, seed)
+
     d = 2 * 3 * 2
     covariance = accumulated(ops.input_covariance_, lambda x: (x.shape[1],) * 2)
     bordered = accumulated(
@@ -54,7 +59,6 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
         lambda acc, x: ops.conv_input_covariance_(acc, x, **WINDOW, groups=3), lambda x: (3, d, d)
     )
     hessian = accumulated(ops.output_hessian_, lambda g, *p: (g.shape[2],) * 2)
-    plain = lambda *sizes: [w(*sizes, seed=1)]  # noqa: E731
     found: dict[str, Case] = {
         f"covariance {n} x {k}": (covariance, reference.input_covariance, [r(n, k)])
         for n, k in ((1, 1), (300, 64), (1000, 129), (5000, 7))
@@ -86,11 +90,11 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
     )
     found["layer Hessian"] = (
         ops.layer_hessian_matmul, reference.layer_hessian_matmul,
-        [*plain(50, 30), w(50, 4, 20), w(2, 20, 30)],
+        [w(50, 30, seed=1), w(50, 4, 20), w(2, 20, 30)],
     )  # fmt: skip
     found["layer Hessian, positions"] = (
         ops.layer_hessian_matmul, reference.layer_hessian_matmul,
-        [*plain(9, 30, 6), w(9, 4, 20, 6), w(20, 30)],
+        [w(9, 30, 6, seed=1), w(9, 4, 20, 6), w(20, 30)],
     )  # fmt: skip
     return found
 

@@ -36,6 +36,15 @@ _LINEAR = {
     "wide": (4_096, 9, 1024, 1024, 0),
     "wider": (2_048, 9, 2048, 2048, 0),
 }
+# Samples, classes, outputs, inputs, vectors, share of the inputs that is zero.
+_ZEROS = {
+    "zeros-80": (30_000, 9, 200, 784, 0, 0.8),
+    "zeros-50": (30_000, 9, 200, 784, 0, 0.5),
+    "zeros-60-square": (60_000, 9, 200, 200, 0, 0.6),
+    "zeros-80-few-outputs": (30_000, 9, 32, 784, 0, 0.8),
+    "zeros-90-wide": (4_096, 9, 2048, 1024, 0, 0.9),
+    "zeros-80-block8": (8_000, 9, 200, 784, 8, 0.8),
+}
 # Samples, classes, row length, vectors.
 _ROWS = {
     "rows-450": (20_000, 9, 450, 0),
@@ -55,6 +64,7 @@ def problems() -> list[Problem]:
     """One per entry of the tables above."""
     named: list[tuple[str, Callable[[Settings, Progress], Built]]] = [
         *((key, partial(_linear, shape)) for key, shape in _LINEAR.items()),
+        *((key, partial(_linear, shape[:5], zeros=shape[5])) for key, shape in _ZEROS.items()),
         *((key, partial(_rows, shape)) for key, shape in _ROWS.items()),
         *((key, partial(_positions, shape)) for key, shape in _POSITIONS.items()),
     ]
@@ -84,10 +94,17 @@ def _bound(name: str, call: Callable[[], object]) -> Contender:
     return Contender(name, lambda: call)
 
 
-def _linear(shape: tuple[int, int, int, int, int], settings: Settings, progress: Progress) -> Built:
+def _linear(
+    shape: tuple[int, int, int, int, int],
+    settings: Settings,
+    progress: Progress,
+    zeros: float = 0.0,
+) -> Built:
     samples, c, m, d, k = shape
     n = _few(settings, samples)
     x, s = _normal(n, d), _normal(n, c, m)
+    # Anywhere in the row, unlike the background of an image: a hard case.
+    x.masked_fill_(torch.rand(x.shape, generator=torch.Generator().manual_seed(7)) < zeros, 0.0)
     V = _normal(k, m, d) if k else _normal(m, d)
     flat = V.reshape(-1, d)
     blocks = flat.shape[0] // m
@@ -99,7 +116,8 @@ def _linear(shape: tuple[int, int, int, int, int], settings: Settings, progress:
 
     flops = 4.0 * n * m * d * blocks
     return (
-        f"layer_hessian_matmul: x [{n}, {d}], s [{n}, {c}, {m}], {blocks} vectors",
+        f"layer_hessian_matmul: x [{n}, {d}], s [{n}, {c}, {m}], {blocks} vectors"
+        + (f", {zeros:.0%} of x zero" if zeros else ""),
         f"standard normal operands; {flops / 1e9:.3g} GFLOP in GEMMs, "
         f"{4 * (x.numel() + s.numel()) / 1e6:.3g} MB of operands",
         [

@@ -92,6 +92,67 @@ def test_layer_hessian_whole_rows(
     )
 
 
+# N, c, m, d, k, all with enough work for a search for a frequent value
+SPARSE = {
+    "few samples": (70, 3, 200, 700, None),
+    "samples around a word": (64 * 20 + 1, 2, 65, 120, None),
+    "row of whole words": (1500, 9, 70, 128, None),
+    "row of one word and a part": (1200, 4, 130, 65, None),
+    "less than a word": (1500, 2, 200, 31, None),
+    "one vector of columns": (1800, 1, 16, 320, None),
+    "several bands, a part of a vector": (900, 5, 235, 97, None),
+    "vectors in blocks": (300, 2, 900, 40, 5),
+    "sums in levels": (4200, 2, 33, 66, None),
+}
+
+
+def with_frequent(shape: tuple[int, int], dtype: torch.dtype, value: float, share: float) -> Tensor:
+    """Random rows of which ``share`` of the elements is ``value``."""
+    x = random(shape, dtype, 1)
+    hidden = random(shape, torch.float64, 4).argsort(1).argsort(1) < share * shape[1]
+    return x.masked_fill_(hidden, value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("value", "share"), [(0.0, 0.9), (-1.5, 0.8), (0.25, 1.0)])
+@pytest.mark.parametrize(("n", "c", "m", "d", "k"), SPARSE.values(), ids=SPARSE.keys())
+def test_layer_hessian_frequent_value(
+    n: int, c: int, m: int, d: int, k: int | None, value: float, share: float, dtype: torch.dtype
+) -> None:
+    x, s = with_frequent((n, d), dtype, value, share), random((n, c, m), dtype, 2)
+    # Some rows without the value, and some that are nothing else.
+    x[n // 3] = random((d,), dtype, 5)
+    x[n // 2 :: 7] = value
+    check_layer_hessian(x, s, vectors(k, m, d, dtype))
+
+
+@pytest.mark.parametrize("value", [0.0, 2.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_layer_hessian_frequent_value_hides_nothing(value: float, bad: float) -> None:
+    """An input that is never anything but 0 meets NaN in V, and x that is not finite."""
+    n, d, m = 1500, 100, 60
+    x, s = with_frequent((n, d), torch.float32, value, 0.9), random((n, 2, m), torch.float32, 2)
+    x[:, 7] = value
+    V = vectors(None, m, d, torch.float32)
+    V[3, 7] = bad
+    result = ops.layer_hessian_matmul(x, s, V)
+    assert not bool(torch.isfinite(result).any())
+    x[5, 9], V = bad, vectors(None, m, d, torch.float32)
+    result = ops.layer_hessian_matmul(x, s, V)
+    assert not bool(torch.isfinite(result[:, 9]).any())
+    assert not bool(torch.isfinite(result).all(0).all())
+
+
+def test_layer_hessian_frequent_value_is_deterministic() -> None:
+    x, s = (
+        with_frequent((1500, 128), torch.float32, -1.0, 0.8),
+        random((1500, 3, 70), seed=2).float(),
+    )
+    V = vectors(None, 70, 128, torch.float32)
+    first = ops.layer_hessian_matmul(x, s, V)
+    assert torch.equal(first, ops.layer_hessian_matmul(x, s, V))
+
+
 # N, c, m, d, t, k
 POSITIONS = {
     "panels, few positions": (20, 9, 33, 40, 3, None),

@@ -11,6 +11,7 @@
 #include "layer_hessian.h"
 #include "layer_hessian_panels.h"
 #include "layer_hessian_rows.h"
+#include "layer_hessian_sparse.h"
 
 namespace hesskern::cpu {
 
@@ -22,6 +23,10 @@ constexpr int64_t kMaxColumns = 2048;
 constexpr int64_t kSumElements = int64_t{1} << 28;
 // Elements of s that are copied at a time where its rows are not contiguous.
 constexpr int64_t kCopyElements = int64_t{1} << 20;
+// Bytes of V that are read again for every sample: those of a second-level cache.
+constexpr int64_t kResidentBytes = 1 << 20;
+// Multiply-adds from which it pays to look for a frequent value in x.
+constexpr int64_t kProbeWork = 1 << 23;
 // Multiply-adds below which another thread does not pay.
 constexpr int64_t kThreadWork = 1 << 17;
 
@@ -73,14 +78,14 @@ void accumulate(const Product& product, T* total, int64_t size, const T* packed,
   }
 }
 
-// out [k m, d] := alpha H V with one of the algorithms. Each thread sums over its
-// samples and the sums are added in fixed order: the result depends on the number
-// of threads but not on their timing.
-template <class Product, typename T>
+// out [k m, d] := alpha H V with one of the algorithms, make(vectors) for a block of
+// them. Each thread sums over its samples and the sums are added in fixed order: the
+// result depends on the number of threads but not on their timing.
+template <class Make, typename T>
 void multiply(T* out, const LayerHessian<T>& h, const at::Tensor& V, int64_t k, int64_t block,
-              double alpha) {
+              double alpha, const Make& make) {
   const int64_t work = h.n * h.t * h.m * k * (h.d + h.c);
-  const Product largest(h, block);
+  const auto largest = make(block);
   const int64_t sum_size = largest.rows() * largest.sum_stride();
   const int64_t affordable = kSumElements / sum_size;
   const int64_t threads = std::clamp<int64_t>(std::min({work / kThreadWork, h.n, affordable}), 1,
@@ -89,12 +94,13 @@ void multiply(T* out, const LayerHessian<T>& h, const at::Tensor& V, int64_t k, 
   const at::Tensor partial = at::empty({threads, 2, sum_size}, V.options());
   T *packed = operand.mutable_data_ptr<T>(), *sums = partial.mutable_data_ptr<T>();
   for (int64_t vector = 0; vector < k; vector += block) {
-    const Product product(h, std::min(block, k - vector));
+    const auto product = make(std::min(block, k - vector));
     const T* v = V.const_data_ptr<T>() + vector * h.m * h.d;
     const int64_t rows = product.rows(), stride = product.sum_stride();
     at::parallel_for(0, product.pack_items(), 8, [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) product.pack(packed, v, item);
     });
+    product.finish_packing(packed);
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         accumulate(product, sums + i * 2 * sum_size, rows * stride, packed, h.n * i / threads,
@@ -108,7 +114,7 @@ void multiply(T* out, const LayerHessian<T>& h, const at::Tensor& V, int64_t k, 
           const T* other = sum + i * 2 * sum_size;
           for (int64_t j = 0; j < stride; ++j) sum[j] += other[j];
         }
-        product.join(out + (vector * h.m + row) * h.d, sum, static_cast<T>(alpha));
+        product.join(out + vector * h.m * h.d, row, sum, static_cast<T>(alpha));
       }
     });
   }
@@ -120,8 +126,18 @@ void run(T* out, const at::Tensor& x, const at::Tensor& s, const at::Tensor& V, 
   const LayerHessian<T> h = operands<T>(x, s);
   const int64_t k = V.size(0) / h.m, lanes = microkernels<T>().lanes;
   if (h.t == 1 && h.x_d == 1 && k * h.m <= lanes / 2) {
-    multiply<RowProduct<T>>(out, h, V, k, k, alpha);
+    multiply(out, h, V, k, k, alpha, [&](int64_t vectors) { return RowProduct<T>(h, vectors); });
     return;
+  }
+  const int64_t most = std::clamp<int64_t>(kMaxColumns / h.m, 1, k);
+  if (h.t == 1 && h.x_d == 1 && h.n * h.d * k * h.m >= kProbeWork) {
+    const Frequent<T> frequent = most_frequent(h.x, h.n, h.d, h.x_n);
+    const int64_t few = std::clamp<int64_t>(kResidentBytes / (h.m * h.d * sizeof(T)), 1, most);
+    if (SparseProduct<T>(h, frequent.value, few).pays(frequent.share)) {
+      multiply(out, h, V, k, few, alpha,
+               [&](int64_t vectors) { return SparseProduct<T>(h, frequent.value, vectors); });
+      return;
+    }
   }
   // Multiply-adds per sample of the two ways to a layer with positions; those
   // that run from cache without the microkernels cost about twice.
@@ -129,9 +145,10 @@ void run(T* out, const at::Tensor& x, const at::Tensor& s, const at::Tensor& V, 
   const int64_t by_rows =
       h.c * h.m * round_up(h.d, lanes) * h.t + 4 * k * h.c * h.m * round_up(h.d, lanes);
   if (h.t > 1 && by_rows < by_panels) {
-    multiply<OuterProduct<T>>(out, h, V, k, k, alpha);
+    multiply(out, h, V, k, k, alpha, [&](int64_t vectors) { return OuterProduct<T>(h, vectors); });
   } else {
-    multiply<PanelProduct<T>>(out, h, V, k, std::clamp<int64_t>(kMaxColumns / h.m, 1, k), alpha);
+    multiply(out, h, V, k, most, alpha,
+             [&](int64_t vectors) { return PanelProduct<T>(h, vectors); });
   }
 }
 

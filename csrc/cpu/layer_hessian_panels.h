@@ -80,6 +80,8 @@ class PanelProduct {
   }
 
   // sum [rows, sum_stride] += the product's part of samples [begin, end)
+  void finish_packing(T*) const {}
+
   void accumulate(T* sum, const T* packed, int64_t begin, int64_t end) const {
     const int64_t capacity = samples_ * h_.t;
     Tile tile{Scratch<T>(panels_ * capacity * width_), Scratch<T>(capacity * y_stride_),
@@ -94,9 +96,9 @@ class PanelProduct {
     }
   }
 
-  // v [d] := scale sum's row
-  void join(T* v, const T* sum, T scale) const {
-    for (int64_t j = 0; j < h_.d; ++j) v[j] = scale * sum[j];
+  // out [columns, d]'s row := scale sum's
+  void join(T* out, int64_t row, const T* sum, T scale) const {
+    for (int64_t j = 0; j < h_.d; ++j) out[row * h_.d + j] = scale * sum[j];
   }
 
  private:

@@ -37,6 +37,8 @@ class RowProduct {
     pieces_.split(packed + item * pieces_.size(), v + item * h_.d);
   }
 
+  void finish_packing(T*) const {}
+
   void accumulate(T* sum, const T* packed, int64_t begin, int64_t end) const {
     const Scratch<T> y(samples_ * columns_), scratch(2 * h_.m);
     const int64_t stride = sum_stride(), v_stride = pieces_.size();
@@ -59,7 +61,9 @@ class RowProduct {
     }
   }
 
-  void join(T* v, const T* sum, T scale) const { pieces_.join(v, sum, scale); }
+  void join(T* out, int64_t row, const T* sum, T scale) const {
+    pieces_.join(out + row * h_.d, sum, scale);
+  }
 
  private:
   static constexpr int64_t kTileBytes = 1 << 18;
@@ -95,6 +99,8 @@ class OuterProduct {
     std::fill_n(target, padded_ - h_.d, T(0));
   }
 
+  void finish_packing(T*) const {}
+
   void accumulate(T* sum, const T* packed, int64_t begin, int64_t end) const {
     const int64_t width = kernels_.width, panels = (h_.d + width - 1) / width;
     const Scratch<T> x(panels * h_.t * width), r(samples_ * h_.c * row_);
@@ -113,8 +119,8 @@ class OuterProduct {
     }
   }
 
-  void join(T* v, const T* sum, T scale) const {
-    for (int64_t j = 0; j < h_.d; ++j) v[j] = scale * sum[j];
+  void join(T* out, int64_t row, const T* sum, T scale) const {
+    for (int64_t j = 0; j < h_.d; ++j) out[row * h_.d + j] = scale * sum[j];
   }
 
  private:

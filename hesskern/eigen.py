@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hesskern.davidson import davidson, olsen, seed_block, seed_preconditioner
+from hesskern.gram import gram_eigenpairs
 from hesskern.lanczos import Search, confirm, lanczos, restart
 from hesskern.progress import Progress, reporter
 from hesskern.results import EigenResult
@@ -41,12 +42,13 @@ def eigsh(
     Thick-restart Lanczos with full reorthogonalization by default. Repeated eigenvalues are found
     with their multiplicity: when all residuals are small the search goes on from a random vector
     orthogonal to everything found, until it can tell that nothing is missing. Operators that are
-    hardly larger than the basis this takes (and all with P <= 128) are formed and solved densely.
+    hardly larger than the basis this takes (and all with P <= 128) are formed and solved densely;
+    those that are R^T R with as few rows R are solved by R R^T.
 
     Args:
         H: [P, P], float32 or float64: a symmetric tensor, or anything with ``shape``, ``dtype``,
             ``device`` and ``H @ v`` for ``v`` [P] and [P, b]; ``to_dense()`` is used if it is there
-            and P is small.
+            and P is small, and so is ``few_rows(limit)``, R [q <= limit, P] with H = R^T R or None.
         k: number of pairs, 1 <= k <= P.
         which: "LA" the largest eigenvalues, "SA" the smallest, "LM" the largest in absolute value.
         tol: bound on every residual ‖H v - λ v‖ / |λ_1| (see :class:`EigenResult`). Below about
@@ -86,8 +88,12 @@ def eigsh(
         result = _split_first(H, k, float(tol), seed, report)
         if result is not None:
             return result
-    if size <= max(_SMALL, 2 * k + 40) and size <= operator.limit:
+    few = min(max(_SMALL, 2 * k + 40), operator.limit)
+    rows = H.few_rows(few) if size > few and which != "SA" and hasattr(H, "few_rows") else None
+    if size <= few:
         values, vectors, residuals, scale = _dense(H, operator, k, which)
+    elif rows is not None:
+        values, vectors, residuals, scale = _by_gram(rows, operator, k, seed)
     else:
         search = Search(
             k,
@@ -228,6 +234,18 @@ def _dense(
     order = _order(values, which)[:k]
     values, vectors = values[order], vectors[:, order].to(operator.dtype)
     residuals = (matrix @ vectors.double() - vectors.double() * values).norm(dim=0)
+    return values, vectors, residuals / scale if scale else residuals, scale
+
+
+def _by_gram(
+    rows: Tensor, operator: CountedOperator, k: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """As :func:`_dense`, from few rows R [q, P] with H = R^T R."""
+    operator.count = len(rows)
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError("H: H @ v must be finite, got NaN or Inf")
+    values, vectors, residuals = gram_eigenpairs(rows, k, torch.Generator().manual_seed(seed))
+    scale = float(values[0])
     return values, vectors, residuals / scale if scale else residuals, scale
 
 

@@ -224,6 +224,19 @@ class LayerHessian(CurvatureOperator):
                     ops.input_covariance_(total, rows, 1.0 / self.num_samples)
             return ops.mirror_(total)
 
+    def few_rows(self, limit: int) -> Tensor | None:
+        """R [q, P] with H = R^T R, one row for every sample and root row.
+
+        None with more than ``limit`` rows, or where the samples are not stored.
+        """
+        chunks = self._stored
+        if chunks is None or sum(c.s.shape[0] * c.s.shape[1] for c in chunks) > limit:
+            return None
+        rows = [rows for chunk in chunks for rows in chunk.dense_rows()]
+        if not rows:
+            return None
+        return torch.cat(rows) / self.num_samples**0.5
+
     def to_dense(self) -> Tensor:
         """[P, P]; for small layers."""
         with self._samples() as chunks:

@@ -4,6 +4,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 
+#include "few_rows.h"
 #include "pack.h"
 #include "triangle.h"
 
@@ -19,6 +20,10 @@ constexpr int64_t kDirectOrder = 64;
 template <typename T>
 void update(T* acc, int64_t ld, const T* rows, int64_t K, int64_t d, int64_t stride_row,
             int64_t stride_col, T alpha) {
+  if (K <= kFewRows && stride_col == 1) {
+    few_rows_update(acc, ld, rows, stride_row, K, d, alpha);
+    return;
+  }
   const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
   const int64_t threads = gram_threads(K, d);
   auto pack = [&](T* dst, int64_t panel, int64_t row, int64_t count) {

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hesskern import ops
 from hesskern.samples import SampleRows
 
 __all__ = ["Pruned", "kept_samples", "norm_bound", "prune"]
@@ -25,6 +26,8 @@ _GROWTH = 1.25
 _TRIES = 20
 # The tighter bound needs an eigenvalue of order m.
 _LARGEST_ORDER = 2048
+# Rows copied at a time: they stay in the cache.
+_ROWS = 16_384
 # For rounding in the sum that the tighter bound comes from.
 _MARGIN = 1e-4
 
@@ -121,11 +124,12 @@ def _prune_spread(chunks: list[SampleRows], shares: list[Tensor], tolerance: flo
     tried, budget = 0, tolerance * total
     m = chunks[0].s.shape[2]
     gram = torch.zeros(m, m, dtype=torch.float64, device=order.device)
+    lengths = [chunk.x.norm(dim=1) for chunk in chunks]
     for _ in range(_TRIES if m <= _LARGEST_ORDER else 0):
         candidate = max(count, int((sums <= budget).sum()))
         before, after = _masks(order, tried, shares), _masks(order, candidate, shares)
-        for chunk, was, stays in zip(chunks, before, after, strict=True):
-            gram += _weighted_gram(chunk, was & ~stays)
+        for chunk, length, was, stays in zip(chunks, lengths, before, after, strict=True):
+            gram += _weighted_gram(chunk.s, length, was & ~stays)
         tried = candidate
         bound = float(torch.linalg.eigvalsh(gram)[-1]) * (1 + _MARGIN)
         if bound > tolerance * total:
@@ -147,15 +151,18 @@ def norm_bound(chunks: list[SampleRows]) -> float:
     gram = torch.zeros(m, m, dtype=torch.float64, device=chunks[0].s.device)
     for chunk in chunks:
         everything = torch.ones(len(chunk.x), dtype=torch.bool, device=chunk.x.device)
-        gram += _weighted_gram(chunk, everything)
+        gram += _weighted_gram(chunk.s, chunk.x.norm(dim=1), everything)
     return min(trace, float(torch.linalg.eigvalsh(gram)[-1]) * (1 + _MARGIN))
 
 
-def _weighted_gram(chunk: SampleRows, chosen: Tensor) -> Tensor:
-    """[m, m] float64: sum of ‖x‖^2 s^T s over the chosen samples [N]."""
-    x, s = chunk.x[chosen], chunk.s[chosen]
-    rows = (s * x.norm(dim=1)[:, None, None]).flatten(0, 1)
-    return (rows.T @ rows).double()
+def _weighted_gram(s: Tensor, lengths: Tensor, chosen: Tensor) -> Tensor:
+    """[m, m] float64: sum of length² s_n^T s_n over the chosen samples; s [N, r, m], both [N]."""
+    r, m = s.shape[1:]
+    total = torch.zeros(m, m, dtype=s.dtype, device=s.device)
+    for samples in chosen.nonzero()[:, 0].split(max(1, _ROWS // max(1, r))):
+        rows = s[samples].mul_(lengths[samples][:, None, None])
+        ops.input_covariance_(total, rows.flatten(0, 1))
+    return ops.mirror_(total).double()
 
 
 def _by_rows(chunk: SampleRows, mask: Tensor) -> list[tuple[int, SampleRows]]:

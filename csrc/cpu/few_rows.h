@@ -33,10 +33,16 @@ HESSKERN_FORCE_INLINE void few_rows_band(T* acc, int64_t ld, const T* rows, int6
     for (int64_t k = 0; k < count; ++k) sum += left[r][k] * rows[k * stride + j];
     acc[(i + r) * ld + j] += sum;
   };
-  for (int r = 0; r < kRows; ++r) {
-    for (int64_t j = i + r; j < i + kRows; ++j) single(r, j);
+  // Whole vectors end with the row. The first may begin left of the diagonal, where acc
+  // is not defined.
+  int64_t j = i + (d - i) % L;
+  if (j >= L) {
+    if (j > i) j -= L;
+  } else {
+    for (int64_t k = i; k < j; ++k) {
+      for (int r = 0; r < kRows; ++r) single(r, k);
+    }
   }
-  int64_t j = i + kRows;
   for (; j + L <= d; j += L) {
     Vector<T, Isa> sum[kRows], right, old;
     HESSKERN_UNROLL
@@ -51,9 +57,6 @@ HESSKERN_FORCE_INLINE void few_rows_band(T* acc, int64_t ld, const T* rows, int6
       load<T, Isa>(old, acc + (i + r) * ld + j);
       store<T, Isa>(acc + (i + r) * ld + j, old + sum[r]);
     }
-  }
-  for (; j < d; ++j) {
-    for (int r = 0; r < kRows; ++r) single(r, j);
   }
 }
 

@@ -114,7 +114,7 @@ def with_frequent(shape: tuple[int, int], dtype: torch.dtype, value: float, shar
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("value", "share"), [(0.0, 0.9), (-1.5, 0.8), (0.25, 1.0)])
+@pytest.mark.parametrize(("value", "share"), [(0.0, 0.9), (-1.5, 0.8)])
 @pytest.mark.parametrize(("n", "c", "m", "d", "k"), SPARSE.values(), ids=SPARSE.keys())
 def test_layer_hessian_frequent_value(
     n: int, c: int, m: int, d: int, k: int | None, value: float, share: float, dtype: torch.dtype

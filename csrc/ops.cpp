@@ -44,6 +44,9 @@ TORCH_LIBRARY(hesskern_internal, m) {
   m.def(
       "conv_input_covariance_by_(Tensor(a!) acc, Tensor x, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation, int groups, float alpha, str path) -> ()");
+  // hesskern::layer_hessian_matmul by one named way, "panels", "outer", or "rows" and "frequent"
+  // where x is [N, d] with rows whole in memory
+  m.def("layer_hessian_matmul_by(Tensor x, Tensor s, Tensor V, float alpha, str path) -> Tensor");
   // out [N, H, W, r, C] := gradient rows grad [N, Ho, Wo, r, m] of a convolution with weight
   // [m, C / g, kh, kw], with respect to its input and times factor [N, H, W, C]
   m.def(

@@ -43,7 +43,7 @@ def eigsh(
     with their multiplicity: when all residuals are small the search goes on from a random vector
     orthogonal to everything found, until it can tell that nothing is missing. Operators that are
     hardly larger than the basis this takes (and all with P <= 128) are formed and solved densely;
-    those that are R^T R with as few rows R are solved by R R^T.
+    those that are R^T R with no more rows than the basis holds vectors are solved by R R^T.
 
     Args:
         H: [P, P], float32 or float64: a symmetric tensor, or anything with ``shape``, ``dtype``,
@@ -88,9 +88,13 @@ def eigsh(
         result = _split_first(H, k, float(tol), seed, report)
         if result is not None:
             return result
-    few = min(max(_SMALL, 2 * k + 40), operator.limit)
-    rows = H.few_rows(few) if size > few and which != "SA" and hasattr(H, "few_rows") else None
-    if size <= few:
+    # Of the basis, and of the rows that may take its place.
+    capacity = k + max(60, k // 2)
+    small = size <= max(_SMALL, 2 * k + 40) and size <= operator.limit
+    rows = None
+    if not small and which != "SA" and hasattr(H, "few_rows"):
+        rows = H.few_rows(min(capacity, operator.limit))
+    if small:
         values, vectors, residuals, scale = _dense(H, operator, k, which)
     elif rows is not None:
         values, vectors, residuals, scale = _by_gram(rows, operator, k, seed)
@@ -102,7 +106,7 @@ def eigsh(
             torch.Generator().manual_seed(seed),
             lambda done: report("eigsh", done, k),
         )
-        space = Subspace(operator, k + max(60, k // 2), _PENDING)
+        space = Subspace(operator, capacity, _PENDING)
         values, vectors, residuals, scale = _iterate(space, search, start)
     met = int((residuals <= tol).sum())
     converged = met == k

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,11 +35,16 @@ def vectors(k: int | None, m: int, d: int, dtype: torch.dtype) -> Tensor:
     return random((m, d) if k is None else (k, m, d), dtype, 3)
 
 
-def check_layer_hessian(x: Tensor, s: Tensor, V: Tensor) -> None:
+def check_layer_hessian(
+    x: Tensor,
+    s: Tensor,
+    V: Tensor,
+    product: Callable[[Tensor, Tensor, Tensor, float], Tensor] = ops.layer_hessian_matmul,
+) -> None:
     expected = reference.layer_hessian_matmul(x.double(), s.double(), V.double(), 0.5)
     # What rounding is measured against where terms cancel: a tenth of the size without.
     size = reference.layer_hessian_matmul(x.double().abs(), s.double().abs(), V.double().abs(), 0.5)
-    assert_near(ops.layer_hessian_matmul(x, s, V, 0.5), expected, 0.1 * float(size.norm()))
+    assert_near(product(x, s, V, 0.5), expected, 0.1 * float(size.norm()))
 
 
 # N, c, m, d, k
@@ -92,65 +97,75 @@ def test_layer_hessian_whole_rows(
     )
 
 
-# N, c, m, d, k, all with enough work for a search for a frequent value
-SPARSE = {
-    "few samples": (70, 3, 200, 700, None),
-    "samples around a word": (64 * 20 + 1, 2, 65, 120, None),
-    "row of whole words": (1500, 9, 70, 128, None),
-    "row of one word and a part": (1200, 4, 130, 65, None),
-    "less than a word": (1500, 2, 200, 31, None),
-    "one vector of columns": (1800, 1, 16, 320, None),
-    "several bands, a part of a vector": (900, 5, 235, 97, None),
-    "vectors in blocks": (300, 2, 900, 40, 5),
-    "sums in levels": (4200, 2, 33, 66, None),
+# N, c, m, d, k
+FREQUENT = {
+    "one sample, one element": (1, 1, 1, 1, None),
+    "samples before the end of a word": (63, 2, 20, 40, None),
+    "samples after a word, tiles of 256": (321, 2, 9, 30, None),
+    "row of whole words": (70, 9, 33, 128, None),
+    "row of a word and a part": (66, 3, 18, 65, None),
+    "one vector of columns": (70, 2, 16, 90, None),
+    "several bands of columns": (65, 3, 235, 20, None),
+    "vectors together": (40, 3, 24, 70, 5),
+    "vectors in blocks": (20, 2, 900, 40, 9),
+    "sums in levels": (4200, 2, 5, 6, None),
 }
+
+
+def by_frequent(x: Tensor, s: Tensor, V: Tensor, alpha: float = 1.0) -> Tensor:
+    return torch.ops.hesskern_internal.layer_hessian_matmul_by(x, s, V, alpha, "frequent")
 
 
 def with_frequent(shape: tuple[int, int], dtype: torch.dtype, value: float, share: float) -> Tensor:
     """Random rows of which ``share`` of the elements is ``value``."""
     x = random(shape, dtype, 1)
-    hidden = random(shape, torch.float64, 4).argsort(1).argsort(1) < share * shape[1]
-    return x.masked_fill_(hidden, value)
+    return x.masked_fill_(torch.special.ndtr(random(shape, torch.float64, 4)) < share, value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("value", "share"), [(0.0, 0.9), (-1.5, 0.8)])
-@pytest.mark.parametrize(("n", "c", "m", "d", "k"), SPARSE.values(), ids=SPARSE.keys())
+@pytest.mark.parametrize(("value", "share"), [(0.0, 0.8), (-1.5, 0.5), (0.25, 1.0), (0.0, 0.0)])
+@pytest.mark.parametrize(("n", "c", "m", "d", "k"), FREQUENT.values(), ids=FREQUENT.keys())
 def test_layer_hessian_frequent_value(
     n: int, c: int, m: int, d: int, k: int | None, value: float, share: float, dtype: torch.dtype
 ) -> None:
     x, s = with_frequent((n, d), dtype, value, share), random((n, c, m), dtype, 2)
-    # Some rows without the value, and some that are nothing else.
+    # One row without the value, and one that is nothing else.
     x[n // 3] = random((d,), dtype, 5)
-    x[n // 2 :: 7] = value
-    check_layer_hessian(x, s, vectors(k, m, d, dtype))
+    x[n // 2] = value
+    check_layer_hessian(x, s, vectors(k, m, d, dtype), by_frequent)
 
 
 @pytest.mark.parametrize("value", [0.0, 2.0])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_layer_hessian_frequent_value_hides_nothing(value: float, bad: float) -> None:
-    """An input that is never anything but 0 meets NaN in V, and x that is not finite."""
-    n, d, m = 1500, 100, 60
+    """An input that is never anything but the value meets NaN in V, and x that is not finite."""
+    n, d, m = 80, 100, 60
     x, s = with_frequent((n, d), torch.float32, value, 0.9), random((n, 2, m), torch.float32, 2)
     x[:, 7] = value
     V = vectors(None, m, d, torch.float32)
     V[3, 7] = bad
-    result = ops.layer_hessian_matmul(x, s, V)
-    assert not bool(torch.isfinite(result).any())
+    assert not bool(torch.isfinite(by_frequent(x, s, V)).any())
     x[5, 9], V = bad, vectors(None, m, d, torch.float32)
-    result = ops.layer_hessian_matmul(x, s, V)
-    assert not bool(torch.isfinite(result[:, 9]).any())
-    assert not bool(torch.isfinite(result).all(0).all())
+    assert not bool(torch.isfinite(by_frequent(x, s, V)[:, 9]).any())
 
 
-def test_layer_hessian_frequent_value_is_deterministic() -> None:
-    x, s = (
-        with_frequent((1500, 128), torch.float32, -1.0, 0.8),
-        random((1500, 3, 70), seed=2).float(),
-    )
-    V = vectors(None, 70, 128, torch.float32)
-    first = ops.layer_hessian_matmul(x, s, V)
-    assert torch.equal(first, ops.layer_hessian_matmul(x, s, V))
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_layer_hessian_looks_for_a_frequent_value(value: float) -> None:
+    """Taken where most of x repeats it and there is enough to multiply, and deterministic."""
+    s, V = random((600, 2, 130), torch.float32, 2), vectors(None, 130, 128, torch.float32)
+    for share, taken in ((0.9, True), (0.1, False)):
+        x = with_frequent((600, 128), torch.float32, value, share)
+        assert torch.equal(ops.layer_hessian_matmul(x, s, V), by_frequent(x, s, V)) is taken
+    # With 0 few samples give the same sums in either way.
+    few = with_frequent((40, 128), torch.float32, value or 1.0, 0.6)
+    assert not torch.equal(ops.layer_hessian_matmul(few, s[:40], V), by_frequent(few, s[:40], V))
+
+
+def test_layer_hessian_by_an_impossible_way() -> None:
+    V = vectors(None, 4, 5, torch.float32)
+    x, s = random((3, 5, 2), torch.float32, 1), random((3, 2, 4, 2), torch.float32, 2)
+    with pytest.raises(ValueError, match="path must be panels"):
+        by_frequent(x, s, V)
 
 
 # N, c, m, d, t, k

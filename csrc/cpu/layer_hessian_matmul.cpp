@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <string_view>
 
 #include "checks.h"
 #include "layer_hessian.h"
@@ -120,23 +121,28 @@ void multiply(T* out, const LayerHessian<T>& h, const at::Tensor& V, int64_t k, 
   }
 }
 
-// x [N, d] or [N, d, t], s [N, c, m] or [N, c, m, t], V [k m, d], out [k m, d]
+// Vectors of a block in which V is read again for every sample.
 template <typename T>
-void run(T* out, const at::Tensor& x, const at::Tensor& s, const at::Tensor& V, double alpha) {
-  const LayerHessian<T> h = operands<T>(x, s);
-  const int64_t k = V.size(0) / h.m, lanes = microkernels<T>().lanes;
-  if (h.t == 1 && h.x_d == 1 && k * h.m <= lanes / 2) {
-    multiply(out, h, V, k, k, alpha, [&](int64_t vectors) { return RowProduct<T>(h, vectors); });
-    return;
-  }
-  const int64_t most = std::clamp<int64_t>(kMaxColumns / h.m, 1, k);
-  if (h.t == 1 && h.x_d == 1 && h.n * h.d * k * h.m >= kProbeWork) {
-    const Frequent<T> frequent = most_frequent(h.x, h.n, h.d, h.x_n);
-    const int64_t few = std::clamp<int64_t>(kResidentBytes / (h.m * h.d * sizeof(T)), 1, most);
-    if (SparseProduct<T>(h, frequent.value, few).pays(frequent.share)) {
-      multiply(out, h, V, k, few, alpha,
-               [&](int64_t vectors) { return SparseProduct<T>(h, frequent.value, vectors); });
-      return;
+int64_t resident_vectors(const LayerHessian<T>& h, int64_t k) {
+  const int64_t bytes = h.m * h.d * static_cast<int64_t>(sizeof(T));
+  return std::clamp<int64_t>(std::min(kResidentBytes / bytes, kMaxColumns / h.m), 1, k);
+}
+
+// Whether x [N, d] has whole rows in memory.
+template <typename T>
+bool row_major(const LayerHessian<T>& h) {
+  return h.t == 1 && h.x_d == 1;
+}
+
+template <typename T>
+std::string_view fastest(const LayerHessian<T>& h, int64_t k) {
+  const int64_t lanes = microkernels<T>().lanes;
+  if (row_major(h)) {
+    if (k * h.m <= lanes / 2) return "rows";
+    if (h.n * h.d * k * h.m >= kProbeWork) {
+      const Frequent<T> frequent = most_frequent(h.x, h.n, h.d, h.x_n);
+      const SparseProduct<T> product(h, frequent.value, resident_vectors(h, k));
+      if (product.pays(frequent.share)) return "frequent";
     }
   }
   // Multiply-adds per sample of the two ways to a layer with positions; those
@@ -144,10 +150,30 @@ void run(T* out, const at::Tensor& x, const at::Tensor& s, const at::Tensor& V, 
   const int64_t by_panels = 2 * k * h.m * h.d * h.t + 4 * k * h.c * h.m * h.t;
   const int64_t by_rows =
       h.c * h.m * round_up(h.d, lanes) * h.t + 4 * k * h.c * h.m * round_up(h.d, lanes);
-  if (h.t > 1 && by_rows < by_panels) {
+  return h.t > 1 && by_rows < by_panels ? "outer" : "panels";
+}
+
+// x [N, d] or [N, d, t], s [N, c, m] or [N, c, m, t], V [k m, d], out [k m, d]
+template <typename T>
+void run(T* out, const at::Tensor& x, const at::Tensor& s, const at::Tensor& V, double alpha,
+         std::string_view path) {
+  const LayerHessian<T> h = operands<T>(x, s);
+  const int64_t k = V.size(0) / h.m;
+  if (path.empty()) path = fastest(h, k);
+  if (path == "rows" && row_major(h)) {
+    multiply(out, h, V, k, k, alpha, [&](int64_t vectors) { return RowProduct<T>(h, vectors); });
+  } else if (path == "frequent" && row_major(h)) {
+    const T value = most_frequent(h.x, h.n, h.d, h.x_n).value;
+    multiply(out, h, V, k, resident_vectors(h, k), alpha,
+             [&](int64_t vectors) { return SparseProduct<T>(h, value, vectors); });
+  } else if (path == "outer") {
     multiply(out, h, V, k, k, alpha, [&](int64_t vectors) { return OuterProduct<T>(h, vectors); });
   } else {
-    multiply(out, h, V, k, most, alpha,
+    TORCH_CHECK_VALUE(path == "panels",
+                      "layer_hessian_matmul_by: path must be panels, outer or, where rows of x are "
+                      "whole in memory, rows or frequent, got ",
+                      path);
+    multiply(out, h, V, k, std::clamp<int64_t>(kMaxColumns / h.m, 1, k), alpha,
              [&](int64_t vectors) { return PanelProduct<T>(h, vectors); });
   }
 }
@@ -160,8 +186,8 @@ bool needs_copy(const at::Tensor& s, bool whole_rows) {
 }
 
 // x [N, d] or [N, d, t], s [N, c, m] or [N, c, m, t], V [m, d] or [k, m, d]
-at::Tensor layer_hessian_matmul(const at::Tensor& x, const at::Tensor& s, const at::Tensor& V,
-                                double alpha) {
+at::Tensor multiply_by(const at::Tensor& x, const at::Tensor& s, const at::Tensor& V, double alpha,
+                       std::string_view path) {
   check_layer_hessian_matmul(x, s, V);
   if (s.numel() == 0 || x.numel() == 0 || V.numel() == 0) return at::zeros(V.sizes(), V.options());
   const int64_t n = x.size(0), c = s.size(1), m = s.size(2), d = x.size(1);
@@ -172,7 +198,7 @@ at::Tensor layer_hessian_matmul(const at::Tensor& x, const at::Tensor& s, const 
     for (int64_t first = 0; first < n; first += part) {
       const int64_t count = std::min(part, n - first);
       const at::Tensor copy = s.narrow(0, first, count).contiguous();
-      total.add_(layer_hessian_matmul(x.narrow(0, first, count), copy, V, alpha));
+      total.add_(multiply_by(x.narrow(0, first, count), copy, V, alpha, path));
     }
     return total;
   }
@@ -187,15 +213,24 @@ at::Tensor layer_hessian_matmul(const at::Tensor& x, const at::Tensor& s, const 
   }
   if (!has_runs(roots)) roots = roots.contiguous();
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "layer_hessian_matmul", [&] {
-    run<scalar_t>(out.mutable_data_ptr<scalar_t>(), rows, roots, vectors, alpha);
+    run<scalar_t>(out.mutable_data_ptr<scalar_t>(), rows, roots, vectors, alpha, path);
   });
   return out;
+}
+
+at::Tensor layer_hessian_matmul(const at::Tensor& x, const at::Tensor& s, const at::Tensor& V,
+                                double alpha) {
+  return multiply_by(x, s, V, alpha, "");
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(hesskern, CPU, m) {
   m.impl("layer_hessian_matmul", &layer_hessian_matmul);
+}
+
+TORCH_LIBRARY_IMPL(hesskern_internal, CPU, m) {
+  m.impl("layer_hessian_matmul_by", &multiply_by);
 }
 
 }  // namespace hesskern::cpu

@@ -2,9 +2,9 @@
 
     python benchmarks/input_covariance.py [--json FILE] [--repeats 5] [--only TEXT]
 
-Ratios are medians over rounds of the better of torch's two forms over hesskern's time. Every call adds
-to an accumulator, as over the batches of a pass: a billionth of what it begins with, so that results
-agree however often each is called.
+Ratios are medians over rounds of the better of torch's two forms over hesskern's time. Every call
+adds to an accumulator, as over the batches of a pass: a billionth of what it begins with, so that
+results agree however often each is called.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hesskern import ops
 
-ROWS = (1, 8, 64, 512, 4096, 60_000)
+ROWS = (1, 8, 32, 64, 512, 4096, 60_000)
 # Orders about the widths of a tile, then layers' widths.
 ORDERS = (
     *(1, 2, 3, 4, 8, 16, 24, 32, 33, 48, 64, 65),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from hesskern.corrected import eigenvalue_corrected
 from hesskern.layer_hessian import LayerHessian
-from hesskern.operators import CurvatureOperator, KroneckerOperator
+from hesskern.operators import CurvatureOperator, EigenbasisOperator
 
-__all__ = ["Lanczos", "relative_frobenius", "run_lanczos"]
+__all__ = ["Lanczos", "relative_norms"]
 
 _LANCZOS_STEPS = 60
 
@@ -61,47 +64,36 @@ class Lanczos:
         return float(torch.linalg.eigvalsh(tridiagonal).abs().max())
 
 
-def run_lanczos(H: CurvatureOperator, K: CurvatureOperator, seed: int) -> tuple[Lanczos, Lanczos]:
-    """Lanczos for H and for H - K, in step: where products run the model, one run serves both.
+def relative_norms(
+    H: CurvatureOperator, K: CurvatureOperator, probes: int, seed: int
+) -> tuple[float, float, float]:
+    """‖H - K‖_2 / ‖H‖_2, an estimate of ‖H - K‖_F / ‖H‖_F, and its standard error.
 
-    Args:
-        H, K: [P, P] of one dtype on one device.
-        seed: of the random start.
-    """
-    start = _normal(H, 1, torch.Generator().manual_seed(seed))[:, 0]
-    whole, gap = Lanczos(start), Lanczos(start)
-    running = [whole, gap]
-    while running:
-        vectors = torch.stack([run.basis[-1] for run in running], 1)
-        for run, product in zip(running, (H @ vectors).unbind(1), strict=True):
-            run.step(product if run is whole else product - K @ run.basis[-1])
-        running = [run for run in running if not run.done]
-    return whole, gap
-
-
-def relative_frobenius(
-    H: CurvatureOperator,
-    K: CurvatureOperator,
-    whole: Lanczos,
-    gap: Lanczos,
-    probes: int,
-    seed: int,
-) -> tuple[float, float]:
-    """Estimate of ‖H - K‖_F / ‖H‖_F and its standard error; H is not zero.
-
-    Inside the Krylov spaces of ``whole`` and ``gap``, which hold much of the norms, products are
-    known; ``probes`` random vectors tell the rest (as in Hutch++, Meyer et al. 2021, applied to the
+    Inside the Krylov spaces of Lanczos, which hold much of the norms, products are known;
+    ``probes`` random vectors tell the rest (as in Hutch++, Meyer et al. 2021, applied to the
     square). Where so many span all the rest, the result is exact.
 
     Args:
         H, K: [P, P] of one dtype on one device.
-        whole, gap: from :func:`run_lanczos`.
         probes: random vectors, at least two.
-        seed: of the random vectors.
+        seed: of Lanczos' start and of the random vectors.
+
+    Raises:
+        ValueError: H is zero.
     """
+    nearest = None
+    if isinstance(H, LayerHessian) and isinstance(K, EigenbasisOperator):
+        nearest = eigenvalue_corrected(H, K)
+    whole, gap, *residual = _run_lanczos(
+        H, [None, K] if nearest is None else [None, K, nearest], seed
+    )
+    if whole.norm == 0:
+        raise ValueError("H is zero, so a relative error is not defined")
+    spectral = gap.norm / whole.norm
     generator = torch.Generator().manual_seed(seed + 1)
-    if isinstance(H, LayerHessian) and isinstance(K, KroneckerOperator):
-        return _projected(H, K, gap, probes, generator)
+    if nearest is not None:
+        assert isinstance(K, EigenbasisOperator)
+        return spectral, *_projected(H, K, nearest, residual[0], probes, generator)
     outer, inner = (_Rest(run.basis, H, probes, generator) for run in (gap, whole))
     products = H @ torch.cat([outer.vectors, inner.vectors], 1)
     split = outer.vectors.shape[1]
@@ -111,33 +103,67 @@ def relative_frobenius(
     bottom, bottom_error = inner.total(torch.stack(whole.products, 1), products[:, split:])
     ratio = (top / bottom) ** 0.5
     relative = ((top_error / top) ** 2 + (bottom_error / bottom) ** 2) ** 0.5 if top > 0 else 0.0
-    return ratio, 0.5 * ratio * relative
+    return spectral, ratio, 0.5 * ratio * relative
+
+
+def _run_lanczos(
+    H: CurvatureOperator, approximations: Sequence[CurvatureOperator | None], seed: int
+) -> list[Lanczos]:
+    """Lanczos for H minus each of these, in step: where products run the model, one run serves all.
+
+    Args:
+        H: [P, P].
+        approximations: [P, P] of H's dtype, on its device; None for zero.
+        seed: of the random start, one for all.
+    """
+    start = _normal(H, 1, torch.Generator().manual_seed(seed))[:, 0]
+    runs = [Lanczos(start) for _ in approximations]
+    while running := [i for i, run in enumerate(runs) if not run.done]:
+        vectors = torch.stack([runs[i].basis[-1] for i in running], 1)
+        for i, product in zip(running, (H @ vectors).unbind(1), strict=True):
+            K = approximations[i]
+            runs[i].step(product if K is None else product - K @ runs[i].basis[-1])
+    return runs
 
 
 def _projected(
-    H: LayerHessian, K: KroneckerOperator, gap: Lanczos, probes: int, generator: torch.Generator
+    H: LayerHessian,
+    K: EigenbasisOperator,
+    E: EigenbasisOperator,
+    residual: Lanczos,
+    probes: int,
+    generator: torch.Generator,
 ) -> tuple[float, float]:
-    """The ratio from H's projection on K, and probes for the rest alone.
+    """The ratio from H's projection E on all matrices with K's eigenvectors, and probes for H - E.
 
-    With beta = <H, K> / ‖K‖², both exact, H - beta K is orthogonal to K, so that
+    E has H's diagonal in K's eigenbasis (:func:`hesskern.eigenvalue_corrected`) and is known
+    exactly. H - E is orthogonal to E and to K, so that
 
-        ‖H‖²     = ‖H - beta K‖² + beta² ‖K‖²
-        ‖H - K‖² = ‖H - beta K‖² + (1 - beta)² ‖K‖²
+        ‖H‖²     = ‖H - E‖² + ‖E‖²
+        ‖H - K‖² = ‖H - E‖² + ‖E - K‖²
 
-    Only ‖H - beta K‖² is random, and no term is subtracted: a small distance does not cancel.
+    Only ‖H - E‖² is random, and no term is subtracted: a small distance does not cancel. It
+    depends on K's eigenvectors alone, so that forms that share them are compared without noise.
+
+    Args:
+        residual: of Lanczos for H - E.
     """
-    known = K.squared_norm()
-    beta = H.inner(K) / known if known > 0 else 0.0
-    outside = _Rest(gap.basis, H, probes, generator)
+    outside = _Rest(residual.basis, H, probes, generator)
     rest, rest_error = outside.total(
-        torch.stack(gap.products, 1) + (1 - beta) * (K @ gap.basis.T),
-        H @ outside.vectors - beta * (K @ outside.vectors),
+        torch.stack(residual.products, 1), H @ outside.vectors - E @ outside.vectors
     )
-    distance, whole = rest + (1 - beta) ** 2 * known, rest + beta**2 * known
-    ratio = (distance / whole) ** 0.5
-    # d(ratio²) / d rest = (2 beta - 1) ‖K‖² / ‖H‖^4
-    slope = abs(2 * beta - 1) * known / whole**2
+    known = E.squared_norm()
+    apart = _squared_distance(E, K)
+    ratio = ((rest + apart) / (rest + known)) ** 0.5
+    # d(ratio²) / d rest = (‖E‖² - ‖E - K‖²) / ‖H‖^4
+    slope = abs(known - apart) / (rest + known) ** 2
     return ratio, 0.5 * slope * rest_error / ratio if ratio > 0 else 0.0
+
+
+def _squared_distance(E: EigenbasisOperator, K: EigenbasisOperator) -> float:
+    """‖E - K‖_F² of two operators with the same eigenvectors."""
+    pairs = zip(E.eigenbases[2], K.eigenbases[2], strict=True)
+    return sum(float((e.double() - s.double()).square().sum()) for e, s in pairs)
 
 
 class _Rest:

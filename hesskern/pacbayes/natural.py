@@ -69,7 +69,7 @@ class NaturalSettings:
             costs KL, and part of it would outlast the fall of the rates.
         beta2: Adam's second moment's memory.
         rank_in: leading input directions with variances of their own, in the layer that reads the
-            data; rank_hidden: in the other per-example layers but the last, where all have.
+            data; rank_last: in the last layer; rank_hidden: in the layers between.
         rank_out: leading output directions with variances of their own.
         prior_hidden, prior_last: prior deviation at the start over that of w0's entries, in all
             layers but the last, and in the last one. Large: hidden layers learn; small: they stay
@@ -89,6 +89,7 @@ class NaturalSettings:
     beta2: float = 0.999
     rank_in: int = 256
     rank_hidden: int = 128
+    rank_last: int = 256
     rank_out: int = 32
     prior_hidden: float | None = None
     prior_last: float = 5.0
@@ -98,7 +99,7 @@ class NaturalSettings:
     refreshes: tuple[float, ...] = (0.05, 0.15, 0.3, 0.5)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "rank_in", "rank_hidden", "rank_out"):
+        for name in ("batch_size", "rank_in", "rank_hidden", "rank_last", "rank_out"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("rate_mean", "rate_ratio", "rate_prior", "prior_hidden", "prior_last"):
@@ -244,7 +245,7 @@ class _Layer:
 def _rank(settings: NaturalSettings, slot: Slot, last: bool) -> int:
     if slot.reads_data:
         return settings.rank_in
-    return slot.spec.inputs if last else settings.rank_hidden
+    return settings.rank_last if last else settings.rank_hidden
 
 
 def _multiplicities(rank: int, size: int) -> Tensor:

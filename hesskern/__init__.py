@@ -19,6 +19,7 @@ from hesskern.metrics import (
     eigenvector_correspondence,
     input_autocorrelation,
     rank_one_ratio,
+    singular_values,
     subspace_overlap,
 )
 from hesskern.nearest import nearest_kronecker
@@ -29,6 +30,7 @@ from hesskern.output_space import (
     row_space_overlap,
     weight_product,
 )
+from hesskern.position_mean import PositionMeanHessian, position_mean_hessian
 from hesskern.predictor import OverlapPrediction, classify_peak, predict_overlap
 from hesskern.results import EigenResult
 from hesskern.spectrum import SpectralDensity, TraceEstimate, hutchpp_trace, spectral_density
@@ -52,6 +54,7 @@ __all__ = [
     "LayerFactors",
     "LayerHessian",
     "OverlapPrediction",
+    "PositionMeanHessian",
     "RowSpaceOverlap",
     "SpectralDensity",
     "StackedGaussNewton",
@@ -74,9 +77,11 @@ __all__ = [
     "nearest_kronecker",
     "ops",
     "pacbayes",
+    "position_mean_hessian",
     "predict_overlap",
     "rank_one_ratio",
     "row_space_overlap",
+    "singular_values",
     "spectral_density",
     "subspace_overlap",
     "weight_product",

@@ -33,6 +33,7 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _EIGEN_TOLERANCE = 1e-4
 # Rows of the correspondence heat maps and of the factors' spectra that are kept.
 _SHOWN = 20
+_SINGULAR_VALUES = 4
 # Bytes for the Kronecker eigenvectors of one layer of one model when models are compared.
 _PAIR_BUDGET = 384 * 2**20
 
@@ -293,7 +294,7 @@ def _look_at_layer(
         overlap = metrics.subspace_overlap(exact.vectors, kronecker.vectors)
         rayleigh = (kronecker.vectors * (H @ kronecker.vectors)).sum(0).double()
         captured = rayleigh.cumsum(0) / exact.values.double().cumsum(0)
-        rank_one = metrics.rank_one_ratio(exact.vectors, factors.layer_shape)
+        singular_values = metrics.singular_values(exact.vectors, factors.layer_shape)
     with clock.step(f"decoupling error of {name}"):
         clock(f"decoupling error of {name}", 0, None)
         decoupling = metrics.decoupling_error(H, K)
@@ -314,7 +315,8 @@ def _look_at_layer(
         "matvecs": exact.matvecs,
         "overlap": overlap,
         "captured": captured,
-        "rank_one": rank_one,
+        "rank_one": singular_values[:, 0],
+        "singular_values": singular_values[:_SHOWN, :_SINGULAR_VALUES],
         "decoupling": asdict(decoupling),
     }
     if factors.groups == 1:

@@ -13,8 +13,9 @@ import jinja2
 
 from hesskern import plotting
 from hesskern.digest import number, percent, seconds
+from hesskern.figures import Figure
 from hesskern.pacbayes import Certificate
-from hesskern.report import picture, write_files
+from hesskern.report import write_files
 
 __all__ = ["render", "summarize", "write"]
 
@@ -98,21 +99,26 @@ def render(result: Result) -> str:
     )
 
 
-def _figures(first: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
+def _figures(first: Mapping[str, Any]) -> dict[str, list[Figure]]:
     layers = first["layers"]
     basis = all(layer["kronecker"] for layer in layers.values())
     return {
         "variance": [
-            picture(
+            Figure(
+                f"variance-{side}",
+                f"Variances of the posterior over those of the prior, by {side} index",
                 plotting.variance_panel(
                     {name: layer[f"by_{side}"] for name, layer in layers.items()}, side, basis
                 ),
-                f"Variances of the posterior over those of the prior, by {side} index",
             )
             for side in ("input", "output")
         ],
         "history": [
-            picture(plotting.history_panel(first["history"], first["bound"]), "Course of the bound")
+            Figure(
+                "history",
+                "Course of the bound",
+                plotting.history_panel(first["history"], first["bound"]),
+            )
         ]
         if len(first["history"]) > 1
         else [],

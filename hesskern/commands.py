@@ -127,7 +127,10 @@ def analyze_command(
     _show(console, analysis.result)
     console.print(f"\n[bold]Report:[/bold] {paths[0]}", soft_wrap=True)
     for path in paths[1:]:
-        console.print(f"        {path}", soft_wrap=True)
+        if path.parent == paths[0].parent:
+            console.print(f"        {path}", soft_wrap=True)
+    for folder, what in (("layers", "a page for every layer"), ("figures", "as SVG and PNG")):
+        console.print(f"        {output / folder}: {what}", soft_wrap=True, markup=False)
     if as_json:
         click.echo(json.dumps(analysis.result, allow_nan=False))
 

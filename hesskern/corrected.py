@@ -46,10 +46,6 @@ class CorrectedOperator(EigenbasisOperator):
     def trace(self) -> float:
         return float(self.values.double().sum())
 
-    def squared_norm(self) -> float:
-        """The squared Frobenius norm, the sum of S²."""
-        return float(self.values.double().square().sum())
-
     def diagonal(self) -> Tensor:
         parts = [u.square() @ s @ v.square().T for u, v, s in zip(*self.eigenbases, strict=True)]
         return torch.cat([part.flatten() for part in parts])

@@ -19,6 +19,7 @@ __all__ = [
     "eigenvector_correspondence",
     "input_autocorrelation",
     "rank_one_ratio",
+    "singular_values",
     "subspace_overlap",
 ]
 
@@ -102,6 +103,23 @@ def _matrices(vectors: Tensor, layer_shape: tuple[int, int]) -> Tensor:
     return vectors.T.reshape(-1, m, d)
 
 
+def singular_values(vectors: Tensor, layer_shape: tuple[int, int]) -> Tensor:
+    """Singular values of Mat(h) / ‖Mat(h)‖_F of every column: their squares sum to one.
+
+    Args:
+        vectors: [m d, k].
+        layer_shape: (m, d).
+
+    Returns:
+        [k, min(m, d)], largest first.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    matrices = _matrices(vectors, layer_shape)
+    return torch.linalg.svdvals(matrices) / matrices.flatten(1).norm(dim=1, keepdim=True)
+
+
 def rank_one_ratio(vectors: Tensor, layer_shape: tuple[int, int]) -> Tensor:
     """‖Mat(h)‖_2 / ‖Mat(h)‖_F of every column: 1 if the matrix has rank one.
 
@@ -112,9 +130,7 @@ def rank_one_ratio(vectors: Tensor, layer_shape: tuple[int, int]) -> Tensor:
     Returns:
         [k].
     """
-    matrices = _matrices(vectors, layer_shape)
-    values = torch.linalg.svdvals(matrices)
-    return values[:, 0] / matrices.flatten(1).norm(dim=1)
+    return singular_values(vectors, layer_shape)[:, 0]
 
 
 @dataclass(frozen=True)

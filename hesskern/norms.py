@@ -81,19 +81,14 @@ def relative_norms(
     Raises:
         ValueError: H is zero.
     """
-    nearest = None
-    if isinstance(H, LayerHessian) and isinstance(K, EigenbasisOperator):
-        nearest = eigenvalue_corrected(H, K)
-    whole, gap, *residual = _run_lanczos(
-        H, [None, K] if nearest is None else [None, K, nearest], seed
-    )
-    if whole.norm == 0:
-        raise ValueError("H is zero, so a relative error is not defined")
-    spectral = gap.norm / whole.norm
     generator = torch.Generator().manual_seed(seed + 1)
-    if nearest is not None:
-        assert isinstance(K, EigenbasisOperator)
-        return spectral, *_projected(H, K, nearest, residual[0], probes, generator)
+    if isinstance(H, LayerHessian) and isinstance(K, EigenbasisOperator):
+        E = eigenvalue_corrected(H, K)
+        whole, gap, residual = _run_lanczos(H, [None, K, E], seed)
+        spectral = _spectral(whole, gap)
+        return spectral, *_projected(H, K, E, residual, probes, generator)
+    whole, gap = _run_lanczos(H, [None, K], seed)
+    spectral = _spectral(whole, gap)
     outer, inner = (_Rest(run.basis, H, probes, generator) for run in (gap, whole))
     products = H @ torch.cat([outer.vectors, inner.vectors], 1)
     split = outer.vectors.shape[1]
@@ -104,6 +99,12 @@ def relative_norms(
     ratio = (top / bottom) ** 0.5
     relative = ((top_error / top) ** 2 + (bottom_error / bottom) ** 2) ** 0.5 if top > 0 else 0.0
     return spectral, ratio, 0.5 * ratio * relative
+
+
+def _spectral(whole: Lanczos, gap: Lanczos) -> float:
+    if whole.norm == 0:
+        raise ValueError("H is zero, so a relative error is not defined")
+    return gap.norm / whole.norm
 
 
 def _run_lanczos(

@@ -111,6 +111,10 @@ class EigenbasisOperator(CurvatureOperator):
     def eigenbases(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Per group: U [m/g, m/g] and V [d, d], orthogonal, and the eigenvalues S [m/g, d]."""
 
+    def squared_norm(self) -> float:
+        """The squared Frobenius norm, the sum of S²."""
+        return sum(float(s.double().square().sum()) for s in self.eigenbases[2])
+
     def _blocks(self, block: Tensor) -> list[Tensor]:
         """[k, P] -> per group [k, m/g, d]."""
         m, d = self.layer_shape

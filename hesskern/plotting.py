@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import matplotlib
@@ -32,9 +32,11 @@ __all__ = [
     "mark_at",
     "overlap_panel",
     "overview",
-    "picture",
     "rank_one_panel",
     "readable_log_axis",
+    "share_panel",
+    "singular_value_panel",
+    "spectra_panel",
     "variance_panel",
 ]
 
@@ -43,6 +45,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#
 _INK, MUTED, _GRID = "#1b1f24", "#5b6470", "#e3e6ea"
 _PANEL = (4.4, 3.15)
 _SHOWN_EIGENVALUES = 20
+_SUBSCRIPT = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "path",
@@ -85,49 +88,48 @@ def colour(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
 
 
-@dataclass(frozen=True)
 class Picture:
-    """One panel as a standalone SVG document, and as a PNG of twice its size on screen."""
+    """One panel, drawn when it is asked for; the same numbers give the same bytes.
 
-    svg: str
-    png: bytes
+    Args:
+        draw: fills the axes.
+        size: in inches.
+    """
 
+    def __init__(self, draw: Callable[[Axes], None], size: tuple[float, float] = _PANEL) -> None:
+        self._draw, self._size = draw, size
 
-def picture(draw: Callable[[Axes], None], size: tuple[float, float] = _PANEL) -> Picture:
-    """One panel in both forms; the same numbers give the same bytes."""
-    stream = io.BytesIO()
-    with _style():
-        figure = _panel(draw, size)
-        svg = _as_svg(figure)
-        # The axes have found their places.
+    @cached_property
+    def svg(self) -> str:
+        """A standalone SVG document."""
+        stream = io.StringIO()
+        with _style():
+            self._figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+        return stream.getvalue()
+
+    @cached_property
+    def png(self) -> bytes:
+        """A PNG of twice its size on screen."""
+        stream = io.BytesIO()
+        with _style():
+            self._figure.savefig(stream, format="png", dpi=160, metadata={"Software": None})
+        return stream.getvalue()
+
+    @cached_property
+    def _figure(self) -> Figure:
+        figure = Figure(figsize=self._size, layout="constrained")
+        self._draw(figure.add_subplot())
+        # The axes find their places once, for both files.
+        figure.draw_without_rendering()
         figure.set_layout_engine("none")
-        figure.savefig(stream, format="png", dpi=160, metadata={"Software": None})
-    return Picture(svg, stream.getvalue())
-
-
-def _panel(draw: Callable[[Axes], None], size: tuple[float, float]) -> Figure:
-    figure = Figure(figsize=size, layout="constrained")
-    draw(figure.add_subplot())
-    return figure
-
-
-def _as_svg(figure: Figure) -> str:
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    return stream.getvalue()
-
-
-def _svg(draw: Callable[[Axes], None], size: tuple[float, float] = _PANEL) -> str:
-    """One panel as a standalone SVG document; the same numbers give the same bytes."""
-    with _style():
-        return _as_svg(_panel(draw, size))
+        return figure
 
 
 def eigenvalue_panel(
     name: str, index: int, layer: Layer, published: Mapping[str, Sequence[float]] | None = None
-) -> str:
+) -> Picture:
     """Leading eigenvalues of H and of its Kronecker form, on a logarithmic axis."""
-    return _svg(lambda axes: _eigenvalues(axes, name, index, layer, published))
+    return Picture(lambda axes: _eigenvalues(axes, name, index, layer, published))
 
 
 def _eigenvalues(
@@ -187,7 +189,7 @@ def overlap_panel(
     curves: Mapping[str, Curves],
     mark: int,
     published: Mapping[str, Any] | None = None,
-) -> str:
+) -> Picture:
     """Overlap of the top-k spaces of H and of its Kronecker form: mean and range over models.
 
     Args:
@@ -196,7 +198,7 @@ def overlap_panel(
         mark: the k = c - 1 that is marked.
         published: ``k`` and, under ``layers``, the overlaps at those k.
     """
-    return _svg(lambda axes: _overlap(axes, layers, curves, mark, published))
+    return Picture(lambda axes: _overlap(axes, layers, curves, mark, published))
 
 
 def _overlap(
@@ -263,14 +265,14 @@ def mark_at(axes: Axes, x: float, text: str) -> None:
 
 def between_panel(
     name: str, index: int, parameters: int, pairs: Sequence[Mapping[str, Any]]
-) -> str:
+) -> Picture:
     """Overlap of one layer's leading spaces between models trained from different seeds.
 
     Args:
         name, index, parameters: of the layer.
         pairs: per pair of models ``exact`` [k], ``kronecker`` [k'], ``prediction``.
     """
-    return _svg(lambda axes: _between(axes, name, index, parameters, pairs))
+    return Picture(lambda axes: _between(axes, name, index, parameters, pairs))
 
 
 def _between(
@@ -303,7 +305,7 @@ def _between(
     axes.legend()
 
 
-def rank_one_panel(layers: Sequence[str], curves: Mapping[str, Curves], mark: int) -> str:
+def rank_one_panel(layers: Sequence[str], curves: Mapping[str, Curves], mark: int) -> Picture:
     """‖Mat(h)‖_2 / ‖Mat(h)‖_F of the leading eigenvectors of H: mean and range over models."""
 
     def draw(axes: Axes) -> None:
@@ -318,7 +320,90 @@ def rank_one_panel(layers: Sequence[str], curves: Mapping[str, Curves], mark: in
         axes.set_ylabel(r"$\Vert\mathrm{Mat}(h)\Vert_2\,/\,\Vert\mathrm{Mat}(h)\Vert_F$")
         axes.legend(ncols=2 if len(layers) > 3 else 1, loc="lower right")
 
-    return _svg(draw)
+    return Picture(draw)
+
+
+def share_panel(name: str, index: int, curves: Mapping[str, Curves], mark: int) -> Picture:
+    """One layer's overlap of H and its Kronecker form beside the curvature captured, over k.
+
+    Args:
+        name, index: of the layer.
+        curves: by label, one curve [k] of every model; the first solid, the others dashed.
+        mark: the k = c - 1 that is marked.
+    """
+
+    def draw(axes: Axes) -> None:
+        for i, (label, values) in enumerate(curves.items()):
+            _band(axes, values, index, label, linestyle="--" if i else "-")
+        mark_at(axes, mark, f"k = c − 1 = {mark}")
+        axes.set(title=f"{name}: Kronecker form", ylabel="share", ylim=(0, 1.03))
+        k_axis(axes)
+        axes.legend(loc="lower right")
+
+    return Picture(draw)
+
+
+def spectra_panel(name: str, index: int, spectra: Mapping[str, Sequence[float]]) -> Picture:
+    """Leading eigenvalues of the two factors over the largest, on a logarithmic axis.
+
+    Args:
+        name, index: of the layer.
+        spectra: by label, largest first.
+    """
+
+    def draw(axes: Axes) -> None:
+        for i, (label, values) in enumerate(spectra.items()):
+            shown = [v / values[0] for v in values[:_SHOWN_EIGENVALUES] if v > 0 < values[0]]
+            axes.plot(
+                range(1, len(shown) + 1),
+                shown,
+                "--o" if i else "-o",
+                color=colour(index),
+                markersize=5,
+                markerfacecolor="white" if i else colour(index),
+                linewidth=1.2,
+                label=label,
+            )
+        axes.set_yscale("log")
+        readable_log_axis(axes)
+        axes.set(title=f"{name}: the two factors", xlabel="index", ylabel="eigenvalue / largest")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend()
+
+    return Picture(draw)
+
+
+def singular_value_panel(name: str, index: int, values: Curves, mark: int) -> Picture:
+    """Squared singular values of the eigenvectors as matrices, stacked; a full bar is rank one.
+
+    Args:
+        name, index: of the layer.
+        values: per eigenvector its largest singular values, over the Frobenius norm.
+        mark: the last of the c - 1 leading eigenvectors.
+    """
+    squares = np.square(np.array(values))
+    at = np.arange(1, len(squares) + 1)
+
+    def draw(axes: Axes) -> None:
+        base = np.zeros(len(squares))
+        for i, column in enumerate(squares.T):
+            shade = _shades(index)(0.55 / (1 + 1.2 * i))
+            axes.bar(at, column, 0.85, base, color=shade, label=f"σ{i + 1}²".translate(_SUBSCRIPT))
+            base += column
+        axes.bar(at, 1 - base, 0.85, base, color=_GRID, label="the rest")
+        mark_at(axes, mark + 0.5, f"c − 1 = {mark}")
+        axes.grid(False)
+        axes.set(
+            title=f"{name}: eigenvectors as matrices",
+            xlabel="index of the eigenvector of H",
+            ylabel="share of ‖Mat(h)‖²",
+            ylim=(0, 1.0),
+            xlim=(0.4, len(squares) + 0.6),
+        )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), handlelength=1.0)
+
+    return Picture(draw)
 
 
 def _shades(index: int) -> LinearSegmentedColormap:
@@ -326,7 +411,7 @@ def _shades(index: int) -> LinearSegmentedColormap:
     return LinearSegmentedColormap.from_list(f"layer{index}", ["white", colour(index), "#101418"])
 
 
-def correspondence_panel(name: str, index: int, side: str, squares: Curves) -> str:
+def correspondence_panel(name: str, index: int, side: str, squares: Curves) -> Picture:
     """Heat map of squared components of H's eigenvectors along a factor's eigenvectors.
 
     Args:
@@ -344,7 +429,7 @@ def correspondence_panel(name: str, index: int, side: str, squares: Curves) -> s
             ylabel=f"eigenvector of {factor}",
         )
 
-    return _svg(draw)
+    return Picture(draw)
 
 
 def heat_map(axes: Axes, matrix: np.ndarray, index: int) -> None:
@@ -411,7 +496,7 @@ def overview(
 
 def variance_panel(
     layers: Mapping[str, Mapping[str, Sequence[float]]], side: str, kronecker: bool
-) -> str:
+) -> Picture:
     """Posterior over prior variance by index, a curve per layer, both axes logarithmic.
 
     Args:
@@ -434,10 +519,10 @@ def variance_panel(
         axes.set_title(f"Variance by {side} index")
         axes.legend(loc="lower right")
 
-    return _svg(draw)
+    return Picture(draw)
 
 
-def history_panel(history: Sequence[Mapping[str, float]], bound: float) -> str:
+def history_panel(history: Sequence[Mapping[str, float]], bound: float) -> Picture:
     """Estimates of bound and error after each epoch, and the certificate itself."""
 
     def draw(axes: Axes) -> None:
@@ -452,4 +537,4 @@ def history_panel(history: Sequence[Mapping[str, float]], bound: float) -> str:
         axes.set_title("Course of the optimization")
         axes.legend(loc="upper right")
 
-    return _svg(draw)
+    return Picture(draw)

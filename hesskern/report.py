@@ -1,8 +1,7 @@
-"""The report a person reads: one HTML file with its figures inside, made from the result alone."""
+"""The report a person reads: HTML with its figures inside, made from the result alone."""
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import tempfile
@@ -14,57 +13,94 @@ import jinja2
 
 from hesskern import plotting, tables, wording
 from hesskern.digest import Digest
+from hesskern.figures import Figures, file_names
 
-__all__ = ["overview", "picture", "render", "write_files", "write_report"]
+__all__ = ["render", "render_layer", "write_files", "write_report"]
 
 Result = Mapping[str, Any]
 
 
-def render(result: Result) -> str:
+def render(result: Result, figures: Figures | None = None) -> str:
     """The report's HTML.
 
     Args:
         result: what :func:`hesskern.analysis.analyze` computed, or the same read back from JSON.
+        figures: of the result, where they are at hand.
     """
-    environment = jinja2.Environment(
+    layers = result["network"]["layers"]
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            result=result,
+            digest=Digest(result),
+            tables=tables,
+            wording=wording,
+            subject=wording.subject(result),
+            colours={name: plotting.colour(i) for i, name in enumerate(layers)},
+            figures=(figures or Figures(result)).groups,
+            pages={name: f"layers/{file}.html" for name, file in file_names(layers).items()},
+            labels=[model["label"] for model in result["models"]],
+            trained=all(model["training"] for model in result["models"]),
+        )
+    )
+
+
+def render_layer(result: Result, name: str, figures: Figures | None = None) -> str:
+    """The HTML of one layer's page, ``layers/NAME.html`` beside the report.
+
+    Args:
+        result: what :func:`hesskern.analysis.analyze` computed.
+        name: of the layer.
+        figures: of the result, where they are at hand.
+    """
+    figures = figures or Figures(result)
+    layers = result["network"]["layers"]
+    names = file_names(layers)
+    at = layers.index(name)
+    neighbours = {
+        label: None if other is None else {"name": other, "file": f"{names[other]}.html"}
+        for label, other in (
+            ("previous", layers[at - 1] if at else None),
+            ("next", layers[at + 1] if at + 1 < len(layers) else None),
+        )
+    }
+    digest = Digest(result)
+    return (
+        _environment()
+        .get_template("layer.html.j2")
+        .render(
+            result=result,
+            name=name,
+            subject=wording.subject(result),
+            colour=plotting.colour(at),
+            facts=tables.layer_facts(digest, name),
+            rows=tables.layer_models(digest, name),
+            columns=digest.columns,
+            mark=digest.mark,
+            figures=figures.layers[name],
+            labels=[model["label"] for model in result["models"]],
+            neighbours=neighbours,
+        )
+    )
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
         loader=jinja2.PackageLoader("hesskern", "templates"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
-    )
-    layers = result["network"]["layers"]
-    return environment.get_template("report.html.j2").render(
-        result=result,
-        digest=Digest(result),
-        tables=tables,
-        wording=wording,
-        subject=wording.subject(result),
-        colours={name: plotting.colour(i) for i, name in enumerate(layers)},
-        figures=_figures(result),
-        labels=[model["label"] for model in result["models"]],
-        trained=all(model["training"] for model in result["models"]),
-    )
-
-
-def overview(result: Result) -> bytes:
-    """A PNG of the result's three main figures side by side."""
-    layers = result["network"]["layers"]
-    chosen = next((n for n in layers if n in _published(result, "eigenvalues")), layers[0])
-    return plotting.overview(
-        wording.subject(result),
-        layers,
-        (chosen, result["models"][0]["layers"][chosen]),
-        _curves(result, "overlap"),
-        Digest(result).mark,
-        _pairs(result),
-        result["published"],
     )
 
 
 def write_report(
     result: Result, folder: Path, others: Mapping[str, bytes] | None = None
 ) -> list[Path]:
-    """Writes ``report.html``, ``result.json`` and ``overview.png`` into ``folder``.
+    """Writes a result's pages, numbers and figures into ``folder``.
+
+    ``report.html``, ``result.json``, ``overview.png``, a page per layer in ``layers/``, and every
+    figure as SVG and PNG in ``figures/``.
 
     Args:
         result: what :func:`hesskern.analysis.analyze` computed.
@@ -74,11 +110,15 @@ def write_report(
     Returns:
         the paths, the report first.
     """
+    figures = Figures(result)
     files = {
-        "report.html": render(result).encode(),
+        "report.html": render(result, figures).encode(),
         "result.json": (json.dumps(result, indent=1, allow_nan=False) + "\n").encode(),
-        "overview.png": overview(result),
+        "overview.png": figures.overview(),
     }
+    for name, file in file_names(result["network"]["layers"]).items():
+        files[f"layers/{file}.html"] = render_layer(result, name, figures).encode()
+    files |= {f"figures/{name}": content for name, content in figures.files().items()}
     return write_files(folder, {**files, **(others or {})})
 
 
@@ -87,81 +127,9 @@ def write_files(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".hesskern-", dir=folder) as staging:
         for name, content in files.items():
+            (Path(staging) / name).parent.mkdir(parents=True, exist_ok=True)
             (Path(staging) / name).write_bytes(content)
         for name in files:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(Path(staging) / name, folder / name)
     return [folder / name for name in files]
-
-
-def _figures(result: Result) -> dict[str, list[dict[str, str]]]:
-    layers = result["network"]["layers"]
-    first = result["models"][0]["layers"]
-    mark = Digest(result).mark
-    overlaps, pairs = _curves(result, "overlap"), _pairs(result)
-    published = result["published"]
-    return {
-        "overlap": [
-            picture(
-                plotting.overlap_panel(
-                    layers, overlaps, mark, published["overlap"] if published else None
-                ),
-                "Overlap of the top-k spaces of the exact Hessian and its Kronecker form, by layer",
-            ),
-            picture(
-                plotting.rank_one_panel(layers, _curves(result, "rank_one"), mark),
-                "Largest singular value over Frobenius norm of the leading eigenvectors, by layer",
-            ),
-        ],
-        "eigenvalues": [
-            picture(
-                plotting.eigenvalue_panel(
-                    name, i, first[name], _published(result, "eigenvalues").get(name)
-                ),
-                f"Leading eigenvalues of the exact Hessian and its Kronecker form, {name}",
-            )
-            for i, name in enumerate(layers)
-        ],
-        "between": [
-            picture(
-                plotting.between_panel(name, i, first[name]["parameters"], pairs[name]),
-                f"Overlap of leading spaces between models, {name}",
-            )
-            for i, name in enumerate(layers)
-            if pairs
-        ],
-        "correspondence": [
-            picture(
-                plotting.correspondence_panel(name, i, side, first[name]["correspondence"][side]),
-                f"Components of the leading eigenvectors of {name} along the {side} factor",
-            )
-            for side in ("input", "output")
-            for i, name in enumerate(layers)
-            if "correspondence" in first[name]
-        ],
-    }
-
-
-def picture(svg: str, alt: str) -> dict[str, str]:
-    """An SVG as an image of its own, so that ids of different figures cannot meet."""
-    encoded = base64.b64encode(svg.encode()).decode()
-    return {"uri": f"data:image/svg+xml;base64,{encoded}", "alt": alt}
-
-
-def _curves(result: Result, key: str) -> dict[str, list[list[float]]]:
-    return {
-        name: [model["layers"][name][key] for model in result["models"]]
-        for name in result["network"]["layers"]
-    }
-
-
-def _pairs(result: Result) -> dict[str, list[dict[str, Any]]]:
-    if not result["pairs"]:
-        return {}
-    return {
-        name: [pair["layers"][name] for pair in result["pairs"]]
-        for name in result["network"]["layers"]
-    }
-
-
-def _published(result: Result, key: str) -> Mapping[str, Any]:
-    return result["published"][key] if result["published"] else {}

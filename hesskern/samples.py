@@ -215,7 +215,7 @@ def _concatenate(group: list[SampleRows]) -> SampleRows:
 
 
 def layer_rows(
-    specs: dict[str, LayerSpec], roots: BatchRoots, budget: int
+    specs: dict[str, LayerSpec], roots: BatchRoots, budget: int, keep_positions: bool = False
 ) -> Iterator[tuple[str, SampleRows]]:
     """Every layer's sample rows of one batch, in pieces over root rows.
 
@@ -223,11 +223,16 @@ def layer_rows(
         specs: the layers wanted.
         roots: the batch.
         budget: bytes for gradients of all layers at a time; decides how many root rows a piece has.
+        keep_positions: inputs and gradients at every position, also where rows would be smaller.
 
     Yields:
         (name, rows); a layer may come several times, with different root rows of the same samples.
     """
-    makers = {name: _Maker(spec, roots) for name, spec in specs.items() if name in roots.uses}
+    makers = {
+        name: _Maker(spec, roots, keep_positions)
+        for name, spec in specs.items()
+        if name in roots.uses
+    }
     if not makers or roots.rows == 0:
         return
     per_row = sum(maker.row_bytes for maker in makers.values())
@@ -265,7 +270,7 @@ def _finished(makers: dict[str, _Maker], roots: BatchRoots) -> Iterator[tuple[st
 class _Maker:
     """Fills one layer's :class:`SampleRows` row by row, in the smaller of both forms."""
 
-    def __init__(self, spec: LayerSpec, roots: BatchRoots) -> None:
+    def __init__(self, spec: LayerSpec, roots: BatchRoots, keep_positions: bool) -> None:
         self._spec = spec
         uses = roots.uses[spec.name]
         self._dtype = accumulator_dtype(uses[0].x.dtype)
@@ -286,9 +291,8 @@ class _Maker:
         m, d = spec.shape
         t = sum(self._positions)
         stored = m * d
-        self._stored = not self._plain and (
-            spec.groups > 1 or roots.rows * stored < roots.rows * m * t + d * t
-        )
+        smaller = spec.groups > 1 or roots.rows * stored < roots.rows * m * t + d * t
+        self._stored = not self._plain and not keep_positions and smaller
         self._shape: tuple[int, ...] = (m,) if self._plain else (m, t)
         if self._stored:
             self._shape = (stored,)

@@ -10,6 +10,8 @@ from hesskern.digest import Digest, number, percent, seconds
 
 __all__ = [
     "input_rows",
+    "layer_facts",
+    "layer_models",
     "layer_rows",
     "layer_table",
     "model_rows",
@@ -100,6 +102,62 @@ def input_rows(digest: Digest) -> list[Row]:
             }
         )
     return rows
+
+
+def layer_facts(digest: Digest, name: str) -> list[tuple[str, str]]:
+    """What a layer is, and its numbers as means over the models."""
+    entry, row = digest.entries(name)[0], _layer_row(digest, name)
+    m, d = entry["shape"]
+    positions = f", {entry['positions']:,} positions per sample" if entry["positions"] > 1 else ""
+    facts = [
+        ("Layer", f"{entry['kind']}, {row['shape']} (m × d), {m * d:,} weights{positions}"),
+        ("Curvature", _kind_of_curvature(digest, name)),
+        ("Trace", f"H {row['trace_exact']}, K {row['trace_kronecker']}"),
+        ("‖H − K‖ / ‖H‖", f"spectral {row['spectral']}, Frobenius {row['frobenius']}"),
+        (
+            f"Leading {digest.mark}",
+            f"overlap {percent(digest.marked(name, 'overlap'))}, "
+            f"curvature captured {percent(digest.marked(name, 'captured'))}",
+        ),
+    ]
+    if name in digest.with_inputs:
+        ratio = digest.ratio(name)
+        facts.append(
+            (
+                "Inputs",
+                f"(v₁·E[x])² / ‖E[x]‖² {number(digest.alignment(name))}, "
+                f"λ₁ / λ₂ of E[x xᵀ] {'∞' if ratio is None else number(ratio)}",
+            )
+        )
+    return facts
+
+
+def _kind_of_curvature(digest: Digest, name: str) -> str:
+    reasons = sorted({e["inexact_reason"] for e in digest.entries(name)} - {None})
+    if not reasons:
+        return "the exact Hessian"
+    return f"the Gauss-Newton block, not the whole Hessian: {'; '.join(reasons)}"
+
+
+def layer_models(digest: Digest, name: str) -> list[Row]:
+    """Per model: one layer's eigenvalues, overlaps, errors, and how far the solver came."""
+    return [
+        {
+            "label": model["label"],
+            "top_exact": number(entry["eigenvalues"]["exact"][0]),
+            "top_kronecker": number(entry["eigenvalues"]["kronecker"][0]),
+            "overlaps": [
+                number(entry["overlap"][k - 1] if k <= len(entry["overlap"]) else None)
+                for k in digest.columns
+            ],
+            "captured": percent(entry["captured"][digest.mark - 1]),
+            "spectral": number(entry["decoupling"]["spectral"]),
+            "frobenius": number(entry["decoupling"]["frobenius"]),
+            "pairs": f"{len(entry['residuals'])}{'' if entry['converged'] else ' *'}",
+            "residual": f"{max(entry['residuals']):.1e}",
+        }
+        for model, entry in zip(digest.result["models"], digest.entries(name), strict=True)
+    ]
 
 
 def model_rows(result: Mapping[str, Any]) -> list[Row]:

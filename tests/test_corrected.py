@@ -80,3 +80,20 @@ def test_serves_as_start_and_bad_input():
         hk.eigenvalue_corrected(H, H)
     with pytest.raises(ValueError, match=r"values must be \[m, d\] = \[4, 5\], got \[5, 4\]"):
         hk.CorrectedOperator(K, torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("kind", ["linear", "positions", "groups"])
+def test_forms_that_share_their_eigenvectors_are_compared_without_noise(kind):
+    """(‖H - K‖² - ‖H - E‖²) / ‖H‖² is ‖E - K‖² / ‖H‖², whatever the probes."""
+    H, K = layer(kind)
+    E = hk.eigenvalue_corrected(H, K)
+    for seed in range(4):
+        plain, corrected = (
+            hk.decoupling_error(H, form, dense_below=0, probes=2, seed=seed) for form in (K, E)
+        )
+        assert corrected.frobenius < plain.frobenius
+        # ‖H‖² of the estimate, from that of H - E, and ‖E‖².
+        square = E.squared_norm() / (1 - corrected.frobenius**2)
+        apart = float((E.to_dense() - K.to_dense()).square().sum())
+        difference = plain.frobenius**2 - corrected.frobenius**2
+        assert difference == pytest.approx(apart / square, rel=1e-6)

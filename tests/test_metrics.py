@@ -204,6 +204,19 @@ def pair(name: str, layer: str, **kwargs: Any) -> tuple[hk.LayerHessian, hk.Kron
     return H, hk.kronecker_factors(model, data, CE, layers=[layer], **kwargs)[layer].operator()
 
 
+def test_singular_values_of_vectors_as_matrices() -> None:
+    vectors = randn(12, 5)
+    found = hk.singular_values(vectors, (3, 4))
+    matrices = vectors.T.reshape(5, 3, 4)
+    for row, matrix in zip(found, matrices, strict=True):
+        expected = torch.linalg.svdvals(matrix) / matrix.norm()
+        torch.testing.assert_close(row, expected)
+        assert float(row.square().sum()) == pytest.approx(1)
+    torch.testing.assert_close(found[:, 0], hk.rank_one_ratio(vectors, (3, 4)))
+    with pytest.raises(ValueError, match=r"\[m d, k\] = \[10, k\]"):
+        hk.singular_values(vectors, (2, 5))
+
+
 @pytest.mark.parametrize(
     ("name", "layer", "bias"),
     [

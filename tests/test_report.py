@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from matplotlib import image
 
-from hesskern import digest, published, report, tables, wording
+from hesskern import digest, figures, published, report, tables, wording
 from hesskern.analysis import Settings, analyze
 
 
@@ -68,7 +68,8 @@ class Page(HTMLParser):
 
 def test_page_is_self_contained_and_its_pictures_are_svg(html):
     page = Page(html)
-    assert all(address.startswith("data:image/svg+xml;base64,") for address in page.fetched)
+    links = [a for a in page.fetched if not a.startswith("data:image/svg+xml;base64,")]
+    assert links == ["layers/fc1.html", "layers/fc2.html", "layers/fc3.html"]
     # overlap, rank one; eigenvalues and pairs per layer; two heat maps per layer
     assert len(page.pictures) == 2 + 3 + 3 + 6
     for picture in page.pictures:
@@ -123,7 +124,7 @@ def test_one_model_alone_has_no_comparison_between_models(result):
     page = Page(report.render(alone))
     assert "Do two models share" not in page.text
     assert "One model." in page.text
-    assert image.imread(io.BytesIO(report.overview(alone))).ndim == 3
+    assert image.imread(io.BytesIO(figures.Figures(alone).overview())).ndim == 3
 
 
 def test_warnings_skipped_and_unconverged_layers_are_shown(result):
@@ -154,7 +155,7 @@ def test_infinite_ratio_and_grouped_layers_do_not_break_the_page(result):
 
 
 def test_overview_is_a_picture(beside_published):
-    picture = image.imread(io.BytesIO(report.overview(beside_published)))
+    picture = image.imread(io.BytesIO(figures.Figures(beside_published).overview()))
     assert picture.shape[1] > 3 * picture.shape[0]
 
 
@@ -162,8 +163,53 @@ def test_all_files_are_written_and_nothing_else(result, tmp_path):
     paths = report.write_report(result, tmp_path / "a" / "b", {"more.bin": b"xyz"})
     assert paths[0] == tmp_path / "a" / "b" / "report.html"
     names = sorted(path.name for path in (tmp_path / "a" / "b").iterdir())
-    assert names == ["more.bin", "overview.png", "report.html", "result.json"]
+    assert names == [
+        "figures", "layers", "more.bin", "overview.png", "report.html", "result.json"
+    ]  # fmt: skip
     assert json.loads((tmp_path / "a" / "b" / "result.json").read_text()) == result
+    assert sorted(p.name for p in (tmp_path / "a" / "b" / "layers").iterdir()) == [
+        "fc1.html", "fc2.html", "fc3.html"
+    ]  # fmt: skip
+    drawn = {path.name for path in (tmp_path / "a" / "b" / "figures").iterdir()}
+    stems = {name.rpartition(".")[0] for name in drawn}
+    assert drawn == {f"{stem}.{ending}" for stem in stems for ending in ("svg", "png")}
+    # overlap, rank one; seven of every layer
+    assert len(stems) == 2 + 7 * 3
+    for path in (tmp_path / "a" / "b" / "figures").glob("*.png"):
+        assert image.imread(path).ndim == 3
+
+
+def test_every_layer_has_a_page_with_all_its_figures(result):
+    for name in ("fc1", "fc2", "fc3"):
+        page = Page(report.render_layer(result, name))
+        assert len(page.pictures) == 7
+        links = [address for address in page.fetched if not address.startswith("data:image/svg")]
+        assert all(a == "../report.html" or re.fullmatch(r"fc[123]\.html", a) for a in links)
+        assert f"{name}.html" not in links
+        for text in ("F-8² on digits", "the exact Hessian", "worst residual", "seed 1"):
+            assert text in page.text
+        entry = result["models"][1]["layers"][name]
+        assert digest.number(entry["decoupling"]["frobenius"]) in page.text
+        squares = [sum(v * v for v in row) for row in entry["singular_values"]]
+        assert all(0 < total < 1 + 1e-5 for total in squares)
+        assert [row[0] for row in entry["singular_values"]] == entry["rank_one"][:20]
+
+
+def test_grouped_and_strangely_named_layers_have_pages(result):
+    text = json.dumps(result).replace('"fc1"', '"a/b"').replace('"fc2"', '"a-b"')
+    changed = json.loads(text)
+    for model in changed["models"]:
+        for key in ("autocorrelation", "correspondence", "factors"):
+            del model["layers"]["a/b"][key]
+        model["layers"]["a/b"]["inexact_reason"] = "Tanh follows"
+    for pair in changed["pairs"]:
+        pair["layers"]["a/b"]["prediction"] = None
+    names = figures.file_names(changed["network"]["layers"])
+    assert names == {"a/b": "a-b", "a-b": "a-b-1", "fc3": "fc3"}
+    page = Page(report.render_layer(changed, "a/b"))
+    assert len(page.pictures) == 4
+    assert "the Gauss-Newton block, not the whole Hessian: Tanh follows" in page.text
+    assert figures.file_names([""]) == {"": "layer"}
 
 
 def test_interruption_while_writing_keeps_the_old_files_whole(tmp_path, monkeypatch):

@@ -12,7 +12,16 @@ from torch import nn
 
 import hesskern as hk
 from hesskern import commands, data, models, published, training
-from hesskern.reproduce import beyond, catalogue, command, factors, lab, overlaps, vectors
+from hesskern.reproduce import (
+    beyond,
+    catalogue,
+    command,
+    factors,
+    lab,
+    overlaps,
+    positions,
+    vectors,
+)
 from hesskern.reproduce.lab import Lab, Network, Overrides
 from hesskern.reproduce.report import verdict_words
 from hesskern.reproduce.results import judge
@@ -414,3 +423,32 @@ def test_architectures_within_a_memory_budget(tiny):
     form = limited.factors(network(tiny), 0)["fc2"].eigsh(9).vectors
     expected = float(hk.subspace_overlap(pairs, form)[-1])
     assert outcome.numbers["F-16² on digits"]["fc2"]["overlap"][0] == pytest.approx(expected)
+
+
+def test_positions_of_convolutions_one_step_at_a_time(tmp_path, monkeypatch):
+    (tmp_path / "tinynets.py").write_text(
+        "from torch import nn\n"
+        "def convolution(classes):\n"
+        "    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 3, 3), nn.ReLU(),\n"
+        "                         nn.MaxPool2d(2), nn.Flatten(),\n"
+        "                         nn.Linear(27, classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = replace(TINY, model="tinynets:convolution", limit=60, seeds=1)
+    small = Lab(tmp_path / "lab", overrides=overrides)
+    (net,) = small.networks([Network("cifar10", "lenet5")])
+    outcome = positions.position_means(small, [net])
+    (found,) = outcome.numbers.values()
+    assert list(found) == ["1"]
+    model, batches = small.model(net, 0), small.batches(net)
+    H = small.hessian(net, 0, "1").to_dense().double()
+    mean = hk.position_mean_hessian(model, batches, nn.CrossEntropyLoss(), "1").to_dense().double()
+    K = small.factors(net, 0)["1"].operator().to_dense().double()
+    numbers = {key: values[0] for key, values in found["1"].items()}
+    assert numbers["positions"] == pytest.approx(float((H - mean).norm() / H.norm()), rel=1e-4)
+    assert numbers["both"] == pytest.approx(float((H - K).norm() / H.norm()), rel=1e-4)
+    assert numbers["decoupling"] == pytest.approx(float((mean - K).norm() / mean.norm()), rel=1e-4)
+    assert numbers["trace"] == pytest.approx(float(mean.trace() / H.trace()), rel=1e-5)
+    assert 0 < numbers["overlap_form"] <= numbers["overlap"] + 0.2 <= 1.2
+    assert 0.3 < min(numbers["outputs"], numbers["inputs"]) <= 1
+    assert outcome.tables[0].rows[0][0].startswith("1 of ")

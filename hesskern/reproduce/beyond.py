@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Iterable, Sequence
-from statistics import fmean
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from hesskern.operators import AutogradHessian
 from hesskern.output_space import row_space_overlap
 from hesskern.reproduce.items import pairs_of
 from hesskern.reproduce.lab import LOSS, Lab, Network
-from hesskern.reproduce.results import Chart, Curve, Outcome, Table, judge
+from hesskern.reproduce.results import Chart, Curve, Outcome, Table, judge, spread_words
 from hesskern.spectrum import SpectralDensity, spectral_density
 
 __all__ = [
@@ -40,15 +39,6 @@ __all__ = [
 
 _OPEN = "not in the paper"
 _WIDTHS = (50, 100, 200, 400, 800)
-
-
-def _show(values: Iterable[float], digits: int = 3) -> str:
-    """Mean, and the range where there are several values."""
-    numbers = list(values)
-    text = f"{fmean(numbers):.{digits}f}"
-    if len(numbers) == 1:
-        return text
-    return f"{text} [{min(numbers):.{digits}f}, {max(numbers):.{digits}f}]"
 
 
 def forms(lab: Lab, networks: Sequence[Network]) -> Outcome:
@@ -81,7 +71,7 @@ def forms(lab: Lab, networks: Sequence[Network]) -> Outcome:
         rows = [
             [
                 f"{name}, {form}",
-                *map(_show, entry.values()),
+                *map(spread_words, entry.values()),
             ]
             for name, by_form in found.items()
             for form, entry in by_form.items()
@@ -219,10 +209,10 @@ def normalization(lab: Lab, networks: Sequence[Network]) -> Outcome:
                     [
                         f"{name} of {label}",
                         # After centring there is no mean left to be aligned with.
-                        "–" if kind == "centred" else _show(entry["aligned"]),
-                        _show(entry["ratio"], 2),
-                        _show(entry["overlap"]),
-                        _show(entry["between"]) if entry["between"] else "–",
+                        "–" if kind == "centred" else spread_words(entry["aligned"]),
+                        spread_words(entry["ratio"], 2),
+                        spread_words(entry["overlap"]),
+                        spread_words(entry["between"]) if entry["between"] else "–",
                     ]
                 )
     out.tables.append(
@@ -279,7 +269,7 @@ def functional_terms(lab: Lab, networks: Sequence[Network]) -> Outcome:
                 densities.append((network, found))
         out.numbers[network.name] = shares
         for name, entry in shares.items():
-            rows.append([f"{name} of {network.name}", *(_show(v) for v in entry.values())])
+            rows.append([f"{name} of {network.name}", *(spread_words(v) for v in entry.values())])
     out.tables.append(
         Table(
             "The functional term",
@@ -406,7 +396,11 @@ def architectures(lab: Lab, networks: Sequence[Network]) -> Outcome:
                     rows.append([name, f"{m} × {d}"])
         out.numbers[network.name] = found
         for row, entry in zip(rows, found.values(), strict=True):
-            row += [_show(entry["overlap"]), _show(entry["aligned"]), _show(entry["ratio"], 2)]
+            row += [
+                spread_words(entry["overlap"]),
+                spread_words(entry["aligned"]),
+                spread_words(entry["ratio"], 2),
+            ]
         out.tables.append(
             Table(
                 network.name,
@@ -447,7 +441,7 @@ def clusters(lab: Lab, networks: Sequence[Network]) -> Outcome:
                     lab.progress(f"{network.name}: gradients of {name}", 1, 1)
         out.numbers[network.name] = found
         rows += [
-            [f"{label}, {network.name}", *(_show(values) for values in entry.values())]
+            [f"{label}, {network.name}", *(spread_words(values) for values in entry.values())]
             for label, entry in found.items()
         ]
     out.tables.append(

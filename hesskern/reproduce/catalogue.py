@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hesskern.reproduce import beyond, factors, overlaps, vectors
+from hesskern.reproduce import beyond, factors, overlaps, positions, vectors
 from hesskern.reproduce.items import Item
 from hesskern.reproduce.lab import Network
 
@@ -155,6 +155,15 @@ _ALL = (
         (_F200,),
         beyond.forms,
         {"quick": 6, "paper": 30},
+    ),
+    Item(
+        "positions",
+        "Convolutions: gradients averaged over positions",
+        "A convolution's Kronecker form takes two steps: M is averaged over positions, then inputs "
+        "and outputs are decoupled between samples. Here is what each of them costs.",
+        (_LENET5,),
+        positions.position_means,
+        {"quick": 8, "paper": 300},
     ),
     Item(
         "normalization",

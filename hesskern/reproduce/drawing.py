@@ -44,7 +44,7 @@ def draw_chart(chart: Chart) -> plotting.Picture:
         if labels:
             axes.legend(ncols=2 if len(labels) > 4 else 1)
 
-    return plotting.picture(draw)
+    return plotting.Picture(draw)
 
 
 def _draw_curve(axes: Axes, curve: Curve) -> None:
@@ -81,7 +81,7 @@ def draw_heat_map(heat: HeatMap) -> plotting.Picture:
         plotting.heat_map(axes, _rectangle(heat.rows), heat.colour)
         axes.set(title=_wrapped(heat.title), xlabel=heat.xlabel, ylabel=heat.ylabel)
 
-    return plotting.picture(draw)
+    return plotting.Picture(draw)
 
 
 def _wrapped(title: str) -> str:

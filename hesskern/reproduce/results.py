@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
-__all__ = ["Chart", "Curve", "HeatMap", "Outcome", "Table", "Verdict", "judge"]
+__all__ = ["Chart", "Curve", "HeatMap", "Outcome", "Table", "Verdict", "judge", "spread_words"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,15 @@ class Verdict:
     rule: str
     agrees: bool | None
     note: str = ""
+
+
+def spread_words(values: Iterable[float], digits: int = 3) -> str:
+    """Mean, and the range where there are several values."""
+    numbers = list(values)
+    text = f"{fmean(numbers):.{digits}f}"
+    if len(numbers) == 1:
+        return text
+    return f"{text} [{min(numbers):.{digits}f}, {max(numbers):.{digits}f}]"
 
 
 def judge(

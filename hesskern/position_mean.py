@@ -1,0 +1,188 @@
+"""What a convolution's Kronecker form leaves out: where in the image input and gradient meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesskern.capture import Capture, batches, check_iterable
+from hesskern.layers import select_layers
+from hesskern.losses import resolve_loss
+from hesskern.operators import CurvatureOperator
+from hesskern.progress import Progress, reporter
+from hesskern.roots import BatchRoots, accumulator_dtype, check_budget, model_device
+from hesskern.samples import layer_rows
+
+__all__ = ["PositionMeanHessian", "position_mean_hessian"]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some samples: M_n [N, m, m], and X_n [N, d, t] or, where smaller, X_n X_n^T [N, d, d]."""
+
+    outputs: Tensor
+    inputs: Tensor
+    squared: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.outputs.nbytes + self.inputs.nbytes
+
+
+class PositionMeanHessian(CurvatureOperator):
+    """E[M_n (x) X_n X_n^T]: a layer's Hessian with gradients averaged over positions, per sample.
+
+    With positions t a sample's exact share of the Hessian is sum_tt' M_n,tt' (x) x_nt x_nt'^T.
+    The Kronecker form of arXiv 2010.04261, section 3, takes two steps away from it:
+
+    1. M_n,tt' is replaced by M_n = (1/T) sum_t M_n,tt for t = t' and dropped for t != t', and
+       what is left, sum_t x_nt x_nt^T, is X_n X_n^T: this operator.
+    2. The mean of products becomes the product of the means, E[M_n] (x) E[X_n X_n^T].
+
+    ``decoupling_error(H, this)`` is the price of the first step alone. Without positions the first
+    step changes nothing, and this is the exact Hessian.
+
+    Attributes:
+        layer_shape: (m, d).
+        num_samples: weighted number of samples.
+    """
+
+    def __init__(
+        self,
+        layer_shape: tuple[int, int],
+        chunks: list[_Chunk],
+        num_samples: float,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.layer_shape = layer_shape
+        size = layer_shape[0] * layer_shape[1]
+        self.shape = (size, size)
+        self.num_samples = num_samples
+        self.dtype, self.device = dtype, device
+        self._chunks = chunks
+
+    def _matmul(self, block: Tensor) -> Tensor:
+        m, d = self.layer_shape
+        total = torch.zeros_like(block)
+        for chunk in self._chunks:
+            for row, out in zip(block, total, strict=True):
+                images = torch.matmul(chunk.outputs, row.reshape(m, d))
+                if chunk.squared:
+                    # sum_n A_n C_n as one product: samples and columns are contracted together.
+                    stacked = images.transpose(0, 1).reshape(m, -1)
+                    out += (stacked @ chunk.inputs.reshape(-1, d)).flatten()
+                else:
+                    weights = torch.matmul(images, chunk.inputs).transpose(0, 1).reshape(m, -1)
+                    columns = chunk.inputs.transpose(1, 2).reshape(-1, d)
+                    out += (weights @ columns).flatten()
+        return total / self.num_samples
+
+    def trace(self) -> float:
+        return (
+            sum(
+                float((_diagonals(c.outputs).sum(1) * _input_diagonals(c).sum(1)).sum())
+                for c in self._chunks
+            )
+            / self.num_samples
+        )
+
+    def diagonal(self) -> Tensor:
+        total = torch.zeros(self.layer_shape, dtype=torch.float64, device=self.device)
+        for chunk in self._chunks:
+            total += _diagonals(chunk.outputs).T @ _input_diagonals(chunk)
+        return (total / self.num_samples).flatten().to(self.dtype)
+
+
+def _diagonals(matrices: Tensor) -> Tensor:
+    """[N, m] float64 of [N, m, m]."""
+    return matrices.diagonal(dim1=1, dim2=2).double()
+
+
+def _input_diagonals(chunk: _Chunk) -> Tensor:
+    """[N, d] float64: diagonals of X_n X_n^T."""
+    if chunk.squared:
+        return _diagonals(chunk.inputs)
+    return chunk.inputs.square().sum(2, dtype=torch.float64)
+
+
+def position_mean_hessian(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Any,
+    layer: str,
+    *,
+    bias: str = "none",
+    sample_weight: Tensor | None = None,
+    output_root: Callable[..., Tensor] | None = None,
+    memory_budget: int = 4 * 2**30,
+    progress: bool | Progress = False,
+) -> PositionMeanHessian:
+    """E[M_n (x) X_n X_n^T] of one layer, in one pass; see :class:`PositionMeanHessian`.
+
+    Args:
+        model, data, loss, bias, sample_weight, output_root: as in :func:`hesskern.layer_hessians`.
+        layer: name of a Linear or Conv2d layer with one group.
+        memory_budget: bytes that M_n and X_n of all samples may take.
+        progress: True for a bar with the time left, or a callback.
+
+    Raises:
+        ValueError: the layer is unknown or not reached, data is empty, or memory is too small.
+        NotImplementedError: the layer is a grouped convolution.
+    """
+    memory_budget = check_budget(memory_budget)
+    check_iterable(data)
+    resolved = resolve_loss(loss, output_root)
+    specs, _ = select_layers(model, [layer], bias)
+    spec = specs[layer]
+    if spec.groups > 1:
+        raise NotImplementedError(
+            f"layer {layer!r} has {spec.groups} groups and no single input covariance"
+        )
+    device, report = model_device(model), reporter(progress)
+    chunks: list[_Chunk] = []
+    count, held, dtype = 0.0, 0, torch.float32
+    with Capture(model, specs) as capture:
+        for batch in batches(data, device, sample_weight, report, f"samples of {layer}"):
+            roots = BatchRoots(capture, batch, resolved, "exact", 1, torch.Generator())
+            count += roots.count
+            if layer not in roots.uses:
+                continue
+            dtype = accumulator_dtype(roots.uses[layer][0].x.dtype)
+            chunk = _chunk(specs, roots, memory_budget)
+            if chunk is None:
+                continue
+            chunks.append(chunk)
+            held += chunk.nbytes
+            if held > memory_budget:
+                raise ValueError(
+                    f"memory_budget of {memory_budget} bytes is too small for the samples of "
+                    f"layer {layer!r}; raise it or pass fewer samples"
+                )
+    if not count > 0:
+        raise ValueError("data yielded no samples")
+    if not chunks:
+        raise ValueError(f"layer {layer!r} was not reached")
+    return PositionMeanHessian(spec.shape, chunks, count, dtype, device)
+
+
+def _chunk(specs: dict[str, Any], roots: BatchRoots, budget: int) -> _Chunk | None:
+    """M_n and X_n of one batch."""
+    outputs, inputs = None, None
+    for _, rows in layer_rows(specs, roots, budget, keep_positions=True):
+        s = rows.s if rows.s.dim() == 4 else rows.s.unsqueeze(3)
+        inputs = rows.x if rows.x.dim() == 3 else rows.x.unsqueeze(2)
+        # [N, m, r t]: all root rows and positions of a sample beside each other.
+        beside = s.transpose(1, 2).flatten(2)
+        part = torch.matmul(beside, beside.transpose(1, 2)) / s.shape[3]
+        outputs = part if outputs is None else outputs + part
+    if outputs is None or inputs is None:
+        return None
+    d, t = inputs.shape[1:]
+    if t >= d:
+        return _Chunk(outputs, torch.matmul(inputs, inputs.transpose(1, 2)), True)
+    return _Chunk(outputs, inputs.contiguous(), False)

@@ -94,7 +94,7 @@ def hesskern() -> None:
     type=click.Path(file_okay=False, path_type=Path),
     default=Path("hesskern-report"),
     show_default=True,
-    help="Folder for report.html, result.json, overview.png and the trained weights.",
+    help="Folder for report.html, a page per layer, figures, result.json and the trained weights.",
 )
 @click.option(
     "--json", "as_json", is_flag=True, help="Print the result as JSON; all else goes to stderr."

@@ -22,8 +22,11 @@ def test_analyze_writes_report_result_picture_and_weights(here):
     outcome = run(*TINY)
     assert outcome.exit_code == 0, outcome.output
     folder = here / "hesskern-report"
-    names = ["overview.png", "report.html", "result.json", "seed0.safetensors", "seed1.safetensors"]
+    names = ["figures", "layers", "overview.png", "report.html", "result.json"]
+    names += ["seed0.safetensors", "seed1.safetensors"]
     assert sorted(path.name for path in folder.iterdir()) == names
+    assert (folder / "layers" / "fc2.html").is_file()
+    assert "figures: as SVG and PNG" in outcome.stdout
     result = json.loads((folder / "result.json").read_text())
     words = "hesskern analyze --model f8x1 --top 10 --epochs 2 --limit 120"
     assert result["command"] == words

@@ -175,6 +175,8 @@ def test_the_grid_finds_its_own_variances_and_their_neighbours():
         assert grid.index(grid.variance(j)) == j
     assert grid.neighbours(math.sqrt(grid.variance(17) * grid.variance(18))) == (17, 18)
     assert grid.neighbours(5.0) == (1,)
+    assert grid.nearest(grid.variance(17) * math.exp(0.4 / grid.b)) == 17
+    assert grid.nearest(5.0) == 1
 
 
 @pytest.mark.parametrize(

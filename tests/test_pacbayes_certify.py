@@ -1,6 +1,7 @@
 """certify: methods, bad input, resumption, interruption."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,19 @@ from certificates import FAST, NET, blobs
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedRandomSampler
 
-from hesskern.pacbayes import METHODS, NaturalSettings, Protocol, PublishedSettings, certify
+from hesskern.pacbayes import (
+    METHODS,
+    NaturalSettings,
+    PriorGrid,
+    Protocol,
+    PublishedSettings,
+    certify,
+)
 from hesskern.pacbayes import natural as natural_module
 from hesskern.pacbayes.natural import Natural
 from hesskern.pacbayes.network import slots_of, state_of
+from hesskern.pacbayes.posterior import spread_out
+from hesskern.pacbayes.procedure import on_grid
 from hesskern.pacbayes.published_methods import Published
 from hesskern.pacbayes.samples import Samples
 
@@ -145,6 +155,63 @@ def natural(data, **changes):
     settings = NaturalSettings(**{"batch_size": 50, "rank_in": 5, "rank_out": 3, **changes})
     generator = torch.Generator().manual_seed(0)
     return Natural(model, slots, state, state, data, TERMS, settings, generator)
+
+
+def test_bases_are_laid_out_for_inputs_under_noise():
+    """What enters fc2 is relu(mean + U (deviation . noise)): its second moment, drawn here anew."""
+    data = blobs(30)
+    optimizer = natural(data, prior_hidden=3.0)
+    optimizer._factor_rows = torch.arange(30)
+    found = sum(optimizer._noisy_moments()["fc2"] for _ in range(2000)) / 2000
+    layer = optimizer._layers["fc1"]
+    mean, deviation = layer.moments(data.inputs, optimizer._known["fc1"])
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.zeros(7, 7, dtype=torch.float64)
+    for _ in range(2000):
+        hidden = spread_out(mean, deviation, layer.U, generator).relu().double().detach()
+        hidden = torch.cat([hidden, torch.ones(30, 1, dtype=torch.float64)], 1)
+        drawn += hidden.T @ hidden / 2000
+    torch.testing.assert_close(found, drawn, rtol=0.05, atol=0.02 * float(drawn.max()))
+    still = torch.cat([mean.relu(), torch.ones(30, 1)], 1).double().detach()
+    assert float((still.T @ still - drawn).norm()) > 0.2 * float(drawn.norm())
+    # Nothing is collected in a step.
+    optimizer.step(torch.arange(10), 0.1)
+    assert optimizer._moments is None
+
+
+def test_refreshes_begin_the_average_anew():
+    data = blobs(20)
+    optimizer = natural(data, averaged=0.9, refreshes=(0.5,))
+    optimizer.step(torch.arange(10), 0.2)
+    assert optimizer._averages == 1
+    optimizer.begin_epoch(0.5)
+    assert optimizer._averages == 0
+    optimizer.step(torch.arange(10), 0.6)
+    layer = optimizer._layers["fc2"]
+    for mean, parameter in zip(optimizer._averaged["fc2"], layer.parameters(), strict=True):
+        torch.testing.assert_close(mean, parameter.detach())
+
+
+def test_a_relative_draft_moves_to_the_grid_as_a_whole():
+    """Distance from the prior's mean, variances and prior are scaled alike: the KL stays."""
+    data = blobs(40)
+    optimizer = natural(data)
+    for rows in torch.arange(40).split(10):
+        optimizer.step(rows, 0.1)
+    drafts, state = optimizer.drafts(), state_of(built())
+    protocol = replace(TERMS, grid=PriorGrid(c=1.0, b=3))
+    layers = on_grid(drafts, optimizer._slots, state, 40, protocol)
+    total = 0.0
+    for name, layer in layers.items():
+        draft, variance = drafts[name], protocol.grid.variance(layer.index)
+        assert abs(math.log(variance / draft.prior_variance)) <= 1 / 6 + 1e-6
+        scale = variance / draft.prior_variance
+        torch.testing.assert_close(layer.variance, draft.variance.double() * scale)
+        moved = layer.prior_mean + scale**0.5 * (draft.mean - layer.prior_mean)
+        torch.testing.assert_close(layer.mean, moved)
+        total += layer.kl(variance)
+    with optimizer._at_average():
+        assert total == pytest.approx(optimizer.kl(), rel=1e-5)
 
 
 def test_truncated_noise_is_that_of_the_draft():

@@ -177,6 +177,10 @@ class PriorGrid:
             )
         return j
 
+    def nearest(self, variance: float) -> int:
+        """The j >= 1 whose variance is nearest to ``variance`` on a logarithmic scale."""
+        return max(1, round(self.b * math.log(self.c / variance)))
+
     def neighbours(self, variance: float) -> tuple[int, ...]:
         """The one or two j >= 1 whose variances enclose ``variance``."""
         exact = self.b * math.log(self.c / variance)

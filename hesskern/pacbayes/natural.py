@@ -78,7 +78,8 @@ class NaturalSettings:
         warm_up: part of the budget in which the log loss stands in for the error.
         log_loss_weight: what one unit of log loss counts there, in units of error.
         error_weight: what one unit of error counts there, in units of KL / n.
-        refreshes: parts of the budget at which bases are computed anew at the current mean.
+        refreshes: parts of the budget at which bases are computed anew: U at the current mean, V
+            from inputs under the current noise.
     """
 
     batch_size: int = 500
@@ -96,7 +97,7 @@ class NaturalSettings:
     warm_up: float = 0.3
     log_loss_weight: float = 0.5
     error_weight: float = 1.7
-    refreshes: tuple[float, ...] = (0.05, 0.15, 0.3, 0.5)
+    refreshes: tuple[float, ...] = (0.05, 0.15, 0.3, 0.5, 0.7, 0.82)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "rank_in", "rank_hidden", "rank_last", "rank_out"):
@@ -328,6 +329,7 @@ class Natural:
         self._slope, self._age = 0.0, 0
         self._errors: list[tuple[float, int]] = []
         self._refreshed = 0
+        self._moments: dict[str, Tensor] | None = None
         self._averages = 0
         self._averaged: dict[str, list[Tensor]] = {}
         self._make_optimizer()
@@ -385,14 +387,30 @@ class Natural:
         due = sum(fraction >= part for part in self._settings.refreshes)
         if due > self._refreshed:
             self._refreshed = due
+            # Averages of variances along other directions would mean nothing.
+            self._averages, self._averaged = 0, {}
+            moments = self._noisy_moments()
             factors = self._factors({name: layer.mean() for name, layer in self._layers.items()})
             for name, layer in self._layers.items():
-                layer.rotate(
-                    eigenbasis(factors[name].output_hessian)[1],
-                    None
-                    if layer.moves_in_basis
-                    else eigenbasis(_one_group(factors[name].input_covariance))[1],
-                )
+                V = None
+                if not layer.moves_in_basis:
+                    covariance = moments.get(name, _one_group(factors[name].input_covariance))
+                    V = eigenbasis(covariance)[1]
+                layer.rotate(eigenbasis(factors[name].output_hessian)[1], V)
+
+    @torch.no_grad()
+    def _noisy_moments(self) -> dict[str, Tensor]:
+        """E[x x^T] [d, d] float64 of what enters the per-example layers, noise included.
+
+        Noise in the layers before adds to every direction of x. At the mean weights these inputs
+        nearly lie in a few directions, and variances along the others would be laid out for inputs
+        that the layer never sees.
+        """
+        self._moments = {}
+        for rows in self._factor_rows.split(_FACTOR_BATCH):
+            self._forward(rows)
+        found, self._moments = self._moments, None
+        return found
 
     def step(self, rows: Tensor, fraction: float) -> float:
         """One step of Adam; see the module."""
@@ -460,6 +478,9 @@ class Natural:
                 if not layer.slot.per_example:
                     return layer.slot.apply(x, layer.weight())
                 known = self._known.get(name)
+                if self._moments is not None and known is None:
+                    inputs = layer.slot.extended(x).double()
+                    self._moments[name] = self._moments.get(name, 0) + inputs.T @ inputs
                 mean, deviation = layer.moments(x, None if known is None else _rows_of(known, rows))
                 if name == self._last:
                     kept.append(deviation)

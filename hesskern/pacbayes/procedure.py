@@ -9,7 +9,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -188,45 +188,49 @@ def on_grid(
     n: int,
     protocol: Protocol,
 ) -> dict[str, LayerPosterior]:
-    """Puts the prior variances on the grid: of the neighbouring j the one with the lower rate."""
+    """Puts the prior variances on the grid.
 
-    def layer(name: str, index: int) -> LayerPosterior:
+    A relative draft goes to the nearest j, and mean and variances with it: its KL stays what it
+    was. Of another draft's neighbouring j the one with the lower rate is taken.
+    """
+
+    def layer(name: str, index: int, moved: bool = False) -> LayerPosterior:
         draft, slot = drafts[name], slots[name]
-        variance = draft.variance.double()
+        mean, variance, centre = draft.mean.clone(), draft.variance.double(), slot.matrix(prior)
+        scale = protocol.grid.variance(index) / draft.prior_variance
         if draft.relative:
-            variance = variance * (protocol.grid.variance(index) / draft.prior_variance)
+            variance = variance * scale
+        if moved:
+            mean = centre + scale**0.5 * (mean - centre)
         return LayerPosterior(
             slot.per_example,
-            draft.mean.clone(),
-            slot.matrix(prior),
+            mean,
+            centre,
             variance,
             draft.U,
             draft.V,
             index,
         )
 
-    def cost(chosen: Mapping[str, LayerPosterior]) -> float:
-        divergence = sum(item.kl(protocol.grid.variance(item.index)) for item in chosen.values())
-        return divergence + sum(
-            protocol.grid.price(j)
-            for j in protocol.priced([item.index for item in chosen.values()])
-        )
+    def cost(chosen: Collection[LayerPosterior]) -> float:
+        divergence = sum(item.kl(protocol.grid.variance(item.index)) for item in chosen)
+        priced = protocol.priced([item.index for item in chosen])
+        return divergence + sum(protocol.grid.price(j) for j in priced)
 
     if protocol.shared_variance:
         # All drafts of a method with one prior variance agree on it; others meet in the middle.
         logs = [math.log(draft.prior_variance) for draft in drafts.values()]
         common = protocol.grid.neighbours(math.exp(sum(logs) / len(logs)))
         options = [{name: layer(name, j) for name in drafts} for j in common]
-        return min(options, key=cost)
-    return {
-        name: min(
-            (layer(name, j) for j in protocol.grid.neighbours(draft.prior_variance)),
-            key=lambda item: (
-                item.kl(protocol.grid.variance(item.index)) + protocol.grid.price(item.index)
-            ),
-        )
-        for name, draft in drafts.items()
-    }
+        return min(options, key=lambda chosen: cost(chosen.values()))
+    found: dict[str, LayerPosterior] = {}
+    for name, draft in drafts.items():
+        if draft.relative:
+            found[name] = layer(name, protocol.grid.nearest(draft.prior_variance), moved=True)
+        else:
+            near = protocol.grid.neighbours(draft.prior_variance)
+            found[name] = min((layer(name, j) for j in near), key=lambda item: cost([item]))
+    return found
 
 
 def _estimate(protocol: Protocol, error: float, kl: float, n: int, layers: int) -> float:

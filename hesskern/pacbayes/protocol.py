@@ -75,5 +75,9 @@ PUBLISHED = Protocol(
 )
 """The terms of arXiv 2010.04261."""
 
-OURS = Protocol(grid=PriorGrid(c=1.0))
-"""The terms of "natural" if none are given: as published, with a grid that begins higher."""
+OURS = Protocol(grid=PriorGrid(c=1.0, b=10))
+"""The terms of "natural" if none are given: as published, with a higher and coarser grid.
+
+Every index j costs 2 log j + log(pi^2 / 6) nats. A tenth of the steps saves 2 log 10 = 4.6 nats per
+layer, and hardly any fit: mean and variances move to the grid together with the prior's.
+"""

@@ -9,13 +9,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import jinja2
-
 from hesskern import plotting
 from hesskern.digest import number, percent, seconds
 from hesskern.figures import Figure
+from hesskern.files import write_files
 from hesskern.pacbayes import Certificate
-from hesskern.report import write_files
+from hesskern.pages import template
 
 __all__ = ["render", "summarize", "write"]
 
@@ -79,14 +78,8 @@ def _curve(values: list[float]) -> dict[str, list[float]]:
 
 def render(result: Result) -> str:
     """The page's HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hesskern", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
     first = result["certificates"][0]
-    return environment.get_template("certificate.html.j2").render(
+    return template("certificate.html.j2").render(
         result=result,
         first=first,
         number=number,

@@ -37,7 +37,11 @@ class Digest:
     @property
     def inexact_reasons(self) -> list[str]:
         """Why layers have a Gauss-Newton block instead of the Hessian; each reason once."""
-        reasons = {entry["inexact_reason"] for n in self.layers for entry in self.entries(n)}
+        return self.reasons_of(self.layers)
+
+    def reasons_of(self, names: Iterable[str]) -> list[str]:
+        """The same for some layers."""
+        reasons = {entry["inexact_reason"] for n in names for entry in self.entries(n)}
         return sorted(reason for reason in reasons if reason)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from hesskern import plotting, wording
 from hesskern.digest import Digest
+from hesskern.pages import svg_uri
 
 __all__ = ["Figure", "Figures", "file_names"]
 
@@ -26,9 +26,8 @@ class Figure:
 
     @property
     def uri(self) -> str:
-        """The SVG as an image of its own, so that ids of different figures cannot meet."""
-        encoded = base64.b64encode(self.picture.svg.encode()).decode()
-        return f"data:image/svg+xml;base64,{encoded}"
+        """The SVG, to be put into a page."""
+        return svg_uri(self.picture.svg.encode())
 
 
 def file_names(layers: list[str]) -> dict[str, str]:
@@ -36,7 +35,9 @@ def file_names(layers: list[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     for i, layer in enumerate(layers):
         name = re.sub(r"[^A-Za-z0-9_.-]", "-", layer) or "layer"
-        names[layer] = f"{name}-{i}" if name in names.values() else name
+        while name in names.values():
+            name = f"{name}-{i}"
+        names[layer] = name
     return names
 
 
@@ -56,7 +57,6 @@ class Figures:
         self._digest = Digest(result)
         self._names = file_names(self._digest.layers)
         self._first = result["models"][0]["layers"]
-        # One model's comparison is with no other.
         self._pairs = _pairs(result)
         by_layer = {name: self._of_layer(i, name) for i, name in enumerate(self._digest.layers)}
         self.groups: dict[str, list[Figure]] = {"overlap": self._of_all_layers()}

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from hesskern import plotting, tables, wording
 from hesskern.digest import Digest
 from hesskern.figures import Figures, file_names
+from hesskern.files import write_files
+from hesskern.pages import template
 
-__all__ = ["render", "render_layer", "write_files", "write_report"]
+__all__ = ["render", "render_layer", "write_report"]
 
 Result = Mapping[str, Any]
 
@@ -28,21 +26,17 @@ def render(result: Result, figures: Figures | None = None) -> str:
         figures: of the result, where they are at hand.
     """
     layers = result["network"]["layers"]
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            result=result,
-            digest=Digest(result),
-            tables=tables,
-            wording=wording,
-            subject=wording.subject(result),
-            colours={name: plotting.colour(i) for i, name in enumerate(layers)},
-            figures=(figures or Figures(result)).groups,
-            pages={name: f"layers/{file}.html" for name, file in file_names(layers).items()},
-            labels=[model["label"] for model in result["models"]],
-            trained=all(model["training"] for model in result["models"]),
-        )
+    return template("report.html.j2").render(
+        result=result,
+        digest=Digest(result),
+        tables=tables,
+        wording=wording,
+        subject=wording.subject(result),
+        colours={name: plotting.colour(i) for i, name in enumerate(layers)},
+        figures=(figures or Figures(result)).groups,
+        pages={name: f"layers/{file}.html" for name, file in file_names(layers).items()},
+        labels=[model["label"] for model in result["models"]],
+        trained=all(model["training"] for model in result["models"]),
     )
 
 
@@ -66,31 +60,18 @@ def render_layer(result: Result, name: str, figures: Figures | None = None) -> s
         )
     }
     digest = Digest(result)
-    return (
-        _environment()
-        .get_template("layer.html.j2")
-        .render(
-            result=result,
-            name=name,
-            subject=wording.subject(result),
-            colour=plotting.colour(at),
-            facts=tables.layer_facts(digest, name),
-            rows=tables.layer_models(digest, name),
-            columns=digest.columns,
-            mark=digest.mark,
-            figures=figures.layers[name],
-            labels=[model["label"] for model in result["models"]],
-            neighbours=neighbours,
-        )
-    )
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("hesskern", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
+    return template("layer.html.j2").render(
+        result=result,
+        name=name,
+        subject=wording.subject(result),
+        colour=plotting.colour(at),
+        facts=tables.layer_facts(digest, name),
+        rows=tables.layer_models(digest, name),
+        columns=digest.columns,
+        mark=digest.mark,
+        figures=figures.layers[name],
+        labels=[model["label"] for model in result["models"]],
+        neighbours=neighbours,
     )
 
 
@@ -120,16 +101,3 @@ def write_report(
         files[f"layers/{file}.html"] = render_layer(result, name, figures).encode()
     files |= {f"figures/{name}": content for name, content in figures.files().items()}
     return write_files(folder, {**files, **(others or {})})
-
-
-def write_files(folder: Path, files: Mapping[str, bytes]) -> list[Path]:
-    """Writes all files or none: each under a temporary name first, then all take their places."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".hesskern-", dir=folder) as staging:
-        for name, content in files.items():
-            (Path(staging) / name).parent.mkdir(parents=True, exist_ok=True)
-            (Path(staging) / name).write_bytes(content)
-        for name in files:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(Path(staging) / name, folder / name)
-    return [folder / name for name in files]

@@ -107,10 +107,12 @@ def input_rows(digest: Digest) -> list[Row]:
 def layer_facts(digest: Digest, name: str) -> list[tuple[str, str]]:
     """What a layer is, and its numbers as means over the models."""
     entry, row = digest.entries(name)[0], _layer_row(digest, name)
-    m, d = entry["shape"]
     positions = f", {entry['positions']:,} positions per sample" if entry["positions"] > 1 else ""
     facts = [
-        ("Layer", f"{entry['kind']}, {row['shape']} (m × d), {m * d:,} weights{positions}"),
+        (
+            "Layer",
+            f"{entry['kind']}, {row['shape']} (m × d), {entry['parameters']:,} weights{positions}",
+        ),
         ("Curvature", _kind_of_curvature(digest, name)),
         ("Trace", f"H {row['trace_exact']}, K {row['trace_kronecker']}"),
         ("‖H − K‖ / ‖H‖", f"spectral {row['spectral']}, Frobenius {row['frobenius']}"),
@@ -133,7 +135,7 @@ def layer_facts(digest: Digest, name: str) -> list[tuple[str, str]]:
 
 
 def _kind_of_curvature(digest: Digest, name: str) -> str:
-    reasons = sorted({e["inexact_reason"] for e in digest.entries(name)} - {None})
+    reasons = digest.reasons_of([name])
     if not reasons:
         return "the exact Hessian"
     return f"the Gauss-Newton block, not the whole Hessian: {'; '.join(reasons)}"

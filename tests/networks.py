@@ -366,3 +366,25 @@ CASES: dict[str, Case] = {
     "shared convolution": Case(SharedOverPositions, (2, 4, 4), ("out",), ("conv",)),
     "tied": Case(Tied, (4,), ("out",), ("first", "second")),
 }
+
+
+def small_network(kind: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """A network whose layer "0" is of this kind, and one batch.
+
+    "linear"; "positions": two of them, Linear; "rows": a convolution that has more positions than
+    inputs, and smaller rows than both; "columns": one with fewer positions; "groups": grouped.
+    """
+    if kind == "linear":
+        layers, x = [nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)], randn(20, 5)
+    elif kind == "positions":
+        layers, x = [nn.Linear(5, 6), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)], randn(9, 2, 5)
+    elif kind == "rows":
+        layers = [nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3)]
+        x = randn(9, 1, 4, 4)
+    elif kind == "columns":
+        layers = [nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)]
+        x = randn(7, 2, 4, 4)
+    else:
+        layers = [nn.Conv2d(4, 4, 2, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)]
+        x = randn(9, 4, 3, 3)
+    return seeded(nn.Sequential(*layers)), [(x, classes(len(x), c=3))]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import classes, randn, seeded
+from networks import randn, small_network
 from torch import nn
 
 import hesskern as hk
@@ -11,20 +11,7 @@ LOSS = nn.CrossEntropyLoss()
 
 
 def layer(kind):
-    if kind == "linear":
-        model, x = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), randn(20, 5)
-    elif kind == "positions":
-        model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3))
-        x = randn(9, 2, 5)
-    elif kind == "rows":
-        model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3))
-        x = randn(9, 1, 4, 4)
-    else:
-        model = nn.Sequential(nn.Conv2d(4, 4, 2, groups=2), nn.ReLU(), nn.Flatten())
-        model.append(nn.Linear(16, 3))
-        x = randn(9, 4, 3, 3)
-    model = seeded(model)
-    data = [(x, classes(len(x), c=3))]
+    model, data = small_network(kind)
     H = hk.layer_hessians(model, data, LOSS)["0"]
     return H, hk.kronecker_factors(model, data, LOSS)["0"].operator()
 

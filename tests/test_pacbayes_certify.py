@@ -17,13 +17,13 @@ from hesskern.pacbayes import (
     PublishedSettings,
     certify,
 )
-from hesskern.pacbayes import natural as natural_module
 from hesskern.pacbayes.natural import Natural
 from hesskern.pacbayes.network import slots_of, state_of
 from hesskern.pacbayes.posterior import spread_out
 from hesskern.pacbayes.procedure import on_grid
 from hesskern.pacbayes.published_methods import Published
 from hesskern.pacbayes.samples import Samples
+from hesskern.pacbayes.truncated import rows_of
 
 TERMS = Protocol(passes=5)
 SHARED = Protocol(passes=5, form="langford-seeger", shared_variance=True)
@@ -225,7 +225,7 @@ def test_truncated_noise_is_that_of_the_draft():
     known = optimizer._known["fc1"]
     rows = torch.zeros(40_000, dtype=torch.long)
     with torch.no_grad():
-        mean, deviation = layer.moments(x, natural_module._rows_of(known, rows))
+        mean, deviation = layer.moments(x, rows_of(known, rows))
         drawn = layer.noisy(mean, deviation).double()
     torch.testing.assert_close(mean[0], (draft.mean @ x[0]).to(mean.dtype), rtol=1e-4, atol=1e-5)
     rotated = (x[0].double() @ draft.V).square()

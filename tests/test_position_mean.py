@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import classes, randn, seeded
+from networks import seeded, small_network
 from torch import nn
 
 import hesskern as hk
@@ -11,21 +11,11 @@ LOSS = nn.CrossEntropyLoss()
 
 
 def case(kind):
-    if kind == "linear":
-        model, x = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), randn(7, 5)
-    elif kind == "sequence":
-        model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3))
-        x = randn(7, 2, 5)
-    elif kind == "few positions":
-        model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3))
-        x = randn(7, 2, 4, 4)
-    else:
-        model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
-        x = randn(7, 1, 5, 5)
-    return seeded(model), x, classes(len(x), c=3)
+    model, [(x, y)] = small_network(kind)
+    return model, x, y
 
 
-KINDS = ["linear", "sequence", "few positions", "many positions"]
+KINDS = ["linear", "positions", "columns", "rows"]
 
 
 @pytest.mark.parametrize("bias", ["none", "joint"])
@@ -55,7 +45,7 @@ def test_without_positions_it_is_the_exact_hessian():
 
 
 def test_with_positions_it_is_neither_the_hessian_nor_the_kronecker_form():
-    model, x, y = case("many positions")
+    model, x, y = case("rows")
     H = hk.layer_hessians(model, [(x, y)], LOSS)["0"]
     K = hk.kronecker_factors(model, [(x, y)], LOSS)["0"].operator()
     middle = hk.position_mean_hessian(model, [(x, y)], LOSS, "0")
@@ -64,7 +54,7 @@ def test_with_positions_it_is_neither_the_hessian_nor_the_kronecker_form():
 
 
 def test_weights_count_samples():
-    model, x, y = case("few positions")
+    model, x, y = case("columns")
     weight = torch.tensor([2.0, 0, 1, 0, 1, 1, 0]).double()
     rows = [0, 0, 2, 4, 5]
     found = hk.position_mean_hessian(model, [(x, y, weight)], LOSS, "0")
@@ -73,7 +63,7 @@ def test_weights_count_samples():
 
 
 def test_single_precision_and_eigenpairs():
-    model, x, y = case("many positions")
+    model, x, y = case("rows")
     exact = hk.position_mean_hessian(model, [(x, y)], LOSS, "0")
     found = hk.position_mean_hessian(model.float(), [(x.float(), y)], LOSS, "0")
     assert found.dtype == torch.float32
@@ -83,7 +73,7 @@ def test_single_precision_and_eigenpairs():
 
 
 def test_bad_input():
-    model, x, y = case("few positions")
+    model, x, y = case("columns")
     with pytest.raises(ValueError, match="memory_budget of 10 bytes is too small for the samples"):
         hk.position_mean_hessian(model, [(x, y)], LOSS, "0", memory_budget=10)
     with pytest.raises(ValueError, match="no samples"):

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 from matplotlib import image
 
-from hesskern import digest, figures, published, report, tables, wording
+from hesskern import digest, figures, files, published, report, tables, wording
 from hesskern.analysis import Settings, analyze
 
 
@@ -210,6 +210,10 @@ def test_grouped_and_strangely_named_layers_have_pages(result):
     assert len(page.pictures) == 4
     assert "the Gauss-Newton block, not the whole Hessian: Tanh follows" in page.text
     assert figures.file_names([""]) == {"": "layer"}
+    # A name made to differ may itself be taken.
+    crowded = figures.file_names(["a-b-1", "a-b", "a/b", "a.b", "a:b"])
+    assert len(set(crowded.values())) == 5
+    assert crowded["a.b"] == "a.b"
 
 
 def test_interruption_while_writing_keeps_the_old_files_whole(tmp_path, monkeypatch):
@@ -218,9 +222,9 @@ def test_interruption_while_writing_keeps_the_old_files_whole(tmp_path, monkeypa
     def interrupted(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report.os, "replace", interrupted)
+    monkeypatch.setattr(files.os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        report.write_files(tmp_path, {"report.html": b"new", "result.json": b"{}"})
+        files.write_files(tmp_path, {"report.html": b"new", "result.json": b"{}"})
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text() == "old"
 

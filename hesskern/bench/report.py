@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from hesskern.bench.results import Group, Row, quartiles
-from hesskern.report import write_files
+from hesskern.files import write_files
+from hesskern.pages import template
 
 __all__ = ["FORMAT", "columns", "html", "markdown", "result", "show", "write"]
 
@@ -182,20 +182,11 @@ def _machine_lines(run: dict[str, Any]) -> list[tuple[str, str]]:
 
 def html(run: dict[str, Any], groups: Sequence[Group]) -> str:
     """One page with a chart and a table per group; everything it needs is inside."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hesskern", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = []
     for group in groups:
         headings, rows = columns(group)
         shown.append({"group": group, "headings": headings, "rows": rows, "bars": _bars(group)})
-    return environment.get_template("bench.html.j2").render(
-        run=run, machine=_machine_lines(run), groups=shown
-    )
+    return template("bench.html.j2").render(run=run, machine=_machine_lines(run), groups=shown)
 
 
 def _bars(group: Group) -> list[dict[str, Any]]:

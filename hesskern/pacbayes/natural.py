@@ -18,6 +18,8 @@ alone decide. What makes it fast and tight:
   prediction is known in closed form (:func:`hesskern.pacbayes.surrogates.error_probability`), as
   the last layer's variances are the same for all outputs but for the common shift of all scores,
   which changes no prediction. A log loss leads there, in the first part of the budget.
+* Bases for inputs under noise, computed anew in the course of the optimization: at the mean weights
+  what enters a layer lies in fewer directions than it does behind noisy layers.
 * The weights of error and KL follow the bound: its gradient in the two, by kl^-1's derivatives.
 * Variances start at s = 1 / (1 / lambda + beta h), h the products of the Kronecker factors'
   eigenvalues (the minimizer of the bound's quadratic model, arXiv 2010.04261, section 5).
@@ -34,26 +36,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesskern import ops
 from hesskern.factors import kronecker_factors
 from hesskern.pacbayes.bound import bound_rate, kl_inverse
 from hesskern.pacbayes.evaluate import wrong
 from hesskern.pacbayes.loop import Draft
 from hesskern.pacbayes.network import Slot, evaluating, replaced
-from hesskern.pacbayes.posterior import eigenbasis, spread_out
+from hesskern.pacbayes.posterior import eigenbasis
 from hesskern.pacbayes.protocol import Protocol
 from hesskern.pacbayes.samples import Samples
 from hesskern.pacbayes.surrogates import error_probability, log_loss
+from hesskern.pacbayes.truncated import Rotated, TruncatedLayer, rows_of
 
 __all__ = ["TRAINED_PRIOR", "Natural", "NaturalSettings"]
 
 _FACTOR_SAMPLES = 10_000
 _FACTOR_BATCH = 1000
-_SMALLEST = 1e-12
 _WEIGHT_STEPS = 10
-
-# Components along the leading directions [N, k], squared norm of the rest [N] or None, w0 x [N, m].
-Rotated = tuple[Tensor, Tensor | None, Tensor]
 
 
 @dataclass(frozen=True)
@@ -115,174 +113,10 @@ TRAINED_PRIOR = NaturalSettings(
 """For a centre that was trained on other samples: less noise, and no need for the log loss."""
 
 
-class _Layer:
-    """Parameters of one layer and its outputs under noise."""
-
-    def __init__(
-        self,
-        slot: Slot,
-        prior_mean: Tensor,
-        start: Tensor,
-        deviation: float,
-        rank_in: int,
-        rank_out: int,
-        shift_free: bool,
-        generator: torch.Generator,
-    ) -> None:
-        self.slot, self.prior_mean, self._generator = slot, prior_mean, generator
-        m, d = prior_mean.shape
-        self.shift_free = shift_free and m > 1
-        whole = not slot.per_example
-        self.rank_in = d if whole else min(rank_in, d)
-        self.rank_out = 1 if self.shift_free else m if whole else min(rank_out, m)
-        if m == 1:
-            self.rank_out = 0
-        self.rows = _multiplicities(self.rank_out, m).to(prior_mean)
-        self.columns = _multiplicities(self.rank_in, d).to(prior_mean)
-        self.U_full = torch.eye(m, dtype=torch.float64, device=prior_mean.device)
-        self.V_full = torch.eye(d, dtype=torch.float64, device=prior_mean.device)
-        if self.shift_free:
-            self.U_full = _completed(torch.full((m, 1), m**-0.5, dtype=torch.float64))
-        self.log_prior = torch.tensor(2 * math.log(deviation)).to(prior_mean)
-        self.log_ratio = prior_mean.new_zeros(len(self.rows), len(self.columns))
-        self.moves_in_basis = slot.reads_data and slot.per_example
-        self.u = (start - prior_mean) / deviation
-        self._cut()
-
-    def _cut(self) -> None:
-        dtype = self.prior_mean.dtype
-        self.U = self.U_full[:, : self.rank_out].to(dtype).contiguous()
-        self.V = self.V_full[:, : self.rank_in].to(dtype).contiguous()
-
-    def set_first_bases(self, U: Tensor | None, V: Tensor, curvature: Tensor) -> None:
-        """Bases (float64, columns by falling eigenvalue), and log r from ``beta h`` [m, d]."""
-        if U is not None and not self.shift_free and self.rank_out:
-            self.U_full = U
-        self.V_full = V
-        self._cut()
-        beta_h = _tied(curvature, self.rank_out, self.rank_in)
-        if self.shift_free:
-            beta_h[0] = 0
-        self.log_ratio = -torch.log1p(self.log_prior.exp() * beta_h.to(self.log_prior.dtype))
-        if self.moves_in_basis:
-            self.u = self.u @ self.V
-
-    def parameters(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.u, self.log_ratio, self.log_prior
-
-    def kl(self) -> Tensor:
-        spread = self.log_ratio.exp() - 1 - self.log_ratio
-        return 0.5 * (self.rows @ spread @ self.columns + self.u.square().sum())
-
-    def rotate(self, U: Tensor | None, V: Tensor | None) -> None:
-        """New bases; the covariance's diagonal in them becomes the variances, traces are kept."""
-        ratio = self.log_ratio.exp()
-        if U is not None and not self.shift_free and self.rank_out:
-            ratio = _carried(ratio.T, self.U_full, U, self.rank_out).T
-            self.U_full = U
-        if V is not None and not self.moves_in_basis:
-            ratio = _carried(ratio, self.V_full, V, self.rank_in)
-            self.V_full = V
-        self._cut()
-        with torch.no_grad():
-            self.log_ratio.copy_(ratio.clamp(min=_SMALLEST).log())
-
-    def moments(self, x: Tensor, known: Rotated | None) -> tuple[Tensor, Tensor]:
-        """Mean [N, m] of W x and deviations [N, rows] along U's leading columns and the rest."""
-        deviation = (0.5 * self.log_prior).exp()
-        if known is not None:
-            y, rest, base = known
-            mean = torch.addmm(base, y, (deviation * self.u).T)
-        else:
-            x = self.slot.extended(x)
-            y = x @ self.V
-            rest = None
-            mean = x @ (self.prior_mean + deviation * self.u).T
-            if self.rank_in < self.V.shape[0]:
-                rest = (x.square().sum(1) - y.square().sum(1)).clamp(min=0)
-        squares = y.square() if rest is None else torch.cat([y.square(), rest[:, None]], 1)
-        variance = squares @ (self.log_prior + self.log_ratio).exp().T
-        return mean, (variance + _SMALLEST).sqrt()
-
-    def noisy(self, mean: Tensor, deviation: Tensor) -> Tensor:
-        """W x under noise, from its moments."""
-        return spread_out(mean, deviation, self.U, self._generator)
-
-    def weight(self) -> Tensor:
-        """One drawn weight [m, d] (layers that share it over positions; bases are whole)."""
-        noise = torch.randn(
-            self.prior_mean.shape,
-            generator=self._generator,
-            dtype=self.u.dtype,
-            device=self.u.device,
-        )
-        spread = (0.5 * self.log_ratio).exp() * noise
-        moved = self.u + ops.from_eigenbasis(self.U, self.V, spread)
-        return self.prior_mean + (0.5 * self.log_prior).exp() * moved
-
-    @torch.no_grad()
-    def mean(self) -> Tensor:
-        u = self.u @ self.V.T if self.moves_in_basis else self.u
-        return self.prior_mean + (0.5 * self.log_prior).exp() * u
-
-    @torch.no_grad()
-    def draft(self) -> Draft:
-        m, d = self.prior_mean.shape
-        prior = self.log_prior.double().exp()
-        ratio = self.log_ratio.double().exp()
-        counts = [c.long().to(ratio.device) for c in (self.rows, self.columns)]
-        whole = ratio.repeat_interleave(counts[0], 0).repeat_interleave(counts[1], 1)
-        assert whole.shape == (m, d)
-        return Draft(
-            self.mean(),
-            whole * prior,
-            self.U_full if self.rank_out else None,
-            self.V_full,
-            float(prior),
-            relative=True,
-        )
-
-
 def _rank(settings: NaturalSettings, slot: Slot, last: bool) -> int:
     if slot.reads_data:
         return settings.rank_in
     return settings.rank_last if last else settings.rank_hidden
-
-
-def _multiplicities(rank: int, size: int) -> Tensor:
-    rest = [size - rank] if rank < size else []
-    return torch.tensor([1.0] * rank + rest)
-
-
-def _tied(values: Tensor, rank_out: int, rank_in: int) -> Tensor:
-    """[m, d] with everything behind the leading rows and columns replaced by its mean."""
-    for axis, rank in ((0, rank_out), (1, rank_in)):
-        leading, rest = values.tensor_split([rank], axis)
-        if rest.shape[axis]:
-            leading = torch.cat([leading, rest.mean(axis, keepdim=True)], axis)
-        values = leading
-    return values
-
-
-def _carried(ratio: Tensor, old: Tensor, new: Tensor, rank: int) -> Tensor:
-    """Diagonal [.., rank (+ 1)] in the new basis of what is diagonal [.., rank (+ 1)] in the old.
-
-    Entry k is sum_j (new_k . old_j)^2 r_j; the tied rest takes what the trace leaves over.
-    """
-    size = old.shape[0]
-    counts = _multiplicities(rank, size).to(ratio)
-    shares = (new[:, :rank].T @ old[:, :rank]).square().to(ratio)
-    leading = ratio[..., :rank] @ shares.T
-    if rank == size:
-        return leading
-    leading = leading + ratio[..., rank:] * (1 - shares.sum(1)).clamp(min=0)
-    left_over = (ratio * counts).sum(-1, keepdim=True) - leading.sum(-1, keepdim=True)
-    return torch.cat([leading, left_over / (size - rank)], -1)
-
-
-def _completed(columns: Tensor) -> Tensor:
-    """An orthogonal matrix whose first columns span the same as ``columns`` one by one."""
-    return torch.linalg.qr(columns, mode="complete").Q.contiguous()
 
 
 class Natural:
@@ -304,7 +138,7 @@ class Natural:
         self._protocol, self._settings, self._generator = protocol, settings, generator
         self._last = next((n for n, slot in slots.items() if slot.writes_output), None)
         self._factor_rows = torch.randperm(len(samples), generator=generator)[:_FACTOR_SAMPLES]
-        self._layers: dict[str, _Layer] = {}
+        self._layers: dict[str, TruncatedLayer] = {}
         hidden = settings.prior_hidden or (1.0 if self._outputs() == 1 else 0.1)
         for i, (name, slot) in enumerate(slots.items()):
             centre = slot.matrix(prior)
@@ -313,7 +147,7 @@ class Natural:
             last = i == len(slots) - 1
             factor = settings.prior_last if last else hidden
             largest = math.sqrt(protocol.grid.variance(1))
-            self._layers[name] = _Layer(
+            self._layers[name] = TruncatedLayer(
                 slot,
                 centre,
                 slot.matrix(start),
@@ -373,7 +207,7 @@ class Natural:
             if layer.moves_in_basis:
                 self._known[name] = self._rotated(layer)
 
-    def _rotated(self, layer: _Layer) -> Rotated:
+    def _rotated(self, layer: TruncatedLayer) -> Rotated:
         """The samples in the leading directions [N, k], what is left [N], and w0 x [N, m]."""
         x = layer.slot.extended(self._samples.inputs.flatten(1))
         y = x @ layer.V
@@ -473,7 +307,7 @@ class Natural:
         """Scores [B, c] under noise; with a closed-form last layer, its mean and deviations."""
         kept: list[Tensor] = []
 
-        def forward(name: str, layer: _Layer) -> Any:
+        def forward(name: str, layer: TruncatedLayer) -> Any:
             def run(x: Tensor) -> Tensor:
                 if not layer.slot.per_example:
                     return layer.slot.apply(x, layer.weight())
@@ -481,7 +315,7 @@ class Natural:
                 if self._moments is not None and known is None:
                     inputs = layer.slot.extended(x).double()
                     self._moments[name] = self._moments.get(name, 0) + inputs.T @ inputs
-                mean, deviation = layer.moments(x, None if known is None else _rows_of(known, rows))
+                mean, deviation = layer.moments(x, None if known is None else rows_of(known, rows))
                 if name == self._last:
                     kept.append(deviation)
                     return mean
@@ -555,11 +389,7 @@ class Natural:
         """Takes over what :meth:`state` gave."""
         for name, layer in self._layers.items():
             saved = state["layers"][name]
-            layer.U_full, layer.V_full = saved["U"], saved["V"]
-            layer._cut()
-            with torch.no_grad():
-                for own, value in zip(layer.parameters(), saved["parameters"], strict=True):
-                    own.copy_(value)
+            layer.restore(saved["parameters"], saved["U"], saved["V"])
             if layer.moves_in_basis:
                 self._known[name] = self._rotated(layer)
         self._optimizer.load_state_dict(state["optimizer"])
@@ -571,11 +401,6 @@ class Natural:
     def settings(self) -> dict[str, Any]:
         """The settings as plain values."""
         return asdict(self._settings)
-
-
-def _rows_of(known: Rotated, rows: Tensor) -> Rotated:
-    y, rest, base = known
-    return y[rows], None if rest is None else rest[rows], base[rows]
 
 
 def _one_group(covariance: Tensor) -> Tensor:

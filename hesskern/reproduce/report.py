@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import jinja2
-
 from hesskern.analysis import plain
 from hesskern.digest import counted, listed
-from hesskern.report import write_files
+from hesskern.files import write_files
+from hesskern.pages import svg_uri, template
 from hesskern.reproduce.drawing import draw_chart, draw_heat_map
 from hesskern.reproduce.items import Item
 from hesskern.reproduce.lab import Lab, Network
@@ -125,29 +123,21 @@ def write_page(folder: Path, order: Sequence[str]) -> Path:
 
 def render(folder: Path, results: Sequence[Mapping[str, Any]]) -> str:
     """The page's HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hesskern", "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
     figures = {
         result["item"]: [
-            _picture(folder / result["item"] / f"{figure['name']}.svg", figure["title"])
+            {
+                "uri": svg_uri((folder / result["item"] / f"{figure['name']}.svg").read_bytes()),
+                "alt": figure["title"],
+            }
             for figure in (*result["charts"], *result["heat_maps"])
         ]
         for result in results
     }
     judged = [v for r in results for v in r["verdicts"] if v["agrees"] is not None]
-    return environment.get_template("reproduce.html.j2").render(
+    return template("reproduce.html.j2").render(
         results=results,
         figures=figures,
         agree=sum(v["agrees"] for v in judged),
         judged=len(judged),
         profile=results[0]["profile"] if results else "",
     )
-
-
-def _picture(path: Path, alt: str) -> dict[str, str]:
-    encoded = base64.b64encode(path.read_bytes()).decode()
-    return {"uri": f"data:image/svg+xml;base64,{encoded}", "alt": alt}

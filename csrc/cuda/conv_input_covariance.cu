@@ -14,10 +14,10 @@ namespace hesskern::cuda {
 namespace {
 
 // Unfolded samples as rows (n, oy, ox) and columns (channel, ky, kx) of one group.
-template <typename In, typename Value_>
+template <typename In, typename T>
 struct Patches {
-  using Value = Value_;
-  ConvInputCovariance<In, Value> call;
+  using Value = In;
+  ConvInputCovariance<In, T> call;
 
   struct Row {
     int64_t offset, y, x;
@@ -42,9 +42,8 @@ struct Patches {
     const int64_t y = row.y + column.y, x = row.x + column.x;
     const bool inside =
         row.inside && column.inside && y >= 0 && y < call.height && x >= 0 && x < call.width;
-    if (!inside) return Value(0);
-    return convert<Value>(
-        call.x[row.offset + column.offset + y * call.row_stride + x * call.column_stride]);
+    if (!inside) return Value{};
+    return call.x[row.offset + column.offset + y * call.row_stride + x * call.column_stride];
   }
 };
 
@@ -54,7 +53,7 @@ constexpr int kDepth = 16;
 
 template <typename In, typename T>
 int64_t ConvInputCovariance<In, T>::workspace() const {
-  return with_symmetric_tile<In, T, kDepth>(sum.order, tf32, [&](auto tag) {
+  return with_symmetric_tile<In, kDepth>(sum.order, tf32, [&](auto tag) {
     using Tile = typename decltype(tag)::Type;
     return symmetric_workspace<Tile>(
         plan_symmetric<Tile>(sum.groups, sum.order, samples * out_h * out_w), sum.groups);
@@ -63,7 +62,7 @@ int64_t ConvInputCovariance<In, T>::workspace() const {
 
 template <typename In, typename T>
 cudaError_t ConvInputCovariance<In, T>::run(T* workspace, cudaStream_t stream) const {
-  return with_symmetric_tile<In, T, kDepth>(sum.order, tf32, [&](auto tag) {
+  return with_symmetric_tile<In, kDepth>(sum.order, tf32, [&](auto tag) {
     using Tile = typename decltype(tag)::Type;
     using Source = Patches<In, T>;
     const int64_t rows = samples * out_h * out_w;

@@ -1,9 +1,10 @@
 // Input covariance: acc += alpha x^T x.
 //
-// Tiles of 128 x 128 (or 64 x 64) of one triangle, rows of x in steps of 16. N d (d + 1)
-// operations, three times as many on tensor cores with float32 split into two tf32 numbers, and
-// N d words of memory once per row of tiles: bound by the tensor cores for d >= 128, by memory
-// below.
+// Tiles of 128 x 128 (or 64 x 64) of one triangle, rows of x in steps of 16, of 32 in bfloat16 and
+// float16. N d (d + 1) operations, three times as many on tensor cores with float32 split into two
+// tf32 numbers, and N d elements of memory once per row of tiles: bound by the tensor cores for
+// d >= 128, by memory below. Rows whose elements lie side by side at multiples of 16 bytes are
+// copied to shared memory three steps ahead; others, and those with ones, go through registers.
 #include "elements.h"
 #include "input_covariance.h"
 #include "stage.h"
@@ -14,13 +15,13 @@ namespace hesskern::cuda {
 namespace {
 
 // x [K, I] of In with one more column, of ones.
-template <typename In, typename Value_>
+template <typename In>
 struct RowsWithOnes {
-  using Value = Value_;
-  Elements<In, Value> x;
+  using Value = In;
+  Elements<In> x;
   bool ones;
 
-  using Row = typename Elements<In, Value>::Row;
+  using Row = typename Elements<In>::Row;
   struct Column {
     Row x;
     bool one;
@@ -30,18 +31,41 @@ struct RowsWithOnes {
   __device__ Row row(int64_t k) const { return x.row(k); }
   __device__ Column column(int64_t i) const { return {x.column(i), ones && i == x.i_end}; }
   __device__ Value load(const Row& row, const Column& column) const {
-    if (column.one && row.inside) return Value(1);
+    if (column.one && row.inside) return one<Value>();
     return x.load(row, column.x);
   }
 };
 
-constexpr int kDepth = 16;
+// Rows of a tile: more of 16-bit elements, unless registers have to hold them.
+constexpr int kDepth = 16, kCopiedHalfDepth = 32;
+
+template <typename In, typename T>
+bool along_k(const InputCovariance<In, T>& call) {
+  return call.column_axis.step != 1 && call.row_axis.step == 1;
+}
+
+template <typename In, typename T>
+bool copied(const InputCovariance<In, T>& call) {
+  if (sizeof(In) == 8 || call.ones) return false;
+  return along_k(call) ? copies_in_pieces(call.x, call.row_axis, call.column_axis)
+                       : copies_in_pieces(call.x, call.column_axis, call.row_axis);
+}
+
+template <typename In, typename T, class Visit>
+auto with_tile(const InputCovariance<In, T>& call, Visit visit) {
+  if constexpr (sizeof(In) == 2) {
+    if (copied(call)) {
+      return with_symmetric_tile<In, kCopiedHalfDepth>(call.sum.order, call.tf32, visit);
+    }
+  }
+  return with_symmetric_tile<In, kDepth>(call.sum.order, call.tf32, visit);
+}
 
 }  // namespace
 
 template <typename In, typename T>
 int64_t InputCovariance<In, T>::workspace() const {
-  return with_symmetric_tile<In, T, kDepth>(sum.order, tf32, [&](auto tag) {
+  return with_tile(*this, [&](auto tag) {
     using Tile = typename decltype(tag)::Type;
     return symmetric_workspace<Tile>(plan_symmetric<Tile>(1, sum.order, rows), 1);
   });
@@ -49,13 +73,22 @@ int64_t InputCovariance<In, T>::workspace() const {
 
 template <typename In, typename T>
 cudaError_t InputCovariance<In, T>::run(T* workspace, cudaStream_t stream) const {
-  return with_symmetric_tile<In, T, kDepth>(sum.order, tf32, [&](auto tag) {
+  return with_tile(*this, [&](auto tag) {
     using Tile = typename decltype(tag)::Type;
-    using Source = RowsWithOnes<In, T>;
-    const Source source{{x, row_axis, column_axis, rows, columns}, ones};
-    const bool along_k = column_axis.step != 1 && row_axis.step == 1;
-    return update_symmetric<Tile, Stage<Source, Tile::kRows, Tile::kDepth>>(
-        source, along_k, rows, plan_symmetric<Tile>(1, sum.order, rows), sum, workspace, stream);
+    constexpr bool kHalf = sizeof(In) == 2, kCopiedHalf = kHalf && Tile::kDepth == kCopiedHalfDepth;
+    const SymmetricPlan plan = plan_symmetric<Tile>(1, sum.order, rows);
+    const Elements<In> elements{x, row_axis, column_axis, rows, columns};
+    if constexpr (kCopiedHalf || sizeof(In) == 4) {
+      if (kCopiedHalf || copied(*this)) {
+        return update_symmetric<Tile, CopyStage<In, Tile::kRows, Tile::kDepth>>(
+            elements, along_k(*this), rows, plan, sum, workspace, stream);
+      }
+    }
+    if constexpr (!kCopiedHalf) {
+      using Source = RowsWithOnes<In>;
+      return update_symmetric<Tile, Stage<Source, Tile::kRows, Tile::kDepth>>(
+          Source{elements, ones}, along_k(*this), rows, plan, sum, workspace, stream);
+    }
   });
 }
 

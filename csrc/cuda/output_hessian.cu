@@ -49,6 +49,7 @@ class CentredStage {
  public:
   using Value = T;
   using Layout = TileLayout<T, Extent, kSampleDepth>;
+  static constexpr int kBuffers = 2;
   static constexpr size_t kTableBytes = 0;
 
   __device__ CentredStage(const WholeSamples<T>& source, bool along_k, int64_t first,
@@ -147,9 +148,8 @@ bool whole_samples(const OutputHessian<T>& call) {
 
 template <typename T, class Visit>
 auto with_tile(const OutputHessian<T>& call, Visit visit) {
-  return whole_samples(call)
-             ? with_symmetric_tile<T, T, kSampleDepth>(call.outputs, call.tf32, visit)
-             : with_symmetric_tile<T, T, kRowDepth>(call.outputs, call.tf32, visit);
+  return whole_samples(call) ? with_symmetric_tile<T, kSampleDepth>(call.outputs, call.tf32, visit)
+                             : with_symmetric_tile<T, kRowDepth>(call.outputs, call.tf32, visit);
 }
 
 template <typename T>

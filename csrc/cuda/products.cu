@@ -3,8 +3,11 @@
 // A block takes one tile of 64 x 64 or 128 x 128 of one of up to 64 products, whose descriptions
 // travel as the kernel's parameter: no copy to the device, and a captured graph keeps them.
 // 2 m n k operations, three times on tensor cores with float32 split into two tf32 numbers; bound
-// by these, and by the launch for small layers.
+// by these, and by the launch for small layers. Matrices whose rows or columns lie at multiples of
+// 16 bytes are copied to shared memory three steps ahead, others go through registers: launches of
+// their own, since a kernel of both would take the registers of both.
 #include <algorithm>
+#include <type_traits>
 
 #include "elements.h"
 #include "launch.h"
@@ -32,17 +35,32 @@ int64_t tile_count(const Product<typename Tile::Value>& product) {
 }
 
 // Whether neighbouring threads should take neighbours along k.
-__device__ inline bool along_k(const Axis& k, const Axis& i) {
+__host__ __device__ inline bool along_k(const Axis& k, const Axis& i) {
   return k.step == 1 && i.step != 1;
 }
 
-template <class Tile>
+template <typename T>
+bool copied_operand(const T* data, const Axis& k, const Axis& i, int64_t k_begin) {
+  if (!along_k(k, i)) return copies_in_pieces(data, i, k);
+  return copies_in_pieces(data, k, i) && k_begin * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+}
+
+template <typename T>
+bool copied(const Product<T>& product) {
+  return copied_operand(product.a, product.a_k, product.a_row, product.k_begin) &&
+         copied_operand(product.b, product.b_k, product.b_column, product.k_begin);
+}
+
+template <typename T, int Extent, int Depth, bool Copied>
+using Operand =
+    std::conditional_t<Copied, CopyStage<T, Extent, Depth>, Stage<Elements<T>, Extent, Depth>>;
+
+template <class Tile, bool Copied>
 __global__ void __launch_bounds__(kThreads, blocks_per_processor<Tile>())
     product_kernel(const __grid_constant__ ProductList<typename Tile::Value> list) {
   using T = typename Tile::Value;
-  using Source = Elements<T, T>;
-  using StageA = Stage<Source, Tile::kRows, Tile::kDepth>;
-  using StageB = Stage<Source, Tile::kColumns, Tile::kDepth>;
+  using StageA = Operand<T, Tile::kRows, Tile::kDepth, Copied>;
+  using StageB = Operand<T, Tile::kColumns, Tile::kDepth, Copied>;
   const int64_t item = blockIdx.x;
   int index = 0;
   while (index + 1 < list.count && item >= list.first_tile[index + 1]) ++index;
@@ -52,8 +70,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<Tile>())
   const int64_t row0 = tile_index / across * Tile::kRows;
   const int64_t column0 = tile_index % across * Tile::kColumns;
 
-  const Source a{product.a, product.a_k, product.a_row, product.k_end, product.m};
-  const Source b{product.b, product.b_k, product.b_column, product.k_end, product.n};
+  const Elements<T> a{product.a, product.a_k, product.a_row, product.k_end, product.m};
+  const Elements<T> b{product.b, product.b_k, product.b_column, product.k_end, product.n};
   using Memory = ProductMemory<StageA, StageB>;
   StageA stage_a(a, along_k(a.k_axis, a.i_axis), row0, Memory::table_a());
   StageB stage_b(b, along_k(b.k_axis, b.i_axis), column0, Memory::table_b());
@@ -69,9 +87,10 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<Tile>())
   });
 }
 
-template <class Tile, typename T>
+template <class Tile, bool Copied, typename T>
 cudaError_t run(const std::vector<Product<T>>& products, cudaStream_t stream) {
-  using Operand = Stage<Elements<T, T>, Tile::kRows, Tile::kDepth>;
+  using StageA = Operand<T, Tile::kRows, Tile::kDepth, Copied>;
+  using StageB = Operand<T, Tile::kColumns, Tile::kDepth, Copied>;
   for (size_t first = 0; first < products.size(); first += kMost) {
     ProductList<T> list{};
     list.count = static_cast<int>(std::min<size_t>(kMost, products.size() - first));
@@ -82,11 +101,20 @@ cudaError_t run(const std::vector<Product<T>>& products, cudaStream_t stream) {
     const int64_t tiles = list.first_tile[list.count];
     if (tiles == 0) continue;
     const cudaError_t error =
-        launch(product_kernel<Tile>, dim3(static_cast<unsigned>(tiles)), dim3(kThreads),
-               ProductMemory<Operand, Operand>::kBytes, stream, list);
+        launch(product_kernel<Tile, Copied>, dim3(static_cast<unsigned>(tiles)), dim3(kThreads),
+               ProductMemory<StageA, StageB>::kBytes, stream, list);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+template <class Tile, typename T>
+cudaError_t run_both(std::vector<Product<T>> products, cudaStream_t stream) {
+  const auto middle = std::stable_partition(products.begin(), products.end(), copied<T>);
+  const std::vector<Product<T>> others(middle, products.end());
+  products.erase(middle, products.end());
+  const cudaError_t error = run<Tile, true>(products, stream);
+  return error != cudaSuccess ? error : run<Tile, false>(others, stream);
 }
 
 // Large tiles read less per product; they pay where they fill the device and the matrices fill
@@ -106,13 +134,13 @@ bool large_tiles(const std::vector<Product<T>>& products) {
 template <typename T>
 cudaError_t multiply_all(const std::vector<Product<T>>& products, bool tf32, cudaStream_t stream) {
   if constexpr (sizeof(T) == 8) {
-    return run<FmaTile<64, 64>>(products, stream);
+    return run<FmaTile<64, 64>, false>(products, stream);
   } else if (large_tiles(products)) {
-    return tf32 ? run<TensorTile<1, 128, 128>>(products, stream)
-                : run<TensorTile<3, 128, 128>>(products, stream);
+    return tf32 ? run_both<TensorTile<1, 128, 128>>(products, stream)
+                : run_both<TensorTile<3, 128, 128>>(products, stream);
   } else {
-    return tf32 ? run<TensorTile<1, 64, 64>>(products, stream)
-                : run<TensorTile<3, 64, 64>>(products, stream);
+    return tf32 ? run_both<TensorTile<1, 64, 64>>(products, stream)
+                : run_both<TensorTile<3, 64, 64>>(products, stream);
   }
 }
 

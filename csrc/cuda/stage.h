@@ -1,5 +1,5 @@
-// One operand's way from global to shared memory: a tile [Depth, Extent] at a time, held in
-// registers while the tile before it is multiplied.
+// One operand's way from global to shared memory, a tile [Depth, Extent] at a time: held in
+// registers while the tile before it is multiplied, or copied past them, some tiles ahead.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "elements.h"
 #include "launch.h"
+#include "warp.h"
 
 namespace hesskern::cuda {
 
@@ -15,7 +17,8 @@ namespace hesskern::cuda {
 // spreads what a warp reads for one product over all banks.
 template <typename T, int Extent, int Depth>
 struct TileLayout {
-  static constexpr int kPadding = sizeof(T) == 4 ? 4 : 1;
+  // Rows of 16-bit elements begin at multiples of 16 bytes, as load_matrices wants them.
+  static constexpr int kPadding = sizeof(T) == 2 ? 8 : sizeof(T) == 4 ? 4 : 1;
   static constexpr int kSize = Depth * (Extent + 8) > Extent*(Depth + kPadding)
                                    ? Depth * (Extent + 8)
                                    : Extent * (Depth + kPadding);
@@ -37,15 +40,16 @@ struct TileLayout {
   __device__ int index(int k, int i) const { return k * k_step + i * i_step; }
 };
 
-// Source: Value, Row row(k), Column column(i), Value load(Row, Column); zeros outside. Finding a
-// column may take divisions, and remembering several would take registers: a block finds its
-// columns once and keeps them in shared memory.
+// Through registers, from any source: Value, Row row(k), Column column(i), Value load(Row, Column);
+// zeros outside. Finding a column may take divisions, and remembering several would take registers:
+// a block finds its columns once and keeps them in shared memory.
 template <class Source, int Extent, int Depth>
 class Stage {
  public:
   using Value = typename Source::Value;
   using Column = typename Source::Column;
   using Layout = TileLayout<Value, Extent, Depth>;
+  static constexpr int kBuffers = 2;
   static constexpr int kCount = Extent * Depth / kThreads;
   static constexpr size_t kTableBytes = Extent * sizeof(Column);
   static_assert(kCount * kThreads == Extent * Depth && Extent <= kThreads && Depth <= kThreads);
@@ -85,5 +89,57 @@ class Stage {
   Column* columns_;
   Value values_[kCount];
 };
+
+// Past the registers, from a matrix for which copies_in_pieces holds.
+template <typename Value_, int Extent, int Depth>
+class CopyStage {
+ public:
+  using Value = Value_;
+  using Layout = TileLayout<Value, Extent, Depth>;
+  static constexpr int kBuffers = 4;
+  static constexpr int kPiece = 16 / sizeof(Value);
+  static constexpr int kCount = Extent * Depth / kPiece / kThreads;
+  static constexpr size_t kTableBytes = 0;
+  static_assert(kCount * kThreads * kPiece == Extent * Depth);
+  static_assert(Layout::kSize * sizeof(Value) % 16 == 0);
+
+  __device__ CopyStage(const Elements<Value>& source, bool along_k, int64_t first, unsigned char*)
+      : source_(source), layout_(along_k), along_k_(along_k), first_(first) {}
+
+  __device__ const Layout& layout() const { return layout_; }
+
+  // Starts to copy rows k, ..., k + Depth - 1 to tile [kSize]. Along k, k is a multiple of kPiece.
+  __device__ void copy(int64_t k, Value* tile) const {
+    const int across = (along_k_ ? Depth : Extent) / kPiece;
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      const int piece = static_cast<int>(threadIdx.x) + n * kThreads;
+      const int along = piece % across * kPiece, other = piece / across;
+      const int row = along_k_ ? along : other, column = along_k_ ? other : along;
+      const int64_t rows = source_.k_end - k - row, columns = source_.i_end - first_ - column;
+      const int64_t inside = rows > 0 && columns > 0 ? (along_k_ ? rows : columns) : 0;
+      const int count = inside < kPiece ? static_cast<int>(inside) : kPiece;
+      const Value* from = source_.data;
+      if (count > 0) {
+        from += source_.k_axis.offset(k + row) + source_.i_axis.offset(first_ + column);
+      }
+      copy_piece(tile + layout_.index(row, column), from, count * static_cast<int>(sizeof(Value)));
+    }
+  }
+
+ private:
+  const Elements<Value>& source_;
+  Layout layout_;
+  bool along_k_;
+  int64_t first_;
+};
+
+// Whether the matrix can be copied 16 bytes at a time along the axis in which it is contiguous.
+template <typename T>
+bool copies_in_pieces(const T* data, const Axis& contiguous, const Axis& other) {
+  constexpr int64_t piece = 16 / sizeof(T);
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && contiguous.step == 1 &&
+         contiguous.inner == 0 && other.step % piece == 0 && other.outer % piece == 0;
+}
 
 }  // namespace hesskern::cuda

@@ -30,29 +30,31 @@ struct Tag {
   using Type = T;
 };
 
-// visit(Tag<Tile>) with the tile for sums of that order: Terms of tf32 in float32, or float64.
-template <typename Value, int Terms, int Depth, class Visit>
-auto with_tile_of(int64_t order, Visit visit) {
-  if constexpr (sizeof(Value) == 8) {
-    return visit(Tag<FmaTile<64, 64, Depth>>());
-  } else {
-    // Large tiles read less per product, small ones fit small orders more closely.
-    const int64_t small = triangle_size(ceil_div(order, 64)) * (64 * 64);
-    const int64_t large = triangle_size(ceil_div(order, 128)) * (128 * 128);
-    if (3 * small < 2 * large) return visit(Tag<TensorTile<Terms, 64, 64, Depth>>());
-    return visit(Tag<TensorTile<Terms, 128, 128, Depth>>());
-  }
+// visit(Tag<Large>) or visit(Tag<Small>), tiles of 128 x 128 and 64 x 64, for sums of that order.
+template <class Large, class Small, class Visit>
+auto with_larger_or_smaller(int64_t order, Visit visit) {
+  // Large tiles read less per product, small ones fit small orders more closely.
+  const int64_t small = triangle_size(ceil_div(order, 64)) * (64 * 64);
+  const int64_t large = triangle_size(ceil_div(order, 128)) * (128 * 128);
+  if (3 * small < 2 * large) return visit(Tag<Small>());
+  return visit(Tag<Large>());
 }
 
-// The same with as many terms as elements of In need; tf32: one will do.
-template <typename In, typename Value, int Depth, class Visit>
+// visit(Tag<Tile>) with the tile for elements of In and sums of that order; tf32: float32 may be
+// rounded to it.
+template <typename In, int Depth, class Visit>
 auto with_symmetric_tile(int64_t order, bool tf32, Visit visit) {
-  // bfloat16 and float16 are tf32 numbers.
-  if constexpr (sizeof(In) == 2) {
-    return with_tile_of<Value, 1, Depth>(order, visit);
+  if constexpr (sizeof(In) == 8) {
+    return visit(Tag<FmaTile<64, 64, Depth>>());
+  } else if constexpr (sizeof(In) == 2) {
+    return with_larger_or_smaller<HalfTile<In, 128, 128, Depth>, HalfTile<In, 64, 64, Depth>>(
+        order, visit);
+  } else if (tf32) {
+    return with_larger_or_smaller<TensorTile<1, 128, 128, Depth>, TensorTile<1, 64, 64, Depth>>(
+        order, visit);
   } else {
-    return tf32 ? with_tile_of<Value, 1, Depth>(order, visit)
-                : with_tile_of<Value, 3, Depth>(order, visit);
+    return with_larger_or_smaller<TensorTile<3, 128, 128, Depth>, TensorTile<3, 64, 64, Depth>>(
+        order, visit);
   }
 }
 
@@ -93,8 +95,8 @@ SymmetricPlan plan_symmetric(int64_t groups, int64_t order, int64_t rows) {
 template <class Tile, class StageType, class Source>
 __global__ void __launch_bounds__(kThreads, blocks_per_processor<Tile>())
     symmetric_kernel(Source source, bool along_k, int64_t rows, SymmetricPlan plan,
-                     SymmetricSum<typename Tile::Value> sum, typename Tile::Value* partial) {
-  using Value = typename Tile::Value;
+                     SymmetricSum<typename Tile::Sum> sum, typename Tile::Sum* partial) {
+  using Sum = typename Tile::Sum;
   static_assert(Tile::kRows == Tile::kColumns);
   const int64_t item = blockIdx.x;
   const int64_t split = item % plan.splits, tile_index = item / plan.splits % plan.tiles;
@@ -111,11 +113,11 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<Tile>())
   StageType b(source, along_k, column0, Memory::table_b());
   multiply(tile, a, b, place.row == place.column, begin, end);
   if (partial == nullptr) {
-    tile.each([&](int i, int j, Value value) { add_to(sum, group, row0 + i, column0 + j, value); });
+    tile.each([&](int i, int j, Sum value) { add_to(sum, group, row0 + i, column0 + j, value); });
     return;
   }
-  Value* out = partial + item * (Tile::kRows * Tile::kColumns);
-  tile.each([&](int i, int j, Value value) { out[i * Tile::kColumns + j] = value; });
+  Sum* out = partial + item * (Tile::kRows * Tile::kColumns);
+  tile.each([&](int i, int j, Sum value) { out[i * Tile::kColumns + j] = value; });
 }
 
 // Adds the partial sums of every tile in the order of the splits.
@@ -141,19 +143,18 @@ int64_t symmetric_workspace(const SymmetricPlan& plan, int64_t groups) {
 
 template <class Tile, class StageType, class Source>
 cudaError_t update_symmetric(const Source& source, bool along_k, int64_t rows,
-                             const SymmetricPlan& plan,
-                             const SymmetricSum<typename Tile::Value>& sum,
-                             typename Tile::Value* workspace, cudaStream_t stream) {
-  using Value = typename Tile::Value;
+                             const SymmetricPlan& plan, const SymmetricSum<typename Tile::Sum>& sum,
+                             typename Tile::Sum* workspace, cudaStream_t stream) {
+  using Sum = typename Tile::Sum;
   const int64_t tiles = sum.groups * plan.tiles;
-  Value* partial = plan.splits == 1 ? nullptr : workspace;
+  Sum* partial = plan.splits == 1 ? nullptr : workspace;
   const cudaError_t error = launch(symmetric_kernel<Tile, StageType, Source>,
                                    dim3(static_cast<unsigned>(tiles * plan.splits)), dim3(kThreads),
                                    ProductMemory<StageType, StageType>::kBytes, stream, source,
                                    along_k, rows, plan, sum, partial);
   if (error != cudaSuccess || partial == nullptr) return error;
   constexpr int kSide = Tile::kRows;
-  return launch(add_partial_kernel<Value, kSide>,
+  return launch(add_partial_kernel<Sum, kSide>,
                 dim3(static_cast<unsigned>(tiles * ceil_div(kSide * kSide, kThreads))),
                 dim3(kThreads), 0, stream, plan, sum, partial);
 }

@@ -1,10 +1,13 @@
-// What a warp does together: tensor-core products, sums over lanes, and a block's dynamic shared
-// memory. Compiled without nvcc, the same functions come from the emulation in tests/cuda_on_cpu.
+// What a warp does together: tensor-core products, reads of their operands, sums over lanes; a
+// block's dynamic shared memory, and copies into it that run beside the arithmetic. Compiled
+// without nvcc, the same functions come from the emulation in tests/cuda_on_cpu.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
+
+#include "axis.h"
 
 #ifndef __CUDACC__
 #include "emulated_warp.h"
@@ -38,6 +41,65 @@ __device__ inline void multiply_tf32(float (&c)[4], const float (&a)[4], const f
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
         "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+}
+
+// c += a b on bfloat16 or float16. With g = lane / 4 and t = lane % 4 a lane holds of
+//   a [16, 16]: (g, 2 t), (g, 2 t + 1) in one word, then rows g + 8, then columns + 8, then both
+//   b [16, 8]: (2 t, g), (2 t + 1, g) in one word, then rows + 8
+//   c [16, 8]: as in multiply_tf32
+__device__ inline void multiply_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b,
+                                     BFloat16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline void multiply_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b,
+                                     Float16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four matrices [8, 8] of 16-bit elements in shared memory. row: where row lane % 8 of matrix
+// lane / 8 begins, at a multiple of 16 bytes. With g and t as above a lane gets of matrix i the
+// word words[i]: elements (g, 2 t) and (g, 2 t + 1); transposed: (2 t, g) and (2 t + 1, g).
+__device__ inline void load_matrices(uint32_t (&words)[4], const void* row, bool transposed) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if (transposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(address)
+                 : "memory");
+  }
+}
+
+// Starts to copy the first bytes (0 to 16) of 16 at global to shared memory; the others become
+// zero. Both addresses are multiples of 16.
+__device__ inline void copy_piece(void* shared, const void* global, int bytes) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+               "r"(bytes)
+               : "memory");
+}
+
+// The thread's copies since the last call are one group.
+__device__ inline void close_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits for the thread's own copies, all but those of the latest groups.
+template <int Groups>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Groups) : "memory");
 }
 
 template <typename T>

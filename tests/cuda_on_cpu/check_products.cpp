@@ -218,6 +218,11 @@ void check_kron_matmul(bool few) {
   kron<float>("float", {{1, 20, 30, 250, 250}}, false, false, 1);
   kron<float>("float", {{1, 130, 70, 129, 128}}, true, true, 1);
   kron<float>("float", {{2, 9, 20, 9, 20}}, true, true, 2);
+  // Sizes that are multiples of 16 bytes, among others: one call, two kernels.
+  kron<float>("float", {{1, 36, 72, 68, 40}, {3, 4, 9, 8, 2}, {2, 12, 16, 8, 20}}, true, false, 2);
+  kron<float>("float", {{1, 36, 72, 68, 40}, {1, 5, 7, 6, 3}}, false, true, 2);
+  kron<float>("float", {{1, 16, 16, 128, 128}}, false, false, 1);
+  kron<float>("float", {{1, 16, 16, 128, 128}}, false, true, 1);
   kron<double>("double", {{2, 9, 70, 66, 20}, {1, 5, 6, 7, 8}}, true, false, 2);
 }
 
@@ -231,6 +236,8 @@ void check_layer_hessian_matmul(bool few) {
   hessian<float>("float", {6, 3, 4, 5, 9, 2}, false, false, 2);
   hessian<float>("float", {5, 11, 3, 70, 4, 1}, true, true, 2);
   hessian<float>("float", {3, 2, 130, 140, 1, 1}, false, false, 1);
+  hessian<float>("float", {30, 9, 20, 68, 1, 1}, false, false, 2);
+  hessian<float>("float", {9, 3, 8, 12, 4, 2}, true, false, 2);
   // Several chunks, the last one smaller.
   hessian<float>("float", {7, 3, 4, 5, 2, 2}, true, false, 2, 50);
   hessian<float>("float", {5, 2, 6, 3, 1, 1}, false, false, 2, 1);

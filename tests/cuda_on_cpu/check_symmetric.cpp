@@ -96,6 +96,18 @@ void covariance(const char* type, int64_t n, int64_t d, bool ones, bool transpos
       limit_of<T>(tf32));
 }
 
+template <typename In>
+void half_covariance(const char* type) {
+  covariance<In, float>(type, 300, 65, true, false, false, 4);
+  covariance<In, float>(type, 50, 100, false, true, false, 1);
+  covariance<In, float>(type, 300, 20, true, false, false, 4);
+  covariance<In, float>(type, 300, 24, false, false, false, 4);
+  covariance<In, float>(type, 200, 72, false, true, false, 2);
+  covariance<In, float>(type, 272, 136, false, false, false, 1);
+  covariance<In, float>(type, 31, 130, true, false, false, 1);
+  covariance<In, float>(type, 272, 120, false, false, false, 1);
+}
+
 // Non-negative data, where sums that are cut off instead of rounded all err to the same side.
 void long_sum() {
   multiprocessor_count_is(1);
@@ -245,23 +257,25 @@ void mirrored(int64_t groups, int64_t d, bool column_major) {
 }  // namespace
 
 void check_input_covariance(bool few) {
-  // Orders about the sides of the tiles; one processor leaves no splits, many force them.
+  // Orders about the sides of the tiles; one processor leaves no splits, many force them. Rows that
+  // are multiples of 16 bytes are copied, others go through registers.
   covariance<float, float>("float", 40, 70, true, false, false, 1);
   covariance<float, float>("float", 600, 5, false, false, false, 2);
+  covariance<float, float>("float", 200, 68, false, false, false, 2);
   if (few) return;
   covariance<float, float>("float", 1, 1, false, false, false, 2);
   covariance<float, float>("float", 17, 64, false, true, false, 1);
   covariance<float, float>("float", 33, 128, false, false, false, 1);
+  covariance<float, float>("float", 33, 126, false, false, false, 1);
   covariance<float, float>("float", 19, 129, false, false, false, 1);
   covariance<float, float>("float", 2000, 3, true, true, false, 40);
   covariance<float, float>("float", 300, 100, false, false, true, 4);
+  covariance<float, float>("float", 302, 98, false, false, true, 4);
   covariance<float, float>("float", 45, 33, true, false, true, 1);
-  covariance<BFloat16, float>("bfloat16", 300, 65, true, false, false, 4);
-  covariance<BFloat16, float>("bfloat16", 50, 100, false, true, false, 1);
-  covariance<BFloat16, float>("bfloat16", 300, 20, true, false, false, 4);
-  covariance<Float16, float>("float16", 300, 20, false, false, false, 4);
-  covariance<Float16, float>("float16", 31, 130, true, false, false, 1);
-  covariance<Float16, float>("float16", 20, 100, false, false, false, 1);
+  covariance<float, float>("float", 400, 20, false, false, true, 4);
+  covariance<float, float>("float", 400, 130, false, true, false, 4);
+  half_covariance<BFloat16>("bfloat16");
+  half_covariance<Float16>("float16");
   covariance<double, double>("double", 700, 70, true, false, false, 4);
   covariance<double, double>("double", 18, 130, false, true, false, 1);
   long_sum();

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "axis.h"
 #include "emulation.h"
 
 namespace hesskern::cuda {
@@ -26,7 +27,10 @@ inline float round_to_tf32(float value) {
 namespace emulated {
 
 struct Operands {
-  float c[4], a[4], b[2];
+  float a[4], b[2];
+};
+struct HalfOperands {
+  uint32_t a[4], b[2];
 };
 
 // The low 13 bits of an operand do not enter.
@@ -47,11 +51,22 @@ inline float cut_off(double value) {
   return rounded;
 }
 
+inline double half_operand(uint16_t bits, BFloat16) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+inline double half_operand(uint16_t bits, Float16) {
+  _Float16 value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return static_cast<double>(value);
+}
+
 }  // namespace emulated
 
 inline void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2]) {
   emulated::Operands mine;
-  std::memcpy(mine.c, c, sizeof(mine.c));
   std::memcpy(mine.a, a, sizeof(mine.a));
   std::memcpy(mine.b, b, sizeof(mine.b));
   const auto* lanes =
@@ -69,6 +84,58 @@ inline void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2
     c[part] = emulated::cut_off(total);
   }
   emulation::warp_barrier();
+}
+
+template <typename In>
+void multiply_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b, In format) {
+  emulated::HalfOperands mine;
+  std::memcpy(mine.a, a, sizeof(mine.a));
+  std::memcpy(mine.b, b, sizeof(mine.b));
+  const auto* lanes =
+      static_cast<const emulated::HalfOperands*>(emulation::warp_exchange(&mine, sizeof(mine)));
+  const int lane = emulation::lane(), g = lane / 4, t = lane % 4;
+  const auto half_of = [&](uint32_t word, int k) {
+    return emulated::half_operand(static_cast<uint16_t>(word >> k % 2 * 16), format);
+  };
+  for (int part = 0; part < 4; ++part) {
+    const int row = g + part / 2 * 8, column = 2 * t + part % 2;
+    double total = c[part];
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t left = lanes[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
+      const uint32_t right = lanes[column * 4 + k % 8 / 2].b[k / 8];
+      total += half_of(left, k) * half_of(right, k);
+    }
+    c[part] = emulated::cut_off(total);
+  }
+  emulation::warp_barrier();
+}
+
+inline void load_matrices(uint32_t (&words)[4], const void* row, bool transposed) {
+  const auto* rows =
+      static_cast<const uint16_t* const*>(emulation::warp_exchange(&row, sizeof(row)));
+  const int lane = emulation::lane(), g = lane / 4, t = lane % 4;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const auto element = [&](int i, int j) {
+      uint16_t value;
+      std::memcpy(&value, rows[8 * matrix + i] + j, sizeof(value));
+      return static_cast<uint32_t>(value);
+    };
+    const uint32_t first = transposed ? element(2 * t, g) : element(g, 2 * t);
+    const uint32_t second = transposed ? element(2 * t + 1, g) : element(g, 2 * t + 1);
+    words[matrix] = first | second << 16;
+  }
+  emulation::warp_barrier();
+}
+
+inline void copy_piece(void* shared, const void* global, int bytes) {
+  emulation::start_copy(shared, global, bytes);
+}
+inline void close_copies() {
+  emulation::close_copies();
+}
+template <int Groups>
+void wait_for_copies() {
+  emulation::wait_for_copies(Groups);
 }
 
 template <typename T>

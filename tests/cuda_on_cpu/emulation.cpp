@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <vector>
@@ -34,10 +35,18 @@ constexpr size_t kDefaultShared = 48 << 10, kMostShared = 227 << 10;
 
 struct Warp;
 
+struct Copy {
+  void* shared;
+  const void* global;
+  int bytes;
+};
+
 struct Thread {
   uint3 index;
   int lane;
   Warp* warp;
+  // The last group is open.
+  std::deque<std::vector<Copy>> copies;
 #ifndef HESSKERN_EMULATE_THREADS
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -137,6 +146,14 @@ void prepare(Block& b, const cudaLaunchConfig_t& config, unsigned linear) {
     b.threads[i].index = index_in(i, b.size);
     b.threads[i].lane = static_cast<int>(i % 32);
     b.threads[i].warp = b.warps[i / 32].get();
+    b.threads[i].copies.assign(1, {});
+  }
+}
+
+// A device would go on to write to memory that is another block's by then.
+void check_copies_ended() {
+  for (const std::vector<Copy>& group : current->copies) {
+    if (!group.empty()) fail("a thread ends with copies under way");
   }
 }
 
@@ -148,6 +165,7 @@ void run_block(Block& b, const std::function<void()>& body) {
     running.emplace_back([&b, &thread, &body] {
       current = &thread;
       body();
+      check_copies_ended();
       thread.warp->barrier.leave();
       b.barrier->leave();
     });
@@ -191,6 +209,7 @@ void fiber() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
 #endif
   (*body_of_block)();
+  check_copies_ended();
   current->done = true;
   ++progress;
   current->warp->barrier.leave();
@@ -285,6 +304,29 @@ const void* warp_exchange(const void* value, size_t size) {
   std::memcpy(current->warp->slots + static_cast<size_t>(current->lane) * size, value, size);
   warp_barrier();
   return current->warp->slots;
+}
+
+void start_copy(void* shared, const void* global, int bytes) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes < 0 || bytes > 16) {
+    fail("a copy of 16 bytes is not aligned, or not of 0 to 16 bytes");
+  }
+  current->copies.back().push_back({shared, global, bytes});
+}
+
+void close_copies() {
+  current->copies.emplace_back();
+}
+
+void wait_for_copies(int latest_groups_left) {
+  std::deque<std::vector<Copy>>& groups = current->copies;
+  while (groups.size() > static_cast<size_t>(latest_groups_left) + 1) {
+    for (const Copy& copy : groups.front()) {
+      std::memset(copy.shared, 0, 16);
+      std::memcpy(copy.shared, copy.global, static_cast<size_t>(copy.bytes));
+    }
+    groups.pop_front();
+  }
 }
 
 size_t& shared_limit(const void* kernel) {

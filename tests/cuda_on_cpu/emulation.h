@@ -67,6 +67,12 @@ void warp_barrier();
 // warp's next barrier.
 const void* warp_exchange(const void* value, size_t size);
 
+// Copies 16 bytes to shared memory, the first bytes of them from global and zeros behind: not
+// before the thread waits for the group that the copy belongs to.
+void start_copy(void* shared, const void* global, int bytes);
+void close_copies();
+void wait_for_copies(int latest_groups_left);
+
 // Runs body once for every thread of every block. An error, if the launch is one that a device
 // would refuse.
 cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& body);

@@ -329,6 +329,15 @@ def test_width_variants(tiny):
     found = [verdict.ours for verdict in outcome.verdicts]
     assert found[1] == pytest.approx(float(hk.subspace_overlap(*forms)[-1]), abs=1e-5)
     assert [curve.label for curve in outcome.charts[0].curves] == ["m = 16", "m = 12"]
+    factors = [tiny.factors(networks[1], seed)["fc1"] for seed in (0, 1)]
+    predicted = hk.predict_overlap(*factors, 27)
+    curve = hk.subspace_overlap(*[f.eigsh(27).vectors for f in factors]).tolist()
+    row = outcome.tables[0].rows[1]
+    assert row[2:4] == [predicted.kind, hk.predictor.classify_peak(curve, 12)]
+    assert int(row[4]) == predicted.peak
+    assert float(row[6]) == pytest.approx(max(predicted.curve.tolist()), abs=1e-3)
+    assert float(row[7]) == pytest.approx(max(curve), abs=2e-3)
+    assert outcome.numbers["hit rate"] in (0.0, 0.5, 1.0)
 
 
 def test_published_figures_are_complete():

@@ -13,7 +13,7 @@ from hesskern.metrics import subspace_overlap
 from hesskern.predictor import classify_peak, peak_position, predict_overlap
 from hesskern.reproduce.items import pairs_of, strip_power
 from hesskern.reproduce.lab import Lab, Network
-from hesskern.reproduce.results import Chart, Curve, Outcome, Table, judge
+from hesskern.reproduce.results import Chart, Curve, Outcome, Table, judge, spread_words
 
 __all__ = ["between_models", "full_hessian", "hessian_and_kronecker", "width_variants"]
 
@@ -248,7 +248,7 @@ def between_models(lab: Lab, networks: Sequence[Network]) -> Outcome:
                 out.verdicts.append(
                     judge(
                         f"{name} of {network.name}: k of the peak (exact H)",
-                        [float(peak_position(curve)) for curve in found["exact"]],
+                        [_peak(curve) for curve in found["exact"]],
                         f"{k}",
                         between=(0.8 * k, 1.25 * k),
                         withheld=lab.withheld(network),
@@ -286,14 +286,31 @@ def between_models(lab: Lab, networks: Sequence[Network]) -> Outcome:
             rows.append(row)
             if index < len(layers) - 1:
                 hits += right
+    _add_predictor(out, rows, hits)
+    return out
+
+
+def _add_predictor(out: Outcome, rows: list[list[str]], hits: list[bool]) -> None:
+    """The table of the predictor, and how often it names the kind of peak."""
     out.tables.append(
         Table(
             "The predictor",
-            ["layer", "condition holds", "predicted", "found", "(t·t′)²", "found at k = m"],
+            [
+                "layer",
+                "condition holds",
+                "predicted",
+                "found",
+                "peak at k, predicted",
+                "found",
+                "its height, predicted",
+                "found",
+                "(t·t′)²",
+                "found at k = m",
+            ],
             rows,
             "Condition: τ_m γ₁ > τ₁ γ₂ in both models of a pair. Predicted and found: where the "
             "overlap of the Kronecker forms peaks, early, normal (near k = m) or delayed; one "
-            "count per pair of models.",
+            "count per pair of models. Peaks: mean [range] over pairs, of the k drawn.",
         )
     )
     if hits:
@@ -302,7 +319,6 @@ def between_models(lab: Lab, networks: Sequence[Network]) -> Outcome:
             f"The predictor names the kind of peak in {sum(hits)} of {len(hits)} cases (layers "
             "before the last, whose outputs are the classes, in one order in every model)."
         )
-    return out
 
 
 def _compare(lab: Lab, network: Network, name: str, seeds: Sequence[int]) -> dict[str, Any]:
@@ -368,6 +384,7 @@ def _prediction_row(
     """A line of the predictor's table, and whether each pair's kind was right."""
     m, predictions = found["outputs"], found["predictions"]
     kinds, right = [], []
+    curves, foretold = found["kronecker"], [p["curve"] for p in predictions]
     for curve, prediction in zip(found["kronecker"], predictions, strict=True):
         if len(curve) < 1.25 * m:
             continue
@@ -379,9 +396,18 @@ def _prediction_row(
         _counted([str(p["applies"]).lower() for p in predictions]),
         _counted([p["kind"] for p in predictions]),
         _counted(kinds) or "–",
+        spread_words(map(_peak, foretold), 0),
+        spread_words(map(_peak, curves), 0),
+        spread_words(map(max, foretold)),
+        spread_words(map(max, curves)),
         f"{sum(p['squared_cosine'] for p in predictions) / len(predictions):.3f}",
         f"{sum(height) / len(height):.3f}" if height else "–",
     ], right
+
+
+def _peak(curve: Sequence[float]) -> float:
+    """k at the largest value."""
+    return float(peak_position(curve))
 
 
 def _counted(words: Sequence[str]) -> str:
@@ -396,11 +422,16 @@ def width_variants(lab: Lab, networks: Sequence[Network]) -> Outcome:
     """fc1 of LeNet5 with different widths: overlap between models at k = m."""
     out = Outcome()
     curves = []
+    hits: list[bool] = []
+    rows: list[list[str]] = []
     for index, network in enumerate(networks):
         found = _compare(lab, network, "fc1", lab.seeds())
         out.numbers[network.name] = found
         m = found["outputs"]
         curves.append(Curve(f"m = {m}", found["kronecker"], colour=index))
+        row, right = _prediction_row(network, "fc1", found)
+        rows.append(row)
+        hits += right
         if len(found["kronecker"][0]) >= m:
             figure = published.LENET5_WIDTHS.get(m) if "lenet5" in network.model else None
             out.verdicts.append(
@@ -421,4 +452,5 @@ def width_variants(lab: Lab, networks: Sequence[Network]) -> Outcome:
             curves,
         )
     )
+    _add_predictor(out, rows, hits)
     return out

@@ -4,6 +4,7 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from statistics import fmean
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 import hesskern as hk
 from hesskern import commands, data, models, published, training
 from hesskern.reproduce import (
+    architectures,
     beyond,
     catalogue,
     command,
@@ -420,7 +422,7 @@ def test_clusters_item(tiny):
 
 def test_architectures_within_a_memory_budget(tiny):
     limited = Lab(tiny.folder, overrides=replace(TINY, seeds=1), memory_budget=2**18)
-    outcome = beyond.architectures(limited, [network(tiny)])
+    outcome = architectures.architectures(limited, [network(tiny)])
     (table,) = outcome.tables
     assert [row[:2] for row in table.rows] == [
         ["fc1", "16 × 64"],
@@ -432,6 +434,33 @@ def test_architectures_within_a_memory_budget(tiny):
     form = limited.factors(network(tiny), 0)["fc2"].eigsh(9).vectors
     expected = float(hk.subspace_overlap(pairs, form)[-1])
     assert outcome.numbers["F-16² on digits"]["fc2"]["overlap"][0] == pytest.approx(expected)
+
+
+def test_architectures_show_convolutions_beside_published_figures(tmp_path, monkeypatch):
+    (tmp_path / "deepnets.py").write_text(
+        "from torch import nn\n"
+        "def family(classes):\n"
+        "    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 3, 3), nn.ReLU(),\n"
+        "                         nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.ReLU(),\n"
+        "                         nn.Flatten(), nn.Linear(8, classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    figures = {("digits", "deepnets:family"): ("near 1", "5 to 6")}
+    monkeypatch.setattr(published, "AUTOCORRELATION_DEEP", figures)
+    overrides = replace(TINY, model="deepnets:family", limit=60, seeds=2)
+    small = Lab(tmp_path / "lab", overrides=overrides)
+    (net,) = small.networks([Network("cifar10", "vgg11-w16")])
+    aligned, ratio = architectures.architectures(small, [net]).verdicts
+    behind = [
+        hk.input_autocorrelation(small.factors(net, seed)[name])
+        for seed in (0, 1)
+        for name in ("3", "5")
+    ]
+    assert aligned.ours == pytest.approx(fmean(b.mean_alignment for b in behind))
+    assert ratio.ours == pytest.approx(fmean(b.eigenvalue_ratio for b in behind))
+    assert (aligned.published, ratio.published) == ("near 1", "5 to 6")
+    assert aligned.agrees is None
+    assert aligned.note == "published for other widths, 60 images here"
 
 
 def test_positions_of_convolutions_one_step_at_a_time(tmp_path, monkeypatch):

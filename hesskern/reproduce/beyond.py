@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +26,6 @@ from hesskern.reproduce.results import Chart, Curve, Outcome, Table, judge, spre
 from hesskern.spectrum import SpectralDensity, spectral_density
 
 __all__ = [
-    "architectures",
     "clusters",
     "forms",
     "functional_terms",
@@ -371,54 +368,6 @@ def random_data(lab: Lab, networks: Sequence[Network]) -> Outcome:
         f"c = {classes}, x ~ N(0, I), weights ~ N(0, 1/n), {samples:,} samples, {len(gaps)} seeds."
     )
     return out
-
-
-def architectures(lab: Lab, networks: Sequence[Network]) -> Outcome:
-    """Every layer of convolutional networks, end to end within the memory budget."""
-    out = Outcome()
-    for network in networks:
-        k = lab.classes(network) - 1
-        rows = []
-        found: dict[str, dict[str, list[float]]] = {}
-        stored = 0
-        for seed in lab.seeds(quick=1, paper=3):
-            for name, factors in lab.factors(network, seed).items():
-                exact = lab.eigenpairs(network, seed, name, k)
-                form = factors.eigsh(len(exact.values)).vectors
-                entry = found.setdefault(name, {"overlap": [], "aligned": [], "ratio": []})
-                entry["overlap"].append(float(subspace_overlap(exact.vectors, form)[-1]))
-                numbers = input_autocorrelation(factors)
-                entry["aligned"].append(numbers.mean_alignment)
-                entry["ratio"].append(numbers.eigenvalue_ratio)
-                stored += lab.hessian(network, seed, name).cached
-                if seed == 0:
-                    m, d = factors.layer_shape
-                    rows.append([name, f"{m} × {d}"])
-        out.numbers[network.name] = found
-        for row, entry in zip(rows, found.values(), strict=True):
-            row += [
-                spread_words(entry["overlap"]),
-                spread_words(entry["aligned"]),
-                spread_words(entry["ratio"], 2),
-            ]
-        out.tables.append(
-            Table(
-                network.name,
-                ["layer", "shape", f"overlap, k = {k}", "(v₁·E[x])²", "λ₁ / λ₂ of E[x xᵀ]"],
-                rows,
-                f"{len(lab.batches(network).inputs):,} images in the curvature; samples of "
-                f"{stored} of {len(found) * len(lab.seeds(1, 3))} Hessians fit "
-                f"{lab.memory_budget / 2**30:g} GiB together, the others run the network again; "
-                f"peak memory of the process {_peak_gib():.1f} GiB.",
-            )
-        )
-    return out
-
-
-def _peak_gib() -> float:
-    """The process's largest resident set so far."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
 
 
 def clusters(lab: Lab, networks: Sequence[Network]) -> Outcome:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hesskern.reproduce import beyond, factors, overlaps, positions, vectors
+from hesskern.reproduce import architectures, beyond, factors, overlaps, positions, vectors
 from hesskern.reproduce.items import Item
 from hesskern.reproduce.lab import Network
 
@@ -223,7 +223,7 @@ _ALL = (
             Network("cifar10", "vgg11-w16", samples=256),
             Network("cifar10", "resnet18-w8-bn", samples=256),
         ),
-        beyond.architectures,
+        architectures.architectures,
         {"quick": 20, "paper": 3000},
     ),
 )

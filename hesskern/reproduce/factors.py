@@ -28,7 +28,7 @@ def autocorrelation(lab: Lab, networks: Sequence[Network]) -> Outcome:
     out = Outcome()
     rows = []
     for network in networks:
-        figures = published.AUTOCORRELATION.get((network.data, strip_power(network.model)))
+        figures = published.AUTOCORRELATION.get((network.data, strip_power(network.model)), {})
         normalized = network.model.endswith("-bn")
         found: dict[str, dict[str, list[Any]]] = {}
         for seed in lab.seeds():
@@ -41,7 +41,7 @@ def autocorrelation(lab: Lab, networks: Sequence[Network]) -> Outcome:
                 entry["ratio"].append(numbers.eigenvalue_ratio)
         out.numbers[network.name] = found
         for kind, entry in found.items():
-            shown = figures if kind == "fc" else None
+            shown = figures.get(kind)
             words = f"{network.name}, {'fully connected' if kind == 'fc' else 'conv'} layers"
             bounds = (0.0, _NOT_ALIGNED) if normalized else (_ALIGNED, 1.0)
             out.verdicts.append(

@@ -21,15 +21,12 @@ def architectures(lab: Lab, networks: Sequence[Network]) -> Outcome:
         k = lab.classes(network) - 1
         rows = []
         found: dict[str, dict[str, list[float]]] = {}
-        convolutions: set[str] = set()
         stored = 0
         for seed in lab.seeds(quick=1, paper=3):
             for name, factors in lab.factors(network, seed).items():
                 exact = lab.eigenpairs(network, seed, name, k)
                 form = factors.eigsh(len(exact.values)).vectors
                 entry = found.setdefault(name, {"overlap": [], "aligned": [], "ratio": []})
-                if factors.kind != "linear" and found.keys() != {name}:
-                    convolutions.add(name)
                 entry["overlap"].append(float(subspace_overlap(exact.vectors, form)[-1]))
                 numbers = input_autocorrelation(factors)
                 entry["aligned"].append(numbers.mean_alignment)
@@ -56,6 +53,12 @@ def architectures(lab: Lab, networks: Sequence[Network]) -> Outcome:
                 f"peak memory of the process {_peak_gib():.1f} GiB.",
             )
         )
+        first = next(iter(found))
+        convolutions = [
+            name
+            for name, factors in lab.factors(network, 0).items()
+            if factors.kind != "linear" and name != first
+        ]
         family = network.model.split("-")[0]
         figures = published.AUTOCORRELATION_DEEP.get((network.data, family))
         if figures is not None and convolutions:
@@ -68,7 +71,7 @@ def architectures(lab: Lab, networks: Sequence[Network]) -> Outcome:
                 out.verdicts.append(
                     judge(
                         f"{network.name}, convolutions behind the first: {what}",
-                        [value for name in sorted(convolutions) for value in found[name][key]],
+                        [value for name in convolutions for value in found[name][key]],
                         figure,
                         withheld=f"published for other widths, {_images(lab, network)} images here",
                     )

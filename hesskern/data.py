@@ -16,6 +16,7 @@ cifar10     mean .4914 .4822 .4465,             per channel, over the 50,000 tra
 from __future__ import annotations
 
 import gzip
+import hashlib
 import lzma
 import os
 import pickle
@@ -88,6 +89,12 @@ class Dataset:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input."""
         return tuple(self.inputs.shape[1:])
+
+    def digest(self) -> str:
+        """Of all targets and of about 64 inputs: tells data sets apart in files' headers."""
+        digest = hashlib.sha256(self.targets.cpu().numpy().tobytes())
+        digest.update(self.inputs[:: max(1, len(self) // 64)].cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def batches(self, batch_size: int) -> Batches:
         """The data in file order, ``batch_size`` rows at a time."""

@@ -25,7 +25,7 @@ from hesskern.reproduce import (
     vectors,
 )
 from hesskern.reproduce.lab import Lab, Network, Overrides
-from hesskern.reproduce.report import verdict_words
+from hesskern.reproduce.report import describe, verdict_words
 from hesskern.reproduce.results import judge
 
 TINY = Overrides(data="digits", model="f16x2", limit=200, epochs=2, seeds=2, top=12)
@@ -490,3 +490,108 @@ def test_positions_of_convolutions_one_step_at_a_time(tmp_path, monkeypatch):
     assert 0 < numbers["overlap_form"] <= numbers["overlap"] + 0.2 <= 1.2
     assert 0.3 < min(numbers["outputs"], numbers["inputs"]) <= 1
     assert outcome.tables[0].rows[0][0].startswith("1 of ")
+
+
+def test_what_was_computed_belongs_to_its_weights_and_data(tmp_path, monkeypatch):
+    (tmp_path / "changing.py").write_text(
+        "from torch import nn\n"
+        "kind = nn.ReLU\n"
+        "def network(inputs, classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, 6), kind(),\n"
+        "                         nn.Linear(6, classes))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = replace(TINY, model="changing:network", limit=60, epochs=0, seeds=1)
+    net = overrides.network(F200)
+
+    def factor(changes=overrides):
+        laboratory = Lab(tmp_path / "lab", overrides=changes)
+        found = laboratory.factors(laboratory.networks([F200])[0], 0)["1"]
+        pairs = laboratory.eigenpairs(laboratory.networks([F200])[0], 0, "1", 3)
+        return found.output_hessian, pairs.values
+
+    first = factor()
+    import changing
+
+    monkeypatch.setattr(changing, "kind", nn.Tanh)
+    second = factor()
+    assert not torch.allclose(first[0], second[0])
+    assert not torch.allclose(first[1], second[1])
+    monkeypatch.setattr(changing, "kind", nn.ReLU)
+    original = data.load
+
+    def other_order(*arguments, **keywords):
+        loaded = original(*arguments, **keywords)
+        return replace(loaded, inputs=loaded.inputs.flip(0), targets=loaded.targets.flip(0))
+
+    def shifted(*arguments, **keywords):
+        loaded = original(*arguments, **keywords)
+        return replace(loaded, inputs=loaded.inputs + 1)
+
+    monkeypatch.setattr(data, "load", shifted)
+    third = factor()
+    assert not torch.allclose(first[0], third[0])
+    monkeypatch.setattr(data, "load", other_order)
+    assert torch.allclose(first[0], factor()[0], atol=1e-6)
+    monkeypatch.setattr(data, "load", original)
+    assert torch.equal(first[0], factor()[0])
+    assert net.model == "changing:network"
+
+
+def test_a_fit_is_that_of_the_weights_and_of_the_seeds_looked_at(tiny):
+    net = network(tiny)
+    for seed in (0, 1):
+        tiny.model(net, seed)
+    tiny.begin_item()
+    assert tiny.seeds_asked(net) == []
+    tiny.factors(net, 1)
+    (row,) = describe(tiny, [net])
+    assert (row["seeds"], tiny.seeds_asked(net)) == (1, [1])
+    assert row["train_accuracy"] == tiny.training(net, 1)["train_accuracy"]
+
+
+def test_users_networks_have_no_variants():
+    own = Overrides(model="mynets:own")
+    assert own.network(F200).model == "mynets:own"
+    assert own.network(replace(F200, model="f200x2-bn")) is None
+    with pytest.raises(ValueError, match="no variants with norms or other activations"):
+        Lab(None, overrides=own).networks([replace(F200, model="f64x2-tanh")])
+    named = Overrides(model="f16x2-bn")
+    assert named.network(replace(F200, model="f200x2-bn")).model == "f16x2-bn"
+    assert named.network(replace(F200, model="f64x2-tanh")).model == "f16x2-tanh-bn"
+    assert Overrides(model="f9-gelu").network(replace(F200, model="f64x2-tanh")).model == "f9-gelu"
+    sized = [replace(F200, samples=9), F200]
+    assert Lab(None, overrides=Overrides(model="f9")).networks(sized) == [
+        replace(F200, model="f9", samples=9)
+    ]
+
+
+def test_a_part_of_the_samples_gets_no_verdict(monkeypatch):
+    laboratory = Lab(None)
+    monkeypatch.setattr(laboratory, "data", lambda network: range(60_000))
+    assert laboratory.withheld(F200) == ""
+    part = replace(F200, samples=10_000)
+    assert laboratory.withheld(part) == "curvature of 10,000 images here, of 60,000 in the paper"
+    assert laboratory.withheld(replace(F200, samples=60_000)) == ""
+
+
+def test_an_item_that_cannot_be_done_leaves_the_others(tmp_path):
+    names = ["models-lenet5", "autocorrelation", "clusters"]
+    outcome = run(*names, *SMALL[:-1], 1, "--output", tmp_path, "--json")
+    assert outcome.exit_code == 1
+    found = json.loads(outcome.stdout)
+    assert [entry["item"] for entry in found] == ["autocorrelation", "clusters", "models-lenet5"]
+    assert found[-1]["left_out"] == "seeds must be at least 2 to compare models, got 1"
+    assert "Left out: models-lenet5 (seeds must" in outcome.stderr
+    # No verdicts: the table itself is printed.
+    assert "by logit and class" in outcome.stderr
+    with pytest.raises(ValueError, match="at least 2 to compare models"):
+        overlaps.width_variants(Lab(tmp_path, overrides=replace(TINY, seeds=1)), [F200])
+
+
+def test_published_recipes_are_profiles():
+    momentum = Lab(None, "paper-momentum").recipe(F200)
+    assert momentum == training.RECIPES["paper-momentum"]
+    assert (momentum.momentum, momentum.weight_decay) == (0.9, 5e-4)
+    item = catalogue.ITEMS["forms"]
+    assert item.expected_seconds("paper-momentum") == 60 * item.minutes["paper"]

@@ -224,7 +224,7 @@ _ALL = (
             Network("cifar10", "resnet18-w8-bn", samples=256),
         ),
         architectures.architectures,
-        {"quick": 20, "paper": 3000},
+        {"quick": 5, "paper": 3000},
     ),
 )
 

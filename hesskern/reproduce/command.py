@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hesskern.analysis import versions
@@ -21,7 +22,7 @@ from hesskern.digest import counted
 from hesskern.models import KNOWN_MODELS
 from hesskern.reproduce.catalogue import ITEMS
 from hesskern.reproduce.items import Item
-from hesskern.reproduce.lab import Lab, Overrides
+from hesskern.reproduce.lab import PROFILES, Lab, Overrides
 from hesskern.reproduce.report import RESULT, describe, verdict_words, write_item, write_page
 
 __all__ = ["parse_budget", "reproduce"]
@@ -34,10 +35,10 @@ _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\
 @click.option("--list", "listing", is_flag=True, help="Name the items, with expected times.")
 @click.option(
     "--profile",
-    type=click.Choice(["quick", "paper"]),
+    type=click.Choice(PROFILES),
     default="quick",
     show_default=True,
-    help="Training: minutes (fewer epochs), or the published 1000 epochs.",
+    help="Training: minutes (fewer epochs), or the published 1000 epochs, plain or with momentum.",
 )
 @click.option("--budget", help="Time, e.g. 2h or 45m: items that do not fit are left out.")
 @click.option(
@@ -87,8 +88,10 @@ def reproduce(
 
     Each ITEM (see --list; all for every one) trains its networks or goes on from their checkpoints,
     computes, draws its figures with the published ones beside them, and prints a verdict line for
-    every number. A run that was interrupted goes on where it stopped. With --data, --model,
-    --epochs or --limit the subject is another one, and there are no verdicts.
+    every published number. A run that was interrupted goes on where it stopped. Of several items
+    one that cannot be done (no data, another kind of network) is left out, and the status is then
+    1. With --data, --model, --epochs or --limit the subject is another one, and there are no
+    verdicts.
     """
     console = Console(stderr=as_json, highlight=False)
     if not console.is_terminal:
@@ -106,12 +109,21 @@ def reproduce(
         words = " ".join([command_line(context), *items])
         clock = _Budget(seconds, profile)
         done = []
+        failed: dict[str, str] = {}
         for item in chosen:
             if not clock.fits(item):
                 continue
+            lab.begin_item()
             started = time.perf_counter()
-            networks = lab.networks(item.networks)
-            outcome = item.run(lab, networks)
+            try:
+                networks = lab.networks(item.networks)
+                outcome = item.run(lab, networks)
+            except (ValueError, NotImplementedError) as error:
+                if len(chosen) == 1:
+                    raise
+                # What one item cannot do is no reason to go without the others.
+                failed[item.name] = str(error)
+                continue
             took = time.perf_counter() - started
             clock.spent(item, took)
             facts = {
@@ -128,13 +140,17 @@ def reproduce(
             done.append(result)
             _show(console, result)
             page = write_page(folder, list(ITEMS))
-    for text in clock.left_out:
-        console.print(f"Left out: {text}", style="yellow", markup=False, soft_wrap=True)
+    left_out = clock.left_out | failed
+    for name, why in left_out.items():
+        console.print(f"Left out: {name} ({why})", style="yellow", markup=False, soft_wrap=True)
     if done:
         console.print(f"\n[bold]Page:[/bold] {page}", soft_wrap=True)
         console.print(f"Numbers: {folder}/ITEM/{RESULT}", soft_wrap=True, markup=False)
     if as_json:
-        click.echo(json.dumps(done, allow_nan=False))
+        missing = [{"item": name, "left_out": why} for name, why in left_out.items()]
+        click.echo(json.dumps([*done, *missing], allow_nan=False))
+    if failed:
+        context.exit(1)
 
 
 def _chosen(names: tuple[str, ...]) -> list[Item]:
@@ -175,7 +191,7 @@ class _Budget:
     def __post_init__(self) -> None:
         self._started = time.perf_counter()
         self._expected = self._measured = 0.0
-        self.left_out: list[str] = []
+        self.left_out: dict[str, str] = {}
 
     def fits(self, item: Item) -> bool:
         """Whether the item's expected time is left; says so where it is not."""
@@ -183,18 +199,18 @@ class _Budget:
             return True
         # Cached items take no time; they must not make new ones look cheap.
         pace = max(1.0, self._measured / self._expected) if self._expected else 1.0
-        expected = 60 * item.minutes[self.profile] * pace
+        expected = item.expected_seconds(self.profile) * pace
         left = self.seconds - (time.perf_counter() - self._started)
         if expected <= left:
             return True
-        self.left_out.append(
-            f"{item.name} (expected {expected / 60:.0f} min, {max(left, 0) / 60:.0f} min left)"
+        self.left_out[item.name] = (
+            f"expected {expected / 60:.0f} min, {max(left, 0) / 60:.0f} min left"
         )
         return False
 
     def spent(self, item: Item, seconds: float) -> None:
         """Notes how long an item took."""
-        self._expected += 60 * item.minutes[self.profile]
+        self._expected += item.expected_seconds(self.profile)
         self._measured += seconds
 
 
@@ -214,7 +230,7 @@ def _list(console: Console, profile: str) -> None:
     for heading in ("item", "minutes", "what"):
         table.add_column(heading, justify="right" if heading == "minutes" else "left")
     for item in ITEMS.values():
-        table.add_row(item.name, f"{item.minutes[profile]:g}", item.title)
+        table.add_row(item.name, f"{item.expected_seconds(profile) / 60:g}", item.title)
     console.print(table)
     console.print(
         f"Minutes on two cores with nothing trained yet, profile {profile}; items share networks.",
@@ -242,5 +258,19 @@ def _show(console: Console, result: dict[str, Any]) -> None:
             markup=False,
             soft_wrap=True,
         )
+    if not result["verdicts"]:
+        for table in result["tables"]:
+            _show_table(console, table)
     for note in result["notes"]:
         console.print(note, style="dim", markup=False, soft_wrap=True)
+
+
+def _show_table(console: Console, table: dict[str, Any]) -> None:
+    shown = Table(title=table["title"], title_justify="left", title_style="", box=None)
+    for number, heading in enumerate(table["headings"]):
+        shown.add_column(escape(heading), justify="left" if number == 0 else "right")
+    for row in table["rows"]:
+        shown.add_row(*map(escape, row))
+    console.print(shown)
+    if table["note"]:
+        console.print(table["note"], style="dim", markup=False, soft_wrap=True)

@@ -21,7 +21,8 @@ class Item:
         shows: what to look for, a sentence or two.
         networks: what it looks at.
         run: computes it.
-        minutes: by profile, expected on two cores with nothing trained yet.
+        minutes: "quick" and "paper" (any published recipe), expected on two cores with nothing
+            trained yet.
     """
 
     name: str
@@ -30,6 +31,10 @@ class Item:
     networks: tuple[Network, ...]
     run: Callable[[Lab, Sequence[Network]], Outcome]
     minutes: Mapping[str, float]
+
+    def expected_seconds(self, profile: str) -> float:
+        """How long it is expected to take with nothing trained yet."""
+        return 60 * self.minutes["quick" if profile == "quick" else "paper"]
 
 
 def pairs_of(seeds: Sequence[int]) -> Iterator[tuple[int, int]]:

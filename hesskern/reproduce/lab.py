@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -28,13 +29,16 @@ from hesskern.progress import Progress, reporter
 from hesskern.results import EigenResult
 from hesskern.wording import network_name
 
-__all__ = ["PUBLISHED_SIZES", "Lab", "Network", "Overrides"]
+__all__ = ["PROFILES", "PUBLISHED_SIZES", "Lab", "Network", "Overrides"]
 
 LOSS = nn.CrossEntropyLoss()
 PUBLISHED_SIZES: Mapping[str, int] = {"mnist": 60_000, "cifar10": 50_000}
 """Training samples behind the published figures."""
+PROFILES = ("quick", *training.RECIPES)
+"""Minutes of training, or a published recipe."""
 
-_KEPT_SUFFIXES = ("bn", "ln", "tanh", "gelu")
+# In the order in which they stand at a name's end.
+_KEPT_SUFFIXES = (("tanh", "gelu"), ("bn", "ln"))
 _BATCH = 512
 _TOLERANCE = 1e-4
 # Epochs of the quick profile where the data set's quick recipe is not meant for the network.
@@ -87,12 +91,21 @@ class Overrides:
     seeds: int | None = None
     top: int | None = None
 
-    def network(self, network: Network) -> Network:
-        """The network as it will be looked at."""
+    def network(self, network: Network) -> Network | None:
+        """The network as it will be looked at; None where no such variant of it can be named.
+
+        Norms and activations at a name's end are kept, unless ``model`` names others itself. Of a
+        user's own function there is one network alone.
+        """
         model = network.model
         if self.model is not None:
-            kept = [part for part in model.split("-")[1:] if part in _KEPT_SUFFIXES]
-            model = "-".join([self.model, *kept])
+            variant = _suffixes(network.model)
+            if ":" in self.model and any(variant):
+                return None
+            own = _suffixes(self.model)
+            base = [part for part in self.model.split("-") if part.lower() not in own]
+            kept = (mine or theirs for mine, theirs in zip(own, variant, strict=True))
+            model = "-".join([*base, *filter(None, kept)])
         return replace(
             network,
             data=self.data or network.data,
@@ -118,7 +131,7 @@ class Lab:
 
     Args:
         folder: for the files; one profile's alone.
-        profile: "quick" or "paper".
+        profile: "quick", or a published one, see :data:`PROFILES`.
         root: folder of the data's files.
         overrides: see :class:`Overrides`.
         memory_budget: bytes of samples that Hessians keep; layers above it run the model again.
@@ -139,8 +152,10 @@ class Lab:
         self.overrides = overrides
         self._report = reporter(progress)
         self._label = ""
+        self._asked: dict[Network, dict[int, None]] = {}
         self._data = lru_cache(maxsize=2)(self._load)
         self._models = lru_cache(maxsize=8)(self._trained)
+        self._digests = lru_cache(maxsize=None)(self._digest)
         # Hessians hold every sample's rows, so only one network's stay.
         self._hessians = lru_cache(maxsize=1)(self._layer_hessians)
 
@@ -159,8 +174,30 @@ class Lab:
         return list(range(count))
 
     def networks(self, networks: Sequence[Network]) -> list[Network]:
-        """An item's networks after the user's changes, each once."""
-        return list(dict.fromkeys(self.overrides.network(network) for network in networks))
+        """An item's networks after the user's changes, each once.
+
+        Raises:
+            ValueError: none is left.
+        """
+        changed = [self.overrides.network(network) for network in networks]
+        # Networks that differed may have become one, of which the first says how much is looked at.
+        left = list(
+            {replace(n, samples=None): n for n in reversed(changed) if n is not None}.values()
+        )[::-1]
+        if networks and not left:
+            raise ValueError(
+                f"model {self.overrides.model!r} has no variants with norms or other activations, "
+                "which is all that this item looks at"
+            )
+        return left
+
+    def begin_item(self) -> None:
+        """Forgets whose seeds were asked for."""
+        self._asked.clear()
+
+    def seeds_asked(self, network: Network) -> list[int]:
+        """Seeds of the network that were looked at since :meth:`begin_item`."""
+        return sorted(self._asked.get(network, {}))
 
     def withheld(self, network: Network) -> str:
         """Why figures of this network get no verdict; empty where they do."""
@@ -168,14 +205,16 @@ class Lab:
             return "not the published network, data or training"
         published = PUBLISHED_SIZES.get(network.data)
         used = len(self.data(network))
-        if published is not None and used != published and network.limit is None:
+        if published is not None and used != published:
             return f"{used:,} images here, {published:,} in the paper"
+        if published is not None and network.samples is not None and network.samples < used:
+            return f"curvature of {network.samples:,} images here, of {published:,} in the paper"
         return ""
 
     def recipe(self, network: Network) -> training.Recipe:
         """How the profile trains the network."""
-        if self.profile == "paper":
-            recipe = training.RECIPES["paper"]
+        if self.profile in training.RECIPES:
+            recipe = training.RECIPES[self.profile]
         elif network.random_labels:
             recipe = _QUICK_RANDOM_LABELS
         else:
@@ -224,6 +263,7 @@ class Lab:
 
     def model(self, network: Network, seed: int, epochs: int | None = None) -> nn.Module:
         """The network trained from ``seed``, for fewer ``epochs`` than the recipe's if given."""
+        self._asked.setdefault(network, {})[seed] = None
         return self._models(network, seed, epochs)
 
     def _trained(self, network: Network, seed: int, epochs: int | None) -> nn.Module:
@@ -236,11 +276,19 @@ class Lab:
             self._continue_from_fewer_epochs(network, seed, recipe.epochs, path)
         with self._named(network, seed):
             history = training.train(model, data, recipe, seed, self.progress, checkpoint=path)
-        if not (path.parent / "training.json").is_file():
-            loss, accuracy = training.evaluate(model, data)
-            facts = history.to_dict() | {"train_loss": loss, "train_accuracy": accuracy}
-            _write_json(path.parent / "training.json", facts)
+        self._note_fit(model, data, history, path.parent / "training.json")
         return model
+
+    def _note_fit(
+        self, model: nn.Module, data: Dataset, history: training.History, path: Path
+    ) -> None:
+        """Writes recipe, losses, final loss and accuracy, unless they are there."""
+        digest = _digest_of(model, data)
+        if path.is_file() and json.loads(path.read_text()).get("digest") == digest:
+            return
+        loss, accuracy = training.evaluate(model, data)
+        facts = {"train_loss": loss, "train_accuracy": accuracy, "digest": digest}
+        _write_json(path, history.to_dict() | facts)
 
     def _continue_from_fewer_epochs(
         self, network: Network, seed: int, epochs: int, path: Path
@@ -348,11 +396,33 @@ class Lab:
         return result
 
     def _cached(self, network: Network, seed: int, epochs: int | None, name: str) -> Path:
+        """The file of what was computed from these weights and samples, and from no others."""
         suffix = f"-{network.samples}samples" if network.samples else ""
-        return self.folder_of(network, seed, epochs) / f"{name}{suffix}.safetensors"
+        self.model(network, seed, epochs)
+        digest = self._digests(network, seed, epochs)
+        return self.folder_of(network, seed, epochs) / f"{name}{suffix}-{digest}.safetensors"
+
+    def _digest(self, network: Network, seed: int, epochs: int | None) -> str:
+        return _digest_of(self.model(network, seed, epochs), self.data(network))
 
     def _named(self, network: Network, seed: int) -> _Label:
         return _Label(self, f"{network.name}, seed {seed}: ")
+
+
+def _suffixes(model: str) -> list[str]:
+    """A name's activation and norm, each empty where there is none."""
+    parts = [] if ":" in model else model.lower().split("-")[1:]
+    return [next((part for part in parts if part in kind), "") for kind in _KEPT_SUFFIXES]
+
+
+def _digest_of(model: nn.Module, data: Dataset) -> str:
+    """Of the network's modules and weights, and of the data."""
+    digest = hashlib.sha256(repr(model).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    digest.update(data.digest().encode())
+    return digest.hexdigest()[:16]
 
 
 class _Label:

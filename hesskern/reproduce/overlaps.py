@@ -231,9 +231,7 @@ def between_models(lab: Lab, networks: Sequence[Network]) -> Outcome:
     rows: list[list[str]] = []
     for network in networks:
         reference = published.BETWEEN.get((network.data, strip_power(network.model)), {})
-        seeds = lab.seeds()
-        if len(seeds) < 2:
-            raise ValueError("seeds must be at least 2 to compare models")
+        seeds = _two_or_more_seeds(lab)
         layers = list(lab.factors(network, seeds[0]))
         for seed in seeds:
             # All layers of one model together: the lab keeps the Hessians of one model at a time.
@@ -321,8 +319,17 @@ def _add_predictor(out: Outcome, rows: list[list[str]], hits: list[bool]) -> Non
         )
 
 
+def _two_or_more_seeds(lab: Lab) -> list[int]:
+    seeds = lab.seeds()
+    if len(seeds) < 2:
+        raise ValueError(f"seeds must be at least 2 to compare models, got {len(seeds)}")
+    return seeds
+
+
 def _compare(lab: Lab, network: Network, name: str, seeds: Sequence[int]) -> dict[str, Any]:
     """Curves of all pairs of seeds, exact and of the Kronecker forms, and predictions."""
+    if name not in lab.factors(network, seeds[0]):
+        raise ValueError(f"{network.name} has no layer {name!r} to compare")
     factors = {seed: lab.factors(network, seed)[name] for seed in seeds}
     m, d = factors[seeds[0]].layer_shape
     reference = published.BETWEEN.get((network.data, strip_power(network.model)), {})
@@ -425,7 +432,7 @@ def width_variants(lab: Lab, networks: Sequence[Network]) -> Outcome:
     hits: list[bool] = []
     rows: list[list[str]] = []
     for index, network in enumerate(networks):
-        found = _compare(lab, network, "fc1", lab.seeds())
+        found = _compare(lab, network, "fc1", _two_or_more_seeds(lab))
         out.numbers[network.name] = found
         m = found["outputs"]
         curves.append(Curve(f"m = {m}", found["kronecker"], colour=index))

@@ -28,7 +28,7 @@ def describe(lab: Lab, networks: Sequence[Network]) -> list[dict[str, Any]]:
     rows = []
     for network in networks:
         trained = []
-        for seed in lab.seeds():
+        for seed in lab.seeds_asked(network):
             path = lab.folder_of(network, seed) / "training.json"
             if path.is_file():
                 trained.append(json.loads(path.read_text()))

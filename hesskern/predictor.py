@@ -29,6 +29,8 @@ __all__ = ["OverlapPrediction", "classify_peak", "peak_position", "predict_overl
 
 # A peak this near k = m counts as one at m.
 _NEAR = (0.8, 1.25)
+# A maximum among the last of these parts of the window is none: the curve still rises.
+_RISING = 0.98
 # What counts as the maximum: several k can reach it, and rounding must not choose among them.
 _TIE = 1e-3
 
@@ -43,7 +45,7 @@ class OverlapPrediction:
         outputs: m.
         curve: [k] float64, expected overlap at 1 ... k.
         peak: position of the curve's maximum, see :func:`peak_position`.
-        kind: "normal" (a peak near k = m), "early" or "delayed".
+        kind: see :func:`classify_peak`.
     """
 
     applies: bool
@@ -88,11 +90,11 @@ def predict_overlap(
             f"{second.layer_shape}"
         )
     m, d = first.layer_shape
-    shown = min(m * d, 9 * m // 4) if k is None else k
+    shown = min(m * d, _window(m)) if k is None else k
     if not 1 <= shown <= m * d:
         raise ValueError(f"k must lie in [1, {m * d}], got {k}")
     # Long enough to tell where the peak is, also where less is asked for.
-    length = min(m * d, max(shown, 9 * m // 4))
+    length = min(m * d, max(shown, _window(m)))
     applies, bases, counts = True, [], []
     for factors in (first, second):
         tau = torch.linalg.eigvalsh(factors.output_hessian.double()).flip(0)
@@ -107,20 +109,33 @@ def predict_overlap(
     squares = (bases[0].T @ bases[1]).square()
     sizes = torch.arange(1, length + 1, device=squares.device, dtype=torch.float64)
     curve = ((counts[0] @ squares) * counts[1]).sum(1) / (sizes * m)
-    peak = peak_position(curve.tolist())
+    peak = peak_position(curve.tolist(), m)
     # A single input has no second direction, and no products beyond the m-th.
     kind = classify_peak(curve.tolist(), m) if d > 1 else "normal"
     return OverlapPrediction(applies, float(squares[0, 0]), m, curve[:shown], peak, kind)
 
 
-def peak_position(curve: Sequence[float]) -> int:
-    """The first k, counted from 1, at which a curve is within .1 % of its maximum."""
-    enough = (1 - _TIE) * max(curve)
-    return next(k for k, value in enumerate(curve, 1) if value >= enough)
+def _window(outputs: int) -> int:
+    """How far a peak is looked for: first layers' curves rise again behind it."""
+    return 9 * outputs // 4
+
+
+def peak_position(curve: Sequence[float], outputs: int) -> int:
+    """The first k, counted from 1 to at most 9/4 m, within .1 % of the maximum up to there.
+
+    Args:
+        curve: overlap at k = 1, 2, ...
+        outputs: m.
+    """
+    seen = curve[: _window(outputs)]
+    enough = (1 - _TIE) * max(seen)
+    return next(k for k, value in enumerate(seen, 1) if value >= enough)
 
 
 def classify_peak(curve: Sequence[float], outputs: int) -> str:
-    """Where an overlap curve has its maximum: "early", "normal" (near k = m) or "delayed".
+    """Where an overlap curve has its maximum: "early", "normal" (near k = m), "delayed" or "none".
+
+    "none": the curve still rises at k = 9/4 m, up to which a peak is looked for, or at its end.
 
     Args:
         curve: overlap at k = 1, 2, ...; long enough to tell, at least 5/4 m.
@@ -132,5 +147,7 @@ def classify_peak(curve: Sequence[float], outputs: int) -> str:
     low, high = (factor * outputs for factor in _NEAR)
     if len(curve) < high:
         raise ValueError(f"curve must reach at least k = 5/4 m = {high:g}, got {len(curve)} values")
-    peak = peak_position(curve)
+    peak = peak_position(curve, outputs)
+    if peak > high and peak > _RISING * min(len(curve), _window(outputs)):
+        return "none"
     return "early" if peak < low else "delayed" if peak > high else "normal"

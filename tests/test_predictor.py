@@ -93,13 +93,20 @@ def test_classification_of_measured_curves():
     assert hk.classify_peak(peaked(12), 10) == "normal"
     assert hk.classify_peak(peaked(7), 10) == "early"
     assert hk.classify_peak(peaked(13), 10) == "delayed"
+    assert hk.classify_peak(peaked(21, 40), 10) == "delayed"
+    assert hk.classify_peak(peaked(22, 40), 10) == "none"
+    assert hk.classify_peak(peaked(20), 10) == "none"
+    # So short a curve can end where a peak counts as one at m.
+    assert hk.classify_peak(peaked(12, 13), 10) == "normal"
     with pytest.raises(ValueError, match=r"curve must reach at least k = 5/4 m = 12\.5, got 12"):
         hk.classify_peak(peaked(10, 12), 10)
 
 
 def test_the_first_of_equal_maxima_is_the_peak():
-    assert peak_position([0.1, 0.9995, 1.0, 0.2]) == 2
-    assert peak_position([0.1, 0.99, 1.0, 0.2]) == 3
+    assert peak_position([0.1, 0.9995, 1.0, 0.2], 2) == 2
+    assert peak_position([0.1, 0.99, 1.0, 0.2], 2) == 3
+    # Beyond 9/4 m a curve may rise again.
+    assert peak_position([0.1, 0.99, 0.9, 0.2, 1.0], 2) == 2
     assert hk.classify_peak([0.5] * 9 + [1.0] * 20, 10) == "normal"
 
 

@@ -113,6 +113,20 @@ def test_between_models_and_its_prediction(tiny):
     observed = hk.classify_peak(found["kronecker"][0], 16)
     row = next(row for row in outcome.tables[0].rows if row[0].startswith("fc2"))
     assert row[1:4] == [str(expected.applies).lower(), expected.kind, observed]
+    curve, m = found["kronecker"][0], 16
+    scores = outcome.numbers["scores"]
+    assert [score["first"] for score in scores] == [True, False]
+    assert scores[1]["found"] == observed
+    assert scores[1]["predicted"] == expected.kind
+    assert scores[1]["applies"] == expected.applies
+    assert scores[1]["line_error"] == pytest.approx(abs(curve[m - 1] - expected.squared_cosine))
+    heights = max(curve), max(expected.curve.tolist())
+    assert scores[1]["height_error"] == pytest.approx(abs(heights[0] - heights[1]), abs=2e-3)
+    right = sum(s["predicted"] == s["found"] for s in scores)
+    rule = sum(s["applies"] == (s["found"] == "normal") for s in scores)
+    assert f"elsewhere early or late) is right in {rule} of 2 cases" in outcome.notes[0]
+    assert f"names the kind in {right} of 2" in outcome.notes[0]
+    assert outcome.notes[1].startswith("Of these, layers behind the first: ")
     one = Lab(tiny.folder, overrides=replace(TINY, seeds=1))
     with pytest.raises(ValueError, match="seeds must be at least 2 to compare models"):
         overlaps.between_models(one, [network(tiny)])
@@ -339,7 +353,7 @@ def test_width_variants(tiny):
     assert int(row[4]) == predicted.peak
     assert float(row[6]) == pytest.approx(max(predicted.curve.tolist()), abs=1e-3)
     assert float(row[7]) == pytest.approx(max(curve), abs=2e-3)
-    assert outcome.numbers["hit rate"] in (0.0, 0.5, 1.0)
+    assert [score["predicted"] for score in outcome.numbers["scores"]][1] == predicted.kind
 
 
 def test_published_figures_are_complete():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +25,7 @@ _SHOWN_EIGENVALUES = 20
 # Bytes for the Kronecker eigenvectors of one layer of one model when models are compared.
 _PAIR_BUDGET = 384 * 2**20
 _K_AXIS = "k, dimension of the leading space"
+_FORMS = {"exact": "exact H", "kronecker": "Kronecker form"}
 
 
 def hessian_and_kronecker(lab: Lab, networks: Sequence[Network]) -> Outcome:
@@ -227,7 +230,7 @@ def full_hessian(lab: Lab, networks: Sequence[Network]) -> Outcome:
 def between_models(lab: Lab, networks: Sequence[Network]) -> Outcome:
     """Overlap of a layer's leading spaces in differently seeded models, with the prediction."""
     out = Outcome()
-    hits: list[bool] = []
+    scores: list[_Score] = []
     rows: list[list[str]] = []
     for network in networks:
         reference = published.BETWEEN.get((network.data, strip_power(network.model)), {})
@@ -242,11 +245,14 @@ def between_models(lab: Lab, networks: Sequence[Network]) -> Outcome:
             out.numbers.setdefault(network.name, {})[name] = found
             out.charts.append(_between_chart(network, name, index, found))
             k, figure = reference.get(name, (0, 0.0))
-            if k and index < len(layers) - 1 and len(found["exact"][0]) >= 1.25 * found["outputs"]:
+            enough = min(1.25 * k, 2.25 * found["outputs"])
+            long = [form for form in _FORMS if len(found[form][0]) >= math.floor(enough)]
+            if k and index < len(layers) - 1 and long:
+                form = long[0]
                 out.verdicts.append(
                     judge(
-                        f"{name} of {network.name}: k of the peak (exact H)",
-                        [_peak(curve) for curve in found["exact"]],
+                        f"{name} of {network.name}: k of the peak ({_FORMS[form]})",
+                        [float(peak_position(c, found["outputs"])) for c in found[form]],
                         f"{k}",
                         between=(0.8 * k, 1.25 * k),
                         withheld=lab.withheld(network),
@@ -256,11 +262,10 @@ def between_models(lab: Lab, networks: Sequence[Network]) -> Outcome:
                 form = "exact" if len(found["exact"][0]) >= k else "kronecker"
                 ours = [curve[k - 1] for curve in found[form] if len(curve) >= k]
                 if ours:
-                    words = "exact H" if form == "exact" else "Kronecker form"
                     out.verdicts.append(
                         judge(
                             f"{name} of {network.name}: overlap between models at k = {k} "
-                            f"({words})",
+                            f"({_FORMS[form]})",
                             ours,
                             figure,
                             within=_BETWEEN_WITHIN,
@@ -280,16 +285,41 @@ def between_models(lab: Lab, networks: Sequence[Network]) -> Outcome:
                         withheld=lab.withheld(network),
                     )
                 )
-            row, right = _prediction_row(network, name, found)
+            row, cases = _prediction_row(network, name, found)
             rows.append(row)
             if index < len(layers) - 1:
-                hits += right
-    _add_predictor(out, rows, hits)
+                scores += [replace(case, first=index == 0) for case in cases]
+    _add_predictor(out, rows, scores)
     return out
 
 
-def _add_predictor(out: Outcome, rows: list[list[str]], hits: list[bool]) -> None:
-    """The table of the predictor, and how often it names the kind of peak."""
+@dataclass(frozen=True)
+class _Score:
+    """The predictor and what was found, of one layer and pair of models.
+
+    Attributes:
+        first: whether the layer sees the data themselves, which all models share.
+        applies: the published condition.
+        predicted, found: kinds of peak.
+        line_error: distance of the overlap at k = m from (t^T t')².
+        height_error: distance of the highest values, predicted and found, up to 9/4 m.
+    """
+
+    first: bool
+    applies: bool
+    predicted: str
+    found: str
+    line_error: float
+    height_error: float
+
+    @property
+    def rule_right(self) -> bool:
+        """The published rule: a peak near k = m where the condition holds, and only there."""
+        return self.applies == (self.found == "normal")
+
+
+def _add_predictor(out: Outcome, rows: list[list[str]], scores: list[_Score]) -> None:
+    """The table of the predictor, and how often it is right."""
     out.tables.append(
         Table(
             "The predictor",
@@ -307,15 +337,29 @@ def _add_predictor(out: Outcome, rows: list[list[str]], hits: list[bool]) -> Non
             ],
             rows,
             "Condition: τ_m γ₁ > τ₁ γ₂ in both models of a pair. Predicted and found: where the "
-            "overlap of the Kronecker forms peaks, early, normal (near k = m) or delayed; one "
-            "count per pair of models. Peaks: mean [range] over pairs, of the k drawn.",
+            "overlap of the Kronecker forms peaks up to k = 9/4 m: early, normal (near k = m), "
+            "delayed, or none (it still rises there). Peaks: mean [range] over pairs of models.",
         )
     )
-    if hits:
-        out.numbers["hit rate"] = sum(hits) / len(hits)
+    if not scores:
+        return
+    out.numbers["scores"] = [asdict(score) for score in scores]
+    for words, part in (
+        ("Layers before the last", scores),
+        ("Of these, layers behind the first", [s for s in scores if not s.first]),
+    ):
+        if not part:
+            continue
+        count, flat = len(part), sum(s.found == "none" for s in part)
+        line = [s.line_error for s in part if s.applies]
         out.notes.append(
-            f"The predictor names the kind of peak in {sum(hits)} of {len(hits)} cases (layers "
-            "before the last, whose outputs are the classes, in one order in every model)."
+            f"{words}: the published rule (a peak near k = m where τ_m γ₁ > τ₁ γ₂, elsewhere "
+            f"early or late) is right in {sum(s.rule_right for s in part)} of {count} cases"
+            + (f", its height (t·t′)² off by {fmean(line):.3f}" if line else "")
+            + ". Carried on to all input directions it names the kind in "
+            f"{sum(s.predicted == s.found for s in part)} of {count}"
+            + (f" ({flat} without a peak)" if flat else "")
+            + f", its height off by {fmean(s.height_error for s in part):.3f}."
         )
 
 
@@ -387,34 +431,40 @@ def _between_chart(network: Network, name: str, index: int, found: dict[str, Any
 
 def _prediction_row(
     network: Network, name: str, found: dict[str, Any]
-) -> tuple[list[str], list[bool]]:
-    """A line of the predictor's table, and whether each pair's kind was right."""
+) -> tuple[list[str], list[_Score]]:
+    """A line of the predictor's table, and the scores of the pairs with long enough curves."""
     m, predictions = found["outputs"], found["predictions"]
-    kinds, right = [], []
     curves, foretold = found["kronecker"], [p["curve"] for p in predictions]
-    for curve, prediction in zip(found["kronecker"], predictions, strict=True):
-        if len(curve) < 1.25 * m:
-            continue
-        kinds.append(classify_peak(curve, m))
-        right.append(kinds[-1] == prediction["kind"])
-    height = [curve[m - 1] for curve in found["kronecker"] if len(curve) >= m]
+    tops = [[_highest(curve, m) for curve in both] for both in (foretold, curves)]
+    scores = [
+        _Score(
+            False,
+            prediction["applies"],
+            prediction["kind"],
+            classify_peak(curve, m),
+            abs(curve[m - 1] - prediction["squared_cosine"]),
+            abs(_highest(prediction["curve"], m)[1] - _highest(curve, m)[1]),
+        )
+        for curve, prediction in zip(curves, predictions, strict=True)
+        if len(curve) >= 1.25 * m
+    ]
+    height = [curve[m - 1] for curve in curves if len(curve) >= m]
     return [
         f"{name} of {network.name}",
         _counted([str(p["applies"]).lower() for p in predictions]),
         _counted([p["kind"] for p in predictions]),
-        _counted(kinds) or "–",
-        spread_words(map(_peak, foretold), 0),
-        spread_words(map(_peak, curves), 0),
-        spread_words(map(max, foretold)),
-        spread_words(map(max, curves)),
+        _counted([score.found for score in scores]) or "–",
+        *(spread_words((top[0] for top in both), 0) for both in tops),
+        *(spread_words(top[1] for top in both) for both in tops),
         f"{sum(p['squared_cosine'] for p in predictions) / len(predictions):.3f}",
         f"{sum(height) / len(height):.3f}" if height else "–",
-    ], right
+    ], scores
 
 
-def _peak(curve: Sequence[float]) -> float:
-    """k at the largest value."""
-    return float(peak_position(curve))
+def _highest(curve: Sequence[float], outputs: int) -> tuple[float, float]:
+    """Position and value of a curve's peak."""
+    position = peak_position(curve, outputs)
+    return float(position), curve[position - 1]
 
 
 def _counted(words: Sequence[str]) -> str:
@@ -429,16 +479,16 @@ def width_variants(lab: Lab, networks: Sequence[Network]) -> Outcome:
     """fc1 of LeNet5 with different widths: overlap between models at k = m."""
     out = Outcome()
     curves = []
-    hits: list[bool] = []
+    scores: list[_Score] = []
     rows: list[list[str]] = []
     for index, network in enumerate(networks):
         found = _compare(lab, network, "fc1", _two_or_more_seeds(lab))
         out.numbers[network.name] = found
         m = found["outputs"]
         curves.append(Curve(f"m = {m}", found["kronecker"], colour=index))
-        row, right = _prediction_row(network, "fc1", found)
+        row, cases = _prediction_row(network, "fc1", found)
         rows.append(row)
-        hits += right
+        scores += cases
         if len(found["kronecker"][0]) >= m:
             figure = published.LENET5_WIDTHS.get(m) if "lenet5" in network.model else None
             out.verdicts.append(
@@ -459,5 +509,5 @@ def width_variants(lab: Lab, networks: Sequence[Network]) -> Outcome:
             curves,
         )
     )
-    _add_predictor(out, rows, hits)
+    _add_predictor(out, rows, scores)
     return out

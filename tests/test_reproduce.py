@@ -609,3 +609,24 @@ def test_published_recipes_are_profiles():
     assert (momentum.momentum, momentum.weight_decay) == (0.9, 5e-4)
     item = catalogue.ITEMS["forms"]
     assert item.expected_seconds("paper-momentum") == 60 * item.minutes["paper"]
+    scale = float((H * K).sum() / K.square().sum())
+    assert numbers["scale"] == pytest.approx(scale, rel=1e-4)
+    assert numbers["scaled"] == pytest.approx(float((H - scale * K).norm() / H.norm()), rel=1e-4)
+    # Van Loan & Pitsianis: the least error is all but the first singular value of H rearranged.
+    rearranged = H.reshape(3, 9, 3, 9).permute(0, 2, 1, 3).reshape(9, 81)
+    values = torch.linalg.svdvals(rearranged)
+    nearest = float(values[1:].norm() / values.norm())
+    assert numbers["nearest"] == pytest.approx(nearest, rel=1e-4)
+    assert nearest < numbers["scaled"] < numbers["both"]
+    steps, products = outcome.tables
+    assert steps.rows[0][0].startswith("1 of ")
+    assert products.rows[0][1:5] == [
+        f"{numbers[key]:.3f}" for key in ("both", "scale", "scaled", "nearest")
+    ]
+    assert outcome.notes == []
+
+
+def test_positions_without_convolutions_say_so(tiny):
+    outcome = positions.position_means(tiny, [network(tiny)])
+    assert (outcome.tables, outcome.verdicts) == ([], [])
+    assert outcome.notes == ["None of these networks has a convolution of one group to look at."]

@@ -10,28 +10,38 @@ from torch import Tensor
 from hesskern.eigen import eigsh
 from hesskern.metrics import decoupling_error, subspace_overlap
 from hesskern.nearest import nearest_kronecker
+from hesskern.operators import KroneckerOperator
 from hesskern.position_mean import position_mean_hessian
 from hesskern.reproduce.lab import LOSS, Lab, Network
 from hesskern.reproduce.results import Outcome, Table, judge, spread_words
 
 __all__ = ["position_means"]
 
-_COLUMNS = {
+_STEPS = {
     "positions": "‖H − H̄‖_F / ‖H‖_F",
     "both": "‖H − K‖_F / ‖H‖_F",
     "decoupling": "‖H̄ − K‖_F / ‖H̄‖_F",
     "trace": "tr H̄ / tr H",
     "overlap": "overlap H, H̄",
     "overlap_form": "overlap H, K",
+}
+_PRODUCTS = {
+    "both": "‖H − K‖_F / ‖H‖_F",
+    "scale": "a = ⟨H, K⟩ / ‖K‖²",
+    "scaled": "‖H − a K‖_F / ‖H‖_F",
+    "nearest": "‖H − A ⊗ B‖_F / ‖H‖_F",
     "outputs": "cos(E[M], A)",
     "inputs": "cos(E[XXᵀ], B)",
 }
 
 
 def position_means(lab: Lab, networks: Sequence[Network]) -> Outcome:
-    """The two steps from a convolution's Hessian to its Kronecker form, one at a time."""
+    """The two steps from a convolution's Hessian to its Kronecker form, one at a time.
+
+    Beside them, the products that are nearest to H: of all multiples of K, and of all.
+    """
     out = Outcome()
-    rows = []
+    steps, products = [], []
     for network in networks:
         k = lab.classes(network) - 1
         found: dict[str, dict[str, list[float]]] = {}
@@ -49,6 +59,7 @@ def position_means(lab: Lab, networks: Sequence[Network]) -> Outcome:
                     progress=lab.progress,
                 )
                 K, nearest = factors.operator(), nearest_kronecker(H, tol=1e-4)
+                scale = H.inner(K) / K.squared_norm()
                 top = eigsh(mean, len(exact.values), tol=1e-4, start=K)
                 form = factors.eigsh(len(exact.values))
                 numbers = {
@@ -58,17 +69,21 @@ def position_means(lab: Lab, networks: Sequence[Network]) -> Outcome:
                     "trace": mean.trace() / H.trace(),
                     "overlap": float(subspace_overlap(exact.vectors, top.vectors)[-1]),
                     "overlap_form": float(subspace_overlap(exact.vectors, form.vectors)[-1]),
+                    "scale": scale,
+                    "scaled": decoupling_error(H, KroneckerOperator(scale * K.A, K.B)).frobenius,
+                    "nearest": decoupling_error(H, nearest).frobenius,
                     "outputs": _cosine(K.A, nearest.A),
                     "inputs": _cosine(K.B, nearest.B),
                 }
-                entry = found.setdefault(name, {key: [] for key in _COLUMNS})
+                entry = found.setdefault(name, {key: [] for key in numbers})
                 for key, value in numbers.items():
                     entry[key].append(value)
                 lab.progress(f"{network.name}: positions of {name}", 1, 1)
         out.numbers[network.name] = found
         for name, entry in found.items():
             label = f"{name} of {network.name}"
-            rows.append([label, *(spread_words(entry[key]) for key in _COLUMNS)])
+            steps.append([label, *(spread_words(entry[key]) for key in _STEPS)])
+            products.append([label, *(spread_words(entry[key]) for key in _PRODUCTS)])
             out.verdicts.append(
                 judge(
                     f"{label}: Frobenius error of M averaged over positions",
@@ -76,16 +91,25 @@ def position_means(lab: Lab, networks: Sequence[Network]) -> Outcome:
                     withheld="not in the paper",
                 )
             )
-    out.tables.append(
+    if not steps:
+        out.notes.append("None of these networks has a convolution of one group to look at.")
+        return out
+    out.tables += [
         Table(
             "From a convolution's Hessian to its Kronecker form",
-            ["layer", *_COLUMNS.values()],
-            rows,
+            ["layer", *_STEPS.values()],
+            steps,
             "H̄ = E[M_n ⊗ X_n X_nᵀ]: gradients averaged over positions, nothing decoupled between "
-            "samples. K = E[M] ⊗ E[X Xᵀ]. Overlaps at k = c − 1. A ⊗ B: the Kronecker product "
-            "nearest to H; cosines of matrices, ⟨P, Q⟩ / (‖P‖ ‖Q‖).",
-        )
-    )
+            "samples. K = E[M] ⊗ E[X Xᵀ]. Overlaps at k = c − 1.",
+        ),
+        Table(
+            "How near a Kronecker product comes to it",
+            ["layer", *_PRODUCTS.values()],
+            products,
+            "a K: the multiple of K nearest to H. A ⊗ B: the Kronecker product nearest to H; "
+            "cosines of matrices, ⟨P, Q⟩ / (‖P‖ ‖Q‖).",
+        ),
+    ]
     return out
 
 

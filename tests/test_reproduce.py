@@ -4,6 +4,7 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 import pytest
@@ -385,6 +386,30 @@ def test_forms_and_trajectory(tiny):
     assert numbers["epochs"] == [0, 1, 2]
     assert numbers["error"]["fc2"][1][-1] == pytest.approx(found["E[M] ⊗ E[x xᵀ]"]["frobenius"][1])
     assert numbers["overlap"]["fc2"][0][0] != numbers["overlap"]["fc2"][0][2]
+    H = tiny.hessian(network(tiny), 0, "fc2", 1).to_dense().double()
+    K = tiny.factors(network(tiny), 0, 1)["fc2"].operator().to_dense().double()
+    gap, whole = (float(torch.linalg.matrix_norm(A, 2)) for A in (H - K, H))
+    assert numbers["spectral"]["fc2"][0][1] == pytest.approx(gap / whole, rel=1e-4)
+    chart = next(c for c in outcome.charts if c.name == "trajectory-spectral")
+    shown = {curve.label: curve.values for curve in chart.curves}
+    assert shown == numbers["spectral"]
+
+
+def test_forms_say_how_certain_their_errors_are(tiny, monkeypatch):
+    (exact,) = beyond.forms(tiny, [network(tiny)]).tables
+    assert exact.note.endswith("Frobenius norms are exact.")
+    estimated = partial(hk.decoupling_error, dense_below=64)
+    monkeypatch.setattr(beyond, "decoupling_error", estimated)
+    outcome = beyond.forms(tiny, [network(tiny)])
+    found = outcome.numbers["F-16² on digits"]
+    H, K = tiny.hessian(network(tiny), 1, "fc2"), tiny.factors(network(tiny), 1)["fc2"].operator()
+    expected = estimated(H, K).frobenius_error
+    assert expected > 0
+    assert found["fc2"]["E[M] ⊗ E[x xᵀ]"]["frobenius_error"][1] == pytest.approx(expected)
+    largest = max(max(e["frobenius_error"]) for forms in found.values() for e in forms.values())
+    (table,) = outcome.tables
+    assert table.note.endswith(f"are estimated: standard error {largest:.1g} at most.")
+    assert [len(row) for row in table.rows] == [len(table.headings)] * len(table.rows)
 
 
 def test_normalization_compares_centred_and_plain(tiny):

@@ -57,28 +57,44 @@ def forms(lab: Lab, networks: Sequence[Network]) -> Outcome:
                 for count, (form, operator) in enumerate(built.items(), 1):
                     error = decoupling_error(H, operator)
                     top = operator.eigsh(len(exact.values)).vectors
+                    numbers = {
+                        "spectral": error.spectral,
+                        "frobenius": error.frobenius,
+                        "frobenius_error": error.frobenius_error,
+                        "overlap": float(subspace_overlap(exact.vectors, top)[-1]),
+                    }
                     entry = found.setdefault(name, {}).setdefault(
-                        form, {"spectral": [], "frobenius": [], "overlap": []}
+                        form, {key: [] for key in numbers}
                     )
-                    entry["spectral"].append(error.spectral)
-                    entry["frobenius"].append(error.frobenius)
-                    entry["overlap"].append(float(subspace_overlap(exact.vectors, top)[-1]))
+                    for key, value in numbers.items():
+                        entry[key].append(value)
                     lab.progress(f"forms of {name}", count, len(built))
         out.numbers[network.name] = found
         rows = [
             [
                 f"{name}, {form}",
-                *map(spread_words, entry.values()),
+                *(spread_words(entry[key]) for key in ("spectral", "frobenius", "overlap")),
             ]
             for name, by_form in found.items()
             for form, entry in by_form.items()
         ]
+        doubt = max(
+            max(entry["frobenius_error"])
+            for by_form in found.values()
+            for entry in by_form.values()
+        )
+        certainty = (
+            f"Frobenius norms of large layers are estimated: standard error {doubt:.1g} at most."
+            if doubt > 0
+            else "Frobenius norms are exact."
+        )
         out.tables.append(
             Table(
                 network.name,
                 ["layer and form", "‖H − K‖₂ / ‖H‖₂", "‖H − K‖_F / ‖H‖_F", f"overlap, k = {k}"],
                 rows,
-                "Relative errors of the form K; overlap of its top c − 1 eigenvectors with H's.",
+                "Relative errors of the form K; overlap of its top c − 1 eigenvectors with H's. "
+                + certainty,
             )
         )
         for name, by_form in found.items():
@@ -108,7 +124,7 @@ def trajectory(lab: Lab, networks: Sequence[Network]) -> Outcome:
         last = lab.recipe(network).epochs
         epochs = sorted({0, 1, 2, last // 2, last} & set(range(last + 1)))
         k = lab.classes(network) - 1
-        keys = ("overlap", "error", "aligned")
+        keys = ("overlap", "error", "spectral", "aligned")
         curves: dict[str, dict[str, list[list[float]]]] = {key: {} for key in keys}
         for seed in lab.seeds(quick=1, paper=2):
             rows: dict[str, dict[str, list[float]]] = {key: {} for key in keys}
@@ -122,6 +138,7 @@ def trajectory(lab: Lab, networks: Sequence[Network]) -> Outcome:
                     error = decoupling_error(H, factors.operator())
                     rows["overlap"].setdefault(name, []).append(overlap)
                     rows["error"].setdefault(name, []).append(error.frobenius)
+                    rows["spectral"].setdefault(name, []).append(error.spectral)
                     aligned = input_autocorrelation(factors).mean_alignment
                     rows["aligned"].setdefault(name, []).append(aligned)
             for key, by_layer in rows.items():
@@ -131,6 +148,7 @@ def trajectory(lab: Lab, networks: Sequence[Network]) -> Outcome:
         titles = {
             "overlap": ("overlap of H and K at k = c − 1", "overlap"),
             "error": ("decoupling error", "‖H − K‖_F / ‖H‖_F"),
+            "spectral": ("spectral decoupling error", "‖H − K‖₂ / ‖H‖₂"),
             "aligned": ("input direction", "(v₁·E[x])² / ‖E[x]‖²"),
         }
         for key, (title, label) in titles.items():

@@ -24,6 +24,7 @@ def functional_share(
     probes: int = 16,
     seed: int = 0,
     dense_below: int = 2048,
+    memory_budget: int = 4 * 2**30,
 ) -> DecouplingError:
     """Relative size of the functional term F = H - E[M (x) x x^T] in a layer's Hessian H.
 
@@ -35,6 +36,7 @@ def functional_share(
         model, data, loss: as in :func:`hesskern.layer_hessians`; data is re-iterable.
         layer: name of a layer.
         probes, seed, dense_below: see :func:`hesskern.decoupling_error`.
+        memory_budget: bytes of samples kept; above it every product runs the model again.
 
     Returns:
         ‖F‖ / ‖H‖ in the spectral and the Frobenius norm.
@@ -45,6 +47,6 @@ def functional_share(
     with warnings.catch_warnings():
         # That the block is not the Hessian is the point here.
         warnings.simplefilter("ignore", UserWarning)
-        block = layer_hessians(model, data, loss, [layer])[layer]
+        block = layer_hessians(model, data, loss, [layer], memory_budget=memory_budget)[layer]
     whole = AutogradHessian(model, data, loss, params=[f"{layer}.weight" if layer else "weight"])
     return decoupling_error(whole, block, probes=probes, seed=seed, dense_below=dense_below)

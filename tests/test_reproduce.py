@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from torch import nn
 
 import hesskern as hk
-from hesskern import commands, data, models, published, training
+from hesskern import commands, data, functional, models, published, training
 from hesskern.reproduce import (
     architectures,
     beyond,
@@ -457,6 +457,54 @@ def test_clusters_item(tiny):
     )
     assert found["logit"][1] == pytest.approx(expected.by_logit)
     assert found["both"][1] == pytest.approx(expected.by_both)
+    # Of the variance around the logits' means, what goes when the classes' means are taken off.
+    model = tiny.model(network(tiny), 1).double()
+    sample = tiny.data(network(tiny))
+    z = model.fc1(sample.inputs.double().flatten(1)).detach().requires_grad_()
+    logits = model.fc3(torch.relu(model.fc2(torch.relu(z))))
+    rows = [torch.autograd.grad(logits[:, i].sum(), z, retain_graph=True)[0] for i in range(10)]
+    inside = torch.stack([row - row.mean(0) for row in rows])
+    model.float()
+    rest = inside.clone()
+    for label in range(10):
+        members = sample.targets == label
+        rest[:, members] -= inside[:, members].mean(1, keepdim=True)
+    share = 1 - float(rest.square().sum() / inside.square().sum())
+    assert found["within"][1] == pytest.approx(share, rel=1e-4)
+    (table,) = outcome.tables
+    assert [len(row) for row in table.rows] == [len(table.headings)] * len(table.rows)
+
+
+def test_a_logit_that_explains_all_leaves_nothing_to_the_class():
+    assert beyond._class_within_logits(hk.GradientClusters(1.0, 0.0, 1.0)) == 0.0
+    assert beyond._class_within_logits(hk.GradientClusters(0.5, 0.1, 0.75)) == 0.5
+
+
+def test_items_that_make_their_own_operators_stay_within_memory(tiny, monkeypatch):
+    numbers, cached = [], []
+
+    def watched(make):
+        def made(*args, **kwargs):
+            result = make(*args, **kwargs)
+            operators = result.values() if isinstance(result, dict) else [result]
+            cached.append([operator.cached for operator in operators])
+            return result
+
+        return made
+
+    monkeypatch.setattr(beyond, "layer_hessians", watched(hk.layer_hessians))
+    monkeypatch.setattr(functional, "layer_hessians", watched(hk.layer_hessians))
+    monkeypatch.setattr(beyond, "GaussNewton", watched(hk.GaussNewton))
+    for budget in (2**30, 0):
+        limited = Lab(tiny.folder, overrides=replace(TINY, seeds=1), memory_budget=budget)
+        cached.clear()
+        outcome = beyond.normalization(limited, [network(tiny)])
+        numbers.append(outcome.numbers["F-16² on digits, activations centred"]["fc2"]["overlap"])
+        outcome = beyond.functional_terms(limited, [network(tiny)])
+        numbers.append(outcome.numbers["F-16² on digits"]["all layers"]["frobenius"])
+        # The centred network's two layers, every layer's own share, all layers.
+        assert cached == [[budget > 0] * 2, *[[budget > 0]] * 4]
+    assert numbers[:2] == [pytest.approx(found, rel=1e-4) for found in numbers[2:]]
 
 
 def test_architectures_within_a_memory_budget(tiny):

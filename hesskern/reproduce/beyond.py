@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.centring import centre_inputs
-from hesskern.clustering import gradient_clusters
+from hesskern.clustering import GradientClusters, gradient_clusters
 from hesskern.corrected import eigenvalue_corrected
 from hesskern.data import Batches
 from hesskern.eigen import eigsh
@@ -195,7 +195,12 @@ def normalization(lab: Lab, networks: Sequence[Network]) -> Outcome:
                     model = centre_inputs(_sequential(model), batches)
                     factors = kronecker_factors(model, batches, LOSS, progress=lab.progress)
                     hessians = layer_hessians(
-                        model, batches, LOSS, list(factors)[1:], progress=lab.progress
+                        model,
+                        batches,
+                        LOSS,
+                        list(factors)[1:],
+                        memory_budget=lab.memory_budget,
+                        progress=lab.progress,
                     )
                 factors_of[seed] = factors
                 for name in list(factors)[1:]:
@@ -264,12 +269,14 @@ def functional_terms(lab: Lab, networks: Sequence[Network]) -> Outcome:
         for seed in lab.seeds(quick=2, paper=2):
             model, batches = lab.model(network, seed), lab.batches(network)
             for name in lab.factors(network, seed):
-                share = functional_share(model, batches, LOSS, name)
+                share = functional_share(
+                    model, batches, LOSS, name, memory_budget=lab.memory_budget
+                )
                 entry = shares.setdefault(name, {"spectral": [], "frobenius": []})
                 entry["spectral"].append(share.spectral)
                 entry["frobenius"].append(share.frobenius)
                 lab.progress(f"{network.name}: functional term of {name}", 1, 1)
-            G = GaussNewton(model, batches, LOSS)
+            G = GaussNewton(model, batches, LOSS, memory_budget=lab.memory_budget)
             H = AutogradHessian(model, batches, LOSS, [f"{name}.weight" for name in G.slices])
             whole = decoupling_error(H, G)
             entry = shares.setdefault("all layers", {"spectral": [], "frobenius": []})
@@ -399,12 +406,15 @@ def clusters(lab: Lab, networks: Sequence[Network]) -> Outcome:
                 model = lab.model(network, seed, epochs)
                 for name in list(lab.factors(network, seed))[:-1]:
                     shares = gradient_clusters(model, lab.batches(network), name)
-                    entry = found.setdefault(
-                        f"{name}, {stage}", {"logit": [], "class": [], "both": []}
-                    )
-                    entry["logit"].append(shares.by_logit)
-                    entry["class"].append(shares.by_class)
-                    entry["both"].append(shares.by_both)
+                    numbers = {
+                        "logit": shares.by_logit,
+                        "class": shares.by_class,
+                        "both": shares.by_both,
+                        "within": _class_within_logits(shares),
+                    }
+                    entry = found.setdefault(f"{name}, {stage}", {key: [] for key in numbers})
+                    for key, value in numbers.items():
+                        entry[key].append(value)
                     lab.progress(f"{network.name}: gradients of {name}", 1, 1)
         out.numbers[network.name] = found
         rows += [
@@ -414,10 +424,19 @@ def clusters(lab: Lab, networks: Sequence[Network]) -> Outcome:
     out.tables.append(
         Table(
             "Share of the gradients' variance that cluster means explain",
-            ["layer", "by logit", "by class", "by logit and class"],
+            ["layer", "by logit", "by class", "by logit and class", "by class, within logits"],
             rows,
             "Vectors: d logit_i / d z of every sample and logit. Logit clusters make the c − 1 "
-            "large eigenvalues of E[M].",
+            "large eigenvalues of E[M]. Means of a class over all logits nearly cancel, so that "
+            "the share by class alone is small however much the class matters; within logits is "
+            "what it explains of the variance that the logit leaves, (both − logit) / (1 − logit).",
         )
     )
     return out
+
+
+def _class_within_logits(shares: GradientClusters) -> float:
+    """The class's share of the variance within logits; 0 where the logit leaves none."""
+    left = 1 - shares.by_logit
+    # Below this the quotient would be rounding: a linear network has no variance within logits.
+    return (shares.by_both - shares.by_logit) / left if left > 1e-9 else 0.0

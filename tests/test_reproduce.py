@@ -435,6 +435,21 @@ def test_functional_terms_vanish_within_the_layers_of_relu_networks(tiny):
     assert relu["all layers"]["frobenius"][0] > 0.01
     assert tanh["fc1"]["frobenius"][0] > 0.01
     assert tanh["fc3"]["frobenius"][0] < 1e-4
+    model, batches = tiny.model(networks[1], 1), tiny.batches(networks[1])
+    weights = [f"fc{i}.weight" for i in (1, 2, 3)]
+    H = hk.AutogradHessian(model, batches, nn.CrossEntropyLoss(), weights).to_dense()
+    G = hk.GaussNewton(model, batches, nn.CrossEntropyLoss()).to_dense()
+    U, V = (torch.linalg.eigh(A.double()).eigenvectors.flip(1)[:, :20] for A in (H, G))
+    expected = hk.subspace_overlap(U, V)
+    overlaps = tanh["overlap of top eigenspaces"]
+    assert list(overlaps) == ["1", "9", "10", "20"]
+    for k, values in overlaps.items():
+        assert values[1] == pytest.approx(float(expected[int(k) - 1]), abs=2e-3)
+    _, spaces = outcome.tables
+    mean = fmean(overlaps["9"])
+    assert spaces.rows[1][0] == "F-16² (tanh) on digits"
+    assert spaces.rows[1][2].startswith(f"{mean:.3f} [")
+    assert [len(row) for row in spaces.rows] == [len(spaces.headings)] * 2
     density = outcome.charts[0].curves[1]
     area = torch.trapezoid(torch.tensor(density.values[0]), torch.tensor(density.x))
     assert float(area) == pytest.approx(1.0, abs=0.05)

@@ -36,6 +36,8 @@ __all__ = [
 
 _OPEN = "not in the paper"
 _WIDTHS = (50, 100, 200, 400, 800)
+# Around c − 1 = 9, where the spectrum of a classifier with ten classes has its gap.
+_TOP = (1, 9, 10, 20)
 
 
 def forms(lab: Lab, networks: Sequence[Network]) -> Outcome:
@@ -261,10 +263,14 @@ def _sequential(model: nn.Module) -> nn.Sequential:
 
 
 def functional_terms(lab: Lab, networks: Sequence[Network]) -> Outcome:
-    """The functional term of smooth activations, and between layers of piecewise linear nets."""
+    """The functional term of smooth activations, and between layers of piecewise linear nets.
+
+    How much of H is missing from the Gauss-Newton matrix, and how far their top eigenspaces differ.
+    """
     out = Outcome()
-    rows, densities = [], []
+    rows, spaces, densities = [], [], []
     for network in networks:
+        overlaps: dict[str, list[float]] = {}
         shares: dict[str, dict[str, list[float]]] = {}
         for seed in lab.seeds(quick=2, paper=2):
             model, batches = lab.model(network, seed), lab.batches(network)
@@ -282,25 +288,45 @@ def functional_terms(lab: Lab, networks: Sequence[Network]) -> Outcome:
             entry = shares.setdefault("all layers", {"spectral": [], "frobenius": []})
             entry["spectral"].append(whole.spectral)
             entry["frobenius"].append(whole.frobenius)
+            parts = {"H": H, "Gauss-Newton": G}
+            counts = [k for k in _TOP if k <= G.shape[0]]
+            tops = [
+                eigsh(operator, counts[-1], progress=lab.progress).vectors
+                for operator in parts.values()
+            ]
+            by_count = subspace_overlap(*tops)
+            for k in counts:
+                overlaps.setdefault(str(k), []).append(float(by_count[k - 1]))
             if seed == 0:
-                parts = {"H": H, "Gauss-Newton": G}
                 found = {
                     label: spectral_density(operator, 50, 4, progress=lab.progress)
                     for label, operator in parts.items()
                 }
                 densities.append((network, found))
-        out.numbers[network.name] = shares
+        out.numbers[network.name] = {**shares, "overlap of top eigenspaces": overlaps}
         for name, entry in shares.items():
             rows.append([f"{name} of {network.name}", *(spread_words(v) for v in entry.values())])
-    out.tables.append(
+        spaces.append(
+            [
+                network.name,
+                *(spread_words(overlaps[str(k)]) if str(k) in overlaps else "–" for k in _TOP),
+            ]
+        )
+    out.tables += [
         Table(
             "The functional term",
             ["layer", "‖F‖₂ / ‖H‖₂", "‖F‖_F / ‖H‖_F"],
             rows,
             "H by double backward, F = H − its Gauss-Newton part. Zero within the layers of "
             "piecewise linear networks, and not between them.",
-        )
-    )
+        ),
+        Table(
+            "Top eigenspaces of H and its Gauss-Newton part, all layers",
+            ["network", *(f"overlap, k = {k}" for k in _TOP)],
+            spaces,
+            "Of the k largest eigenvalues, signs counted; weights of all layers, no biases.",
+        ),
+    ]
     out.charts += [_density_chart(network, found) for network, found in densities]
     return out
 

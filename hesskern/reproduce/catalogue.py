@@ -196,7 +196,8 @@ _ALL = (
         "functional-term",
         "What the Gauss-Newton matrix leaves out",
         "The functional term is zero within the layers of piecewise linear networks. Its share "
-        "with tanh and GELU, and between layers; spectral densities of both matrices.",
+        "with tanh and GELU, and between layers; top eigenspaces and spectral densities of both "
+        "matrices.",
         (
             Network("mnist", "f64x2", samples=2000),
             Network("mnist", "f64x2-tanh", samples=2000),

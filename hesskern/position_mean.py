@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hesskern.capture import Capture, batches, check_iterable
-from hesskern.layers import select_layers
-from hesskern.losses import resolve_loss
+from hesskern.layers import LayerSpec, select_layers
+from hesskern.losses import Loss, resolve_loss
 from hesskern.operators import CurvatureOperator
 from hesskern.progress import Progress, reporter
 from hesskern.roots import BatchRoots, accumulator_dtype, check_budget, model_device
@@ -49,12 +50,13 @@ class PositionMeanHessian(CurvatureOperator):
     Attributes:
         layer_shape: (m, d).
         num_samples: weighted number of samples.
+        cached: whether the samples are stored; False: every product runs the model again.
     """
 
     def __init__(
         self,
         layer_shape: tuple[int, int],
-        chunks: list[_Chunk],
+        chunks: list[_Chunk] | _Pass,
         num_samples: float,
         dtype: torch.dtype,
         device: torch.device,
@@ -64,37 +66,45 @@ class PositionMeanHessian(CurvatureOperator):
         self.shape = (size, size)
         self.num_samples = num_samples
         self.dtype, self.device = dtype, device
+        self.cached = isinstance(chunks, list)
         self._chunks = chunks
+
+    def _samples(self) -> Generator[_Chunk, None, None]:
+        if isinstance(self._chunks, list):
+            yield from self._chunks
+        else:
+            yield from self._chunks(reporter(False))
 
     def _matmul(self, block: Tensor) -> Tensor:
         m, d = self.layer_shape
         total = torch.zeros_like(block)
-        for chunk in self._chunks:
-            for row, out in zip(block, total, strict=True):
-                images = torch.matmul(chunk.outputs, row.reshape(m, d))
-                if chunk.squared:
-                    # sum_n A_n C_n as one product: samples and columns are contracted together.
-                    stacked = images.transpose(0, 1).reshape(m, -1)
-                    out += (stacked @ chunk.inputs.reshape(-1, d)).flatten()
-                else:
-                    weights = torch.matmul(images, chunk.inputs).transpose(0, 1).reshape(m, -1)
-                    columns = chunk.inputs.transpose(1, 2).reshape(-1, d)
-                    out += (weights @ columns).flatten()
+        with closing(self._samples()) as chunks:
+            for chunk in chunks:
+                for row, out in zip(block, total, strict=True):
+                    images = torch.matmul(chunk.outputs, row.reshape(m, d))
+                    if chunk.squared:
+                        # sum_n A_n C_n as one product: samples and columns are contracted together.
+                        stacked = images.transpose(0, 1).reshape(m, -1)
+                        out += (stacked @ chunk.inputs.reshape(-1, d)).flatten()
+                    else:
+                        weights = torch.matmul(images, chunk.inputs).transpose(0, 1).reshape(m, -1)
+                        columns = chunk.inputs.transpose(1, 2).reshape(-1, d)
+                        out += (weights @ columns).flatten()
         return total / self.num_samples
 
     def trace(self) -> float:
-        return (
-            sum(
+        with closing(self._samples()) as chunks:
+            total = sum(
                 float((_diagonals(c.outputs).sum(1) * _input_diagonals(c).sum(1)).sum())
-                for c in self._chunks
+                for c in chunks
             )
-            / self.num_samples
-        )
+        return total / self.num_samples
 
     def diagonal(self) -> Tensor:
         total = torch.zeros(self.layer_shape, dtype=torch.float64, device=self.device)
-        for chunk in self._chunks:
-            total += _diagonals(chunk.outputs).T @ _input_diagonals(chunk)
+        with closing(self._samples()) as chunks:
+            for chunk in chunks:
+                total += _diagonals(chunk.outputs).T @ _input_diagonals(chunk)
         return (total / self.num_samples).flatten().to(self.dtype)
 
 
@@ -125,13 +135,16 @@ def position_mean_hessian(
     """E[M_n (x) X_n X_n^T] of one layer, in one pass; see :class:`PositionMeanHessian`.
 
     Args:
-        model, data, loss, bias, sample_weight, output_root: as in :func:`hesskern.layer_hessians`.
+        model, data, loss, bias, sample_weight, output_root: as in :func:`hesskern.layer_hessians`;
+            the weights must not change while this is in use, where the samples exceed
+            ``memory_budget``.
         layer: name of a Linear or Conv2d layer with one group.
-        memory_budget: bytes that M_n and X_n of all samples may take.
+        memory_budget: bytes of M_n and X_n kept; above it every product runs the model again.
         progress: True for a bar with the time left, or a callback.
 
     Raises:
-        ValueError: the layer is unknown or not reached, data is empty, or memory is too small.
+        ValueError: the layer is unknown or not reached, data is empty, or its samples exceed the
+            budget and it can be iterated only once.
         NotImplementedError: the layer is a grouped convolution.
     """
     memory_budget = check_budget(memory_budget)
@@ -143,34 +156,86 @@ def position_mean_hessian(
         raise NotImplementedError(
             f"layer {layer!r} has {spec.groups} groups and no single input covariance"
         )
-    device, report = model_device(model), reporter(progress)
-    chunks: list[_Chunk] = []
-    count, held, dtype = 0.0, 0, torch.float32
-    with Capture(model, specs) as capture:
-        for batch in batches(data, device, sample_weight, report, f"samples of {layer}"):
-            roots = BatchRoots(capture, batch, resolved, "exact", 1, torch.Generator())
-            count += roots.count
-            if layer not in roots.uses:
-                continue
-            dtype = accumulator_dtype(roots.uses[layer][0].x.dtype)
-            chunk = _chunk(specs, roots, memory_budget)
-            if chunk is None:
-                continue
-            chunks.append(chunk)
-            held += chunk.nbytes
-            if held > memory_budget:
+    source = _Pass(model, data, resolved, spec, sample_weight, memory_budget)
+    chunks: list[_Chunk] | None = []
+    reached, held = False, 0
+    for chunk in source(reporter(progress)):
+        reached = True
+        if chunks is None:
+            continue
+        chunks.append(chunk)
+        held += chunk.nbytes
+        if held > memory_budget:
+            if isinstance(data, Iterator):
                 raise ValueError(
                     f"memory_budget of {memory_budget} bytes is too small for the samples of "
-                    f"layer {layer!r}; raise it or pass fewer samples"
+                    f"layer {layer!r}, and data can be iterated only once; raise it or pass a "
+                    "re-iterable (a DataLoader or a list)"
                 )
-    if not count > 0:
+            chunks = None
+    if not source.count > 0:
         raise ValueError("data yielded no samples")
-    if not chunks:
+    if not reached:
         raise ValueError(f"layer {layer!r} was not reached")
-    return PositionMeanHessian(spec.shape, chunks, count, dtype, device)
+    # A layer that was fit before is not to be skipped in silence.
+    source.spec = replace(spec, required=True)
+    return PositionMeanHessian(
+        spec.shape,
+        source if chunks is None else chunks,
+        source.count,
+        source.dtype,
+        model_device(model),
+    )
 
 
-def _chunk(specs: dict[str, Any], roots: BatchRoots, budget: int) -> _Chunk | None:
+@dataclass
+class _Pass:
+    """One pass over the data: M_n and X_n of a batch at a time.
+
+    Attributes:
+        count: weighted number of samples, after a pass.
+        dtype: of what is kept of them.
+    """
+
+    model: nn.Module
+    data: Iterable[Any]
+    loss: Loss
+    spec: LayerSpec
+    sample_weight: Tensor | None
+    budget: int
+
+    def __post_init__(self) -> None:
+        self.count = 0.0
+        self.dtype = torch.float32
+        self._versions = self._current()
+
+    def _current(self) -> list[tuple[int, int]]:
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+
+    def __call__(self, progress: Progress) -> Iterator[_Chunk]:
+        name, device = self.spec.name, model_device(self.model)
+        if self._current() != self._versions:
+            raise RuntimeError(
+                f"the model changed since the operator of layer {name!r} was made; make it anew"
+            )
+        count, specs = 0.0, {name: self.spec}
+        with torch.inference_mode(False), Capture(self.model, specs) as capture:
+            for batch in batches(
+                self.data, device, self.sample_weight, progress, f"samples of {name}"
+            ):
+                roots = BatchRoots(capture, batch, self.loss, "exact", 1, torch.Generator())
+                count += roots.count
+                if name not in roots.uses:
+                    continue
+                self.dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
+                chunk = _chunk(specs, roots, self.budget)
+                if chunk is not None:
+                    yield chunk
+        self.count = count
+
+
+def _chunk(specs: dict[str, LayerSpec], roots: BatchRoots, budget: int) -> _Chunk | None:
     """M_n and X_n of one batch."""
     outputs, inputs = None, None
     for _, rows in layer_rows(specs, roots, budget, keep_positions=True):

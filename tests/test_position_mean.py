@@ -72,10 +72,27 @@ def test_single_precision_and_eigenpairs():
     torch.testing.assert_close(hk.eigsh(exact, 3).values, values, rtol=1e-6, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_above_the_memory_budget_are_computed_again(kind):
+    model, x, y = case(kind)
+    data = [(x[:4], y[:4]), (x[4:], y[4:])]
+    kept = hk.position_mean_hessian(model, data, LOSS, "0")
+    again = hk.position_mean_hessian(model, data, LOSS, "0", memory_budget=10)
+    assert (kept.cached, again.cached) == (True, False)
+    assert again.num_samples == kept.num_samples == len(x)
+    torch.testing.assert_close(again.to_dense(), kept.to_dense(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(again.diagonal(), kept.diagonal(), rtol=1e-9, atol=1e-12)
+    assert again.trace() == pytest.approx(kept.trace(), rel=1e-9)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="the model changed since the operator of layer '0'"):
+        again.trace()
+
+
 def test_bad_input():
     model, x, y = case("columns")
-    with pytest.raises(ValueError, match="memory_budget of 10 bytes is too small for the samples"):
-        hk.position_mean_hessian(model, [(x, y)], LOSS, "0", memory_budget=10)
+    with pytest.raises(ValueError, match=r"memory_budget of 10 bytes .* iterated only once"):
+        hk.position_mean_hessian(model, iter([(x, y)]), LOSS, "0", memory_budget=10)
     with pytest.raises(ValueError, match="no samples"):
         hk.position_mean_hessian(model, [], LOSS, "0")
     with pytest.raises(ValueError, match="nowhere"):

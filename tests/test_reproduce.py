@@ -712,6 +712,12 @@ def test_published_recipes_are_profiles():
         f"{numbers[key]:.3f}" for key in ("both", "scale", "scaled", "nearest")
     ]
     assert outcome.notes == []
+    limited = Lab(tmp_path / "lab", overrides=overrides, memory_budget=2**10)
+    assert not limited.hessian(net, 0, "1").cached
+    (again,) = positions.position_means(limited, [net]).numbers.values()
+    assert {key: values[0] for key, values in again["1"].items()} == pytest.approx(
+        numbers, rel=1e-3
+    )
 
 
 def test_positions_without_convolutions_say_so(tiny):

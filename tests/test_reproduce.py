@@ -591,7 +591,33 @@ def test_positions_of_convolutions_one_step_at_a_time(tmp_path, monkeypatch):
     assert numbers["trace"] == pytest.approx(float(mean.trace() / H.trace()), rel=1e-5)
     assert 0 < numbers["overlap_form"] <= numbers["overlap"] + 0.2 <= 1.2
     assert 0.3 < min(numbers["outputs"], numbers["inputs"]) <= 1
-    assert outcome.tables[0].rows[0][0].startswith("1 of ")
+    scale = float((H * K).sum() / K.square().sum())
+    assert numbers["scale"] == pytest.approx(scale, rel=1e-4)
+    assert numbers["scaled"] == pytest.approx(float((H - scale * K).norm() / H.norm()), rel=1e-4)
+    # Van Loan & Pitsianis: the least error is all but the first singular value of H rearranged.
+    rearranged = H.reshape(3, 9, 3, 9).permute(0, 2, 1, 3).reshape(9, 81)
+    values = torch.linalg.svdvals(rearranged)
+    nearest = float(values[1:].norm() / values.norm())
+    assert numbers["nearest"] == pytest.approx(nearest, rel=1e-4)
+    assert nearest < numbers["scaled"] < numbers["both"]
+    steps, products = outcome.tables
+    assert steps.rows[0][0].startswith("1 of ")
+    assert products.rows[0][1:5] == [
+        f"{numbers[key]:.3f}" for key in ("both", "scale", "scaled", "nearest")
+    ]
+    assert outcome.notes == []
+    limited = Lab(tmp_path / "lab", overrides=overrides, memory_budget=2**10)
+    assert not limited.hessian(net, 0, "1").cached
+    (again,) = positions.position_means(limited, [net]).numbers.values()
+    assert {key: values[0] for key, values in again["1"].items()} == pytest.approx(
+        numbers, rel=1e-3
+    )
+
+
+def test_positions_without_convolutions_say_so(tiny):
+    outcome = positions.position_means(tiny, [network(tiny)])
+    assert (outcome.tables, outcome.verdicts) == ([], [])
+    assert outcome.notes == ["None of these networks has a convolution of one group to look at."]
 
 
 def test_what_was_computed_belongs_to_its_weights_and_data(tmp_path, monkeypatch):
@@ -697,30 +723,3 @@ def test_published_recipes_are_profiles():
     assert (momentum.momentum, momentum.weight_decay) == (0.9, 5e-4)
     item = catalogue.ITEMS["forms"]
     assert item.expected_seconds("paper-momentum") == 60 * item.minutes["paper"]
-    scale = float((H * K).sum() / K.square().sum())
-    assert numbers["scale"] == pytest.approx(scale, rel=1e-4)
-    assert numbers["scaled"] == pytest.approx(float((H - scale * K).norm() / H.norm()), rel=1e-4)
-    # Van Loan & Pitsianis: the least error is all but the first singular value of H rearranged.
-    rearranged = H.reshape(3, 9, 3, 9).permute(0, 2, 1, 3).reshape(9, 81)
-    values = torch.linalg.svdvals(rearranged)
-    nearest = float(values[1:].norm() / values.norm())
-    assert numbers["nearest"] == pytest.approx(nearest, rel=1e-4)
-    assert nearest < numbers["scaled"] < numbers["both"]
-    steps, products = outcome.tables
-    assert steps.rows[0][0].startswith("1 of ")
-    assert products.rows[0][1:5] == [
-        f"{numbers[key]:.3f}" for key in ("both", "scale", "scaled", "nearest")
-    ]
-    assert outcome.notes == []
-    limited = Lab(tmp_path / "lab", overrides=overrides, memory_budget=2**10)
-    assert not limited.hessian(net, 0, "1").cached
-    (again,) = positions.position_means(limited, [net]).numbers.values()
-    assert {key: values[0] for key, values in again["1"].items()} == pytest.approx(
-        numbers, rel=1e-3
-    )
-
-
-def test_positions_without_convolutions_say_so(tiny):
-    outcome = positions.position_means(tiny, [network(tiny)])
-    assert (outcome.tables, outcome.verdicts) == ([], [])
-    assert outcome.notes == ["None of these networks has a convolution of one group to look at."]

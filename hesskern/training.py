@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hesskern.data import Dataset
+from hesskern.digest import counted
 from hesskern.files import written_whole
 from hesskern.progress import Progress, reporter
 
@@ -127,8 +128,8 @@ def train(
                 state.restore(model, optimizer, order, history)
                 if len(history.loss) > recipe.epochs:
                     raise ValueError(
-                        f"checkpoint {checkpoint} has {len(history.loss)} epochs behind it, more "
-                        f"than the {recipe.epochs} asked for"
+                        f"checkpoint {checkpoint} has {counted(len(history.loss), 'epoch')} behind "
+                        f"it, more than the {recipe.epochs} asked for"
                     )
             before = history.seconds
             for epoch in range(len(history.loss), recipe.epochs):

@@ -1,7 +1,10 @@
 """``hesskern reproduce``: items, verdicts, resumption, budget, files and page."""
 
+import copy
 import json
+import math
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from functools import partial
@@ -26,8 +29,8 @@ from hesskern.reproduce import (
     vectors,
 )
 from hesskern.reproduce.lab import Lab, Network, Overrides
-from hesskern.reproduce.report import describe, verdict_words
-from hesskern.reproduce.results import judge
+from hesskern.reproduce.report import describe, render, verdict_words, write_item, write_page
+from hesskern.reproduce.results import Chart, Curve, Outcome, judge
 
 TINY = Overrides(data="digits", model="f16x2", limit=200, epochs=2, seeds=2, top=12)
 SMALL = ["--data", "digits", "--model", "f16x2", "--limit", 200, "--epochs", 2, "--top", 12]
@@ -80,6 +83,81 @@ def test_items_write_their_numbers_and_figures(everything):
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
     assert "No figure here is judged" in page
     assert outcome.stderr.count("no verdict") == sum(len(r["verdicts"]) for r in results)
+
+
+def results_of(everything):
+    return json.loads(everything[1].stdout)
+
+
+def test_the_contents_name_items_without_what_was_changed(everything):
+    page = (everything[0] / FOLDER / "report.html").read_text()
+    contents = re.search(r"<nav.*?</nav>", page, re.DOTALL).group()
+    titles = re.findall(r'<a href="#[^"]+">([^<]+)</a>', contents)
+    assert titles == [
+        i.title.replace("'", "&#39;") for n, i in catalogue.ITEMS.items() if n in SHOWN
+    ]
+    assert "(data digits, model f16x2, the first 200 samples, 2 epochs)" in page
+
+
+def test_captions_speak_of_crosses_only_where_figures_are_published(everything):
+    folder = everything[0] / FOLDER
+    results = results_of(everything)
+    assert "crosses" not in render(folder, results)
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", render(folder, results))
+    assert "Squares: the darker, the larger." in captions
+    with_points = copy.deepcopy(results)
+    curve = next(r for r in with_points if r["item"] == "overlap-f200x2")["charts"][0]["curves"][0]
+    curve |= {"published": True, "style": "points"}
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", render(folder, with_points))
+    assert sum("crosses: published" in caption for caption in captions) == 1
+
+
+def test_a_missing_figure_costs_the_page_that_figure_alone(everything, tmp_path):
+    folder = shutil.copytree(everything[0] / FOLDER, tmp_path / "copy")
+    whole = (folder / "report.html").read_text()
+    charts = next(r for r in results_of(everything) if r["item"] == "overlap-f200x2")["charts"]
+    name = f"{charts[0]['name']}.svg"
+    (folder / "overlap-f200x2" / name).unlink()
+    page = write_page(folder, SHOWN).read_text()
+    assert page.count("<img") == whole.count("<img") - 1
+    assert page.count("<section>") == len(SHOWN)
+    assert re.search(rf"missing, as <code>{re.escape(name)}</code> cannot be read", page)
+
+
+def test_numbers_that_json_does_not_hold_are_dashes(everything):
+    results = copy.deepcopy(results_of(everything))
+    result = next(r for r in results if r["verdicts"] and r["networks"])
+    verdict = result["verdicts"][0]
+    verdict |= {"ours": None, "low": 0.25, "high": None, "count": 2}
+    result["networks"][0]["train_loss"] = None
+    page = render(everything[0] / FOLDER, results)
+    row = next(r for r in page.split("<tr") if f"<td>{verdict['what']}</td>" in r)
+    assert '<td>–</td><td class="verdict">' in row
+    assert "<td>0.250 to –</td>" in row
+    assert "right on them, loss –" in page
+    assert "ours – [0.250, –] of 2" in verdict_words(verdict)
+
+
+def test_infinite_numbers_are_written_and_shown(tmp_path):
+    outcome = Outcome(
+        charts=[
+            Chart("c", "C", "k", "y", [Curve("a", [[math.inf, 1.0], [2.0, math.nan]])], log=True)
+        ],
+        verdicts=[judge("ratio", [math.inf, 3.0])],
+    )
+    facts = {"changed": "", "networks": [], "command": "x", "created": "2026-01-01", "seconds": 1.0}
+    facts |= {"profile": "quick", "versions": {"device": "cpu", "threads": 1}}
+    write_item(tmp_path, catalogue.ITEMS["random-data"], outcome, facts)
+    page = write_page(tmp_path, ["random-data"]).read_text()
+    assert "<td>–</td><td>–</td>" in page
+    assert "<td>3.000 to –</td>" in page
+
+
+def test_one_epoch_is_no_epochs():
+    words = Overrides(epochs=1, limit=1500, data="digits").words
+    assert words == "data digits, the first 1,500 samples, 1 epoch"
+    assert Overrides(epochs=0, limit=1).words == "the first 1 sample, 0 epochs"
+    assert Overrides(seeds=3).words == ""
 
 
 def test_overlap_item_holds_the_dense_overlap(tiny, everything):

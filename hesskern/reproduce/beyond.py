@@ -11,6 +11,7 @@ from hesskern.centring import centre_inputs
 from hesskern.clustering import GradientClusters, gradient_clusters
 from hesskern.corrected import eigenvalue_corrected
 from hesskern.data import Batches
+from hesskern.digest import counted
 from hesskern.eigen import eigsh
 from hesskern.factors import kronecker_factors
 from hesskern.functional import functional_share
@@ -171,7 +172,8 @@ def trajectory(lab: Lab, networks: Sequence[Network]) -> Outcome:
             for position, epoch in ((0, 0), (-1, last)):
                 out.verdicts.append(
                     judge(
-                        f"{name} of {network.name}: overlap at k = {k} after {epoch} epochs",
+                        f"{name} of {network.name}: overlap at k = {k} "
+                        f"after {counted(epoch, 'epoch')}",
                         [row[position] for row in overlaps],
                         withheld=_OPEN if epoch == 0 else "see the overlap item",
                     )

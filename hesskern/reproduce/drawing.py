@@ -26,7 +26,8 @@ def draw_chart(chart: Chart) -> plotting.Picture:
             _draw_curve(axes, curve)
         if any(c.published and not c.label for c in chart.curves):
             axes.plot([], [], "x", color=plotting.MUTED, label="published")
-        if chart.log:
+        # Without a positive, finite value there is no logarithmic axis.
+        if chart.log and np.isfinite(axes.yaxis.get_minpos()):
             axes.set_yscale("log")
             plotting.readable_log_axis(axes)
         if chart.mark is not None:

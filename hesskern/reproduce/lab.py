@@ -20,6 +20,7 @@ from torch import nn
 from hesskern import data as datasets
 from hesskern import models, training
 from hesskern.data import Batches, Dataset
+from hesskern.digest import counted
 from hesskern.eigen import eigsh
 from hesskern.factors import Factors, kronecker_factors, load_factors
 from hesskern.files import written_whole
@@ -120,8 +121,8 @@ class Overrides:
         parts = {
             "data {}": self.data,
             "model {}": self.model,
-            "the first {:,} samples": self.limit,
-            "{} epochs": self.epochs,
+            "the first {}": None if self.limit is None else counted(self.limit, "sample"),
+            "{}": None if self.epochs is None else counted(self.epochs, "epoch"),
         }
         return ", ".join(text.format(v) for text, v in parts.items() if v is not None)
 

@@ -56,12 +56,18 @@ def describe(lab: Lab, networks: Sequence[Network]) -> list[dict[str, Any]]:
     return rows
 
 
+def _fixed(value: float | None, digits: int = 3) -> str:
+    """The number; a dash for what was infinite or none, which JSON does not hold."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
 def verdict_words(verdict: Mapping[str, Any]) -> str:
     """One line: published, ours, seeds, spread."""
     published = verdict["published"]
-    ours = f"{verdict['ours']:.3f}"
+    ours = _fixed(verdict["ours"])
     if verdict["count"] > 1:
-        ours += f" [{verdict['low']:.3f}, {verdict['high']:.3f}] of {verdict['count']}"
+        low, high = _fixed(verdict["low"]), _fixed(verdict["high"])
+        ours += f" [{low}, {high}] of {verdict['count']}"
     judged = {True: "agrees", False: "DIFFERS", None: "no verdict"}[verdict["agrees"]]
     detail = verdict["rule"] if verdict["agrees"] is not None else verdict["note"]
     parts = [f"published {published}" if published else "", f"ours {ours}"]
@@ -70,12 +76,15 @@ def verdict_words(verdict: Mapping[str, Any]) -> str:
     )
 
 
+_HERE = " (here: "
+
+
 def _title(item: Item, facts: Mapping[str, Any]) -> str:
     """The item's title, and what was looked at in its place."""
     if not facts["changed"] or not facts["networks"]:
         return item.title
     words = [n["name"] for n in facts["networks"]]
-    return f"{item.title} (here: {listed(words)}; {facts['changed']})"
+    return f"{item.title}{_HERE}{listed(words)}; {facts['changed']})"
 
 
 def write_item(folder: Path, item: Item, outcome: Outcome, facts: Mapping[str, Any]) -> list[Path]:
@@ -122,22 +131,45 @@ def write_page(folder: Path, order: Sequence[str]) -> Path:
 
 
 def render(folder: Path, results: Sequence[Mapping[str, Any]]) -> str:
-    """The page's HTML."""
-    figures = {
-        result["item"]: [
-            {
-                "uri": svg_uri((folder / result["item"] / f"{figure['name']}.svg").read_bytes()),
-                "alt": figure["title"],
-            }
-            for figure in (*result["charts"], *result["heat_maps"])
-        ]
-        for result in results
-    }
+    """The page's HTML, with the figures whose files are there."""
     judged = [v for r in results for v in r["verdicts"] if v["agrees"] is not None]
     return template("reproduce.html.j2").render(
         results=results,
-        figures=figures,
+        contents={r["item"]: r["title"].partition(_HERE)[0] for r in results},
+        figures={r["item"]: _figures(folder / r["item"], r) for r in results},
+        captions={r["item"]: _caption(r) for r in results},
+        fixed=_fixed,
         agree=sum(v["agrees"] for v in judged),
         judged=len(judged),
         profile=results[0]["profile"] if results else "",
+        changed=results[0]["changed"] if results else "",
     )
+
+
+def _figures(folder: Path, result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Charts and heat maps; ``uri`` is empty where the file cannot be read."""
+    figures = []
+    for figure in (*result["charts"], *result["heat_maps"]):
+        path = folder / f"{figure['name']}.svg"
+        try:
+            uri = svg_uri(path.read_bytes())
+        except OSError:
+            uri = ""
+        figures.append({"uri": uri, "alt": figure["title"], "file": path.name})
+    return figures
+
+
+def _caption(result: Mapping[str, Any]) -> str:
+    """What the marks in an item's figures mean, of those that there are."""
+    curves = [curve for chart in result["charts"] for curve in chart["curves"]]
+    words = []
+    if any(curve["style"] != "points" for curve in curves):
+        words.append("lines: means over seeds (or pairs of seeds)")
+        if any(len(curve["values"]) > 1 for curve in curves if curve["style"] != "points"):
+            words.append("shade: their range")
+    if any(curve["published"] for curve in curves):
+        words.append("crosses: published, read off plots to ±.01")
+    if result["heat_maps"]:
+        words.append("squares: the darker, the larger")
+    text = "; ".join(words)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""

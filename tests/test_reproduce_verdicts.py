@@ -229,7 +229,7 @@ def test_overlap_between_models(lab, folder, monkeypatch, moved, agrees):
     layers = {n: (k, fmean(values) + moved * 0.05) for n, (k, _, values) in ours.items()}
     publish_between(monkeypatch, layers)
     outcome = overlaps.between_models(lab_of(folder, 12), [PLAIN])
-    found = by_name(outcome)
+    found = {what: v for what, v in by_name(outcome).items() if ": overlap" in what}
     assert len(found) == 3
     for layer, (k, form, values) in ours.items():
         what = f"{layer} of F-16² on MNIST: overlap between models at k = {k} ({form})"
@@ -241,8 +241,10 @@ def test_overlap_between_models(lab, folder, monkeypatch, moved, agrees):
 
 
 @pytest.mark.parametrize("layer", ["fc1", "fc2"])
-def test_peak_between_models(lab, monkeypatch, layer):
-    peaks = [float(peak_position(curve)) for curve in between(exact(lab, PLAIN, layer))]
+def test_peak_between_models(folder, monkeypatch, layer):
+    lab = lab_of(folder, 36)
+    curves = between(exact(lab, PLAIN, layer, 36))
+    peaks = [float(peak_position(curve, 16)) for curve in curves]
     mean = fmean(peaks)
     low, high = round(mean / 1.25), round(mean / 0.8)
     verdicts = set()
@@ -258,13 +260,17 @@ def test_peak_between_models(lab, monkeypatch, layer):
     assert len(verdicts) == 4
 
 
-def test_which_layers_have_a_peak_to_judge(lab, folder, monkeypatch):
+def test_which_curves_have_a_peak_to_judge(lab, folder, monkeypatch):
     publish_between(monkeypatch, dict.fromkeys(LAYERS, (9, 0.5)))
     # Twenty pairs are 5/4 of the 16 outputs; those of the last layer are the classes.
-    for top, expected in ((19, []), (20, ["fc1", "fc2"])):
+    for top, form in ((19, "Kronecker form"), (20, "exact H")):
         outcome = overlaps.between_models(lab_of(folder, top), [PLAIN])
-        judged = [v.what.split()[0] for v in outcome.verdicts if "k of the peak" in v.what]
-        assert judged == expected
+        judged = [v for v in outcome.verdicts if "k of the peak" in v.what]
+        assert [v.what.split()[0] for v in judged] == ["fc1", "fc2"]
+        assert all(v.what.endswith(f"k of the peak ({form})") for v in judged)
+        if form != "exact H":
+            curves = between(kronecker(lab, PLAIN, "fc2", 36))
+            assert judged[1].ours == fmean(peak_position(curve, 16) for curve in curves)
 
 
 @EDGES
@@ -281,23 +287,42 @@ def test_batch_norm_between_models(lab, monkeypatch, moved, agrees):
     check(found[what], values, f"{figure:g}", "within 0.05", agrees)
 
 
-def hits_of(lab, network, layer, m, k):
-    """Per pair of models, whether the kind of peak is as predicted."""
+def scores_of(lab, network, layer, m, k):
+    """Per pair of models: condition, kind predicted and found, both errors of heights."""
     curves = between(kronecker(lab, network, layer, k))
     of = pairs([lab.factors(network, seed)[layer] for seed in SEEDS])
-    return [
-        hk.predict_overlap(*both, k).kind == hk.classify_peak(curve, m)
-        for both, curve in zip(of, curves, strict=True)
-    ]
+    for both, curve in zip(of, curves, strict=True):
+        predicted = hk.predict_overlap(*both, k)
+        tops = [c[peak_position(c, m) - 1] for c in (predicted.curve.tolist(), curve)]
+        yield (
+            predicted.applies,
+            predicted.kind,
+            hk.classify_peak(curve, m),
+            pytest.approx(abs(curve[m - 1] - predicted.squared_cosine), abs=1e-6),
+            pytest.approx(abs(tops[0] - tops[1]), abs=1e-6),
+        )
 
 
-def test_hit_rate_of_the_predictor(lab, monkeypatch):
+SCORE = ("applies", "predicted", "found", "line_error", "height_error")
+
+
+def test_scores_of_the_predictor(lab, monkeypatch):
     publish_between(monkeypatch, {})
-    hits = [hit for layer in LAYERS[:2] for hit in hits_of(lab, PLAIN, layer, 16, 36)]
-    assert 0 < sum(hits) < 6
+    expected = [score for layer in LAYERS[:2] for score in scores_of(lab, PLAIN, layer, 16, 36)]
     outcome = overlaps.between_models(lab, [PLAIN])
-    assert outcome.numbers["hit rate"] == sum(hits) / 6
-    assert f"the kind of peak in {sum(hits)} of 6 cases" in outcome.notes[0]
+    scores = outcome.numbers["scores"]
+    assert [tuple(score[key] for key in SCORE) for score in scores] == expected
+    assert [score["first"] for score in scores] == [True] * 3 + [False] * 3
+    kinds = [predicted == found for _, predicted, found, _, _ in expected]
+    assert 0 < sum(kinds) < 6
+    assert f"names the kind in {sum(kinds)} of 6" in outcome.notes[0]
+    assert f"names the kind in {sum(kinds[3:])} of 3" in outcome.notes[1]
+    rule = [applies == (found == "normal") for applies, _, found, _, _ in expected]
+    assert f"is right in {sum(rule)} of 6 cases" in outcome.notes[0]
+    flat = sum(found == "none" for _, _, found, _, _ in expected)
+    assert (f"({flat} without a peak)" in outcome.notes[0]) == (flat > 0)
+    off = fmean(score["height_error"] for score in scores)
+    assert f"its height off by {off:.3f}." in outcome.notes[0]
 
 
 @EDGES
@@ -320,16 +345,13 @@ def test_widths(lab, monkeypatch, moved, agrees):
             check(verdict, values[model], f"{figures[m]:g}", "within 0.05", agrees)
         else:
             check(verdict, values[model], "", "", None, "no published figure")
-    hits = [
-        hit for n, m in widths.items() for hit in hits_of(lab, networks[n], "fc1", m, m * 9 // 4)
+    expected = [
+        score
+        for n, m in widths.items()
+        for score in scores_of(lab, networks[n], "fc1", m, m * 9 // 4)
     ]
-    assert outcome.numbers["hit rate"] == sum(hits) / 12
-
-
-def test_widths_whose_peak_is_foreseen_or_not(lab, monkeypatch):
-    monkeypatch.setattr(overlaps, "classify_peak", lambda curve, outputs: "of no kind")
-    assert overlaps.width_variants(lab, [PLAIN]).numbers["hit rate"] == 0
-    assert overlaps.between_models(lab, [PLAIN]).numbers["hit rate"] == 0
+    scores = outcome.numbers["scores"]
+    assert [tuple(score[key] for key in SCORE) for score in scores] == expected
 
 
 def inputs_of(lab, network, layers):

@@ -245,7 +245,7 @@ def between_models(lab: Lab, networks: Sequence[Network]) -> Outcome:
             out.numbers.setdefault(network.name, {})[name] = found
             out.charts.append(_between_chart(network, name, index, found))
             k, figure = reference.get(name, (0, 0.0))
-            enough = min(1.25 * k, 2.25 * found["outputs"])
+            enough = min(1.25 * max(k, found["outputs"]), 2.25 * found["outputs"])
             long = [form for form in _FORMS if len(found[form][0]) >= math.floor(enough)]
             if k and index < len(layers) - 1 and long:
                 form = long[0]

@@ -182,7 +182,7 @@ def trajectory(lab: Lab, networks: Sequence[Network]) -> Outcome:
 
 
 def normalization(lab: Lab, networks: Sequence[Network]) -> Outcome:
-    """The same network plain, centred after training, with batch norm and with layer norm."""
+    """One network plain, centred after training, with norms and with smooth activations."""
     out = Outcome()
     rows = []
     for network in networks:
@@ -251,7 +251,8 @@ def normalization(lab: Lab, networks: Sequence[Network]) -> Outcome:
             ],
             rows,
             "Centred: the trained network with every E[x] moved into the bias; it computes the "
-            "same. Layer norm divides by each sample's own length, so H is the Gauss-Newton block. "
+            "same. Layer norm, tanh and GELU are not piecewise linear: there H is the Gauss-Newton "
+            "block. "
             "Between models: Kronecker forms.",
         )
     )

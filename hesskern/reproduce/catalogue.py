@@ -168,11 +168,16 @@ _ALL = (
     Item(
         "normalization",
         "The mean input, and what takes it away",
-        "Plain, with centred activations, with batch norm and with layer norm: the rank-one part "
-        "of E[x xᵀ], the Kronecker form's overlap with H, and what two models share.",
-        (_F200, _with_norm(_F200), Network("mnist", "f200x2-ln")),
+        "Plain, with centred activations, with batch norm, with layer norm, with tanh and with "
+        "GELU: the rank-one part of E[x xᵀ], the Kronecker form's overlap with H, and what two "
+        "models share.",
+        (
+            _F200,
+            _with_norm(_F200),
+            *(Network("mnist", f"f200x2-{kind}") for kind in ("ln", "tanh", "gelu")),
+        ),
         beyond.normalization,
-        {"quick": 8, "paper": 300},
+        {"quick": 12, "paper": 500},
     ),
     Item(
         "trajectory",

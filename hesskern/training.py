@@ -217,8 +217,8 @@ class _State:
             raise ValueError(f"checkpoint {self.path} cannot be read ({error})") from error
         if found != self.fingerprint:
             raise ValueError(
-                f"checkpoint {self.path} was made with other settings or data: {found} where "
-                f"{self.fingerprint} is expected"
+                f"checkpoint {self.path} was made with another network, settings or data: {found} "
+                f"where {self.fingerprint} is expected"
             )
         try:
             model.load_state_dict(state["model"])

@@ -381,7 +381,9 @@ def test_budget_leaves_out_what_does_not_fit(tmp_path):
     minutes = catalogue.ITEMS["overlap-f200x2"].minutes["quick"] + 1
     outcome = run(*names, *SMALL, "--output", tmp_path, "--budget", f"{minutes}m", "--json")
     assert outcome.exit_code == 0, outcome.output
-    assert [r["item"] for r in json.loads(outcome.stdout)] == names[:1]
+    done, left_out = json.loads(outcome.stdout)
+    assert [done["item"], left_out["item"]] == names
+    assert left_out["left_out"].startswith("expected 5 min, ")
     assert "Left out: autocorrelation (expected" in outcome.stderr
 
 

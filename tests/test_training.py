@@ -130,15 +130,20 @@ def test_a_checkpoint_of_other_settings_is_refused(digits, tmp_path):
         (training.Recipe(epochs=1), 1, digits),
         (training.Recipe(epochs=1), 0, other),
     ):
-        with pytest.raises(ValueError, match="was made with other settings or data"):
+        with pytest.raises(ValueError, match="was made with another network, settings or data"):
             training.train(model, samples, recipe, seed, checkpoint=path)
+    for name in ("f9x1", "f8x1-tanh"):
+        with pytest.raises(ValueError, match="was made with another network"):
+            training.train(
+                models.build(name, digits.input_shape, 10),
+                digits,
+                training.Recipe(epochs=1),
+                checkpoint=path,
+            )
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "model": {"0.weight": torch.zeros(1)}}, path)
     with pytest.raises(ValueError, match="does not fit the model"):
-        training.train(
-            models.build("f9x1", digits.input_shape, 10),
-            digits,
-            training.Recipe(epochs=1),
-            checkpoint=path,
-        )
+        training.train(model, digits, training.Recipe(epochs=1), checkpoint=path)
     path.write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="cannot be read"):
         training.train(model, digits, training.Recipe(epochs=1), checkpoint=path)

@@ -19,6 +19,7 @@ import hesskern as hk
 from hesskern import commands, data, functional, models, published, training
 from hesskern.reproduce import (
     architectures,
+    between,
     beyond,
     catalogue,
     command,
@@ -179,7 +180,7 @@ def test_overlap_item_holds_the_dense_overlap(tiny, everything):
 
 
 def test_between_models_and_its_prediction(tiny):
-    outcome = overlaps.between_models(tiny, [network(tiny)])
+    outcome = between.between_models(tiny, [network(tiny)])
     found = outcome.numbers["F-16² on digits"]["fc2"]
     pair = [tiny.eigenpairs(network(tiny), seed, "fc2", 12).vectors for seed in (0, 1)]
     torch.testing.assert_close(
@@ -208,7 +209,7 @@ def test_between_models_and_its_prediction(tiny):
     assert outcome.notes[1].startswith("Of these, layers behind the first: ")
     one = Lab(tiny.folder, overrides=replace(TINY, seeds=1))
     with pytest.raises(ValueError, match="seeds must be at least 2 to compare models"):
-        overlaps.between_models(one, [network(tiny)])
+        between.between_models(one, [network(tiny)])
 
 
 def test_full_hessian_item(tiny):
@@ -421,7 +422,7 @@ def test_every_item_has_networks_that_can_be_built():
 
 def test_width_variants(tiny):
     networks = [network(tiny), replace(network(tiny), model="f12x2")]
-    outcome = overlaps.width_variants(tiny, networks)
+    outcome = between.width_variants(tiny, networks)
     forms = [tiny.factors(networks[1], seed)["fc1"].eigsh(12).vectors for seed in (0, 1)]
     found = [verdict.ours for verdict in outcome.verdicts]
     assert found[1] == pytest.approx(float(hk.subspace_overlap(*forms)[-1]), abs=1e-5)
@@ -794,7 +795,7 @@ def test_an_item_that_cannot_be_done_leaves_the_others(tmp_path):
     # No verdicts: the table itself is printed.
     assert "by logit and class" in outcome.stderr
     with pytest.raises(ValueError, match="at least 2 to compare models"):
-        overlaps.width_variants(Lab(tmp_path, overrides=replace(TINY, seeds=1)), [F200])
+        between.width_variants(Lab(tmp_path, overrides=replace(TINY, seeds=1)), [F200])
 
 
 def test_published_recipes_are_profiles():

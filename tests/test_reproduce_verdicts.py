@@ -14,7 +14,7 @@ from torch import nn
 import hesskern as hk
 from hesskern import models, published
 from hesskern.predictor import peak_position
-from hesskern.reproduce import beyond, factors, overlaps, vectors
+from hesskern.reproduce import between, beyond, factors, overlaps, vectors
 from hesskern.reproduce.lab import Lab, Network, Overrides
 
 LIMIT, EPOCHS, SEEDS, CLASSES = 200, 2, (0, 1, 2), 10
@@ -89,7 +89,7 @@ def kronecker(lab, network, layer, k):
     return [lab.factors(network, seed)[layer].eigsh(k).vectors for seed in SEEDS]
 
 
-def between(spaces):
+def overlaps_of_pairs(spaces):
     """Overlap curves of all pairs."""
     return [hk.subspace_overlap(U, V).tolist() for U, V in pairs(spaces)]
 
@@ -218,8 +218,8 @@ def publish_between(monkeypatch, layers, batch_norm=0.5):
 
 @EDGES
 def test_overlap_between_models(lab, folder, monkeypatch, moved, agrees):
-    of_exact = {layer: between(exact(lab, PLAIN, layer, 12)) for layer in LAYERS}
-    of_forms = between(kronecker(lab, PLAIN, "fc2", 36))
+    of_exact = {layer: overlaps_of_pairs(exact(lab, PLAIN, layer, 12)) for layer in LAYERS}
+    of_forms = overlaps_of_pairs(kronecker(lab, PLAIN, "fc2", 36))
     ours = {
         "fc1": (3, "exact H", at(of_exact["fc1"], 3)),
         # There are 12 exact pairs.
@@ -228,7 +228,7 @@ def test_overlap_between_models(lab, folder, monkeypatch, moved, agrees):
     }
     layers = {n: (k, fmean(values) + moved * 0.05) for n, (k, _, values) in ours.items()}
     publish_between(monkeypatch, layers)
-    outcome = overlaps.between_models(lab_of(folder, 12), [PLAIN])
+    outcome = between.between_models(lab_of(folder, 12), [PLAIN])
     found = {what: v for what, v in by_name(outcome).items() if ": overlap" in what}
     assert len(found) == 3
     for layer, (k, form, values) in ours.items():
@@ -243,14 +243,14 @@ def test_overlap_between_models(lab, folder, monkeypatch, moved, agrees):
 @pytest.mark.parametrize("layer", ["fc1", "fc2"])
 def test_peak_between_models(folder, monkeypatch, layer):
     lab = lab_of(folder, 36)
-    curves = between(exact(lab, PLAIN, layer, 36))
+    curves = overlaps_of_pairs(exact(lab, PLAIN, layer, 36))
     peaks = [float(peak_position(curve, 16)) for curve in curves]
     mean = fmean(peaks)
     low, high = round(mean / 1.25), round(mean / 0.8)
     verdicts = set()
     for k in (low - 1, low + 1, high - 1, high + 1):
         publish_between(monkeypatch, {layer: (k, 0.5)})
-        found = by_name(overlaps.between_models(lab, [PLAIN]))
+        found = by_name(between.between_models(lab, [PLAIN]))
         assert len(found) == 2
         rule = f"in [{0.8 * k:g}, {1.25 * k:g}]"
         agrees = 0.8 * k <= mean <= 1.25 * k
@@ -264,21 +264,21 @@ def test_which_curves_have_a_peak_to_judge(lab, folder, monkeypatch):
     publish_between(monkeypatch, dict.fromkeys(LAYERS, (9, 0.5)))
     # Twenty pairs are 5/4 of the 16 outputs; those of the last layer are the classes.
     for top, form in ((19, "Kronecker form"), (20, "exact H")):
-        outcome = overlaps.between_models(lab_of(folder, top), [PLAIN])
+        outcome = between.between_models(lab_of(folder, top), [PLAIN])
         judged = [v for v in outcome.verdicts if "k of the peak" in v.what]
         assert [v.what.split()[0] for v in judged] == ["fc1", "fc2"]
         assert all(v.what.endswith(f"k of the peak ({form})") for v in judged)
         if form != "exact H":
-            curves = between(kronecker(lab, PLAIN, "fc2", 36))
+            curves = overlaps_of_pairs(kronecker(lab, PLAIN, "fc2", 36))
             assert judged[1].ours == fmean(peak_position(curve, 16) for curve in curves)
 
 
 @EDGES
 def test_batch_norm_between_models(lab, monkeypatch, moved, agrees):
-    values = at(between(kronecker(lab, BN, "fc2", 36)), 16)
+    values = at(overlaps_of_pairs(kronecker(lab, BN, "fc2", 36)), 16)
     figure = fmean(values) + moved * 0.05
     publish_between(monkeypatch, {}, figure)
-    found = by_name(overlaps.between_models(lab, [BN, PLAIN]))
+    found = by_name(between.between_models(lab, [BN, PLAIN]))
     (what,) = found
     assert what == (
         "fc2 of F-16² with batch norm on MNIST: overlap between models at k = m = 16 "
@@ -289,7 +289,7 @@ def test_batch_norm_between_models(lab, monkeypatch, moved, agrees):
 
 def scores_of(lab, network, layer, m, k):
     """Per pair of models: condition, kind predicted and found, both errors of heights."""
-    curves = between(kronecker(lab, network, layer, k))
+    curves = overlaps_of_pairs(kronecker(lab, network, layer, k))
     of = pairs([lab.factors(network, seed)[layer] for seed in SEEDS])
     for both, curve in zip(of, curves, strict=True):
         predicted = hk.predict_overlap(*both, k)
@@ -309,7 +309,7 @@ SCORE = ("applies", "predicted", "found", "line_error", "height_error")
 def test_scores_of_the_predictor(lab, monkeypatch):
     publish_between(monkeypatch, {})
     expected = [score for layer in LAYERS[:2] for score in scores_of(lab, PLAIN, layer, 16, 36)]
-    outcome = overlaps.between_models(lab, [PLAIN])
+    outcome = between.between_models(lab, [PLAIN])
     scores = outcome.numbers["scores"]
     assert [tuple(score[key] for key in SCORE) for score in scores] == expected
     assert [score["first"] for score in scores] == [True] * 3 + [False] * 3
@@ -330,12 +330,12 @@ def test_widths(lab, monkeypatch, moved, agrees):
     widths = {"lenet5": 16, "lenet5-w12": 12, "lenet5-w14": 14, "f16x2": 16}
     networks = {model: replace(PLAIN, model=model) for model in widths}
     values = {
-        model: at(between(kronecker(lab, networks[model], "fc1", m * 9 // 4)), m)
+        model: at(overlaps_of_pairs(kronecker(lab, networks[model], "fc1", m * 9 // 4)), m)
         for model, m in widths.items()
     }
     figures = {widths[n]: fmean(values[n]) + moved * 0.05 for n in ("lenet5", "lenet5-w12")}
     monkeypatch.setattr(published, "LENET5_WIDTHS", figures)
-    outcome = overlaps.width_variants(lab, list(networks.values()))
+    outcome = between.width_variants(lab, list(networks.values()))
     found = by_name(outcome)
     assert len(found) == 4
     for model, m in widths.items():
@@ -569,8 +569,8 @@ def test_nothing_is_judged_where_the_lab_withholds(lab, folder, monkeypatch):
     items = {
         overlaps.hessian_and_kronecker: PLAIN,
         overlaps.full_hessian: PLAIN,
-        overlaps.between_models: BN,
-        overlaps.width_variants: replace(PLAIN, model="lenet5"),
+        between.between_models: BN,
+        between.width_variants: replace(PLAIN, model="lenet5"),
         factors.autocorrelation: BN,
         factors.row_space: PLAIN,
         vectors.rank_one: Network("cifar10", "lenet5", limit=LIMIT),
@@ -615,7 +615,7 @@ def normalized(lab, network, centred=False):
                 float(hk.subspace_overlap(tops[name][:, :9].float(), of[name].eigsh(9).vectors)[-1])
                 for of, tops in by_seed
             ],
-            "between": at(between([of[name].eigsh(m).vectors for of, _ in by_seed]), m),
+            "between": at(overlaps_of_pairs([of[name].eigsh(m).vectors for of, _ in by_seed]), m),
         }
     return expected
 

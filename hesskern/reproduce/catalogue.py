@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hesskern.reproduce import architectures, beyond, factors, overlaps, positions, vectors
+from hesskern.reproduce import architectures, between, beyond, factors, overlaps, positions, vectors
 from hesskern.reproduce.items import Item
 from hesskern.reproduce.lab import Network
 
@@ -51,7 +51,7 @@ _ALL = (
         "Overlap of the leading eigenspaces of one layer in two models. Where the first input "
         "direction dominates it grows linearly and peaks at k = m.",
         (_F200,),
-        overlaps.between_models,
+        between.between_models,
         {"quick": 2, "paper": 60},
     ),
     Item(
@@ -59,7 +59,7 @@ _ALL = (
         "Differently seeded models, LeNet5 on CIFAR-10",
         "The same for LeNet5: peaks at k = m in the convolutions and fc1.",
         (_LENET5,),
-        overlaps.between_models,
+        between.between_models,
         {"quick": 8, "paper": 300},
     ),
     Item(
@@ -103,7 +103,7 @@ _ALL = (
         "Differently seeded models with batch norm",
         "With batch norm E[x] is zero, and with it the shared direction: no peak.",
         (_with_norm(_F200), _with_norm(_LENET5)),
-        overlaps.between_models,
+        between.between_models,
         {"quick": 12, "paper": 400},
     ),
     Item(
@@ -144,7 +144,7 @@ _ALL = (
             Network("cifar10", "lenet5" if m == 120 else f"lenet5-w{m}")
             for m in (80, 100, 120, 150)
         ),
-        overlaps.width_variants,
+        between.width_variants,
         {"quick": 20, "paper": 1000},
     ),
     Item(

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from hesskern.reproduce.lab import Lab, Network
 from hesskern.reproduce.results import Outcome
 
-__all__ = ["Item", "pairs_of", "strip_power"]
+__all__ = ["K_AXIS", "Item", "pairs_of", "strip_power"]
+
+K_AXIS = "k, dimension of the leading space"
+"""What charts of overlaps call their x axis."""
 
 
 @dataclass(frozen=True)

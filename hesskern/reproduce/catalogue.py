@@ -163,7 +163,7 @@ _ALL = (
         "and outputs are decoupled between samples. Here is what each of them costs.",
         (_LENET5,),
         positions.position_means,
-        {"quick": 8, "paper": 300},
+        {"quick": 12, "paper": 300},
     ),
     Item(
         "normalization",

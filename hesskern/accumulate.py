@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.capture import Batch, Capture, LayerUse, batches
+from hesskern.checks import Checks
 from hesskern.factors import Factors, LayerFactors, unfolded
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import resolve_loss
@@ -30,6 +31,14 @@ __all__ = ["FactorAccumulator"]
 _STATE = ("count", "batches", "reasons", "unfit", "generator", "settings", "layers")
 
 
+@dataclass(frozen=True)
+class _Before:
+    """What an accumulator goes back to when a batch turns out bad."""
+
+    batches: int
+    generator: Tensor
+
+
 @dataclass
 class _Sums:
     """Running sums of one layer; upper triangles only.
@@ -39,14 +48,15 @@ class _Sums:
         outputs: [m, m].
         column: [g d] sum of the inputs over samples and positions; used with a joint bias.
         images: sums of the inputs, one per use; None once their shapes varied.
-        positions: weighted sum of positions per sample.
+        positions: weighted sum of positions per sample; a 0-dim float64 tensor while only the
+            device knows it.
     """
 
     inputs: Tensor
     outputs: Tensor
     column: Tensor
     images: list[Tensor] | None = field(default_factory=list)
-    positions: float = 0.0
+    positions: float | Tensor = 0.0
 
     def copy(self, device: torch.device | None = None) -> _Sums:
         def clone(tensor: Tensor) -> Tensor:
@@ -54,14 +64,31 @@ class _Sums:
 
         images = None if self.images is None else [clone(image) for image in self.images]
         return _Sums(
-            clone(self.inputs), clone(self.outputs), clone(self.column), images, self.positions
+            clone(self.inputs),
+            clone(self.outputs),
+            clone(self.column),
+            images,
+            float(self.positions),
         )
 
-    def scale(self, factor: float) -> None:
+    def mask(self, alive: Tensor) -> None:
+        """Makes all sums zero where the 0-dim ``alive`` is False, whatever they hold."""
+        dead = ~alive
+        for tensor in (self.inputs, self.outputs, self.column, *(self.images or ())):
+            tensor.masked_fill_(dead, 0)
+        self.positions = _masked(self.positions, alive)
+
+    def fits(self, other: _Sums) -> bool:
+        """Whether adding ``other`` changes nothing but sums."""
+        if self.images is None or other.images is None:
+            return self.images is other.images
+        return [i.shape for i in self.images] == [i.shape for i in other.images]
+
+    def scale(self, factor: float | Tensor) -> None:
         self.inputs *= factor
         self.outputs *= factor
         self.column *= factor
-        self.positions *= factor
+        self.positions = self.positions * factor
         for image in self.images or ():
             image *= factor
 
@@ -136,13 +163,13 @@ class FactorAccumulator:
         self._sums: dict[str, _Sums] = {}
         self._reasons: dict[str, str] = {}
         self._unfit: dict[str, str] = {}
-        self._count = 0.0
+        self._count: float | Tensor = 0.0
         self._batches = 0
 
     @property
     def num_samples(self) -> float:
         """Weighted number of samples behind the factors (with decay: of averaged batches)."""
-        return self._count
+        return float(self._count)
 
     def update(self, inputs: Any, targets: Any, sample_weight: Tensor | None = None) -> None:
         """Adds one batch.
@@ -156,9 +183,7 @@ class FactorAccumulator:
             ValueError: bad targets or weights, NaN or Inf; what was accumulated before stays.
         """
         element = (inputs, targets) if sample_weight is None else (inputs, targets, sample_weight)
-        with Capture(self._model, self._specs, self._sums.keys()) as capture:
-            for batch in batches([element], model_device(self._model)):
-                self._add(capture, batch)
+        self._pass(batches([element], model_device(self._model)))
 
     def consume(
         self,
@@ -183,38 +208,83 @@ class FactorAccumulator:
         report = reporter(progress)
         before = None if sample_weight is None else self.state_dict()
         try:
-            with Capture(self._model, self._specs, self._sums.keys()) as capture:
-                for batch in batches(
-                    data, model_device(self._model), sample_weight, report, "Kronecker factors"
-                ):
-                    self._add(capture, batch)
+            device = model_device(self._model)
+            self._pass(batches(data, device, sample_weight, report, "Kronecker factors"))
         except BaseException:
             if before is not None:
                 self.load_state_dict(before)
             raise
 
-    def _add(self, capture: Capture, batch: Batch) -> None:
-        """Adds one batch as a whole, or nothing at all if anything goes wrong."""
-        state = self._generator.get_state()
+    def _pass(self, data: Iterator[Batch]) -> None:
+        """Adds batches until the data ends or one fails; those before it stay."""
+        checks = Checks()
         try:
-            fresh, count = self._sums_of(capture, batch)
+            with Capture(self._model, self._specs, self._sums.keys()) as capture:
+                for batch in data:
+                    self._add(capture, batch, checks)
+        finally:
+            try:
+                # Of two errors the earlier batch's counts, which may be found last.
+                checks.settle()
+            finally:
+                if checks.failed is not None:
+                    self._batches = checks.failed.batches
+                    self._generator.set_state(checks.failed.generator)
+                self._to_host()
+
+    def _add(self, capture: Capture, batch: Batch, checks: Checks) -> None:
+        """Adds one batch as a whole, or nothing at all if anything goes wrong."""
+        before = _Before(self._batches, self._generator.get_state())
+        try:
+            fresh, count = self._sums_of(capture, batch, checks)
         except BaseException:
-            self._generator.set_state(state)
+            checks.drop()
+            self._generator.set_state(before.generator)
             raise
+        alive = checks.close(before)
+        if alive is not None and not self._same_kind(fresh, capture):
+            # What is not a sum cannot be masked.
+            checks.settle()
+            alive = None
+        if alive is not None:
+            for sums in fresh.values():
+                sums.mask(alive)
+            count = _masked(count, alive)
         self._commit(fresh, count)
         self._unfit.update(capture.unfit)
         self._note({**self._reasons, **capture.reasons})
 
-    def _sums_of(self, capture: Capture, batch: Batch) -> tuple[dict[str, _Sums], float]:
+    def _same_kind(self, fresh: dict[str, _Sums], capture: Capture) -> bool:
+        """Whether a batch adds to what is there and changes nothing else."""
+        return capture.unfit.keys() <= self._unfit.keys() and all(
+            name in self._sums and self._sums[name].fits(sums) for name, sums in fresh.items()
+        )
+
+    def _to_host(self) -> None:
+        """Numbers that the device held in the meantime."""
+        held = [n for n, sums in self._sums.items() if isinstance(sums.positions, Tensor)]
+        numbers = [self._sums[name].positions for name in held] + [self._count]
+        if not any(isinstance(number, Tensor) for number in numbers):
+            return
+        device = next(n.device for n in numbers if isinstance(n, Tensor))
+        on_device = [torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers]
+        *positions, self._count = torch.stack(on_device).tolist()
+        for name, value in zip(held, positions, strict=True):
+            self._sums[name].positions = value
+
+    def _sums_of(
+        self, capture: Capture, batch: Batch, checks: Checks
+    ) -> tuple[dict[str, _Sums], float | Tensor]:
         """A batch's sums by layer, and its weighted number of samples."""
         settings = self._settings
         roots = BatchRoots(
             capture,
-            Batch(self._batches, batch.inputs, batch.targets, batch.weight),
+            replace(batch, index=self._batches),
             self._loss,
             settings["output"],
             settings["mc_samples"],
             self._generator,
+            checks,
         )
         fresh = {
             name: self._batch_sums(spec, roots)
@@ -342,16 +412,25 @@ class FactorAccumulator:
                     ops.output_hessian_(target, rows_t, alpha=share[name])
             grads.clear()
 
-    def _commit(self, fresh: dict[str, _Sums], count: float) -> None:
+    def _commit(self, fresh: dict[str, _Sums], count: float | Tensor) -> None:
         decay = self._decay
-        if decay is not None and count > 0:
+        if decay is None:
+            self._count = self._count + count
+        elif isinstance(count, Tensor):
+            seen = count > 0
+            old = 1 - (1 - decay) * seen.double()
+            new = torch.where(seen, (1 - decay) / count, 0.0)
+            for sums in self._sums.values():
+                sums.scale(old)
+            for sums in fresh.values():
+                sums.scale(new)
+            self._count = self._count * old + (1 - decay) * seen.double()
+        elif count > 0:
             for sums in self._sums.values():
                 sums.scale(decay)
             for sums in fresh.values():
                 sums.scale((1 - decay) / count)
             self._count = decay * self._count + (1 - decay)
-        elif decay is None:
-            self._count += count
         for name, sums in fresh.items():
             if name in self._sums:
                 self._sums[name].add(sums)
@@ -365,7 +444,7 @@ class FactorAccumulator:
         Raises:
             ValueError: no samples were seen, or a layer asked for by name was never reached.
         """
-        if not self._count > 0:
+        if not self.num_samples > 0:
             raise ValueError("data yielded no samples, so there are no factors")
         if self._by_name and self._reasons:
             name, reason = next(iter(self._reasons.items()))
@@ -379,14 +458,13 @@ class FactorAccumulator:
             reasons = "; ".join(f"{name!r} {reason}" for name, reason in self._reasons.items())
             raise ValueError(f"no layer of the model has factors: {reasons}")
         skipped = {**self._skipped, **self._reasons}
-        return Factors(layers, self._count, skipped, self._settings)
+        return Factors(layers, self.num_samples, skipped, self._settings)
 
     def _layer(self, spec: LayerSpec, sums: _Sums) -> LayerFactors:
-        count = self._count
+        count, positions = self.num_samples, float(sums.positions) / self.num_samples
         inputs = ops.mirror_(sums.inputs / count)
         outputs = ops.mirror_(sums.outputs / count)
         images = None if sums.images is None else tuple(image / count for image in sums.images)
-        positions = sums.positions / count
         if spec.joint:
             inputs = _bordered(inputs, sums.column / count, positions)
         return LayerFactors(spec, inputs, outputs, count, positions, images)
@@ -427,7 +505,7 @@ class FactorAccumulator:
     def state_dict(self) -> dict[str, Any]:
         """Everything accumulated, as tensors and plain numbers: to stop and go on later."""
         return {
-            "count": self._count,
+            "count": self.num_samples,
             "batches": self._batches,
             "reasons": dict(self._reasons),
             "unfit": dict(self._unfit),
@@ -466,6 +544,13 @@ class FactorAccumulator:
         self._sums = loaded
         self._count, self._batches = state["count"], state["batches"]
         self._reasons, self._unfit = dict(state["reasons"]), dict(state["unfit"])
+
+
+def _masked(value: float | Tensor, alive: Tensor) -> Tensor:
+    """0-dim float64: the value where ``alive`` is True, else 0."""
+    if isinstance(value, Tensor):
+        return torch.where(alive, value, 0.0)
+    return alive.double() * value
 
 
 def _positions(spec: LayerSpec, use: LayerUse) -> int:

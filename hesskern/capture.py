@@ -36,12 +36,15 @@ class Batch:
         index: position in the data, from 0.
         inputs: tensor, tuple or dict for the model.
         targets: for the loss.
-        weight: [N] sample weights, or None.
+        given_targets: the same where they came from: values on the host can be looked at without
+            waiting for a device.
+        weight: [N] sample weights where they came from, or None.
     """
 
     index: int
     inputs: Any
     targets: Any
+    given_targets: Any
     weight: Tensor | None
 
 
@@ -184,15 +187,15 @@ def batches(
                 f"data must yield (inputs, targets) or (inputs, targets, weight); "
                 f"batch {index} is {found}"
             )
-        inputs, targets = _move(element[0], device), _move(element[1], device)
-        weight = _move(element[2], device) if len(element) == 3 else None
+        inputs, given = _move(element[0], device), _usable(element[1])
+        weight = _usable(element[2]) if len(element) == 3 else None
         if sample_weight is not None:
             count = _leading_size(inputs)
-            weight = sample_weight[offset : offset + count].to(device)
+            weight = sample_weight[offset : offset + count]
             offset += count
             if len(weight) != count:
                 raise _other_length(sample_weight, "more samples")
-        yield Batch(index, inputs, targets, weight)
+        yield Batch(index, inputs, _move(given, device), given, weight)
         if progress is not None:
             progress(description, index + 1, total)
     if sample_weight is not None and offset != len(sample_weight):
@@ -236,18 +239,31 @@ def _length(data: Iterable[Any]) -> int | None:
 
 
 def _move(value: Any, device: torch.device) -> Any:
+    return _mapped(_usable(value), lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _usable(value: Any) -> Any:
+    """The value with tensors that hold values and that autograd takes."""
+    return _mapped(value, _usable_tensor)
+
+
+def _usable_tensor(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        raise ValueError(
+            f"data must hold values, got a tensor {list(tensor.shape)} on the meta device"
+        )
+    # Autograd refuses tensors made under inference_mode; a clone is a normal one.
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested tuples, lists and dicts with changed tensors."""
     if isinstance(value, Tensor):
-        if value.is_meta:
-            raise ValueError(
-                f"data must hold values, got a tensor {list(value.shape)} on the meta device"
-            )
-        # Autograd refuses tensors made under inference_mode; a clone is a normal one.
-        value = value.to(device, non_blocking=True)
-        return value.clone() if value.is_inference() else value
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: _move(item, device) for key, item in value.items()}
+        return {key: _mapped(item, change) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        items = [_move(item, device) for item in value]
+        items = [_mapped(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.capture import Capture, batches
+from hesskern.checks import Checks
 from hesskern.layers import select_layers
 from hesskern.losses import resolve_loss
 from hesskern.roots import BatchRoots, model_device
@@ -52,9 +53,10 @@ def gradient_clusters(model: nn.Module, data: Iterable[Any], layer: str) -> Grad
     loss = resolve_loss(None, _every_logit)
     sums: Tensor | None = None
     counts = squares = torch.zeros((), dtype=torch.float64)
+    checks = Checks()
     with Capture(model, specs) as capture:
         for batch in batches(data, model_device(model)):
-            roots = BatchRoots(capture, batch, loss, "exact", 1, torch.Generator())
+            roots = BatchRoots(capture, batch, loss, "exact", 1, torch.Generator(), checks)
             classes = roots.outputs.shape[1]
             labels = torch.nn.functional.one_hot(batch.targets, classes).double()
             # Room for all logits at a time, so that a batch comes in one piece.
@@ -68,6 +70,8 @@ def gradient_clusters(model: nn.Module, data: Iterable[Any], layer: str) -> Grad
                 sums = by_class if sums is None else sums + by_class
                 counts = counts + labels.sum(0)
                 squares = squares + gradients.square().sum()
+            checks.close()
+        checks.settle()
     if sums is None:
         raise ValueError("data yielded no samples")
     logits = sums.shape[0]

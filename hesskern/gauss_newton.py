@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.capture import Capture, batches, check_iterable
+from hesskern.checks import Checks
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
 from hesskern.operators import CurvatureOperator
@@ -257,7 +258,9 @@ class _Pass:
             raise RuntimeError(
                 "the model changed since its Gauss-Newton matrix was made; make it anew"
             )
-        count, sums = 0.0, dict[str, Tensor]()
+        count: float | Tensor = 0.0
+        sums: dict[str, Tensor] = {}
+        checks = Checks()
         with torch.inference_mode(False), Capture(self.model, dict(self.specs)) as capture:
             for batch in batches(
                 self.data,
@@ -266,12 +269,15 @@ class _Pass:
                 progress,
                 "Gauss-Newton matrix",
             ):
-                roots = BatchRoots(capture, batch, self.loss, "exact", 1, torch.Generator())
-                count += roots.count
+                roots = BatchRoots(capture, batch, self.loss, "exact", 1, torch.Generator(), checks)
+                count = count + roots.count
                 for name in roots.uses:
                     self.dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
                     _add_inputs(sums, self.specs[name], roots)
                 yield from self._batch(roots)
+                checks.close()
+            checks.settle()
+            count = float(count)
             self.reasons = capture.reasons
         if self.count == 0 and count > 0:
             self.input_means = {name: total / count for name, total in sums.items()}
@@ -296,5 +302,7 @@ def _add_inputs(sums: dict[str, Tensor], spec: LayerSpec, roots: BatchRoots) -> 
     x = uses[0].x.to(accumulator_dtype(uses[0].x.dtype))
     total = x.sum(0) if roots.weight_root is None else roots.weight_root.square().to(x) @ x
     if spec.joint:
-        total = torch.cat([total, total.new_tensor([roots.count])])
+        total = torch.cat(
+            [total, torch.as_tensor(roots.count).to(total, non_blocking=True).reshape(1)]
+        )
     sums[spec.name] = sums[spec.name] + total if spec.name in sums else total

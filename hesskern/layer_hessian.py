@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.capture import Batch, Capture, batches, check_iterable
+from hesskern.checks import Checks
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
 from hesskern.operators import CurvatureOperator, EigenbasisOperator, KroneckerOperator
@@ -324,11 +325,12 @@ def layer_hessians(
     again = None if isinstance(data, Iterator) else data
     device = model_device(model)
     report = reporter(progress)
-    count = 0.0
+    total: float | Tensor = 0.0
+    checks = Checks()
     with Capture(model, specs, examine=True) as capture:
         for batch in batches(data, device, sample_weight, report, "Layer Hessians"):
-            roots = _roots(capture, batch, resolved)
-            count += roots.count
+            roots = _roots(capture, batch, resolved, checks)
+            total = total + roots.count
             wanted = {
                 n: layer.spec
                 for n, layer in gathered.items()
@@ -339,6 +341,9 @@ def layer_hessians(
             for name, chunk in layer_rows(wanted, roots, memory_budget):
                 _keep(gathered[name], chunk, batch.index, tolerance)
                 _evict(gathered, memory_budget, again is not None)
+            checks.close()
+        checks.settle()
+        count = float(total)
         reasons, inexact = capture.reasons, capture.inexact
     if not count > 0:
         raise ValueError("data yielded no samples, so there are no Hessians")
@@ -368,8 +373,8 @@ def layer_hessians(
     return result
 
 
-def _roots(capture: Capture, batch: Batch, loss: Loss) -> BatchRoots:
-    return BatchRoots(capture, batch, loss, "exact", 1, torch.Generator())
+def _roots(capture: Capture, batch: Batch, loss: Loss, checks: Checks) -> BatchRoots:
+    return BatchRoots(capture, batch, loss, "exact", 1, torch.Generator(), checks)
 
 
 def _keep(layer: _Layer, chunk: SampleRows, batch: int, tolerance: float) -> None:
@@ -398,7 +403,7 @@ class _Rerun:
     """Sample rows of one layer made anew, batch by batch, a few root rows at a time.
 
     Attributes:
-        keep: per batch that reaches the layer, which samples [N] stay; None for all.
+        keep: per batch that reaches the layer, the numbers of the samples that stay; None for all.
         shares: with ``keep``, the samples' shares [N] of the trace when ``keep`` was decided.
     """
 
@@ -427,21 +432,25 @@ class _Rerun:
                 "layer_hessians again"
             )
         assert self.data is not None
-        position = 0
+        position, checks = 0, Checks()
         with Capture(self.model, {self.spec.name: self.spec}) as capture:
             for batch in batches(self.data, model_device(self.model), self.sample_weight):
-                roots = _roots(capture, batch, self.loss)
+                roots = _roots(capture, batch, self.loss, checks)
                 pieces = layer_rows({self.spec.name: self.spec}, roots, self.memory_budget)
                 chunks = (chunk for _, chunk in pieces)
                 if self.keep is None:
                     yield from chunks
                 elif self.spec.name in roots.uses and roots.rows:
-                    yield from self._kept(chunks, position)
+                    yield from self._kept(chunks, position, checks)
                     position += 1
+                checks.close()
+            checks.settle()
         if self.keep is not None and position != len(self.keep):
             raise self._other_order()
 
-    def _kept(self, chunks: Iterable[SampleRows], position: int) -> Iterator[SampleRows]:
+    def _kept(
+        self, chunks: Iterable[SampleRows], position: int, checks: Checks
+    ) -> Iterator[SampleRows]:
         """The samples of one batch that stay, if it is the batch that ``keep`` was made for."""
         assert self.keep is not None
         assert self.shares is not None
@@ -455,11 +464,14 @@ class _Rerun:
                 raise self._other_order()
             now += shares
             yield chunk.select(keep)
-        if not torch.allclose(now, before, rtol=1e-3, atol=1e-6 * float(before.sum())):
-            raise self._other_order()
+        near = (now - before).abs() <= 1e-3 * before + 1e-6 * before.sum()
+        checks.require(near.all(), self._another_order, error=RuntimeError)
 
     def _other_order(self) -> RuntimeError:
-        return RuntimeError(
+        return RuntimeError(self._another_order())
+
+    def _another_order(self) -> str:
+        return (
             "data must come in the same order in every pass (no shuffling, no random augmentation) "
             f"where tolerance > 0 and layer {self.spec.name!r} exceeds memory_budget"
         )
@@ -486,7 +498,9 @@ def _finish(
         chunks = lambda: joined  # noqa: E731  (a closure over this layer's list)
     elif tolerance > 0:
         rerun.shares = layer.shares_by_batch()
-        rerun.keep, trace = kept_samples(rerun.shares, tolerance)
+        keep, trace = kept_samples(rerun.shares, tolerance)
+        # As numbers of samples: how many a mask keeps is known to the device alone.
+        rerun.keep = [mask.nonzero()[:, 0] for mask in keep]
         norm = trace
     return LayerHessian(
         layer.spec,

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hesskern.checks import Checks, first_chosen, on_host
+
 __all__ = ["Loss", "Rows", "resolve_loss"]
 
 
@@ -38,8 +40,12 @@ class Loss(ABC):
     """Curvature of a loss in the outputs of the model."""
 
     @abstractmethod
-    def check(self, outputs: Tensor, targets: Any) -> None:
-        """Raises ValueError or TypeError if the targets do not fit the outputs [N, ...]."""
+    def check(self, outputs: Tensor, targets: Any, checks: Checks) -> Any:
+        """The targets, safe to compute with where ``checks`` has still to look at them.
+
+        Raises:
+            ValueError, TypeError: the targets do not fit the outputs [N, ...].
+        """
 
     @abstractmethod
     def exact(self, outputs: Tensor, targets: Any) -> Rows:
@@ -56,7 +62,10 @@ class Loss(ABC):
         """Loss of every sample alone, [N]; differentiable."""
 
     def counted(self, outputs: Tensor, targets: Any) -> Tensor | None:
-        """[N] bool: samples that count at all (False: everything masked); None: all do."""
+        """[N] bool: samples that count at all (False: everything masked); None: all do.
+
+        Targets on the host need no device to wait for, so they may come from there.
+        """
         return None
 
     def empirical(self, outputs: Tensor, targets: Any) -> Rows:
@@ -133,6 +142,15 @@ def _per_sample(values: Tensor) -> Tensor:
     return values.reshape(len(values), math.prod(values.shape[1:]))
 
 
+def _drawn(p: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    """[n, samples] indices drawn with probabilities p [n, c], the same ones on every device."""
+    uniform = torch.rand(len(p), samples, generator=generator, dtype=p.dtype)
+    sums = p.cumsum(1)
+    # Rounded sums may end a little below or above one, and a draw must not lie behind them.
+    uniform = uniform.to(p.device, non_blocking=True) * sums[:, -1:]
+    return torch.searchsorted(sums, uniform, right=True).clamp(max=p.shape[1] - 1)
+
+
 def _same_shape(outputs: Tensor, targets: Any, name: str) -> Tensor:
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets must be a tensor for {name}, got {type(targets).__name__}")
@@ -156,7 +174,7 @@ class _CrossEntropy(Loss):
     ignore_index: int
     label_smoothing: float
 
-    def check(self, outputs: Tensor, targets: Any) -> None:
+    def check(self, outputs: Tensor, targets: Any, checks: Checks) -> Any:
         if outputs.dim() < 2:
             raise ValueError(
                 f"outputs must be [N, c] or [N, c, t...] for cross-entropy, got "
@@ -167,15 +185,20 @@ class _CrossEntropy(Loss):
         if targets.is_floating_point():
             _same_shape(outputs, targets, "cross-entropy with probabilities")
             total = targets.sum(1)
-            # Written so that NaN fails.
-            good = bool((targets >= 0).all()) and bool(((total - 1).abs() <= 1e-3).all())
-            if not good:
-                raise ValueError(
-                    "targets given as probabilities must be non-negative and sum to one over the "
-                    f"class axis; found values down to {targets.min():g} and sums from "
-                    f"{total.min():g} to {total.max():g}"
+            if targets.numel():
+                checks.require(
+                    # Written so that NaN fails.
+                    (targets >= 0).all() & ((total - 1).abs() <= 1e-3).all(),
+                    lambda least, lowest, highest: (
+                        "targets given as probabilities must be non-negative and sum to one over "
+                        f"the class axis; found values down to {least:g} and sums from "
+                        f"{lowest:g} to {highest:g}"
+                    ),
+                    targets.min,
+                    total.min,
+                    total.max,
                 )
-            return
+            return targets
         expected = [outputs.shape[0], *outputs.shape[2:]]
         if list(targets.shape) != expected:
             raise ValueError(f"targets must be {expected}, got {list(targets.shape)}")
@@ -185,11 +208,16 @@ class _CrossEntropy(Loss):
             )
         classes = outputs.shape[1]
         bad = ((targets < 0) | (targets >= classes)) & (targets != self.ignore_index)
-        if bad.any():
-            raise ValueError(
+        looked_at = checks.require(
+            ~bad.any(),
+            lambda found: (
                 f"targets must lie in [0, {classes}) or equal ignore_index={self.ignore_index}; "
-                f"found {targets[bad][0].item()}"
-            )
+                f"found {found:.0f}"
+            ),
+            lambda: first_chosen(targets, bad),
+        )
+        # A device stops for good at a class that is none.
+        return targets if looked_at else targets.masked_fill(bad, 0)
 
     def _mask(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """[N, t] bool, tokens that count."""
@@ -199,8 +227,10 @@ class _CrossEntropy(Loss):
         return _per_sample(targets != self.ignore_index)
 
     def counted(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        if targets.is_floating_point():
+            return None
         mask = self._mask(outputs, targets)
-        return None if bool(mask.all()) else mask.any(1)
+        return None if on_host(mask) and bool(mask.all()) else mask.any(1)
 
     def _token_scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """[N, t]: 1/sqrt(unmasked tokens) for ``mean``, 1 for ``sum``, 0 where masked."""
@@ -249,17 +279,13 @@ class _CrossEntropy(Loss):
         n, c, tokens = flat.shape
         p = flat.softmax(1)
         scale = self._token_scale(outputs, targets).unsqueeze(1) / samples**0.5
-        draws = torch.multinomial(
-            p.transpose(1, 2).reshape(n * tokens, c).cpu(),
-            samples,
-            replacement=True,
-            generator=generator,
-        ).to(p.device)
+        draws = _drawn(p.transpose(1, 2).reshape(n * tokens, c), samples, generator)
         labels = draws.reshape(n, tokens, samples)
 
         def row(index: int) -> Tensor:
-            one_hot = F.one_hot(labels[..., index], c).transpose(1, 2)
-            return ((p - one_hot) * scale).reshape(outputs.shape).to(outputs.dtype)
+            drawn = labels[..., index].unsqueeze(1)
+            gradient = p.scatter_add(1, drawn, p.new_full((), -1).expand(drawn.shape))
+            return (gradient * scale).reshape(outputs.shape).to(outputs.dtype)
 
         return Rows(samples, row)
 
@@ -292,8 +318,8 @@ class _Elementwise(Loss):
     def _sampled_gradient(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Random [N, ...] with mean outer product diag(curvature)."""
 
-    def check(self, outputs: Tensor, targets: Any) -> None:
-        _same_shape(outputs, targets, self.name)
+    def check(self, outputs: Tensor, targets: Any, checks: Checks) -> Any:
+        return _same_shape(outputs, targets, self.name)
 
     def _scale(self, outputs: Tensor) -> float:
         return 1.0 / max(math.prod(outputs.shape[1:]), 1) if self.mean else 1.0
@@ -330,7 +356,7 @@ class _MeanSquaredError(_Elementwise):
 
     def _sampled_gradient(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype)
-        return 2.0**0.5 * noise.to(outputs.device)
+        return 2.0**0.5 * noise.to(outputs.device, non_blocking=True)
 
     def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
         losses = _per_sample(F.mse_loss(outputs, targets.to(outputs), reduction="none"))
@@ -344,21 +370,27 @@ class _BinaryCrossEntropy(_Elementwise):
     mean: bool
     name = "BCEWithLogitsLoss"
 
-    def check(self, outputs: Tensor, targets: Any) -> None:
-        super().check(outputs, targets)
-        if not bool(((targets >= 0) & (targets <= 1)).all()):
-            raise ValueError(
-                f"targets must lie in [0, 1] for BCEWithLogitsLoss; found values from "
-                f"{targets.min():g} to {targets.max():g}"
+    def check(self, outputs: Tensor, targets: Any, checks: Checks) -> Any:
+        super().check(outputs, targets, checks)
+        if targets.numel():
+            checks.require(
+                ((targets >= 0) & (targets <= 1)).all(),
+                lambda lowest, highest: (
+                    "targets must lie in [0, 1] for BCEWithLogitsLoss; found values from "
+                    f"{lowest:g} to {highest:g}"
+                ),
+                targets.min,
+                targets.max,
             )
+        return targets
 
     def _curvature(self, outputs: Tensor) -> Tensor:
         return outputs.sigmoid() * (-outputs).sigmoid()
 
     def _sampled_gradient(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         p = outputs.sigmoid()
-        labels = torch.bernoulli(p.cpu(), generator=generator).to(p.device)
-        return p - labels
+        uniform = torch.rand(p.shape, generator=generator, dtype=p.dtype)
+        return p - (uniform.to(p.device, non_blocking=True) < p).to(p.dtype)
 
     def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
         losses = _per_sample(
@@ -374,8 +406,8 @@ class _Custom(Loss):
     output_root: Callable[..., Tensor]
     loss: Any
 
-    def check(self, outputs: Tensor, targets: Any) -> None:
-        return None
+    def check(self, outputs: Tensor, targets: Any, checks: Checks) -> Any:
+        return targets
 
     def exact(self, outputs: Tensor, targets: Any) -> Rows:
         root = self.output_root(outputs.detach(), targets)
@@ -396,7 +428,7 @@ class _Custom(Loss):
     ) -> Rows:
         exact = self.exact(outputs, targets)
         noise = torch.randn(len(outputs), exact.count, samples, generator=generator)
-        noise = (noise / samples**0.5).to(outputs)
+        noise = (noise / samples**0.5).to(outputs, non_blocking=True)
         shape = (-1,) + (1,) * (outputs.dim() - 1)
 
         def row(index: int) -> Tensor:

@@ -15,9 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesskern import ops
 from hesskern.capture import batches, check_iterable, frozen_eval, run_model
+from hesskern.checks import Checks
 from hesskern.losses import resolve_loss
 from hesskern.progress import Progress, reporter
-from hesskern.roots import model_device, sample_weights
+from hesskern.roots import checked_targets, model_device, sample_weights
 
 if TYPE_CHECKING:
     from hesskern.results import EigenResult
@@ -321,7 +322,8 @@ class AutogradHessian(CurvatureOperator):
 
     def _matmul(self, block: Tensor) -> Tensor:
         total = torch.zeros_like(block)
-        count = 0.0
+        total_weight: float | Tensor = 0.0
+        checks = Checks()
         # Fused attention has no second derivative; its plain form has.
         with frozen_eval(self._model), sdpa_kernel(SDPBackend.MATH):
             for parameter in self._parameters:
@@ -334,10 +336,11 @@ class AutogradHessian(CurvatureOperator):
                 "Autograd Hessian",
             ):
                 outputs = run_model(self._model, batch.inputs)
-                self._loss.check(outputs, batch.targets)
-                losses = self._loss.per_sample(outputs, batch.targets)
-                weight = sample_weights(batch, outputs, self._loss)
-                count += float(len(losses) if weight is None else weight.sum())
+                targets = checked_targets(self._loss, outputs, batch, checks)
+                losses = self._loss.per_sample(outputs, targets)
+                weight, batch_weight = sample_weights(batch, outputs, self._loss, checks)
+                checks.close()
+                total_weight = total_weight + batch_weight
                 loss = losses.sum() if weight is None else (losses * weight).sum()
                 if not loss.requires_grad:
                     continue
@@ -359,6 +362,8 @@ class AutogradHessian(CurvatureOperator):
                         materialize_grads=True,
                     )
                     total[j] += torch.cat([p.reshape(-1) for p in products])
+        checks.settle()
+        count = float(total_weight)
         if count == 0:
             raise ValueError("data yielded no samples")
         return total / count

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.capture import Capture, batches, check_iterable
+from hesskern.checks import Checks
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
 from hesskern.operators import CurvatureOperator
@@ -219,20 +220,22 @@ class _Pass:
             raise RuntimeError(
                 f"the model changed since the operator of layer {name!r} was made; make it anew"
             )
-        count, specs = 0.0, {name: self.spec}
+        count: float | Tensor = 0.0
+        specs, checks = {name: self.spec}, Checks()
         with torch.inference_mode(False), Capture(self.model, specs) as capture:
             for batch in batches(
                 self.data, device, self.sample_weight, progress, f"samples of {name}"
             ):
-                roots = BatchRoots(capture, batch, self.loss, "exact", 1, torch.Generator())
-                count += roots.count
-                if name not in roots.uses:
-                    continue
-                self.dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
-                chunk = _chunk(specs, roots, self.budget)
-                if chunk is not None:
-                    yield chunk
-        self.count = count
+                roots = BatchRoots(capture, batch, self.loss, "exact", 1, torch.Generator(), checks)
+                count = count + roots.count
+                if name in roots.uses:
+                    self.dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
+                    chunk = _chunk(specs, roots, self.budget)
+                    if chunk is not None:
+                        yield chunk
+                checks.close()
+            checks.settle()
+        self.count = float(count)
 
 
 def _chunk(specs: dict[str, LayerSpec], roots: BatchRoots, budget: int) -> _Chunk | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.capture import Batch, Capture, LayerUse
+from hesskern.checks import Checks, first_chosen, on_host
 from hesskern.layers import LayerSpec
 from hesskern.losses import Loss, Rows
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_finite",
     "check_fraction",
     "check_output",
+    "checked_targets",
     "model_device",
     "positions_last",
     "sample_weights",
@@ -37,34 +39,65 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_finite(tensor: Tensor, what: str, batch: int, total: Tensor | None = None) -> None:
-    """Raises if a tensor holds NaN or Inf, at the price of its sum.
+def check_finite(
+    checks: Checks, tensor: Tensor, what: str, batch: int, total: Tensor | None = None
+) -> None:
+    """Requires that a tensor holds no NaN or Inf, at the price of its sum or extremes.
 
     Args:
+        checks: of the pass.
         tensor: any shape.
         what: for the message, e.g. "inputs of layer 'fc1'".
         batch: index of the batch, for the message.
         total: sums of the tensor's entries, where the caller has them.
 
     Raises:
-        ValueError: an entry is NaN or Inf.
+        ValueError: an entry is NaN or Inf, and the tensor lies on the host.
     """
-    # A sum is finite only if every entry is; it may also overflow, so a bad one is looked into.
-    total = tensor.sum() if total is None else total.sum()
-    if bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all()):
+    if not tensor.numel():
         return
-    raise ValueError(
-        f"data: {what} contain NaN or Inf in batch {batch}; nothing of this batch was accumulated"
+    if on_host(tensor):
+        # A sum is finite only if every entry is; it may also overflow: a bad one is looked into.
+        total = tensor.sum() if total is None else total.sum()
+        if bool(torch.isfinite(total)):
+            return
+        good = torch.isfinite(tensor).all()
+    else:
+        lowest, highest = torch.aminmax(tensor)
+        good = torch.isfinite(lowest) & torch.isfinite(highest)
+    checks.require(
+        good,
+        lambda: (
+            f"data: {what} contain NaN or Inf in batch {batch}; nothing of this batch was "
+            "accumulated"
+        ),
     )
 
 
-def sample_weights(batch: Batch, outputs: Tensor, loss: Loss) -> Tensor | None:
-    """[N] weights of a batch's samples, 0 for those that do not count; None if all are one.
+def checked_targets(loss: Loss, outputs: Tensor, batch: Batch, checks: Checks) -> Any:
+    """The batch's targets on the outputs' device, checked where they came from.
+
+    Raises:
+        ValueError, TypeError: they do not fit the outputs [N, ...].
+    """
+    given = loss.check(outputs, batch.given_targets, checks)
+    return given if batch.given_targets is batch.targets else batch.targets
+
+
+def sample_weights(
+    batch: Batch, outputs: Tensor, loss: Loss, checks: Checks
+) -> tuple[Tensor | None, float | Tensor]:
+    """Weights of a batch's samples, and their sum.
 
     Args:
         batch: with its weights [N], or None.
         outputs: [N, ...] of the model.
         loss: says which samples count.
+        checks: of the pass.
+
+    Returns:
+        [N] weights on the outputs' device, 0 for samples that do not count, or None if all are one;
+        their sum, a 0-dim float64 tensor there where the host cannot tell it.
 
     Raises:
         ValueError: the weights are not [N], or not finite and non-negative.
@@ -76,24 +109,34 @@ def sample_weights(batch: Batch, outputs: Tensor, loss: Loss) -> Tensor | None:
             found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
             raise ValueError(f"sample_weight must be [N] = [{n}] per batch, got {found}")
         bad = ~torch.isfinite(weight) | (weight < 0)
-        if bool(bad.any()):
-            raise ValueError(
-                f"sample_weight must be finite and non-negative, got {weight[bad][0].item()} in "
-                f"batch {batch.index}"
-            )
+        given = weight
+        checks.require(
+            ~bad.any(),
+            lambda found: (
+                f"sample_weight must be finite and non-negative, got {found} in batch {batch.index}"
+            ),
+            lambda: first_chosen(given, bad),
+        )
         weight = weight.to(dtype)
-    counted = loss.counted(outputs, batch.targets)
+    counted = loss.counted(outputs, batch.given_targets)
     if counted is not None:
         mask = counted.to(dtype)
+        if weight is not None and weight.device != mask.device:
+            weight, mask = (t.to(outputs.device, non_blocking=True) for t in (weight, mask))
         weight = mask if weight is None else weight * mask
-    return weight
+    if weight is None:
+        return None, float(n)
+    total = weight.sum(dtype=torch.float64)
+    count = float(total) if on_host(total) else total
+    return weight.to(outputs.device, non_blocking=True), count
 
 
 class BatchRoots:
     """Forward pass of one batch, checked, with its rows ready to run backwards.
 
     Attributes:
-        count: weighted number of samples that count (sum of the weights).
+        count: weighted number of samples that count (sum of the weights); a 0-dim float64 tensor
+            where only the device knows it.
         uses: per reached layer, its calls with inputs in the model's dtype.
         input_sums: per reached layer and use, the inputs summed over samples, [d], [t, d] or
             [C, (H,) W], unweighted.
@@ -108,24 +151,24 @@ class BatchRoots:
         output: str,
         samples: int,
         generator: torch.Generator,
+        checks: Checks,
     ) -> None:
-        self._capture, self._batch = capture, batch
+        self._capture, self._batch, self._checks = capture, batch, checks
         self.outputs, self.uses = capture.forward(batch)
-        loss.check(self.outputs, batch.targets)
+        self._targets = checked_targets(loss, self.outputs, batch, checks)
         self.input_sums: dict[str, list[Tensor]] = {}
         for name, layer in self.uses.items():
             sums = [use.x.sum(0, dtype=accumulator_dtype(use.x.dtype)) for use in layer]
             for use, total in zip(layer, sums, strict=True):
-                check_finite(use.x, f"inputs of layer {name!r}", batch.index, total)
+                check_finite(checks, use.x, f"inputs of layer {name!r}", batch.index, total)
             self.input_sums[name] = sums
-        check_finite(self.outputs, "the model's outputs", batch.index)
-        weight = sample_weights(batch, self.outputs, loss)
-        self.count = float(len(self.outputs)) if weight is None else float(weight.sum())
+        check_finite(checks, self.outputs.detach(), "the model's outputs", batch.index)
+        weight, self.count = sample_weights(batch, self.outputs, loss, checks)
         self.weight_root = None if weight is None else weight.sqrt()
         self._rows = self._make_rows(loss, output, samples, generator)
 
     def _make_rows(self, loss: Loss, output: str, samples: int, generator: torch.Generator) -> Rows:
-        targets = self._batch.targets
+        targets = self._targets
         if output == "exact":
             return loss.exact(self.outputs, targets)
         if output == "mc":
@@ -169,12 +212,12 @@ class BatchRoots:
         )
 
     def check_inputs(self, name: str, squares: Tensor) -> None:
-        """Raises ValueError if sums of a layer's squared inputs hold NaN or Inf."""
-        check_finite(squares, f"squared inputs of layer {name!r}", self._batch.index)
+        """Requires that sums of a layer's squared inputs hold no NaN or Inf."""
+        check_finite(self._checks, squares, f"squared inputs of layer {name!r}", self._batch.index)
 
     def check_gradients(self, name: str, tensor: Tensor) -> None:
-        """Raises ValueError if a layer's gradients, or sums of their squares, hold NaN or Inf."""
-        check_finite(tensor, f"output gradients of layer {name!r}", self._batch.index)
+        """Requires that a layer's gradients, or sums of their squares, hold no NaN or Inf."""
+        check_finite(self._checks, tensor, f"output gradients of layer {name!r}", self._batch.index)
 
 
 def positions_last(spec: LayerSpec, tensor: Tensor) -> Tensor:

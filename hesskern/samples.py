@@ -40,7 +40,7 @@ class SampleRows:
         return self.x.nbytes + self.s.nbytes
 
     def select(self, keep: Tensor) -> SampleRows:
-        """The samples where keep [N] is True."""
+        """Some samples: those where keep [N] is True, or by their numbers."""
         return SampleRows(self.x[keep], self.s[keep])
 
     def heavy_first(self, heavy: Tensor) -> SampleRows:

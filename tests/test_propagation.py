@@ -36,7 +36,7 @@ def gradients(
     """Per use, all rows' gradients [N, r, ...] by autograd and in blocks (None: not covered)."""
     specs, _ = select_layers(model, None, "none")
     with Capture(model, specs) as capture:
-        outputs, uses = capture.forward(Batch(0, x, None, None))
+        outputs, uses = capture.forward(Batch(0, x, None, None, None))
         generator = torch.Generator().manual_seed(3)
         block = torch.randn(rows, *outputs.shape, generator=generator, dtype=outputs.dtype)
         expected: list[list[Tensor]] = []
@@ -200,7 +200,7 @@ def test_blocks_are_bounded(monkeypatch: pytest.MonkeyPatch, threads: int) -> No
         model = seeded(lambda: nn.Sequential(nn.Conv2d(1, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1)))
         specs, _ = select_layers(model.eval(), None, "none")
         with Capture(model, specs) as capture:
-            outputs, uses = capture.forward(Batch(0, x, None, None))
+            outputs, uses = capture.forward(Batch(0, x, None, None, None))
             blocks = capture.backward_all(outputs, 40, lambda j, z=outputs: z, uses)
             assert blocks is not None
             for _, _, found in blocks:
@@ -280,7 +280,7 @@ def test_shared_layer_and_unused_branch() -> None:
     model = seeded(lambda: Net(run, a=nn.Linear(6, 6), b=nn.Linear(6, 3), unused=nn.Linear(6, 2)))
     specs, _ = select_layers(model, None, "none")
     with Capture(model.eval(), specs) as capture:
-        outputs, uses = capture.forward(Batch(0, images(4, 6), None, None))
+        outputs, uses = capture.forward(Batch(0, images(4, 6), None, None, None))
         blocks = capture.backward_all(outputs, 2, lambda j: torch.ones_like(outputs), uses)
         assert blocks is not None
         ((samples, rows, block),) = blocks

@@ -1,0 +1,180 @@
+"""Conditions on the data of a pass, looked at without making the host wait for a device.
+
+A condition is a flag. On the CPU it is looked at as it is made. On a device, looking at it would
+wait for everything queued there, so flags are copied to the host batch by batch beside the work;
+what is accumulated meanwhile is masked by them on the device, and the host looks at what has
+arrived, at the latest at the end of the pass.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Checks", "first_chosen", "on_host"]
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether the tensor's values can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
+def first_chosen(values: Tensor, chosen: Tensor) -> Tensor:
+    """[1] the first value where ``chosen`` of the same shape is True; any of them where none is."""
+    if not values.numel():
+        return values.new_zeros(1)
+    return values.flatten().gather(0, chosen.flatten().int().argmax().reshape(1))
+
+
+@dataclass
+class _Condition:
+    """How an error speaks of a flag, and how many values its message takes."""
+
+    message: Callable[..., str]
+    error: type[Exception]
+    details: int
+
+
+@dataclass
+class _Pending:
+    """A batch's flags and details on their way to the host, one float64 vector.
+
+    Attributes:
+        values: flags (1 or 0), then the details of each condition in turn.
+        arrived: recorded behind the copy; None where nothing tells.
+        mark: what the caller wants to find again should the batch turn out bad.
+    """
+
+    values: Tensor
+    conditions: list[_Condition]
+    arrived: torch.cuda.Event | None
+    mark: Any
+
+    def raise_if_bad(self) -> None:
+        values = self.values.tolist()
+        details = values[len(self.conditions) :]
+        for good, condition in zip(values, self.conditions, strict=False):
+            if not good:
+                raise condition.error(condition.message(*details[: condition.details]))
+            del details[: condition.details]
+
+
+@dataclass
+class Checks:
+    """The conditions of one pass, batch after batch.
+
+    Attributes:
+        alive: 0-dim bool on the device, whether all closed batches are good; None while everything
+            was looked at on the host.
+        failed: mark of the batch that :meth:`poll` or :meth:`settle` raised for; None before.
+    """
+
+    alive: Tensor | None = None
+    failed: Any = None
+    _flags: list[Tensor] = field(default_factory=list)
+    _details: list[Tensor] = field(default_factory=list)
+    _conditions: list[_Condition] = field(default_factory=list)
+    _pending: deque[_Pending] = field(default_factory=deque)
+
+    def require(
+        self,
+        good: Tensor,
+        message: Callable[..., str],
+        *details: Callable[[], Tensor],
+        error: type[Exception] = ValueError,
+    ) -> bool:
+        """Adds a condition to the current batch.
+
+        Args:
+            good: 0-dim bool.
+            message: of the error, called with the details as floats.
+            details: what the message tells, each of one element, made when they are needed.
+            error: what to raise.
+
+        Returns:
+            whether the flag was looked at; False on a device.
+
+        Raises:
+            the error, where the flag lies on the host and is False.
+        """
+        if on_host(good):
+            if not bool(good):
+                raise error(message(*(float(make()) for make in details)))
+            return True
+        self._flags.append(good)
+        self._details.extend(make().double() for make in details)
+        self._conditions.append(_Condition(message, error, len(details)))
+        return False
+
+    @property
+    def deferred(self) -> bool:
+        """Whether the current batch has conditions that nobody has looked at."""
+        return bool(self._flags)
+
+    def close(self, mark: Any = None) -> Tensor | None:
+        """Ends the current batch.
+
+        Args:
+            mark: see :attr:`failed`.
+
+        Returns:
+            :attr:`alive`: what the batch adds counts only where that is True.
+
+        Raises:
+            as :meth:`poll`.
+        """
+        if self._flags:
+            good = torch.stack(self._flags)
+            alive = good.all()
+            self.alive = alive if self.alive is None else self.alive & alive
+            values = torch.cat([good.double(), *(d.reshape(1) for d in self._details)])
+            arrived = None
+            host = values.to("cpu", non_blocking=True)
+            if values.is_cuda:
+                arrived = torch.cuda.Event()
+                arrived.record(torch.cuda.current_stream(values.device))
+            self._pending.append(_Pending(host, self._conditions, arrived, mark))
+            self._flags, self._details, self._conditions = [], [], []
+        self.poll()
+        return self.alive
+
+    def drop(self) -> None:
+        """Forgets the current batch, of which nothing is kept."""
+        self._flags, self._details, self._conditions = [], [], []
+
+    def poll(self) -> None:
+        """Looks at the batches whose flags have arrived.
+
+        Raises:
+            the first error among them.
+        """
+        while self._pending and self._pending[0].arrived and self._pending[0].arrived.query():
+            self._look()
+
+    def settle(self) -> None:
+        """Waits for the flags of all closed batches and looks at them.
+
+        Raises:
+            the first error among them.
+        """
+        while self._pending:
+            arrived = self._pending[0].arrived
+            if arrived is not None:
+                arrived.synchronize()
+            self._look()
+        self.alive = None
+
+    def _look(self) -> None:
+        pending = self._pending.popleft()
+        try:
+            pending.raise_if_bad()
+        except Exception:
+            self.failed = pending.mark
+            # Whatever came later is masked: there is nothing to learn from it.
+            self._pending.clear()
+            raise

@@ -66,7 +66,7 @@ cudaError_t ConvInputCovariance<In, T>::run(T* workspace, cudaStream_t stream) c
     using Tile = typename decltype(tag)::Type;
     using Source = Patches<In, T>;
     const int64_t rows = samples * out_h * out_w;
-    return update_symmetric<Tile, Stage<Source, Tile::kRows, Tile::kDepth>>(
+    return update_symmetric<Tile, Stage<Source, Tile::kRows, Tile::kDepth>, Order::kAlongK>(
         Source{*this}, true, rows, plan_symmetric<Tile>(sum.groups, sum.order, rows), sum,
         workspace, stream);
   });

@@ -80,13 +80,16 @@ cudaError_t InputCovariance<In, T>::run(T* workspace, cudaStream_t stream) const
     const Elements<In> elements{x, row_axis, column_axis, rows, columns};
     if constexpr (kCopiedHalf || sizeof(In) == 4) {
       if (kCopiedHalf || copied(*this)) {
-        return update_symmetric<Tile, CopyStage<In, Tile::kRows, Tile::kDepth>>(
-            elements, along_k(*this), rows, plan, sum, workspace, stream);
+        using Copies = CopyStage<In, Tile::kRows, Tile::kDepth>;
+        return along_k(*this) ? update_symmetric<Tile, Copies, Order::kAlongK>(
+                                    elements, true, rows, plan, sum, workspace, stream)
+                              : update_symmetric<Tile, Copies, Order::kAlongI>(
+                                    elements, false, rows, plan, sum, workspace, stream);
       }
     }
     if constexpr (!kCopiedHalf) {
       using Source = RowsWithOnes<In>;
-      return update_symmetric<Tile, Stage<Source, Tile::kRows, Tile::kDepth>>(
+      return update_symmetric<Tile, Stage<Source, Tile::kRows, Tile::kDepth>, Order::kEither>(
           Source{elements, ones}, along_k(*this), rows, plan, sum, workspace, stream);
     }
   });

@@ -4,6 +4,7 @@
 // layers is one launch (products.cu). The vectors of a block are rows of one matrix when multiplied
 // from the right, columns when multiplied from the left.
 #include "kron_matmul.h"
+#include "launch.h"
 #include "products.h"
 
 namespace hesskern::cuda {
@@ -51,6 +52,10 @@ Product<T> from_left(const typename KronLayer<T>::Matrix& left, const T* x, int6
   return product;
 }
 
+int64_t whole_pieces(int64_t elements) {
+  return ceil_div(elements, 4) * 4;
+}
+
 // A layer's two products of one pass, the cheaper one first: left [r, m] X right [d, q] over
 // x [k, m, d], by way of between.
 template <typename T>
@@ -63,10 +68,13 @@ struct Pass {
     return left.columns * right.columns * (right.rows + left.rows) <=
            left.rows * right.rows * (left.columns + right.columns);
   }
+  // Elements of the results, rounded up so that what follows in the workspace can be copied in
+  // pieces.
   int64_t between_size() const {
-    return vectors * (right_first() ? left.columns * right.columns : left.rows * right.rows);
+    return whole_pieces(vectors *
+                        (right_first() ? left.columns * right.columns : left.rows * right.rows));
   }
-  int64_t out_size() const { return vectors * left.rows * right.columns; }
+  int64_t out_size() const { return whole_pieces(vectors * left.rows * right.columns); }
 
   Product<T> first(const T* x, T* between) const {
     if (right_first()) return from_right(x, vectors * left.columns, right, between);

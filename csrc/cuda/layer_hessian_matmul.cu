@@ -32,8 +32,17 @@ int64_t split_count(const LayerHessianProduct<T>& call) {
   const int64_t size = call.vector_count * call.outputs * call.inputs;
   const int64_t tiles =
       ceil_div(call.vector_count * call.outputs, 128) * ceil_div(call.inputs, 128);
-  const int64_t wanted = std::min(ceil_div(3 * multiprocessors(), tiles), kMostSplits);
-  return std::max<int64_t>(std::min({wanted, rows / 256, kSplitElements / size}), 1);
+  const int64_t most =
+      std::max<int64_t>(std::min({kMostSplits, rows / 256, kSplitElements / size}), 1);
+  // In rows: what it costs a block to write its sums.
+  constexpr int64_t kWrite = 128;
+  int64_t best = 1, best_cost = 0;
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    const int64_t waves = ceil_div(tiles * splits, multiprocessors());
+    const int64_t cost = waves * (ceil_div(rows, splits) + kWrite);
+    if (best_cost == 0 || cost < best_cost) best = splits, best_cost = cost;
+  }
+  return best;
 }
 
 // y [samples, t, k m] in place: of every sample and vector, y := sum_c <s_c, y> s_c with
@@ -105,10 +114,12 @@ template <typename T>
 cudaError_t LayerHessianProduct<T>::run(T* workspace, cudaStream_t stream) const {
   const int64_t step = chunk_samples(*this), splits = split_count(*this);
   const int64_t columns = vector_count * outputs, size = columns * inputs;
-  T *y = workspace, *coefficients = y + step * positions * columns;
-  T* partial = coefficients + step * classes;
+  T *partial = workspace, *y = partial + splits * size;
+  T* coefficients = y + step * positions * columns;
   const auto rows_of = [&](int64_t sample_stride, int64_t position_stride) {
-    if (positions == 1) return Axis{sample_stride};
+    if (positions == 1 || sample_stride == positions * position_stride) {
+      return Axis{positions == 1 ? sample_stride : position_stride};
+    }
     return Axis{position_stride, positions, sample_stride};
   };
   for (int64_t start = 0; start < samples; start += step) {

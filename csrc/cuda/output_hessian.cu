@@ -187,11 +187,11 @@ cudaError_t OutputHessian<T>::run(T* workspace, cudaStream_t stream) const {
     using Tile = typename decltype(tag)::Type;
     const SymmetricPlan plan = plan_symmetric<Tile>(1, outputs, rows);
     if constexpr (Tile::kDepth == kSampleDepth) {
-      return update_symmetric<Tile, CentredStage<T, Tile::kRows>>(
+      return update_symmetric<Tile, CentredStage<T, Tile::kRows>, Order::kAlongI>(
           WholeSamples<T>{*this}, false, rows, plan, sum, workspace, stream);
     } else {
       using Source = CentredRows<T>;
-      return update_symmetric<Tile, Stage<Source, Tile::kRows, Tile::kDepth>>(
+      return update_symmetric<Tile, Stage<Source, Tile::kRows, Tile::kDepth>, Order::kEither>(
           Source{*this, workspace}, output_stride != 1, rows, plan, sum, workspace + means, stream);
     }
   });

@@ -64,21 +64,22 @@ __device__ void multiply(Tile& tile, CopyStage<T, Rows, Depth>& a, CopyStage<T, 
                          bool same, int64_t begin, int64_t end) {
   using Memory = ProductMemory<CopyStage<T, Rows, Depth>, CopyStage<T, Columns, Depth>>;
   constexpr int kAhead = Memory::kBuffers - 1;
-  const auto buffer = [](int64_t step) {
-    return Memory::tiles() + step % Memory::kBuffers * Memory::kSize;
-  };
-  const int64_t steps = begin < end ? (end - begin + Depth - 1) / Depth : 0;
-  const auto start = [&](int64_t step) {
+  static_assert((Memory::kBuffers & kAhead) == 0);
+  const auto buffer = [](int step) { return Memory::tiles() + (step & kAhead) * Memory::kSize; };
+  const int steps = begin < end ? static_cast<int>((end - begin + Depth - 1) / Depth) : 0;
+  const auto start = [&](int step) {
     if (step < steps) {
-      a.copy(begin + step * Depth, buffer(step));
-      if (!same) b.copy(begin + step * Depth, buffer(step) + Memory::kSizeA);
+      a.copy(buffer(step));
+      if (!same) b.copy(buffer(step) + Memory::kSizeA);
     }
     // Groups are counted by steps, so that steps without copies have one too.
     close_copies();
   };
+  a.start(begin);
+  b.start(begin);
 #pragma unroll
   for (int step = 0; step < kAhead; ++step) start(step);
-  for (int64_t step = 0; step < steps; ++step) {
+  for (int step = 0; step < steps; ++step) {
     wait_for_copies<kAhead - 1>();
     // Every thread's copies of this step are there, and the buffer of the step before is free.
     __syncthreads();

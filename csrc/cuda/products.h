@@ -27,6 +27,6 @@ struct Product {
 // All products, which must not need each other's results. T is float or double; tf32: round float32
 // to tf32.
 template <typename T>
-cudaError_t multiply_all(const std::vector<Product<T>>& products, bool tf32, cudaStream_t stream);
+cudaError_t multiply_all(std::vector<Product<T>> products, bool tf32, cudaStream_t stream);
 
 }  // namespace hesskern::cuda

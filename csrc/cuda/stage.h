@@ -13,6 +13,15 @@
 
 namespace hesskern::cuda {
 
+// Along which index memory is contiguous: fixed where a kernel is compiled for it, so that places
+// in shared memory are constants, or known when it runs.
+enum class Order { kAlongI, kAlongK, kEither };
+
+template <Order kOrder>
+__device__ inline bool is_along_k(bool along_k) {
+  return kOrder == Order::kEither ? along_k : kOrder == Order::kAlongK;
+}
+
 // Which index neighbouring threads take and neighbouring words of shared memory hold. The padding
 // spreads what a warp reads for one product over all banks.
 template <typename T, int Extent, int Depth>
@@ -104,34 +113,55 @@ class CopyStage {
   static_assert(Layout::kSize * sizeof(Value) % 16 == 0);
 
   __device__ CopyStage(const Elements<Value>& source, bool along_k, int64_t first, unsigned char*)
-      : source_(source), layout_(along_k), along_k_(along_k), first_(first) {}
-
-  __device__ const Layout& layout() const { return layout_; }
-
-  // Starts to copy rows k, ..., k + Depth - 1 to tile [kSize]. Along k, k is a multiple of kPiece.
-  __device__ void copy(int64_t k, Value* tile) const {
-    const int across = (along_k_ ? Depth : Extent) / kPiece;
+      : layout_(along_k), along_k_(along_k), row_step_(source.k_axis.step), k_end_(source.k_end) {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
-      const int piece = static_cast<int>(threadIdx.x) + n * kThreads;
-      const int along = piece % across * kPiece, other = piece / across;
-      const int row = along_k_ ? along : other, column = along_k_ ? other : along;
-      const int64_t rows = source_.k_end - k - row, columns = source_.i_end - first_ - column;
-      const int64_t inside = rows > 0 && columns > 0 ? (along_k_ ? rows : columns) : 0;
-      const int count = inside < kPiece ? static_cast<int>(inside) : kPiece;
-      const Value* from = source_.data;
-      if (count > 0) {
-        from += source_.k_axis.offset(k + row) + source_.i_axis.offset(first_ + column);
-      }
-      copy_piece(tile + layout_.index(row, column), from, count * static_cast<int>(sizeof(Value)));
+      const int64_t columns = source.i_end - first - column(n);
+      inside_[n] = columns >= kPiece ? kPiece : columns > 0 ? static_cast<int>(columns) : 0;
+      // A place outside is never read.
+      from_[n] = source.data + row(n) * row_step_ + (first + column(n)) * source.i_axis.step;
     }
   }
 
+  __device__ const Layout& layout() const { return layout_; }
+
+  // The next tile to copy begins with row k, along k a multiple of kPiece.
+  __device__ void start(int64_t k) {
+    left_ = k_end_ - k;
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) from_[n] += k * row_step_;
+  }
+
+  // Starts to copy the next Depth rows to tile [kSize].
+  __device__ void copy(Value* tile) {
+    const int rows = left_ < Depth ? static_cast<int>(left_) : Depth;
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      const int here = rows - row(n);
+      int count = here > 0 ? inside_[n] : 0;
+      if (along_k_) count = inside_[n] == 0 || here < 0 ? 0 : here < kPiece ? here : kPiece;
+      copy_piece(tile + layout_.index(row(n), column(n)), from_[n],
+                 count * static_cast<int>(sizeof(Value)));
+      from_[n] += Depth * row_step_;
+    }
+    left_ -= Depth;
+  }
+
  private:
-  const Elements<Value>& source_;
+  // Where the thread's piece n begins within a tile.
+  __device__ int across() const { return (along_k_ ? Depth : Extent) / kPiece; }
+  __device__ int along() const { return static_cast<int>(threadIdx.x) % across() * kPiece; }
+  __device__ int other(int n) const {
+    return static_cast<int>(threadIdx.x) / across() + n * (kThreads / across());
+  }
+  __device__ int row(int n) const { return along_k_ ? along() : other(n); }
+  __device__ int column(int n) const { return along_k_ ? other(n) : along(); }
+
   Layout layout_;
   bool along_k_;
-  int64_t first_;
+  int64_t row_step_, k_end_, left_ = 0;
+  const Value* from_[kCount];
+  int inside_[kCount];
 };
 
 // Whether the matrix can be copied 16 bytes at a time along the axis in which it is contiguous.
@@ -139,7 +169,7 @@ template <typename T>
 bool copies_in_pieces(const T* data, const Axis& contiguous, const Axis& other) {
   constexpr int64_t piece = 16 / sizeof(T);
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && contiguous.step == 1 &&
-         contiguous.inner == 0 && other.step % piece == 0 && other.outer % piece == 0;
+         contiguous.inner == 0 && other.inner == 0 && other.step % piece == 0;
 }
 
 }  // namespace hesskern::cuda

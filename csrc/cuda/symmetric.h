@@ -74,7 +74,7 @@ SymmetricPlan plan_symmetric(int64_t groups, int64_t order, int64_t rows) {
   const int64_t tiles = triangle_size(ceil_div(order, Tile::kRows)), blocks = groups * tiles;
   const int64_t steps = std::max<int64_t>(ceil_div(rows, depth), 1);
   // In steps of the product: what it costs a block to write its sums and have them added.
-  constexpr int64_t kWrite = 5, kFewest = 16, kMost = 64;
+  constexpr int64_t kWrite = 8, kFewest = 16, kMost = 64;
   const int64_t least = ceil_div(rows, kLongestSplit);
   const int64_t most = std::max(least, std::min(kMost, steps / kFewest));
   SymmetricPlan best{tiles, 1, 0};
@@ -92,15 +92,16 @@ SymmetricPlan plan_symmetric(int64_t groups, int64_t order, int64_t rows) {
 }
 
 // partial [groups, tiles, splits, rows x columns of a tile]; null with one split.
-template <class Tile, class StageType, class Source>
+template <class Tile, class StageType, Order kOrder, class Source>
 __global__ void __launch_bounds__(kThreads, blocks_per_processor<Tile>())
     symmetric_kernel(Source source, bool along_k, int64_t rows, SymmetricPlan plan,
                      SymmetricSum<typename Tile::Sum> sum, typename Tile::Sum* partial) {
   using Sum = typename Tile::Sum;
   static_assert(Tile::kRows == Tile::kColumns);
+  // Neighbouring blocks take different tiles of the same rows, which they find in the L2 cache.
   const int64_t item = blockIdx.x;
-  const int64_t split = item % plan.splits, tile_index = item / plan.splits % plan.tiles;
-  const int64_t group = item / plan.splits / plan.tiles;
+  const int64_t tile_index = item % plan.tiles, split = item / plan.tiles % plan.splits;
+  const int64_t group = item / plan.tiles / plan.splits;
   const TilePlace place = triangle_place(tile_index, ceil_div(sum.order, Tile::kRows));
   const int64_t row0 = place.row * Tile::kRows, column0 = place.column * Tile::kColumns;
   const int64_t begin = split * plan.split_rows;
@@ -109,14 +110,15 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor<Tile>())
   source.select(group);
   Tile tile;
   using Memory = ProductMemory<StageType, StageType>;
-  StageType a(source, along_k, row0, Memory::table_a());
-  StageType b(source, along_k, column0, Memory::table_b());
+  StageType a(source, is_along_k<kOrder>(along_k), row0, Memory::table_a());
+  StageType b(source, is_along_k<kOrder>(along_k), column0, Memory::table_b());
   multiply(tile, a, b, place.row == place.column, begin, end);
   if (partial == nullptr) {
     tile.each([&](int i, int j, Sum value) { add_to(sum, group, row0 + i, column0 + j, value); });
     return;
   }
-  Sum* out = partial + item * (Tile::kRows * Tile::kColumns);
+  const int64_t part = (group * plan.tiles + tile_index) * plan.splits + split;
+  Sum* out = partial + part * (Tile::kRows * Tile::kColumns);
   tile.each([&](int i, int j, Sum value) { out[i * Tile::kColumns + j] = value; });
 }
 
@@ -141,14 +143,14 @@ int64_t symmetric_workspace(const SymmetricPlan& plan, int64_t groups) {
   return plan.splits == 1 ? 0 : groups * plan.tiles * plan.splits * Tile::kRows * Tile::kColumns;
 }
 
-template <class Tile, class StageType, class Source>
+template <class Tile, class StageType, Order kOrder, class Source>
 cudaError_t update_symmetric(const Source& source, bool along_k, int64_t rows,
                              const SymmetricPlan& plan, const SymmetricSum<typename Tile::Sum>& sum,
                              typename Tile::Sum* workspace, cudaStream_t stream) {
   using Sum = typename Tile::Sum;
   const int64_t tiles = sum.groups * plan.tiles;
   Sum* partial = plan.splits == 1 ? nullptr : workspace;
-  const cudaError_t error = launch(symmetric_kernel<Tile, StageType, Source>,
+  const cudaError_t error = launch(symmetric_kernel<Tile, StageType, kOrder, Source>,
                                    dim3(static_cast<unsigned>(tiles * plan.splits)), dim3(kThreads),
                                    ProductMemory<StageType, StageType>::kBytes, stream, source,
                                    along_k, rows, plan, sum, partial);

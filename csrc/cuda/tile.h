@@ -141,9 +141,10 @@ class TensorTile : public TensorSums<Rows, Columns, Depth, 64> {
   using Base = TensorSums<Rows, Columns, Depth, 64>;
   static constexpr int kDown = Base::kDown, kAcross = Base::kAcross;
 
+  // The low part has up to 12 bits, of which tensor cores cut off one or two.
   __device__ static void split(float value, float& high, float& low) {
-    high = round_to_tf32(value);
-    low = Terms == 3 ? round_to_tf32(value - high) : 0.0f;
+    high = Terms == 3 ? high_part(value) : rounded_operand(value);
+    low = Terms == 3 ? value - high : 0.0f;
   }
 };
 

@@ -23,14 +23,15 @@ __device__ inline unsigned char* dynamic_shared() {
   return memory;
 }
 
-// value rounded to the nearest tf32 number (8 bits of exponent, 10 of fraction), as a float.
-__device__ inline float round_to_tf32(float value) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+__device__ inline uint32_t bits_of(float value) {
+  return __float_as_uint(value);
+}
+__device__ inline float float_of(uint32_t bits) {
   return __uint_as_float(bits);
 }
 
-// c += a b on tf32 numbers. With g = lane / 4 and t = lane % 4 a lane holds of
+// c += a b on tf32 numbers (8 bits of exponent, 10 of fraction): of a and b the low 13 bits do not
+// enter. With g = lane / 4 and t = lane % 4 a lane holds of
 //   a [16, 8]: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
 //   b [8, 8]: (t, g), (t + 4, g)
 //   c [16, 8]: (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1)
@@ -108,6 +109,17 @@ __device__ inline T from_lane_xor(T value, int mask) {
 }
 
 #endif
+
+// value rounded to the nearest tf32 number, ties away from zero; NaN may become anything, so that
+// what is left over is NaN then.
+__device__ inline float high_part(float value) {
+  return float_of((bits_of(value) + 0x1000u) & 0xffffe000u);
+}
+
+// The same for multiply_tf32 alone, which ignores the low bits; NaN stays.
+__device__ inline float rounded_operand(float value) {
+  return value == value ? float_of(bits_of(value) + 0x1000u) : value;
+}
 
 // Sum of value over the warp's 32 lanes, in every lane; the order of the additions is fixed.
 template <typename T>

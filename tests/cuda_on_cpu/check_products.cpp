@@ -3,6 +3,7 @@
 #include "checks.h"
 #include "kron_matmul.h"
 #include "layer_hessian_matmul.h"
+#include "products.h"
 
 namespace hesskern::cuda::check {
 
@@ -204,7 +205,55 @@ void hessian(const char* type, const HessianSizes& z, bool positions_last, bool 
          tf32 ? 3 * limit_of<T>(true) : 2 * limit_of<T>());
 }
 
+// c [m, n] := a b with a [m, k] and b [k, n] along k or along their other axis.
+void product(int64_t m, int64_t n, int64_t k, bool a_along_k, bool b_along_k, bool tf32,
+             int processors) {
+  multiprocessor_count_is(processors);
+  const Matrix<float> a(m, k, !a_along_k), b(k, n, b_along_k);
+  const Memory<float> c(m * n);
+  Product<float> one{};
+  one.a = a.data();
+  one.a_row = {a.view().row_stride};
+  one.a_k = {a.view().column_stride};
+  one.b = b.data();
+  one.b_k = {b.view().row_stride};
+  one.b_column = {b.view().column_stride};
+  one.c = c.data();
+  one.c_row = {n};
+  one.c_column = {1};
+  one.m = m;
+  one.n = n;
+  one.k_end = k;
+  const std::string name = "multiply_all [" + std::to_string(m) + ", " + std::to_string(k) + "] " +
+                           (a_along_k ? "along" : "across") + " [" + std::to_string(k) + ", " +
+                           std::to_string(n) + "] " + (b_along_k ? "along" : "across") +
+                           (tf32 ? " tf32" : "");
+  if (multiply_all<float>({one}, tf32, nullptr) != cudaSuccess) {
+    return report(name + ": not launched", 1, 0);
+  }
+  report(name,
+         relative_error(
+             m * n, [&](int64_t e) { return c[e]; },
+             [&](int64_t e) {
+               double total = 0;
+               for (int64_t j = 0; j < k; ++j) total += a(e / n, j) * b(j, e % n);
+               return total;
+             }),
+         limit_of<float>(tf32));
+}
+
 }  // namespace
+
+void check_products(bool few) {
+  for (int64_t order = 0; order < 4; ++order) {
+    const bool a = order / 2 == 1, b = order % 2 == 1;
+    product(20, 36, 44, a, b, false, 2);
+    if (few) continue;
+    product(20, 36, 44, a, b, true, 2);
+    product(128, 124, 20, a, b, false, 1);
+    product(120, 128, 36, a, b, true, 1);
+  }
+}
 
 void check_kron_matmul(bool few) {
   kron<float>("float", {{2, 5, 7, 4, 6}}, true, false, 2);

@@ -7,6 +7,7 @@
 #include "input_covariance.h"
 #include "mirror.h"
 #include "output_hessian.h"
+#include "warp.h"
 
 namespace hesskern::cuda::check {
 
@@ -106,6 +107,7 @@ void half_covariance(const char* type) {
   covariance<In, float>(type, 272, 136, false, false, false, 1);
   covariance<In, float>(type, 31, 130, true, false, false, 1);
   covariance<In, float>(type, 272, 120, false, false, false, 1);
+  covariance<In, float>(type, 136, 40, false, true, false, 1);
 }
 
 // Non-negative data, where sums that are cut off instead of rounded all err to the same side.
@@ -124,6 +126,25 @@ void long_sum() {
   }
   run(InputCovariance<float, float>{x.data(), {d}, {1}, n, d, false, false, acc.sum}, acc,
       "input_covariance float [20000, 4] non-negative", 2e-6);
+}
+
+// One value that is no number spoils its row and column of the sum and nothing else.
+void not_a_number(float bad, bool tf32) {
+  multiprocessor_count_is(1);
+  constexpr int64_t n = 20, d = 8, at = 3;
+  const Memory<float> x(n * d);
+  for (int64_t i = 0; i < n * d; ++i) x[i] = static_cast<float>(normal());
+  x[7 * d + at] = bad;
+  Accumulator<float> acc(1, d, d, 1.0f);
+  const InputCovariance<float, float> call{x.data(), {d}, {1}, n, d, false, tf32, acc.sum};
+  const Memory<float> workspace(call.workspace());
+  bool good = call.run(workspace.data(), nullptr) == cudaSuccess;
+  for (int64_t i = 0; i < d; ++i) {
+    for (int64_t j = i; j < d; ++j) {
+      good = good && std::isfinite(acc.at(0, i, j)) == (i != at && j != at);
+    }
+  }
+  report("input_covariance of " + std::to_string(bad) + (tf32 ? " tf32" : ""), good ? 0 : 1, 0);
 }
 
 struct Shape {
@@ -274,11 +295,20 @@ void check_input_covariance(bool few) {
   covariance<float, float>("float", 45, 33, true, false, true, 1);
   covariance<float, float>("float", 400, 20, false, false, true, 4);
   covariance<float, float>("float", 400, 130, false, true, false, 4);
+  covariance<float, float>("float", 132, 40, false, true, true, 4);
+  covariance<float, float>("float", 36, 128, false, true, false, 1);
+  covariance<float, float>("float", 36, 128, false, true, true, 1);
+  covariance<float, float>("float", 300, 16, false, true, false, 4);
   half_covariance<BFloat16>("bfloat16");
   half_covariance<Float16>("float16");
   covariance<double, double>("double", 700, 70, true, false, false, 4);
   covariance<double, double>("double", 18, 130, false, true, false, 1);
   long_sum();
+  for (const bool tf32 : {false, true}) {
+    // The bits of the canonical NaN of CUDA, all of the fraction's.
+    not_a_number(float_of(0x7fffffffu), tf32);
+    not_a_number(-std::numeric_limits<float>::infinity(), tf32);
+  }
 }
 
 void check_conv_input_covariance(bool few) {

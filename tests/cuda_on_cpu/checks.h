@@ -10,6 +10,7 @@ void check_input_covariance(bool few);
 void check_conv_input_covariance(bool few);
 void check_output_hessian(bool few);
 void check_mirror(bool few);
+void check_products(bool few);
 void check_kron_matmul(bool few);
 void check_layer_hessian_matmul(bool few);
 

@@ -14,13 +14,14 @@ inline unsigned char* dynamic_shared() {
   return emulation::dynamic_shared();
 }
 
-// To nearest, ties away from zero, as cvt.rna does.
-inline float round_to_tf32(float value) {
+inline uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
-  if ((bits & 0x7f800000u) != 0x7f800000u) bits += 0x1000u;
-  bits &= 0xffffe000u;
-  std::memcpy(&value, &bits, sizeof(bits));
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
@@ -35,11 +36,7 @@ struct HalfOperands {
 
 // The low 13 bits of an operand do not enter.
 inline double operand(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  bits &= 0xffffe000u;
-  std::memcpy(&value, &bits, sizeof(bits));
-  return value;
+  return float_of(bits_of(value) & 0xffffe000u);
 }
 
 // Tensor cores cut off what does not fit instead of rounding it.
@@ -52,10 +49,7 @@ inline float cut_off(double value) {
 }
 
 inline double half_operand(uint16_t bits, BFloat16) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  std::memcpy(&value, &wide, sizeof(value));
-  return value;
+  return float_of(static_cast<uint32_t>(bits) << 16);
 }
 inline double half_operand(uint16_t bits, Float16) {
   _Float16 value;

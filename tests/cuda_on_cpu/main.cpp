@@ -25,6 +25,7 @@ int main(int count, char** arguments) {
       {"input_covariance", check::check_input_covariance},
       {"conv_input_covariance", check::check_conv_input_covariance},
       {"output_hessian", check::check_output_hessian},
+      {"products", check::check_products},
       {"kron_matmul", check::check_kron_matmul},
       {"layer_hessian_matmul", check::check_layer_hessian_matmul},
   };

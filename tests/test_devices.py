@@ -5,7 +5,7 @@ The tests marked ``cuda`` need a GPU and a build with CUDA: ``pytest -m cuda``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -196,6 +196,74 @@ def test_model_to_eigenpairs(device: str, output: str) -> None:
         torch.testing.assert_close(
             top.values.double().cpu(), torch.linalg.eigvalsh(dense).flip(0)[:3], rtol=1e-4, atol=0
         )
+
+
+@devices
+@pytest.mark.parametrize("output", ["exact", "empirical"])
+def test_autocast(device: str, output: str) -> None:
+    model, batches = network()
+    data, loss = [(x.to(device), y.to(device)) for x, y in batches], nn.CrossEntropyLoss()
+    exact = hk.kronecker_factors(model.to(device), data, loss, output=output)
+    with torch.autocast(device, torch.bfloat16):
+        found = hk.kronecker_factors(model, data, loss, output=output)
+    limit = 16 * torch.finfo(torch.bfloat16).eps
+    for name in exact:
+        for factor in ("input_covariance", "output_hessian"):
+            one, other = getattr(found[name], factor), getattr(exact[name], factor)
+            assert one.dtype == F32
+            assert_near(one.cpu(), other.double().cpu(), tolerance=limit)
+
+
+class Quietly:
+    """Data after whose first batch the host must not wait for the device."""
+
+    def __init__(self, data: list[tuple[Tensor, Tensor]]) -> None:
+        self._data = data
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield self._data[0]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield from self._data[1:]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not CUDA_KERNELS, reason="needs a GPU and CUDA kernels")
+class TestPasses:
+    @pytest.mark.parametrize("where", ["cpu", "cuda"])
+    @pytest.mark.parametrize("output", ["exact", "mc", "empirical"])
+    def test_nothing_waits_for_the_device(self, output: str, where: str) -> None:
+        model, batches = network()
+        there = [(x.to(where), y.to(where)) for x, y in batches]
+        loss, model = nn.CrossEntropyLoss(), model.cuda()
+        factors = hk.kronecker_factors(model, Quietly(there), loss, output=output)
+        expected = hk.kronecker_factors(model.cpu(), batches, loss, output=output)
+        for name in expected:
+            assert_near(
+                factors[name].output_hessian.cpu(), expected[name].output_hessian, tolerance=1e-4
+            )
+        model = model.cuda()
+        H = hk.layer_hessians(model, Quietly(there), loss)["4"]
+        again = hk.layer_hessians(model, Quietly(there), loss, memory_budget=0)["4"]
+        V = random((H.shape[0], 2), F32).cuda()
+        assert_near((again @ V).cpu(), (H @ V).double().cpu())
+
+    def test_a_bad_batch_is_found_at_the_end(self) -> None:
+        model, batches = network()
+        model = model.cuda()
+        good = [(x.cuda(), y.cuda()) for x, y in batches]
+        spoiled = (good[1][0].clone(), good[1][1])
+        spoiled[0][2, 0, 1, 1] = float("nan")
+        foreign = (good[1][0], torch.full_like(good[1][1], 4))
+        for bad, message in ((spoiled, "contain NaN or Inf in batch 1"), (foreign, "found 4")):
+            stream = hk.FactorAccumulator(model, nn.CrossEntropyLoss())
+            with pytest.raises(ValueError, match=message):
+                stream.consume([good[0], bad, good[2]])
+            expected = hk.kronecker_factors(model, good[:1], nn.CrossEntropyLoss())
+            for name, layer in stream.factors().items():
+                assert torch.equal(layer.output_hessian, expected[name].output_hessian)
 
 
 @pytest.mark.cuda

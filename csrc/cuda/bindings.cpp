@@ -24,7 +24,7 @@ namespace hesskern::cuda {
 
 namespace {
 
-// Elements converted to another dtype at a time, and elements of class means at a time.
+// Elements converted to another dtype at a time.
 constexpr int64_t kConvert = 1 << 26;
 
 // Whether torch.set_float32_matmul_precision allows less than float32.
@@ -175,14 +175,10 @@ void add_softmax_rows(const at::Tensor& acc, const at::Tensor& jacobian, const a
     call.position_stride = positions ? jacobian.stride(3) : 0;
     call.tf32 = tf32_allowed();
     call.sum = sum_into<scalar_t>(acc, alpha);
-    const int64_t n = jacobian.size(0);
-    const int64_t step = std::clamp<int64_t>(kConvert / (call.outputs * call.positions), 1, n);
-    for (int64_t first = 0; first < n; first += step) {
-      call.samples = std::min(step, n - first);
-      call.jacobian = jacobian.const_data_ptr<scalar_t>() + first * call.sample_stride;
-      call.probabilities = p.const_data_ptr<scalar_t>() + first * call.classes;
-      launch_with_workspace<scalar_t>(call, acc);
-    }
+    call.samples = jacobian.size(0);
+    call.jacobian = jacobian.const_data_ptr<scalar_t>();
+    call.probabilities = p.const_data_ptr<scalar_t>();
+    launch_with_workspace<scalar_t>(call, acc);
   });
 }
 

@@ -1,14 +1,16 @@
 // Output Hessian of softmax cross-entropy: acc += alpha sum (rows of Q G)^T (rows of Q G) with
 // Q G = sqrt(p_c) (g_c - sum_c' p_c' g_c').
 //
-// Up to 32 classes: a tile of 32 rows takes whole samples; the thread that reads the classes of one
-// output centres and scales them on their way into shared memory, so that G is read once per row
-// of tiles: once in all for m <= 128, which memory bounds. More classes: their means first, then
-// rows centred as they are read, so that G is read twice.
-// N t (c m (m + 1)) operations on one triangle, three times on tensor cores.
+// Up to 32 classes, rows of G at multiples of 16 bytes: a tile of 128 x 128 (or 64 x 64) takes up
+// to 32 rows, whole samples, which are copied to shared memory three tiles ahead and centred and
+// scaled there, so that G is read once per row of tiles: once in all for m <= 128, which memory
+// bounds. More classes, or another layout: some samples at a time are centred into a workspace,
+// whose covariance follows (input_covariance.cu). N t (c m (m + 1)) operations on one triangle,
+// three times on tensor cores.
 #include <cmath>
 
 #include "elements.h"
+#include "input_covariance.h"
 #include "output_hessian.h"
 #include "stage.h"
 #include "symmetric.h"
@@ -17,184 +19,225 @@ namespace hesskern::cuda {
 
 namespace {
 
-// Rows of a tile: whole samples of up to that many classes, or rows on their own.
-constexpr int kSampleDepth = 32, kRowDepth = 16;
+// Rows of a tile: whole samples of up to that many classes.
+constexpr int kSampleDepth = 32;
+// Elements that are centred into the workspace at a time: 64 MB of float32.
+constexpr int64_t kCentred = 1 << 24;
 
-// A sample and one of its positions.
-struct Place {
-  int64_t sample, position;
-};
-
-template <typename T>
-__device__ inline Place place_of(const OutputHessian<T>& call, int64_t index) {
-  return {index / call.positions, index % call.positions};
-}
-
-template <typename T>
-__device__ inline const T* values_of(const OutputHessian<T>& call, Place place, int64_t output) {
-  return call.jacobian + place.sample * call.sample_stride + output * call.output_stride +
-         place.position * call.position_stride;
-}
-
-// Rows of whole samples: what Stage is to single elements.
-template <typename T>
-struct WholeSamples {
-  using Value = T;
-  OutputHessian<T> call;
-  __device__ void select(int64_t) {}
-};
-
-template <typename T, int Extent>
-class CentredStage {
- public:
-  using Value = T;
-  using Layout = TileLayout<T, Extent, kSampleDepth>;
-  static constexpr int kBuffers = 2;
-  static constexpr size_t kTableBytes = 0;
-
-  __device__ CentredStage(const WholeSamples<T>& source, bool along_k, int64_t first,
-                          unsigned char*)
-      : call_(source.call), layout_(along_k), first_output_(first) {}
-
-  __device__ const Layout& layout() const { return layout_; }
-  __device__ void load(int64_t k) { tile_ = k / kSampleDepth; }
-
-  __device__ void store(T* tile) const {
-    const int classes = static_cast<int>(call_.classes), samples = kSampleDepth / classes;
-    for (int pair = static_cast<int>(threadIdx.x); pair < samples * Extent; pair += kThreads) {
-      const int i = pair % Extent, row = pair / Extent * classes;
-      const int64_t index = tile_ * samples + pair / Extent, output = first_output_ + i;
-      if (index < call_.samples * call_.positions && output < call_.outputs) {
-        const Place place = place_of(call_, index);
-        const T* values = values_of(call_, place, output);
-        const T* p = call_.probabilities + place.sample * call_.classes;
-        T mean = T(0);
-        for (int c = 0; c < classes; ++c) {
-          const T value = values[c * call_.class_stride];
-          tile[layout_.index(row + c, i)] = value;
-          mean += p[c] * value;
-        }
-        for (int c = 0; c < classes; ++c) {
-          T& value = tile[layout_.index(row + c, i)];
-          value = std::sqrt(p[c]) * (value - mean);
-        }
-      } else {
-        for (int c = 0; c < classes; ++c) tile[layout_.index(row + c, i)] = T(0);
-      }
-    }
-    const int used = samples * classes;
-    for (int rest = static_cast<int>(threadIdx.x); rest < (kSampleDepth - used) * Extent;
-         rest += kThreads) {
-      tile[layout_.index(used + rest / Extent, rest % Extent)] = T(0);
+// How the rows of a tile's samples are centred: weights [rows] are their probabilities.
+template <int Extent>
+__device__ void centre(float* tile, const TileLayout<float, Extent, kSampleDepth>& layout,
+                       const float* weights, int classes) {
+  const int pairs = kSampleDepth / classes * Extent;
+  for (int pair = static_cast<int>(threadIdx.x); pair < pairs; pair += kThreads) {
+    const int first = pair / Extent * classes, i = pair % Extent;
+    float mean = 0.0f;
+#pragma unroll 4
+    for (int c = 0; c < classes; ++c) mean += weights[first + c] * tile[layout.index(first + c, i)];
+#pragma unroll 4
+    for (int c = 0; c < classes; ++c) {
+      float& value = tile[layout.index(first + c, i)];
+      value = square_root(weights[first + c]) * (value - mean);
     }
   }
+}
 
- private:
-  const OutputHessian<T>& call_;
-  Layout layout_;
-  int64_t first_output_, tile_ = 0;
+template <class Tile>
+struct CentredMemory {
+  using Copies = CopyStage<float, Tile::kRows, kSampleDepth>;
+  using Tiles = ProductMemory<Copies, Copies>;
+  static constexpr int kAhead = Tiles::kBuffers - 1;
+  static constexpr size_t kBytes = Tiles::kBytes + Tiles::kBuffers * kSampleDepth * sizeof(float);
+
+  __device__ static float* tiles(int step) {
+    return Tiles::tiles() + (step & kAhead) * Tiles::kSize;
+  }
+  __device__ static float* weights(int step) {
+    return reinterpret_cast<float*>(dynamic_shared() + Tiles::kBytes) +
+           (step & kAhead) * kSampleDepth;
+  }
 };
 
-// mean [N t, m] := sum_c p_c g_c
+// partial as in symmetric_kernel; rows of the plan are those of the tiles, full or not.
+template <class Tile>
+__global__ void __launch_bounds__(kThreads, blocks_per_processor<Tile>())
+    centred_kernel(OutputHessian<float> call, int64_t rows, SymmetricPlan plan, float* partial) {
+  using Memory = CentredMemory<Tile>;
+  const SymmetricBlock<Tile> block(plan, call.sum.order, rows);
+  const int classes = static_cast<int>(call.classes), used = kSampleDepth / classes * classes;
+  const Elements<float> elements{
+      call.jacobian, {call.class_stride}, {1}, call.samples * call.classes, call.outputs};
+  typename Memory::Copies a(elements, false, block.row0, nullptr, used);
+  typename Memory::Copies b(elements, false, block.column0, nullptr, used);
+  int64_t row = block.begin / kSampleDepth * used;
+  a.start(row);
+  b.start(row);
+  const int steps =
+      block.begin < block.end ? static_cast<int>((block.end - block.begin) / kSampleDepth) : 0;
+  const auto start = [&](int step) {
+    if (step < steps) {
+      a.copy(Memory::tiles(step));
+      if (!block.diagonal) b.copy(Memory::tiles(step) + Memory::Tiles::kSizeA);
+      const int thread = static_cast<int>(threadIdx.x);
+      if (thread < kSampleDepth) {
+        const bool inside = thread < used && row + thread < elements.k_end;
+        copy_word(Memory::weights(step) + thread, call.probabilities + (inside ? row + thread : 0),
+                  inside);
+      }
+      row += used;
+    }
+    close_copies();
+  };
+  Tile tile;
+#pragma unroll
+  for (int step = 0; step < Memory::kAhead; ++step) start(step);
+  for (int step = 0; step < steps; ++step) {
+    wait_for_copies<Memory::kAhead - 1>();
+    __syncthreads();
+    start(step + Memory::kAhead);
+    float *left = Memory::tiles(step), *right = left + Memory::Tiles::kSizeA;
+    centre<Tile::kRows>(left, a.layout(), Memory::weights(step), classes);
+    if (!block.diagonal) centre<Tile::kRows>(right, b.layout(), Memory::weights(step), classes);
+    __syncthreads();
+    tile.add(left, a.layout(), block.diagonal ? left : right, b.layout());
+  }
+  block.finish(tile, call.sum, partial);
+}
+
+// out := the rows of Q G: element (n, t, c), i at row k = (n t + t) c + c of [k, pitch], or, along
+// positions, at k = (n c + c) t + t of [m, pitch].
 template <typename T>
-__global__ void __launch_bounds__(kThreads) mean_kernel(OutputHessian<T> call, T* mean) {
+__global__ void __launch_bounds__(kThreads)
+    centre_kernel(OutputHessian<T> call, bool along_positions, int64_t pitch, T* out) {
   const int64_t count = call.samples * call.positions * call.outputs;
   for (int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; index < count;
        index += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const Place place = place_of(call, index / call.outputs);
-    const T* values = values_of(call, place, index % call.outputs);
-    const T* p = call.probabilities + place.sample * call.classes;
-    T total = T(0);
-    for (int64_t c = 0; c < call.classes; ++c) total += p[c] * values[c * call.class_stride];
-    mean[index] = total;
+    const int64_t inner = along_positions ? call.positions : call.outputs;
+    const int64_t middle = along_positions ? call.outputs : call.positions;
+    const int64_t sample = index / inner / middle, second = index / inner % middle;
+    const int64_t i = along_positions ? second : index % inner;
+    const int64_t position = along_positions ? index % inner : second;
+    const T* values = call.jacobian + sample * call.sample_stride + i * call.output_stride +
+                      position * call.position_stride;
+    const T* p = call.probabilities + sample * call.classes;
+    T* target = along_positions
+                    ? out + i * pitch + sample * call.classes * call.positions + position
+                    : out + (sample * call.positions + position) * call.classes * pitch + i;
+    const int64_t step = along_positions ? call.positions : pitch;
+    T mean = T(0);
+    for (int64_t c = 0; c < call.classes; ++c) mean += p[c] * values[c * call.class_stride];
+    for (int64_t c = 0; c < call.classes; ++c) {
+      target[c * step] = std::sqrt(p[c]) * (values[c * call.class_stride] - mean);
+    }
   }
 }
 
-// Row (n, t, c), centred by the means as it is read.
 template <typename T>
-struct CentredRows {
-  using Value = T;
-  OutputHessian<T> call;
-  const T* mean;
+bool rows_are_copied(const OutputHessian<T>& call) {
+  if (sizeof(T) == 8 || call.classes > kSampleDepth || call.positions > 1) return false;
+  return copies_in_pieces(call.jacobian, {call.output_stride}, {call.class_stride}) &&
+         (call.samples == 1 || call.sample_stride == call.classes * call.class_stride);
+}
 
-  struct Row {
-    const T* values;
-    const T* mean;
-    T scale;
-  };
-  struct Column {
-    int64_t offset, output;
-  };
+template <class Visit>
+auto with_tile(const OutputHessian<float>& call, Visit visit) {
+  return with_symmetric_tile<float, kSampleDepth>(call.outputs, call.tf32, visit);
+}
 
-  __device__ void select(int64_t) {}
-  __device__ Row row(int64_t k) const {
-    const int64_t c = k % call.classes, index = k / call.classes;
-    if (index >= call.samples * call.positions) return {call.jacobian, mean, T(0)};
-    const Place place = place_of(call, index);
-    return {values_of(call, place, 0) + c * call.class_stride, mean + index * call.outputs,
-            std::sqrt(call.probabilities[place.sample * call.classes + c])};
+// Rows of the tiles, those included that no sample fills.
+int64_t tile_rows(const OutputHessian<float>& call) {
+  return ceil_div(call.samples, kSampleDepth / call.classes) * kSampleDepth;
+}
+
+// The samples that are centred at a time, and what becomes of them.
+template <typename T>
+struct CentredSamples {
+  int64_t samples, pitch, size;
+  bool along_positions;
+
+  explicit CentredSamples(const OutputHessian<T>& call)
+      : samples(std::clamp<int64_t>(kCentred / (call.classes * call.outputs * call.positions), 1,
+                                    call.samples)),
+        along_positions(call.positions > 1 && call.position_stride == 1) {
+    const int64_t rows = samples * call.classes * call.positions;
+    // Rows that can be copied in pieces.
+    pitch = ceil_div(along_positions ? rows : call.outputs, 4) * 4;
+    size = pitch * (along_positions ? call.outputs : rows);
   }
-  __device__ Column column(int64_t i) const { return {i * call.output_stride, i}; }
-  __device__ T load(const Row& row, const Column& column) const {
-    if (row.scale == T(0) || column.output >= call.outputs) return T(0);
-    return row.scale * (row.values[column.offset] - row.mean[column.output]);
+
+  InputCovariance<T, T> covariance(const OutputHessian<T>& call, const T* rows,
+                                   int64_t count) const {
+    const Axis along{1}, across{pitch};
+    return {rows,
+            along_positions ? along : across,
+            along_positions ? across : along,
+            count * call.classes * call.positions,
+            call.outputs,
+            false,
+            call.tf32,
+            call.sum};
   }
 };
 
 template <typename T>
-bool whole_samples(const OutputHessian<T>& call) {
-  return call.classes <= kSampleDepth;
-}
-
-template <typename T, class Visit>
-auto with_tile(const OutputHessian<T>& call, Visit visit) {
-  return whole_samples(call) ? with_symmetric_tile<T, kSampleDepth>(call.outputs, call.tf32, visit)
-                             : with_symmetric_tile<T, kRowDepth>(call.outputs, call.tf32, visit);
+int64_t covariance_workspace(const OutputHessian<T>& call, const CentredSamples<T>& part) {
+  const int64_t last = (call.samples - 1) % part.samples + 1;
+  return std::max(part.covariance(call, nullptr, part.samples).workspace(),
+                  part.covariance(call, nullptr, last).workspace());
 }
 
 template <typename T>
-int64_t row_count(const OutputHessian<T>& call) {
-  const int64_t places = call.samples * call.positions;
-  if (!whole_samples(call)) return places * call.classes;
-  return ceil_div(places, kSampleDepth / call.classes) * kSampleDepth;
-}
-
-template <typename T>
-int64_t mean_size(const OutputHessian<T>& call) {
-  return whole_samples(call) ? 0 : call.samples * call.positions * call.outputs;
+cudaError_t run_centred(const OutputHessian<T>& call, T* workspace, cudaStream_t stream) {
+  const CentredSamples<T> part(call);
+  for (int64_t first = 0; first < call.samples; first += part.samples) {
+    OutputHessian<T> some = call;
+    some.samples = std::min(part.samples, call.samples - first);
+    some.jacobian += first * call.sample_stride;
+    some.probabilities += first * call.classes;
+    const int64_t count = some.samples * call.positions * call.outputs;
+    const int64_t blocks = std::min<int64_t>(ceil_div(count, kThreads), 16 * multiprocessors());
+    cudaError_t error =
+        launch(centre_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream,
+               some, part.along_positions, part.pitch, workspace);
+    if (error == cudaSuccess) {
+      error = part.covariance(call, workspace, some.samples).run(workspace + part.size, stream);
+    }
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace
 
 template <typename T>
 int64_t OutputHessian<T>::workspace() const {
-  return mean_size(*this) + with_tile(*this, [&](auto tag) {
-           using Tile = typename decltype(tag)::Type;
-           return symmetric_workspace<Tile>(plan_symmetric<Tile>(1, outputs, row_count(*this)), 1);
-         });
+  if constexpr (sizeof(T) == 4) {
+    if (rows_are_copied(*this)) {
+      return with_tile(*this, [&](auto tag) {
+        using Tile = typename decltype(tag)::Type;
+        return symmetric_workspace<Tile>(plan_symmetric<Tile>(1, outputs, tile_rows(*this)), 1);
+      });
+    }
+  }
+  const CentredSamples<T> part(*this);
+  return part.size + covariance_workspace(*this, part);
 }
 
 template <typename T>
 cudaError_t OutputHessian<T>::run(T* workspace, cudaStream_t stream) const {
-  const int64_t rows = row_count(*this), means = mean_size(*this);
-  if (means > 0) {
-    const int64_t blocks = std::min<int64_t>(ceil_div(means, kThreads), 16 * multiprocessors());
-    const cudaError_t error = launch(mean_kernel<T>, dim3(static_cast<unsigned>(blocks)),
-                                     dim3(kThreads), 0, stream, *this, workspace);
-    if (error != cudaSuccess) return error;
-  }
-  return with_tile(*this, [&](auto tag) {
-    using Tile = typename decltype(tag)::Type;
-    const SymmetricPlan plan = plan_symmetric<Tile>(1, outputs, rows);
-    if constexpr (Tile::kDepth == kSampleDepth) {
-      return update_symmetric<Tile, CentredStage<T, Tile::kRows>, Order::kAlongI>(
-          WholeSamples<T>{*this}, false, rows, plan, sum, workspace, stream);
-    } else {
-      using Source = CentredRows<T>;
-      return update_symmetric<Tile, Stage<Source, Tile::kRows, Tile::kDepth>, Order::kEither>(
-          Source{*this, workspace}, output_stride != 1, rows, plan, sum, workspace + means, stream);
+  if constexpr (sizeof(T) == 4) {
+    if (rows_are_copied(*this)) {
+      return with_tile(*this, [&](auto tag) {
+        using Tile = typename decltype(tag)::Type;
+        const int64_t rows = tile_rows(*this);
+        const SymmetricPlan plan = plan_symmetric<Tile>(1, outputs, rows);
+        return launch_symmetric<Tile>(
+            centred_kernel<Tile>, CentredMemory<Tile>::kBytes, plan, sum, workspace, stream,
+            [&](auto start, float* partial) { return start(*this, rows, plan, partial); });
+      });
     }
-  });
+  }
+  return run_centred(*this, workspace, stream);
 }
 
 template struct OutputHessian<float>;

@@ -112,8 +112,14 @@ class CopyStage {
   static_assert(kCount * kThreads * kPiece == Extent * Depth);
   static_assert(Layout::kSize * sizeof(Value) % 16 == 0);
 
-  __device__ CopyStage(const Elements<Value>& source, bool along_k, int64_t first, unsigned char*)
-      : layout_(along_k), along_k_(along_k), row_step_(source.k_axis.step), k_end_(source.k_end) {
+  // rows: of a tile that hold something; the others are zero.
+  __device__ CopyStage(const Elements<Value>& source, bool along_k, int64_t first, unsigned char*,
+                       int rows = Depth)
+      : layout_(along_k),
+        along_k_(along_k),
+        rows_(rows),
+        row_step_(source.k_axis.step),
+        k_end_(source.k_end) {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       const int64_t columns = source.i_end - first - column(n);
@@ -132,9 +138,9 @@ class CopyStage {
     for (int n = 0; n < kCount; ++n) from_[n] += k * row_step_;
   }
 
-  // Starts to copy the next Depth rows to tile [kSize].
+  // Starts to copy the next rows to tile [kSize].
   __device__ void copy(Value* tile) {
-    const int rows = left_ < Depth ? static_cast<int>(left_) : Depth;
+    const int rows = left_ < rows_ ? static_cast<int>(left_) : rows_;
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       const int here = rows - row(n);
@@ -142,9 +148,9 @@ class CopyStage {
       if (along_k_) count = inside_[n] == 0 || here < 0 ? 0 : here < kPiece ? here : kPiece;
       copy_piece(tile + layout_.index(row(n), column(n)), from_[n],
                  count * static_cast<int>(sizeof(Value)));
-      from_[n] += Depth * row_step_;
+      from_[n] += rows_ * row_step_;
     }
-    left_ -= Depth;
+    left_ -= rows_;
   }
 
  private:
@@ -159,6 +165,7 @@ class CopyStage {
 
   Layout layout_;
   bool along_k_;
+  int rows_;
   int64_t row_step_, k_end_, left_ = 0;
   const Value* from_[kCount];
   int inside_[kCount];

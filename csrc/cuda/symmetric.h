@@ -91,35 +91,52 @@ SymmetricPlan plan_symmetric(int64_t groups, int64_t order, int64_t rows) {
   return best;
 }
 
-// partial [groups, tiles, splits, rows x columns of a tile]; null with one split.
+// What one block does of a plan: a tile of one group's sum, over some rows.
+template <class Tile>
+struct SymmetricBlock {
+  int64_t group, row0, column0, begin, end, part;
+  bool diagonal;
+
+  __device__ SymmetricBlock(const SymmetricPlan& plan, int64_t order, int64_t rows) {
+    static_assert(Tile::kRows == Tile::kColumns);
+    // Neighbouring blocks take different tiles of the same rows, which they find in the L2 cache.
+    const int64_t item = blockIdx.x;
+    const int64_t index = item % plan.tiles, split = item / plan.tiles % plan.splits;
+    group = item / plan.tiles / plan.splits;
+    const TilePlace place = triangle_place(index, ceil_div(order, Tile::kRows));
+    row0 = place.row * Tile::kRows;
+    column0 = place.column * Tile::kColumns;
+    diagonal = place.row == place.column;
+    begin = split * plan.split_rows;
+    end = begin + plan.split_rows < rows ? begin + plan.split_rows : rows;
+    part = (group * plan.tiles + index) * plan.splits + split;
+  }
+
+  // The tile to the sum, or to its place in partial [groups, tiles, splits, rows x columns of a
+  // tile], which is null with one split.
+  template <typename Sum>
+  __device__ void finish(Tile& tile, const SymmetricSum<Sum>& sum, Sum* partial) const {
+    if (partial == nullptr) {
+      tile.each([&](int i, int j, Sum value) { add_to(sum, group, row0 + i, column0 + j, value); });
+      return;
+    }
+    Sum* out = partial + part * (Tile::kRows * Tile::kColumns);
+    tile.each([&](int i, int j, Sum value) { out[i * Tile::kColumns + j] = value; });
+  }
+};
+
 template <class Tile, class StageType, Order kOrder, class Source>
 __global__ void __launch_bounds__(kThreads, blocks_per_processor<Tile>())
     symmetric_kernel(Source source, bool along_k, int64_t rows, SymmetricPlan plan,
                      SymmetricSum<typename Tile::Sum> sum, typename Tile::Sum* partial) {
-  using Sum = typename Tile::Sum;
-  static_assert(Tile::kRows == Tile::kColumns);
-  // Neighbouring blocks take different tiles of the same rows, which they find in the L2 cache.
-  const int64_t item = blockIdx.x;
-  const int64_t tile_index = item % plan.tiles, split = item / plan.tiles % plan.splits;
-  const int64_t group = item / plan.tiles / plan.splits;
-  const TilePlace place = triangle_place(tile_index, ceil_div(sum.order, Tile::kRows));
-  const int64_t row0 = place.row * Tile::kRows, column0 = place.column * Tile::kColumns;
-  const int64_t begin = split * plan.split_rows;
-  const int64_t end = begin + plan.split_rows < rows ? begin + plan.split_rows : rows;
-
-  source.select(group);
+  const SymmetricBlock<Tile> block(plan, sum.order, rows);
+  source.select(block.group);
   Tile tile;
   using Memory = ProductMemory<StageType, StageType>;
-  StageType a(source, is_along_k<kOrder>(along_k), row0, Memory::table_a());
-  StageType b(source, is_along_k<kOrder>(along_k), column0, Memory::table_b());
-  multiply(tile, a, b, place.row == place.column, begin, end);
-  if (partial == nullptr) {
-    tile.each([&](int i, int j, Sum value) { add_to(sum, group, row0 + i, column0 + j, value); });
-    return;
-  }
-  const int64_t part = (group * plan.tiles + tile_index) * plan.splits + split;
-  Sum* out = partial + part * (Tile::kRows * Tile::kColumns);
-  tile.each([&](int i, int j, Sum value) { out[i * Tile::kColumns + j] = value; });
+  StageType a(source, is_along_k<kOrder>(along_k), block.row0, Memory::table_a());
+  StageType b(source, is_along_k<kOrder>(along_k), block.column0, Memory::table_b());
+  multiply(tile, a, b, block.diagonal, block.begin, block.end);
+  block.finish(tile, sum, partial);
 }
 
 // Adds the partial sums of every tile in the order of the splits.
@@ -143,22 +160,37 @@ int64_t symmetric_workspace(const SymmetricPlan& plan, int64_t groups) {
   return plan.splits == 1 ? 0 : groups * plan.tiles * plan.splits * Tile::kRows * Tile::kColumns;
 }
 
-template <class Tile, class StageType, Order kOrder, class Source>
-cudaError_t update_symmetric(const Source& source, bool along_k, int64_t rows,
-                             const SymmetricPlan& plan, const SymmetricSum<typename Tile::Sum>& sum,
-                             typename Tile::Sum* workspace, cudaStream_t stream) {
+// Starts a kernel with one block per tile and split, by start(launcher, partial), and adds up what
+// it leaves in the workspace.
+template <class Tile, class Kernel, class Start>
+cudaError_t launch_symmetric(Kernel kernel, size_t shared_bytes, const SymmetricPlan& plan,
+                             const SymmetricSum<typename Tile::Sum>& sum,
+                             typename Tile::Sum* workspace, cudaStream_t stream, Start start) {
   using Sum = typename Tile::Sum;
   const int64_t tiles = sum.groups * plan.tiles;
   Sum* partial = plan.splits == 1 ? nullptr : workspace;
-  const cudaError_t error = launch(symmetric_kernel<Tile, StageType, kOrder, Source>,
-                                   dim3(static_cast<unsigned>(tiles * plan.splits)), dim3(kThreads),
-                                   ProductMemory<StageType, StageType>::kBytes, stream, source,
-                                   along_k, rows, plan, sum, partial);
+  const cudaError_t error = start(
+      [&](const auto&... arguments) {
+        return launch(kernel, dim3(static_cast<unsigned>(tiles * plan.splits)), dim3(kThreads),
+                      shared_bytes, stream, arguments...);
+      },
+      partial);
   if (error != cudaSuccess || partial == nullptr) return error;
   constexpr int kSide = Tile::kRows;
   return launch(add_partial_kernel<Sum, kSide>,
                 dim3(static_cast<unsigned>(tiles * ceil_div(kSide * kSide, kThreads))),
                 dim3(kThreads), 0, stream, plan, sum, partial);
+}
+
+template <class Tile, class StageType, Order kOrder, class Source>
+cudaError_t update_symmetric(const Source& source, bool along_k, int64_t rows,
+                             const SymmetricPlan& plan, const SymmetricSum<typename Tile::Sum>& sum,
+                             typename Tile::Sum* workspace, cudaStream_t stream) {
+  return launch_symmetric<Tile>(symmetric_kernel<Tile, StageType, kOrder, Source>,
+                                ProductMemory<StageType, StageType>::kBytes, plan, sum, workspace,
+                                stream, [&](auto start, typename Tile::Sum* partial) {
+                                  return start(source, along_k, rows, plan, sum, partial);
+                                });
 }
 
 }  // namespace hesskern::cuda

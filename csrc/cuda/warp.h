@@ -92,6 +92,21 @@ __device__ inline void copy_piece(void* shared, const void* global, int bytes) {
                : "memory");
 }
 
+// Starts to copy 4 bytes from global to shared memory, or zeros where not inside.
+__device__ inline void copy_word(float* shared, const float* global, bool inside) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(global),
+               "r"(inside ? 4 : 0)
+               : "memory");
+}
+
+// Square root to within one unit in the last place or two.
+__device__ inline float square_root(float value) {
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(value));
+  return root;
+}
+
 // The thread's copies since the last call are one group.
 __device__ inline void close_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -332,6 +332,13 @@ void check_output_hessian(bool few) {
   output<float>("float", 7, 10, 20, 1, false, false, 2);
   if (few) return;
   output<float>("float", 1, 2, 1, 1, false, false, 1);
+  // Rows that are copied: whole samples fill a tile or do not, splits, both sizes of tiles.
+  output<float>("float", 1, 2, 4, 1, false, false, 1);
+  output<float>("float", 40, 32, 68, 1, false, false, 4);
+  output<float>("float", 301, 10, 12, 1, false, false, 4);
+  output<float>("float", 30, 3, 128, 1, false, false, 1);
+  output<float>("float", 30, 17, 124, 1, false, true, 1);
+  output<float>("float", 6, 7, 41, 1, false, true, 2);
   output<float>("float", 40, 32, 65, 1, false, false, 4);
   output<float>("float", 30, 3, 130, 1, false, false, 1);
   output<float>("float", 5, 40, 70, 1, false, false, 2);

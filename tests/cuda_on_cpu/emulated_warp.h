@@ -122,7 +122,14 @@ inline void load_matrices(uint32_t (&words)[4], const void* row, bool transposed
 }
 
 inline void copy_piece(void* shared, const void* global, int bytes) {
-  emulation::start_copy(shared, global, bytes);
+  emulation::start_copy(shared, global, bytes, 16);
+}
+inline void copy_word(float* shared, const float* global, bool inside) {
+  emulation::start_copy(shared, global, inside ? 4 : 0, 4);
+}
+// A unit off, as the device's may be.
+inline float square_root(float value) {
+  return value == 0.0f ? 0.0f : std::nextafter(std::sqrt(value), 2.0f * value + 1.0f);
 }
 inline void close_copies() {
   emulation::close_copies();

@@ -38,7 +38,7 @@ struct Warp;
 struct Copy {
   void* shared;
   const void* global;
-  int bytes;
+  int bytes, size;
 };
 
 struct Thread {
@@ -306,12 +306,13 @@ const void* warp_exchange(const void* value, size_t size) {
   return current->warp->slots;
 }
 
-void start_copy(void* shared, const void* global, int bytes) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
-      reinterpret_cast<uintptr_t>(global) % 16 != 0 || bytes < 0 || bytes > 16) {
-    fail("a copy of 16 bytes is not aligned, or not of 0 to 16 bytes");
+void start_copy(void* shared, const void* global, int bytes, int size) {
+  const uintptr_t places =
+      reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global);
+  if (places % static_cast<uintptr_t>(size) != 0 || bytes < 0 || bytes > size) {
+    fail("a copy to shared memory is not aligned, or larger than what it fills");
   }
-  current->copies.back().push_back({shared, global, bytes});
+  current->copies.back().push_back({shared, global, bytes, size});
 }
 
 void close_copies() {
@@ -322,7 +323,7 @@ void wait_for_copies(int latest_groups_left) {
   std::deque<std::vector<Copy>>& groups = current->copies;
   while (groups.size() > static_cast<size_t>(latest_groups_left) + 1) {
     for (const Copy& copy : groups.front()) {
-      std::memset(copy.shared, 0, 16);
+      std::memset(copy.shared, 0, static_cast<size_t>(copy.size));
       std::memcpy(copy.shared, copy.global, static_cast<size_t>(copy.bytes));
     }
     groups.pop_front();

@@ -67,9 +67,9 @@ void warp_barrier();
 // warp's next barrier.
 const void* warp_exchange(const void* value, size_t size);
 
-// Copies 16 bytes to shared memory, the first bytes of them from global and zeros behind: not
-// before the thread waits for the group that the copy belongs to.
-void start_copy(void* shared, const void* global, int bytes);
+// Copies size bytes (4 or 16) to shared memory, the first bytes of them from global and zeros
+// behind: not before the thread waits for the group that the copy belongs to.
+void start_copy(void* shared, const void* global, int bytes, int size);
 void close_copies();
 void wait_for_copies(int latest_groups_left);
 

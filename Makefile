@@ -100,15 +100,15 @@ cuda-compile: ## every .cu file with nvcc alone, warnings and spills as errors; 
 # Not position-independent, so that addresses are those of the symbols.
 EMULATED_address = -O1 -no-pie -fsanitize=address,undefined -fno-sanitize-recover=undefined
 EMULATED_thread = -O1 -fsanitize=thread -DHESSKERN_EMULATE_THREADS
-EMULATED_SOURCES := $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*.cpp)
-EMULATED_HEADERS := $(wildcard csrc/cuda/*.h tests/cuda_on_cpu/*.h)
+EMULATED_SOURCES := $(wildcard csrc/cuda/*.cu tests/cuda_on_cpu/*.cpp) csrc/conv_plan.cpp
+EMULATED_HEADERS := $(wildcard csrc/cuda/*.h tests/cuda_on_cpu/*.h) csrc/conv_plan.h
 EMULATED = build/cuda-emulate
 
 define emulated_build
 $(EMULATED)/$(1)/%.o: % $(EMULATED_HEADERS)
 	@mkdir -p $$(@D)
 	$$$${CXX:-c++} -std=c++17 -g1 -Wall -Wextra -Wno-unknown-pragmas -Werror $$(EMULATED_$(1)) \
-		-Itests/cuda_on_cpu -Icsrc/cuda -x c++ -c $$< -o $$@
+		-Itests/cuda_on_cpu -Icsrc/cuda -Icsrc -x c++ -c $$< -o $$@
 
 $(EMULATED)/$(1)/cuda_on_cpu: $(EMULATED_SOURCES:%=$(EMULATED)/$(1)/%.o)
 	$$$${CXX:-c++} $$(EMULATED_$(1)) $$^ -o $$@ -pthread

@@ -41,39 +41,6 @@ struct Product {
   std::vector<std::pair<int64_t, int>> terms, transposed;  // term, sign
 };
 
-// Lags and singles of an axis in one list.
-struct AxisProduct {
-  bool single;
-  int64_t a, b;  // phases or borders
-  int64_t lag;   // 0 for singles
-  std::vector<std::pair<int64_t, int>> terms;
-};
-
-std::vector<AxisProduct> axis_products(const ConvAxis& axis) {
-  std::vector<AxisProduct> list;
-  for (const auto& lag : axis.lags) {
-    list.push_back({false, lag.phase_a, lag.phase_b, lag.lag, {{lag.term, 1}}});
-  }
-  for (size_t i = 0; i < axis.singles.size(); ++i) {
-    list.push_back({true, axis.border_a[i], axis.border_b[i], 0, axis.singles[i].terms});
-  }
-  return list;
-}
-
-// Index of the product with the sides of product i exchanged.
-std::vector<int64_t> exchanged(const std::vector<AxisProduct>& list) {
-  std::vector<int64_t> other(list.size(), -1);
-  for (size_t i = 0; i < list.size(); ++i) {
-    for (size_t j = 0; j < list.size(); ++j) {
-      if (list[i].single == list[j].single && list[i].a == list[j].b && list[i].b == list[j].a &&
-          list[i].lag == -list[j].lag) {
-        other[i] = static_cast<int64_t>(j);
-      }
-    }
-  }
-  return other;
-}
-
 template <class T>
 struct Lags {
   const ConvCall& call;

@@ -1,10 +1,14 @@
 // Input covariance of a convolution: acc += alpha sum_n X_n X_n^T over unfolded samples X_n.
 //
-// The kernel of input_covariance.cu over rows that are read from the image itself: row
+// Where lags pay, those of conv_lags.cu; otherwise
+// the kernel of input_covariance.cu over rows that are read from the image itself: row
 // (n, oy, ox), column (channel, ky, kx). Nothing unfolded is written; neighbouring threads take
 // neighbouring positions, and an image's values are read again for every offset from the caches.
 // N P d^2 operations on one triangle (three times on tensor cores): bound by these.
+#include <type_traits>
+
 #include "conv_input_covariance.h"
+#include "conv_lags.h"
 #include "elements.h"
 #include "stage.h"
 #include "symmetric.h"
@@ -53,6 +57,10 @@ constexpr int kDepth = 16;
 
 template <typename In, typename T>
 int64_t ConvInputCovariance<In, T>::workspace() const {
+  if constexpr (std::is_same_v<T, float>) {
+    const ConvLags<In> lags{*this};
+    if (lags.pays()) return lags.workspace();
+  }
   return with_symmetric_tile<In, kDepth>(sum.order, tf32, [&](auto tag) {
     using Tile = typename decltype(tag)::Type;
     return symmetric_workspace<Tile>(
@@ -62,6 +70,10 @@ int64_t ConvInputCovariance<In, T>::workspace() const {
 
 template <typename In, typename T>
 cudaError_t ConvInputCovariance<In, T>::run(T* workspace, cudaStream_t stream) const {
+  if constexpr (std::is_same_v<T, float>) {
+    const ConvLags<In> lags{*this};
+    if (lags.pays()) return lags.run(workspace, stream);
+  }
   return with_symmetric_tile<In, kDepth>(sum.order, tf32, [&](auto tag) {
     using Tile = typename decltype(tag)::Type;
     using Source = Patches<In, T>;

@@ -30,6 +30,18 @@ __device__ inline float float_of(uint32_t bits) {
   return __uint_as_float(bits);
 }
 
+__device__ inline float to_float(float value) {
+  return value;
+}
+__device__ inline float to_float(BFloat16 value) {
+  return float_of(static_cast<uint32_t>(value.bits) << 16);
+}
+__device__ inline float to_float(Float16 value) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+}
+
 // c += a b on tf32 numbers (8 bits of exponent, 10 of fraction): of a and b the low 13 bits do not
 // enter. With g = lane / 4 and t = lane % 4 a lane holds of
 //   a [16, 8]: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)

@@ -4,6 +4,7 @@
 #include "check.h"
 #include "checks.h"
 #include "conv_input_covariance.h"
+#include "conv_lags.h"
 #include "input_covariance.h"
 #include "mirror.h"
 #include "output_hessian.h"
@@ -153,7 +154,8 @@ struct Shape {
 };
 
 template <typename In, typename T>
-void convolution(const char* type, const Shape& s, bool channels_last, bool tf32, int processors) {
+void convolution(const char* type, const Shape& s, bool channels_last, bool tf32, int processors,
+                 bool by_lags = false) {
   multiprocessor_count_is(processors);
   const int64_t size = s.n * s.channels * s.height * s.width;
   const Memory<In> x(size);
@@ -194,13 +196,16 @@ void convolution(const char* type, const Shape& s, bool channels_last, bool tf32
       x.data(),    s.n,          per_group,    s.height,   s.width,    sample,     channel,
       row,         column,       s.kernel_h,   s.kernel_w, s.stride_h, s.stride_w, s.padding_h,
       s.padding_w, s.dilation_h, s.dilation_w, out_h,      out_w,      tf32,       acc.sum};
-  run(call, acc,
-      std::string("conv_input_covariance ") + type + " [" + std::to_string(s.n) + ", " +
-          std::to_string(s.channels) + ", " + std::to_string(s.height) + ", " +
-          std::to_string(s.width) + "] k " + std::to_string(s.kernel_h) + "x" +
-          std::to_string(s.kernel_w) + " g " + std::to_string(s.groups) +
-          (channels_last ? " channels last" : "") + (tf32 ? " tf32" : ""),
-      limit_of<T>(tf32));
+  const std::string name = std::string(by_lags ? "conv_lags " : "conv_input_covariance ") + type +
+                           " [" + std::to_string(s.n) + ", " + std::to_string(s.channels) + ", " +
+                           std::to_string(s.height) + ", " + std::to_string(s.width) + "] k " +
+                           std::to_string(s.kernel_h) + "x" + std::to_string(s.kernel_w) + " g " +
+                           std::to_string(s.groups) + (channels_last ? " channels last" : "") +
+                           (tf32 ? " tf32" : "");
+  if constexpr (std::is_same_v<T, float>) {
+    if (by_lags) return run(ConvLags<In>{call}, acc, name, limit_of<T>(tf32));
+  }
+  run(call, acc, name, limit_of<T>(tf32));
 }
 
 // jacobian [n, c, m, t]; positions_last: contiguous along t rather than along m
@@ -326,6 +331,38 @@ void check_conv_input_covariance(bool few) {
   convolution<Float16, float>("float16", {2, 12, 4, 4, 1, 3, 3, 1, 1, 1, 1, 1, 1}, true, false, 2);
   convolution<Float16, float>("float16", {2, 2, 4, 4, 1, 3, 3, 1, 1, 1, 1, 1, 1}, true, false, 2);
   convolution<double, double>("double", {2, 8, 6, 5, 2, 3, 3, 2, 2, 1, 1, 1, 1}, false, false, 2);
+}
+
+void check_conv_lags(bool few) {
+  convolution<float, float>("float", {2, 3, 7, 6, 1, 3, 3, 1, 1, 1, 1, 1, 1}, false, false, 1,
+                            true);
+  if (few) return;
+  // No padding, more than an entry's reach of it, dilation, groups, a line, many splits.
+  convolution<float, float>("float", {2, 5, 6, 9, 1, 3, 2, 1, 1, 0, 0, 1, 1}, true, false, 2, true);
+  convolution<float, float>("float", {3, 4, 5, 4, 2, 3, 3, 1, 1, 3, 4, 1, 1}, false, false, 2,
+                            true);
+  convolution<float, float>("float", {2, 4, 9, 8, 1, 3, 3, 1, 1, 2, 1, 2, 3}, false, false, 2,
+                            true);
+  convolution<float, float>("float", {2, 70, 4, 4, 2, 3, 3, 1, 1, 1, 1, 1, 1}, false, false, 2,
+                            true);
+  convolution<float, float>("float", {1, 2, 1, 40, 1, 1, 5, 1, 1, 0, 2, 1, 1}, false, false, 1,
+                            true);
+  convolution<float, float>("float", {9, 2, 12, 12, 1, 5, 5, 1, 1, 2, 2, 1, 1}, false, false, 20,
+                            true);
+  convolution<float, float>("float", {2, 3, 3, 3, 1, 5, 5, 1, 1, 2, 2, 1, 1}, false, true, 2, true);
+  convolution<BFloat16, float>("bfloat16", {2, 6, 5, 6, 2, 3, 3, 1, 1, 1, 1, 1, 1}, true, false, 2,
+                               true);
+  convolution<Float16, float>("float16", {2, 6, 5, 6, 1, 3, 3, 1, 1, 1, 1, 1, 1}, false, false, 2,
+                              true);
+  ConvInputCovariance<float, float> layer{};
+  layer.samples = 64, layer.height = layer.width = layer.out_h = layer.out_w = 32;
+  layer.kernel_h = layer.kernel_w = 3, layer.padding_h = layer.padding_w = 1;
+  layer.stride_h = layer.stride_w = layer.dilation_h = layer.dilation_w = 1;
+  layer.group_channels = 64, layer.sum.groups = 1, layer.sum.order = 9 * 64;
+  const bool pays = ConvLags<float>{layer}.pays();
+  layer.stride_w = 2;
+  report("conv_lags pay with stride 1", pays && !ConvLags<float>{layer}.pays() ? 0 : 1, 0);
+  convolution<float, float>("float", {2, 16, 8, 8, 1, 3, 3, 1, 1, 1, 1, 1, 1}, false, false, 2);
 }
 
 void check_output_hessian(bool few) {

@@ -25,6 +25,18 @@ inline float float_of(uint32_t bits) {
   return value;
 }
 
+inline float to_float(float value) {
+  return value;
+}
+inline float to_float(BFloat16 value) {
+  return float_of(static_cast<uint32_t>(value.bits) << 16);
+}
+inline float to_float(Float16 value) {
+  _Float16 narrow;
+  std::memcpy(&narrow, &value, sizeof(narrow));
+  return static_cast<float>(narrow);
+}
+
 namespace emulated {
 
 struct Operands {
@@ -46,15 +58,6 @@ inline float cut_off(double value) {
     rounded = std::nextafter(rounded, 0.0f);
   }
   return rounded;
-}
-
-inline double half_operand(uint16_t bits, BFloat16) {
-  return float_of(static_cast<uint32_t>(bits) << 16);
-}
-inline double half_operand(uint16_t bits, Float16) {
-  _Float16 value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return static_cast<double>(value);
 }
 
 }  // namespace emulated
@@ -81,7 +84,7 @@ inline void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2
 }
 
 template <typename In>
-void multiply_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b, In format) {
+void multiply_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b, In) {
   emulated::HalfOperands mine;
   std::memcpy(mine.a, a, sizeof(mine.a));
   std::memcpy(mine.b, b, sizeof(mine.b));
@@ -89,7 +92,7 @@ void multiply_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b, In 
       static_cast<const emulated::HalfOperands*>(emulation::warp_exchange(&mine, sizeof(mine)));
   const int lane = emulation::lane(), g = lane / 4, t = lane % 4;
   const auto half_of = [&](uint32_t word, int k) {
-    return emulated::half_operand(static_cast<uint16_t>(word >> k % 2 * 16), format);
+    return static_cast<double>(to_float(In{static_cast<uint16_t>(word >> k % 2 * 16)}));
   };
   for (int part = 0; part < 4; ++part) {
     const int row = g + part / 2 * 8, column = 2 * t + part % 2;

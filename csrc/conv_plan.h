@@ -20,9 +20,10 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
-namespace hesskern::cpu {
+namespace hesskern {
 
 struct ConvAxis {
   // sum_v y_phase_a[v] y_phase_b[v + lag] over the image, added to term.
@@ -65,4 +66,17 @@ struct ConvAxis {
 ConvAxis make_axis(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
                    int64_t positions);
 
-}  // namespace hesskern::cpu
+// Lags and singles of an axis in one list.
+struct AxisProduct {
+  bool single;
+  int64_t a, b;  // phases or borders
+  int64_t lag;   // 0 for singles
+  std::vector<std::pair<int64_t, int>> terms;
+};
+
+std::vector<AxisProduct> axis_products(const ConvAxis& axis);
+
+// Index of the product with the sides of product i exchanged.
+std::vector<int64_t> exchanged(const std::vector<AxisProduct>& list);
+
+}  // namespace hesskern

@@ -4,7 +4,7 @@
 #include <map>
 #include <tuple>
 
-namespace hesskern::cpu {
+namespace hesskern {
 
 namespace {
 
@@ -117,4 +117,29 @@ ConvAxis make_axis(int64_t size, int64_t kernel, int64_t stride, int64_t padding
   return axis;
 }
 
-}  // namespace hesskern::cpu
+std::vector<AxisProduct> axis_products(const ConvAxis& axis) {
+  std::vector<AxisProduct> list;
+  for (const auto& lag : axis.lags) {
+    list.push_back({false, lag.phase_a, lag.phase_b, lag.lag, {{lag.term, 1}}});
+  }
+  for (size_t i = 0; i < axis.singles.size(); ++i) {
+    list.push_back({true, axis.border_a[i], axis.border_b[i], 0, axis.singles[i].terms});
+  }
+  return list;
+}
+
+// Index of the product with the sides of product i exchanged.
+std::vector<int64_t> exchanged(const std::vector<AxisProduct>& list) {
+  std::vector<int64_t> other(list.size(), -1);
+  for (size_t i = 0; i < list.size(); ++i) {
+    for (size_t j = 0; j < list.size(); ++j) {
+      if (list[i].single == list[j].single && list[i].a == list[j].b && list[i].b == list[j].a &&
+          list[i].lag == -list[j].lag) {
+        other[i] = static_cast<int64_t>(j);
+      }
+    }
+  }
+  return other;
+}
+
+}  // namespace hesskern

@@ -319,6 +319,7 @@ void check_input_covariance(bool few) {
 void check_conv_input_covariance(bool few) {
   convolution<float, float>("float", {2, 3, 7, 6, 1, 3, 3, 1, 1, 1, 1, 1, 1}, false, false, 1);
   if (few) return;
+  convolution<float, float>("float", {2, 13, 5, 5, 1, 3, 3, 2, 2, 1, 1, 1, 1}, false, false, 2);
   convolution<float, float>("float", {3, 4, 9, 9, 2, 3, 2, 2, 1, 1, 0, 1, 2}, false, false, 2);
   convolution<float, float>("float", {2, 12, 5, 5, 1, 3, 3, 1, 1, 1, 1, 1, 1}, true, false, 2);
   convolution<float, float>("float", {1, 1, 1, 40, 1, 1, 5, 1, 2, 0, 2, 1, 3}, false, false, 1);

@@ -45,46 +45,53 @@ int64_t split_count(const LayerHessianProduct<T>& call) {
   return best;
 }
 
+// visit(output, position) of a sample's elements: neighbouring threads take neighbours in s, from
+// fast on every fast_step-th, and along the other axis from slow on every slow_step-th.
+template <typename T, class Visit>
+__device__ void walk(const LayerHessianProduct<T>& call, int slow, int slow_step, int fast,
+                     int fast_step, Visit visit) {
+  const bool outputs_first = call.s_output == 1 || call.positions == 1;
+  const int64_t fast_end = outputs_first ? call.outputs : call.positions;
+  const int64_t slow_end = outputs_first ? call.positions : call.outputs;
+  for (int64_t i = slow; i < slow_end; i += slow_step) {
+    for (int64_t j = fast; j < fast_end; j += fast_step) {
+      visit(outputs_first ? j : i, outputs_first ? i : j);
+    }
+  }
+}
+
 // y [samples, t, k m] in place: of every sample and vector, y := sum_c <s_c, y> s_c with
 // s_c [m, t]. One block a sample; first: the chunk's first sample; coefficients [samples, c].
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     coefficient_kernel(LayerHessianProduct<T> call, int64_t first, T* y, T* coefficients) {
   coefficients += blockIdx.x * call.classes;
-  const int64_t size = call.outputs * call.positions;
   const int64_t row = call.vector_count * call.outputs;
   const T* s = call.s + (first + blockIdx.x) * call.s_sample;
   T* sample = y + blockIdx.x * call.positions * row;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  // Neighbouring threads take neighbours in s: outputs, or positions.
-  const bool outputs_first = call.s_output == 1 || call.positions == 1;
-  const auto place = [&](int64_t index, int64_t* output, int64_t* position) {
-    *output = outputs_first ? index % call.outputs : index / call.positions;
-    *position = outputs_first ? index / call.outputs : index % call.positions;
-  };
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   for (int64_t vector = 0; vector < call.vector_count; ++vector) {
     T* values = sample + vector * call.outputs;
     for (int64_t c = warp; c < call.classes; c += kWarps) {
       T total = T(0);
-      for (int64_t index = lane; index < size; index += 32) {
-        int64_t output, position;
-        place(index, &output, &position);
+      walk(call, 0, 1, lane, 32, [&](int64_t output, int64_t position) {
         total += s[c * call.s_class + output * call.s_output + position * call.s_position] *
                  values[position * row + output];
-      }
+      });
       total = warp_sum(total);
       if (lane == 0) coefficients[c] = total;
     }
     __syncthreads();
-    for (int64_t index = threadIdx.x; index < size; index += kThreads) {
-      int64_t output, position;
-      place(index, &output, &position);
+    const auto combine = [&](int64_t output, int64_t position) {
+      const T* place = s + output * call.s_output + position * call.s_position;
       T total = T(0);
-      for (int64_t c = 0; c < call.classes; ++c) {
-        total += coefficients[c] *
-                 s[c * call.s_class + output * call.s_output + position * call.s_position];
-      }
+      for (int64_t c = 0; c < call.classes; ++c) total += coefficients[c] * place[c * call.s_class];
       values[position * row + output] = total;
+    };
+    if (call.positions == 1) {
+      walk(call, 0, 1, thread, kThreads, combine);
+    } else {
+      walk(call, warp, kWarps, lane, 32, combine);
     }
     __syncthreads();
   }

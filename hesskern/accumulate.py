@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.capture import Batch, Capture, LayerUse, batches
+from hesskern.capture import Batch, Capture, LayerUse, batches, halves
 from hesskern.checks import Checks
 from hesskern.factors import Factors, LayerFactors, unfolded
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import resolve_loss
+from hesskern.memory import budget_for, out_of_memory, release
 from hesskern.progress import Progress, reporter
 from hesskern.roots import (
     BatchRoots,
     accumulator_dtype,
-    check_budget,
     check_fraction,
     check_output,
     model_device,
@@ -126,7 +126,9 @@ class FactorAccumulator:
             :func:`hesskern.kronecker_factors`.
         decay: None for means over everything seen; a number in [0, 1) for moving averages over
             batches, ``decay * old + (1 - decay) * new``, with the start-up bias removed.
-        memory_budget: bytes for root rows kept at a time beyond one row per layer.
+        memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
+            on a GPU for a sixteenth of its free memory. A batch for which a GPU's memory does not
+            suffice is taken in two halves.
     """
 
     def __init__(
@@ -141,7 +143,7 @@ class FactorAccumulator:
         mc_samples: int = 1,
         seed: int = 0,
         output_root: Callable[..., Tensor] | None = None,
-        memory_budget: int = 2**30,
+        memory_budget: int | None = None,
     ) -> None:
         check_output(output, mc_samples, seed)
         if decay is not None:
@@ -151,7 +153,7 @@ class FactorAccumulator:
         self._by_name = layers is not None
         self._model = model
         self._decay = decay
-        self._memory_budget = check_budget(memory_budget)
+        self._memory_budget = budget_for(memory_budget, model_device(model), 2**30, 1 / 16)
         self._settings: dict[str, Any] = {
             "output": output,
             "bias": bias,
@@ -236,7 +238,7 @@ class FactorAccumulator:
         """Adds one batch as a whole, or nothing at all if anything goes wrong."""
         before = _Before(self._batches, self._generator.get_state())
         try:
-            fresh, count = self._sums_of(capture, batch, checks)
+            fresh, count = self._sums_in_memory(capture, batch, checks)
         except BaseException:
             checks.drop()
             self._generator.set_state(before.generator)
@@ -253,6 +255,33 @@ class FactorAccumulator:
         self._commit(fresh, count)
         self._unfit.update(capture.unfit)
         self._note({**self._reasons, **capture.reasons})
+
+    def _sums_in_memory(
+        self, capture: Capture, batch: Batch, checks: Checks
+    ) -> tuple[dict[str, _Sums], float | Tensor]:
+        """:meth:`_sums_of`, of one half after the other where memory does not suffice."""
+        state = self._generator.get_state()
+        try:
+            return self._sums_of(capture, batch, checks)
+        except torch.OutOfMemoryError as error:
+            parts = halves(batch)
+            if len(parts) == 1:
+                raise out_of_memory(error, False) from error
+        # Behind the except clause, whose error holds on to the tensors of the failed attempt.
+        checks.drop()
+        self._generator.set_state(state)
+        release()
+        try:
+            fresh, count = self._sums_of(capture, parts[0], checks)
+            rest, more = self._sums_of(capture, parts[1], checks)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, True) from error
+        for name, sums in rest.items():
+            if name in fresh:
+                fresh[name].add(sums)
+            else:
+                fresh[name] = sums
+        return fresh, count + more
 
     def _same_kind(self, fresh: dict[str, _Sums], capture: Capture) -> bool:
         """Whether a batch adds to what is there and changes nothing else."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ __all__ = [
     "batches",
     "check_iterable",
     "frozen_eval",
+    "halves",
     "run_model",
 ]
 
@@ -266,6 +267,30 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         items = [_mapped(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
+
+
+def halves(batch: Batch) -> list[Batch]:
+    """The batch in two, or as it is where it has one sample or does not say how many."""
+    try:
+        count = _leading_size(batch.inputs)
+    except (AttributeError, TypeError):
+        return [batch]
+    if count < 2:
+        return [batch]
+
+    def part(value: Any, samples: slice) -> Any:
+        return _mapped(value, lambda t: t[samples] if t.dim() and len(t) == count else t)
+
+    return [
+        replace(
+            batch,
+            inputs=part(batch.inputs, samples),
+            targets=part(batch.targets, samples),
+            given_targets=part(batch.given_targets, samples),
+            weight=part(batch.weight, samples),
+        )
+        for samples in (slice(0, count // 2), slice(count // 2, count))
+    ]
 
 
 def _leading_size(inputs: Any) -> int:

@@ -267,7 +267,7 @@ def kronecker_factors(
     seed: int = 0,
     sample_weight: Tensor | None = None,
     output_root: Callable[..., Tensor] | None = None,
-    memory_budget: int = 2**30,
+    memory_budget: int | None = None,
     progress: bool | Progress = False,
     group: Any = None,
 ) -> Factors:
@@ -288,7 +288,8 @@ def kronecker_factors(
         sample_weight: [total samples] non-negative weights of the samples' losses, in the order of
             the data; means become weighted means.
         output_root: a custom loss as a function, with ``loss=None``.
-        memory_budget: bytes for root rows kept at a time beyond one row per layer.
+        memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
+            on a GPU for a sixteenth of its free memory.
         progress: True for a bar with the time left, or a callback (description, done, total).
         group: reserved for torch.distributed; must be None.
 

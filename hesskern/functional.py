@@ -24,7 +24,7 @@ def functional_share(
     probes: int = 16,
     seed: int = 0,
     dense_below: int = 2048,
-    memory_budget: int = 4 * 2**30,
+    memory_budget: int | None = None,
 ) -> DecouplingError:
     """Relative size of the functional term F = H - E[M (x) x x^T] in a layer's Hessian H.
 
@@ -36,7 +36,7 @@ def functional_share(
         model, data, loss: as in :func:`hesskern.layer_hessians`; data is re-iterable.
         layer: name of a layer.
         probes, seed, dense_below: see :func:`hesskern.decoupling_error`.
-        memory_budget: bytes of samples kept; above it every product runs the model again.
+        memory_budget: bytes of samples kept, as in :func:`hesskern.layer_hessians`.
 
     Returns:
         ‖F‖ / ‖H‖ in the spectral and the Frobenius norm.

@@ -15,9 +15,10 @@ from hesskern.capture import Capture, batches, check_iterable
 from hesskern.checks import Checks
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
+from hesskern.memory import budget_for, with_less_memory
 from hesskern.operators import CurvatureOperator
 from hesskern.progress import Progress, reporter
-from hesskern.roots import BatchRoots, accumulator_dtype, check_budget, model_device
+from hesskern.roots import BatchRoots, accumulator_dtype, model_device
 from hesskern.samples import SampleRows, layer_rows
 from hesskern.stacked import StackedGaussNewton
 
@@ -46,7 +47,9 @@ class GaussNewton(CurvatureOperator):
         bias: "none" (weights only) or "joint" (x~ = [x; 1], d one larger where there is a bias).
         sample_weight: [total samples] non-negative weights, in the order of the data.
         output_root: a custom loss as a function, with ``loss=None``.
-        memory_budget: bytes of samples kept; above it every product runs the model again.
+        memory_budget: bytes of samples kept; above it every product runs the model again. None for
+            4 GiB, on a GPU for a quarter of its free memory; where that runs out, the pass begins
+            anew with a quarter of the budget.
         progress: True for a bar with the time left, or a callback.
 
     Attributes:
@@ -70,28 +73,19 @@ class GaussNewton(CurvatureOperator):
         bias: str = "none",
         sample_weight: Tensor | None = None,
         output_root: Callable[..., Tensor] | None = None,
-        memory_budget: int = 4 * 2**30,
+        memory_budget: int | None = None,
         progress: bool | Progress = False,
     ) -> None:
-        budget = check_budget(memory_budget)
         check_iterable(data)
         specs, self.skipped = select_layers(model, layers, bias)
-        source = _Pass(model, data, resolve_loss(loss, output_root), specs, sample_weight, budget)
-        pieces: list[Piece] | None = []
-        held = 0
-        for piece in source(reporter(progress)):
-            if pieces is None:
-                continue
-            pieces.append(piece)
-            held += sum(rows.nbytes for rows in piece.values())
-            if held > budget:
-                if isinstance(data, Iterator):
-                    raise ValueError(
-                        f"memory_budget of {budget} bytes is too small for the samples' rows, and "
-                        "data can be iterated only once; raise it or pass a re-iterable (a "
-                        "DataLoader or a list)"
-                    )
-                pieces = None
+        resolved, report = resolve_loss(loss, output_root), reporter(progress)
+
+        def attempt(budget: int) -> tuple[_Pass, list[Piece] | None]:
+            source = _Pass(model, data, resolved, specs, sample_weight, budget)
+            return source, _within_budget(source, report)
+
+        budget = budget_for(memory_budget, model_device(model), 4 * 2**30, 1 / 4)
+        source, pieces = with_less_memory(attempt, budget, not isinstance(data, Iterator))
         if not source.count > 0:
             raise ValueError("data yielded no samples, so there is no Gauss-Newton matrix")
         if layers is not None and source.reasons:
@@ -195,6 +189,26 @@ class GaussNewton(CurvatureOperator):
                 ops.input_covariance_(hessian, stacked, 1.0 / self.num_samples)
         ordered = [means[name] for name in self.layer_shapes]
         return StackedGaussNewton(ops.mirror_(hessian), ordered, sizes)
+
+
+def _within_budget(source: _Pass, report: Progress) -> list[Piece] | None:
+    """The pieces of a pass, or None if they exceed its budget."""
+    pieces: list[Piece] | None = []
+    held = 0
+    for piece in source(report):
+        if pieces is None:
+            continue
+        pieces.append(piece)
+        held += sum(rows.nbytes for rows in piece.values())
+        if held > source.budget:
+            if isinstance(source.data, Iterator):
+                raise ValueError(
+                    f"memory_budget of {source.budget} bytes is too small for the samples' rows, "
+                    "and data can be iterated only once; raise it or pass a re-iterable (a "
+                    "DataLoader or a list)"
+                )
+            pieces = None
+    return pieces
 
 
 def _along(rows: SampleRows, vectors: Tensor) -> Tensor:

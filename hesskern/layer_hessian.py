@@ -16,13 +16,13 @@ from hesskern.capture import Batch, Capture, batches, check_iterable
 from hesskern.checks import Checks
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
+from hesskern.memory import budget_for, with_less_memory
 from hesskern.operators import CurvatureOperator, EigenbasisOperator, KroneckerOperator
 from hesskern.progress import Progress, reporter
 from hesskern.pruning import kept_samples, norm_bound, prune
 from hesskern.roots import (
     BatchRoots,
     accumulator_dtype,
-    check_budget,
     check_fraction,
     model_device,
 )
@@ -285,7 +285,7 @@ def layer_hessians(
     bias: str = "none",
     sample_weight: Tensor | None = None,
     output_root: Callable[..., Tensor] | None = None,
-    memory_budget: int = 4 * 2**30,
+    memory_budget: int | None = None,
     progress: bool | Progress = False,
 ) -> dict[str, LayerHessian]:
     """The layer-wise Hessian of every layer, from one pass over the data.
@@ -302,7 +302,8 @@ def layer_hessians(
         sample_weight: [total samples] non-negative weights in the order of the data.
         output_root: a custom loss as a function, with ``loss=None``.
         memory_budget: bytes of samples kept for all layers together. Layers above it (largest
-            first) run the model again at every product.
+            first) run the model again at every product. None for 4 GiB, on a GPU for a quarter of
+            its free memory; where that runs out, the pass begins anew with a quarter of the budget.
         progress: True for a bar with the time left, or a callback.
 
     Returns:
@@ -317,34 +318,17 @@ def layer_hessians(
         UserWarning: once, naming the layers whose block is not the Hessian, and why.
     """
     check_fraction("tolerance", tolerance)
-    memory_budget = check_budget(memory_budget)
     check_iterable(data)
     resolved = resolve_loss(loss, output_root)
     specs, _ = select_layers(model, layers, bias)
-    gathered = {name: _Layer(spec) for name, spec in specs.items()}
     again = None if isinstance(data, Iterator) else data
     device = model_device(model)
-    report = reporter(progress)
-    total: float | Tensor = 0.0
-    checks = Checks()
-    with Capture(model, specs, examine=True) as capture:
-        for batch in batches(data, device, sample_weight, report, "Layer Hessians"):
-            roots = _roots(capture, batch, resolved, checks)
-            total = total + roots.count
-            wanted = {
-                n: layer.spec
-                for n, layer in gathered.items()
-                if layer.chunks is not None or tolerance > 0
-            }
-            for name in roots.uses:
-                gathered[name].dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
-            for name, chunk in layer_rows(wanted, roots, memory_budget):
-                _keep(gathered[name], chunk, batch.index, tolerance)
-                _evict(gathered, memory_budget, again is not None)
-            checks.close()
-        checks.settle()
-        count = float(total)
-        reasons, inexact = capture.reasons, capture.inexact
+    source = _Source(model, data, resolved, specs, sample_weight, reporter(progress))
+    gathered, count, reasons, inexact, budget = with_less_memory(
+        lambda budget: _gather(source, budget, tolerance),
+        budget_for(memory_budget, device, 4 * 2**30, 1 / 4),
+        again is not None,
+    )
     if not count > 0:
         raise ValueError("data yielded no samples, so there are no Hessians")
     if layers is not None and reasons:
@@ -363,7 +347,7 @@ def layer_hessians(
     for name, layer in gathered.items():
         if name in reasons:
             continue
-        again_chunks = _Rerun(model, again, resolved, layer.spec, sample_weight, memory_budget)
+        again_chunks = _Rerun(model, again, resolved, layer.spec, sample_weight, budget)
         result[name] = _finish(layer, again_chunks, count, device, tolerance, inexact.get(name))
     if not result:
         raise ValueError(
@@ -371,6 +355,51 @@ def layer_hessians(
             + "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
         )
     return result
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a pass for all layers needs."""
+
+    model: nn.Module
+    data: Iterable[Any]
+    loss: Loss
+    specs: dict[str, LayerSpec]
+    sample_weight: Tensor | None
+    report: Progress
+
+
+def _gather(
+    source: _Source, budget: int, tolerance: float
+) -> tuple[dict[str, _Layer], float, dict[str, str], dict[str, str], int]:
+    """One pass: layers, weighted samples, layers without curvature, inexact layers, the budget."""
+    gathered = {name: _Layer(spec) for name, spec in source.specs.items()}
+    can_rerun = not isinstance(source.data, Iterator)
+    total: float | Tensor = 0.0
+    checks = Checks()
+    with Capture(source.model, source.specs, examine=True) as capture:
+        for batch in batches(
+            source.data,
+            model_device(source.model),
+            source.sample_weight,
+            source.report,
+            "Layer Hessians",
+        ):
+            roots = _roots(capture, batch, source.loss, checks)
+            total = total + roots.count
+            wanted = {
+                n: layer.spec
+                for n, layer in gathered.items()
+                if layer.chunks is not None or tolerance > 0
+            }
+            for name in roots.uses:
+                gathered[name].dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
+            for name, chunk in layer_rows(wanted, roots, budget):
+                _keep(gathered[name], chunk, batch.index, tolerance)
+                _evict(gathered, budget, can_rerun)
+            checks.close()
+        checks.settle()
+        return gathered, float(total), capture.reasons, capture.inexact, budget
 
 
 def _roots(capture: Capture, batch: Batch, loss: Loss, checks: Checks) -> BatchRoots:

@@ -14,9 +14,10 @@ from hesskern.capture import Capture, batches, check_iterable
 from hesskern.checks import Checks
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
+from hesskern.memory import budget_for
 from hesskern.operators import CurvatureOperator
 from hesskern.progress import Progress, reporter
-from hesskern.roots import BatchRoots, accumulator_dtype, check_budget, model_device
+from hesskern.roots import BatchRoots, accumulator_dtype, model_device
 from hesskern.samples import layer_rows
 
 __all__ = ["PositionMeanHessian", "position_mean_hessian"]
@@ -130,7 +131,7 @@ def position_mean_hessian(
     bias: str = "none",
     sample_weight: Tensor | None = None,
     output_root: Callable[..., Tensor] | None = None,
-    memory_budget: int = 4 * 2**30,
+    memory_budget: int | None = None,
     progress: bool | Progress = False,
 ) -> PositionMeanHessian:
     """E[M_n (x) X_n X_n^T] of one layer, in one pass; see :class:`PositionMeanHessian`.
@@ -140,7 +141,8 @@ def position_mean_hessian(
             the weights must not change while this is in use, where the samples exceed
             ``memory_budget``.
         layer: name of a Linear or Conv2d layer with one group.
-        memory_budget: bytes of M_n and X_n kept; above it every product runs the model again.
+        memory_budget: bytes of M_n and X_n kept; above it every product runs the model again. None
+            for 4 GiB, on a GPU for a quarter of its free memory.
         progress: True for a bar with the time left, or a callback.
 
     Raises:
@@ -148,7 +150,7 @@ def position_mean_hessian(
             budget and it can be iterated only once.
         NotImplementedError: the layer is a grouped convolution.
     """
-    memory_budget = check_budget(memory_budget)
+    memory_budget = budget_for(memory_budget, model_device(model), 4 * 2**30, 1 / 4)
     check_iterable(data)
     resolved = resolve_loss(loss, output_root)
     specs, _ = select_layers(model, [layer], bias)

@@ -16,7 +16,6 @@ from hesskern.losses import Loss, Rows
 __all__ = [
     "BatchRoots",
     "accumulator_dtype",
-    "check_budget",
     "check_finite",
     "check_fraction",
     "check_output",
@@ -230,17 +229,6 @@ def positions_last(spec: LayerSpec, tensor: Tensor) -> Tensor:
     if tensor.dim() == 2:
         return tensor
     return tensor.flatten(1, -2).transpose(1, 2)
-
-
-def check_budget(memory_budget: Any) -> int:
-    """The number of bytes, or a TypeError or ValueError that names the argument."""
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, (int, float)):
-        raise TypeError(
-            f"memory_budget must be a number of bytes, got {type(memory_budget).__name__}"
-        )
-    if not memory_budget >= 0:
-        raise ValueError(f"memory_budget must be non-negative bytes, got {memory_budget!r}")
-    return int(min(memory_budget, 2**62))
 
 
 def check_fraction(name: str, value: Any) -> None:

@@ -1,0 +1,89 @@
+"""How much memory a pass may take, and what happens when a device has less."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+__all__ = ["budget_for", "check_budget", "out_of_memory", "release", "with_less_memory"]
+
+Result = TypeVar("Result")
+
+_ADVICE = "pass smaller batches, or set memory_budget= (bytes) to less than the device has free"
+
+
+def check_budget(memory_budget: Any) -> int:
+    """The number of bytes, or a TypeError or ValueError that names the argument."""
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, (int, float)):
+        raise TypeError(
+            f"memory_budget must be a number of bytes, got {type(memory_budget).__name__}"
+        )
+    if not memory_budget >= 0:
+        raise ValueError(f"memory_budget must be non-negative bytes, got {memory_budget!r}")
+    return int(min(memory_budget, 2**62))
+
+
+def budget_for(memory_budget: Any, device: torch.device, default: int, share: float) -> int:
+    """The bytes that may be used.
+
+    Args:
+        memory_budget: what the caller gave; None for a default.
+        device: where the memory lies.
+        default: bytes on a CPU.
+        share: of what is free on a GPU.
+
+    Raises:
+        TypeError, ValueError: the caller gave no number of bytes.
+    """
+    if memory_budget is not None:
+        return check_budget(memory_budget)
+    return default if device.type != "cuda" else int(share * _free(device))
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that new tensors find, those that torch holds for them included."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def release() -> None:
+    """Hands memory that torch holds and nobody uses back to the device."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def out_of_memory(error: torch.OutOfMemoryError, again: bool) -> torch.OutOfMemoryError:
+    """The same error with what can be done about it.
+
+    Args:
+        error: of the last try.
+        again: whether there was one before.
+    """
+    tries = "the device ran out of memory" + (", also with less at a time" if again else "")
+    return torch.OutOfMemoryError(f"{tries}; {_ADVICE}\n{error}")
+
+
+def with_less_memory(attempt: Callable[[int], Result], budget: int, again: bool) -> Result:
+    """attempt(budget), and where memory runs out once more with a quarter of the budget.
+
+    Args:
+        attempt: leaves nothing behind when it fails.
+        budget: bytes.
+        again: whether it can be repeated.
+
+    Raises:
+        torch.OutOfMemoryError: the second time; says what to set.
+    """
+    try:
+        return attempt(budget)
+    except torch.OutOfMemoryError as error:
+        if not again:
+            raise out_of_memory(error, False) from error
+    # Behind the except clause, whose error holds on to the tensors of the failed attempt.
+    release()
+    try:
+        return attempt(budget // 4)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, True) from error

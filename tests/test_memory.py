@@ -1,0 +1,131 @@
+"""Devices whose memory does not suffice: less at a time once, then advice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from networks import classes, randn, seeded
+from torch import Tensor, nn
+
+import hesskern as hk
+from hesskern import memory
+
+CE = nn.CrossEntropyLoss()
+
+
+def model() -> nn.Module:
+    return seeded(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4)))
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    return [(randn(n, 3, seed=n), classes(n, c=4, seed=n)) for n in (4, 7, 5)]
+
+
+class Small(nn.Module):
+    """A model on a device with room for so many samples at a time."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.inner, self.room = model(), room
+
+    def forward(self, x: Tensor) -> Any:
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError(f"no room for {len(x)} samples")
+        return self.inner(x)
+
+
+def assert_same(a: hk.Factors, b: hk.Factors) -> None:
+    for name, layer in b.items():
+        found = a[f"inner.{name}"]
+        for factor in ("input_covariance", "output_hessian", "input_mean"):
+            torch.testing.assert_close(getattr(found, factor), getattr(layer, factor))
+        assert found.num_samples == pytest.approx(layer.num_samples)
+
+
+@pytest.mark.parametrize("output", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize("decay", [None, 0.7])
+def test_a_batch_in_two_halves(output: str, decay: float | None) -> None:
+    given: dict[str, Any] = {"output": output, "decay": decay, "seed": 2}
+    streams = [hk.FactorAccumulator(m, CE, **given) for m in (Small(4), model())]
+    weights = randn(16).abs()
+    for stream in streams:
+        stream.consume(batches(), sample_weight=weights)
+    assert_same(streams[0].factors(), streams[1].factors())
+    states = [stream.state_dict() for stream in streams]
+    assert states[0]["batches"] == states[1]["batches"] == 3
+
+
+def test_a_half_that_is_too_large_as_well() -> None:
+    stream = hk.FactorAccumulator(Small(2), CE)
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"smaller batches(.|\n)*no room for 3 samples"
+    ):
+        stream.consume(batches())
+    # The first batch fits in two halves; what was accumulated stays.
+    assert_same(stream.factors(), hk.kronecker_factors(model(), batches()[:1], CE))
+    stream.update(*batches()[0])
+
+
+def test_one_sample_cannot_be_halved() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="smaller batches"):
+        hk.kronecker_factors(Small(0), [(randn(1, 3), classes(1, c=4))], CE)
+
+
+def rows_kept(budget: int | None, fails_above: int, data: Any) -> Callable[[Any], Any]:
+    """A call of a pass that stores samples, on a device that fails beyond so many bytes."""
+
+    def call(function: Any) -> Any:
+        from hesskern import gauss_newton, layer_hessian, samples
+
+        def rows(specs: Any, roots: Any, allowed: int, keep_positions: bool = False) -> Any:
+            if allowed > fails_above:
+                raise torch.OutOfMemoryError(f"no {allowed} bytes")
+            return samples.layer_rows(specs, roots, allowed, keep_positions)
+
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (layer_hessian, gauss_newton):
+                patch.setattr(module, "layer_rows", rows)
+            return function(model(), data, CE, memory_budget=budget)
+
+    return call
+
+
+@pytest.mark.parametrize("function", [hk.layer_hessians, hk.GaussNewton])
+class TestStoredSamples:
+    def test_a_quarter_of_the_budget(self, function: Any) -> None:
+        found = rows_kept(2**20, 2**18, batches())(function)
+        expected = function(model(), batches(), CE)
+        pairs = (
+            [(found, expected)]
+            if function is hk.GaussNewton
+            else [(found[n], H) for n, H in expected.items()]
+        )
+        for one, other in pairs:
+            v = randn(other.shape[0])
+            torch.testing.assert_close(one @ v, other @ v)
+
+    def test_not_even_that(self, function: Any) -> None:
+        with pytest.raises(torch.OutOfMemoryError, match=r"memory_budget=(.|\n)*no 262144 bytes"):
+            rows_kept(2**20, 2**17, batches())(function)
+
+    def test_data_that_comes_once(self, function: Any) -> None:
+        def once() -> Iterator[Any]:
+            yield from batches()
+
+        with pytest.raises(torch.OutOfMemoryError, match="memory_budget="):
+            rows_kept(2**20, 2**18, once())(function)
+
+
+def test_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert memory.budget_for(None, cpu, 123, 0.5) == 123
+    assert memory.budget_for(77, gpu, 123, 0.5) == 77
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert memory.budget_for(None, gpu, 123, 0.25) == 300
+    with pytest.raises(TypeError, match="memory_budget must be a number of bytes, got str"):
+        memory.budget_for("1 GB", cpu, 123, 0.5)

@@ -92,7 +92,10 @@ def cuda_wanted(torch_cuda: str | None, toolkit: str | None) -> bool:
 
 
 def cuda_architectures(torch_flags: str) -> str:
-    """TORCH_CUDA_ARCH_LIST, else the architectures in torch's own flags ("sm_80 compute_90")."""
+    """TORCH_CUDA_ARCH_LIST, else the architectures in torch's own flags ("sm_80 compute_90").
+
+    Of the latter those from 8.0 on: the kernels use tensor-core products that came with them.
+    """
     given = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if given:
         return given
@@ -102,7 +105,13 @@ def cuda_architectures(torch_flags: str) -> str:
         raise SystemExit(
             f"torch names no CUDA architectures ({torch_flags!r}); set TORCH_CUDA_ARCH_LIST"
         )
-    return ";".join(f"{a}.{b}{'+PTX' if kind == 'compute' else ''}" for kind, a, b in found)
+    fit = [(kind, a, b) for kind, a, b in found if int(a) >= 8]
+    if not fit:
+        raise SystemExit(
+            f"hesskern's CUDA kernels need architecture 8.0 or newer, torch is built for "
+            f"{torch_flags!r}; set HESSKERN_CUDA=0 to build without them"
+        )
+    return ";".join(f"{a}.{b}{'+PTX' if kind == 'compute' else ''}" for kind, a, b in fit)
 
 
 def compiler_flags(platform: str, torch_root: Path, sanitize: bool) -> tuple[list[str], list[str]]:

@@ -146,7 +146,7 @@ class TestArchitectures:
         ("flags", "expected"),
         [
             ("sm_80", "8.0"),
-            ("sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", "7.5;8.0;8.6;9.0;10.0;12.0"),
+            ("sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", "8.0;8.6;9.0;10.0;12.0"),
             ("sm_90a compute_120", "9.0a;12.0+PTX"),
         ],
     )
@@ -158,6 +158,10 @@ class TestArchitectures:
     ) -> None:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         assert build.cuda_architectures("sm_75") == "8.0;9.0+PTX"
+
+    def test_too_old(self, build: SimpleNamespace) -> None:
+        with pytest.raises(SystemExit, match=r"8\.0 or newer, torch is built for 'sm_61 sm_75'"):
+            build.cuda_architectures("sm_61 sm_75")
 
     def test_none(self, build: SimpleNamespace) -> None:
         with pytest.raises(SystemExit, match="set TORCH_CUDA_ARCH_LIST"):

@@ -9,6 +9,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <deque>
 #include <optional>
 #include <vector>
 
@@ -218,10 +219,12 @@ void mirror_(at::Tensor& acc) {
   });
 }
 
-template <typename T>
-typename KronLayer<T>::Matrix matrix(const at::Tensor& t) {
-  return {t.const_data_ptr<T>(), t.size(0), t.size(1), t.stride(0), t.stride(1)};
-}
+// A matrix or its transpose. Of many small layers the host sets the pace: no view is made of it,
+// and no copy where it has the dtype already.
+struct Factor {
+  const at::Tensor* tensor = nullptr;
+  bool transposed = false;
+};
 
 // Layers of one call, by the dtype in which they are multiplied: bfloat16 and float16 in float32,
 // since what stands between the products would be rounded, and float16 could overflow.
@@ -230,27 +233,29 @@ class LayerGroup {
   explicit LayerGroup(size_t count) : out_(count), dtypes_(count) {}
 
   // Layer i: left [r, m], right [d, q], X [m, d] or [k, m, d]; out [(k,) rows, columns].
-  // scale [r, q], back_left [m', r] and back_right [q, d'] undefined: A X B^T alone.
-  void add(size_t i, const at::Tensor& X, at::Tensor left, at::Tensor right, at::Tensor scale,
-           at::Tensor back_left, at::Tensor back_right, int64_t rows, int64_t columns) {
+  // scale [r, q], back_left [m', r] and back_right [q, d'] null: A X B^T alone.
+  void add(size_t i, const at::Tensor& X, Factor left, Factor right, Factor scale, Factor back_left,
+           Factor back_right, int64_t rows, int64_t columns) {
     const auto dtype = X.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
     dtypes_[i] = X.scalar_type();
     std::vector<int64_t> shape = X.sizes().vec();
     shape[shape.size() - 2] = rows;
     shape[shape.size() - 1] = columns;
-    const bool empty =
-        X.numel() == 0 || left.numel() == 0 || right.numel() == 0 || rows * columns == 0;
+    const bool empty = X.numel() == 0 || left.tensor->numel() == 0 || right.tensor->numel() == 0 ||
+                       rows * columns == 0;
     out_[i] = empty ? at::zeros(shape, X.options()) : at::empty(shape, X.options().dtype(dtype));
     if (empty) return;
-    const at::Tensor x = kept(X.to(dtype).contiguous());
+    const bool direct = X.scalar_type() == dtype && X.is_contiguous();
+    const at::Tensor& x = direct ? X : kept(X.to(dtype).contiguous());
+    like_ = X.options();
     AT_DISPATCH_FLOATING_TYPES(dtype, "kron_matmul", [&] {
       KronLayer<scalar_t> layer{};
-      layer.left = matrix<scalar_t>(kept(left.to(dtype)));
-      layer.right = matrix<scalar_t>(kept(right.to(dtype)));
-      if (scale.defined()) {
-        layer.scale = matrix<scalar_t>(kept(scale.to(dtype)));
-        layer.back_left = matrix<scalar_t>(kept(back_left.to(dtype)));
-        layer.back_right = matrix<scalar_t>(kept(back_right.to(dtype)));
+      layer.left = matrix<scalar_t>(left, dtype);
+      layer.right = matrix<scalar_t>(right, dtype);
+      if (scale.tensor != nullptr) {
+        layer.scale = matrix<scalar_t>(scale, dtype);
+        layer.back_left = matrix<scalar_t>(back_left, dtype);
+        layer.back_right = matrix<scalar_t>(back_right, dtype);
       }
       layer.x = x.const_data_ptr<scalar_t>();
       layer.out = out_[i].mutable_data_ptr<scalar_t>();
@@ -262,11 +267,21 @@ class LayerGroup {
   std::vector<at::Tensor> run() {
     run_layers<float>(at::kFloat);
     run_layers<double>(at::kDouble);
-    for (size_t i = 0; i < out_.size(); ++i) out_[i] = out_[i].to(dtypes_[i]);
+    for (size_t i = 0; i < out_.size(); ++i) {
+      if (out_[i].scalar_type() != dtypes_[i]) out_[i] = out_[i].to(dtypes_[i]);
+    }
     return std::move(out_);
   }
 
  private:
+  template <typename T>
+  typename KronLayer<T>::Matrix matrix(const Factor& factor, at::ScalarType dtype) {
+    const at::Tensor& given = *factor.tensor;
+    const at::Tensor& t = given.scalar_type() == dtype ? given : kept(given.to(dtype));
+    const int64_t row = factor.transposed ? 1 : 0, column = 1 - row;
+    return {t.const_data_ptr<T>(), t.size(row), t.size(column), t.stride(row), t.stride(column)};
+  }
+
   // Copies live until the launch is queued; the allocator orders their memory by the stream.
   const at::Tensor& kept(at::Tensor t) {
     operands_.push_back(std::move(t));
@@ -287,14 +302,16 @@ class LayerGroup {
     if (layers<T>().empty()) return;
     int64_t size = 0;
     for (const KronLayer<T>& layer : layers<T>()) size += layer.workspace();
-    const at::Tensor workspace = at::empty({size}, operands_.front().options().dtype(dtype));
+    const at::Tensor workspace = at::empty({size}, like_.dtype(dtype));
     C10_CUDA_CHECK(kron_matmul(layers<T>(), tf32_allowed(), workspace.mutable_data_ptr<T>(),
                                c10::cuda::getCurrentCUDAStream()));
   }
 
   std::vector<at::Tensor> out_;
   std::vector<at::ScalarType> dtypes_;
-  std::vector<at::Tensor> operands_;
+  at::TensorOptions like_;
+  // References into it stay valid as it grows.
+  std::deque<at::Tensor> operands_;
   std::vector<KronLayer<float>> floats_;
   std::vector<KronLayer<double>> doubles_;
 };
@@ -314,7 +331,7 @@ std::vector<at::Tensor> kron(at::TensorList A, at::TensorList B, at::TensorList 
     const OpName name = indexed ? OpName{op, static_cast<int64_t>(i)} : OpName{op};
     check_kron_matmul(A[i], B[i], X[i], name);
     check_one_device(name, X[i], X[0]);
-    group.add(i, X[i], A[i], B[i].t(), {}, {}, {}, A[i].size(0), B[i].size(0));
+    group.add(i, X[i], {&A[i]}, {&B[i], true}, {}, {}, {}, A[i].size(0), B[i].size(0));
   }
   return group.run();
 }
@@ -328,7 +345,8 @@ std::vector<at::Tensor> kron_eigen(at::TensorList U, at::TensorList S, at::Tenso
     const OpName name = indexed ? OpName{op, static_cast<int64_t>(i)} : OpName{op};
     check_kron_eigen_matmul(U[i], S[i], V[i], X[i], name);
     check_one_device(name, X[i], X[0]);
-    group.add(i, X[i], U[i].t(), V[i], S[i], U[i], V[i].t(), X[i].size(-2), X[i].size(-1));
+    group.add(i, X[i], {&U[i], true}, {&V[i]}, {&S[i]}, {&U[i]}, {&V[i], true}, X[i].size(-2),
+              X[i].size(-1));
   }
   return group.run();
 }

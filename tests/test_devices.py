@@ -199,6 +199,21 @@ def test_model_to_eigenpairs(device: str, output: str) -> None:
 
 
 @devices
+def test_compiled(device: str) -> None:
+    x, s = random((50, 12), F32).to(device), random((50, 3, 8), F32).to(device)
+    A, B = random((8, 8), F32).to(device), random((12, 12), F32).to(device)
+
+    def step(x: Tensor, s: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+        acc = ops.mirror_(ops.input_covariance_(torch.zeros_like(B), x))
+        return acc, ops.layer_hessian_matmul(x, s, ops.kron_matmul(A, B, V))
+
+    V = random((8, 12), F32).to(device)
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for found, expected in zip(compiled(x, s, V), step(x, s, V), strict=True):
+        assert torch.equal(found, expected)
+
+
+@devices
 @pytest.mark.parametrize("output", ["exact", "empirical"])
 def test_autocast(device: str, output: str) -> None:
     model, batches = network()

@@ -128,6 +128,8 @@ class TestRegistration:
     def test_opcheck(self, name: str, sample: Callable[[], tuple]) -> None:
         torch.library.opcheck(overload(name), sample(), test_utils=ALL_TESTS)
 
+    # Newer versions of opcheck look at gradients of their own tensors that are no leaves.
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
     def test_opcheck_with_gradients(self, name: str, sample: Callable[[], tuple]) -> None:
         arguments = require_grad(name, sample())
         if any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(arguments)):

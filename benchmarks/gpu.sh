@@ -1,18 +1,25 @@
 #!/usr/bin/env bash
 # benchmarks/gpu.sh FOLDER: on a machine with a GPU, nvcc, torch (CUDA 13), ninja and pytest, without
 # a network: builds in place, proves the CUDA kernels, measures them, and leaves logs, gpu.json and
-# gpu.md in FOLDER. Every part runs, whatever became of those before it, within its share of nine
-# minutes; the exit status is 1 if any of them failed.
+# gpu.md in FOLDER. Every part runs, whatever became of those before it, as long as nine minutes are
+# not over; the exit status is 1 if any of them failed.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: benchmarks/gpu.sh FOLDER}" && cd "$1" && pwd) || exit 1
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 python=${PYTHON:-python3}
 status=0
 
-# part NAME SECONDS COMMAND...: its output into NAME.log, the end of it shown.
+# part NAME SECONDS COMMAND...: its output into NAME.log, the end of it shown; at most so long, and no
+# longer than to the end of nine minutes.
 part() {
-  local name=$1 seconds=$2 begin=$SECONDS
+  local name=$1 seconds=$2 begin=$SECONDS left=$((540 - SECONDS))
   shift 2
+  ((seconds = left < seconds ? left : seconds))
+  if ((seconds <= 0)); then
+    printf '== %s: no time left\n' "$name"
+    status=1
+    return 1
+  fi
   printf '== %s\n' "$name"
   timeout "$seconds" "$@" >"$out/$name.log" 2>&1
   local code=$?
@@ -30,8 +37,8 @@ tests=(env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 NVIDIA_TF32_OVERRIDE=0 "$python" -m 
 architecture=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 1
 part build 240 env TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$architecture}" HESSKERN_CUDA=1 \
   "$python" setup.py build_ext --inplace || exit 1
-part tests 120 "${tests[@]}"
-SHOWN=200 part benchmark 150 "$python" benchmarks/gpu.py --output "$out"
+part tests 110 "${tests[@]}"
+SHOWN=200 part benchmark 140 "$python" benchmarks/gpu.py --output "$out"
 
 if command -v compute-sanitizer >/dev/null; then
   short='TestOperators and test_reference and dtype0 or TestStreams and queued'

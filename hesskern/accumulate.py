@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.capture import Batch, Capture, LayerUse, batches, halves
+from hesskern.capture import Batch, Capture, LayerUse, batches, halves, model_device
 from hesskern.checks import Checks
 from hesskern.factors import Factors, LayerFactors, unfolded
 from hesskern.layers import LayerSpec, select_layers
@@ -22,7 +22,6 @@ from hesskern.roots import (
     accumulator_dtype,
     check_fraction,
     check_output,
-    model_device,
     positions_last,
 )
 
@@ -73,24 +72,25 @@ class _Sums:
 
     def mask(self, alive: Tensor) -> None:
         """Makes all sums zero where the 0-dim ``alive`` is False, whatever they hold."""
-        dead = ~alive
-        for tensor in (self.inputs, self.outputs, self.column, *(self.images or ())):
-            tensor.masked_fill_(dead, 0)
+        for tensor in self._tensors():
+            tensor.masked_fill_(~alive.to(tensor.device), 0)
         self.positions = _masked(self.positions, alive)
 
     def fits(self, other: _Sums) -> bool:
         """Whether adding ``other`` changes nothing but sums."""
-        if self.images is None or other.images is None:
-            return self.images is other.images
-        return [i.shape for i in self.images] == [i.shape for i in other.images]
+        if self.images is None:
+            return True
+        return other.images is not None and [i.shape for i in self.images] == [
+            i.shape for i in other.images
+        ]
 
     def scale(self, factor: float | Tensor) -> None:
-        self.inputs *= factor
-        self.outputs *= factor
-        self.column *= factor
+        for tensor in self._tensors():
+            tensor *= factor.to(tensor.device) if isinstance(factor, Tensor) else factor
         self.positions = self.positions * factor
-        for image in self.images or ():
-            image *= factor
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.inputs, self.outputs, self.column, *(self.images or ())]
 
     def add(self, other: _Sums) -> None:
         self.inputs += other.inputs
@@ -274,7 +274,8 @@ class FactorAccumulator:
         try:
             fresh, count = self._sums_of(capture, parts[0], checks)
             rest, more = self._sums_of(capture, parts[1], checks)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            # Something in the batch may not be cut by samples.
             raise out_of_memory(error, True) from error
         for name, sums in rest.items():
             if name in fresh:
@@ -578,7 +579,7 @@ class FactorAccumulator:
 def _masked(value: float | Tensor, alive: Tensor) -> Tensor:
     """0-dim float64: the value where ``alive`` is True, else 0."""
     if isinstance(value, Tensor):
-        return torch.where(alive, value, 0.0)
+        return torch.where(alive, value.to(alive.device), 0.0)
     return alive.double() * value
 
 

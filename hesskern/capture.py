@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "check_iterable",
     "frozen_eval",
     "halves",
+    "model_device",
     "run_model",
 ]
 
@@ -117,6 +118,13 @@ def frozen_eval(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def model_device(model: nn.Module) -> torch.device:
+    """Device of the model's first parameter or buffer; CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
 def run_model(model: nn.Module, inputs: Any) -> Tensor:
     """The model's outputs [N, ...] for a tensor, a tuple or list of arguments, or a dict of them.
 
@@ -188,8 +196,8 @@ def batches(
                 f"data must yield (inputs, targets) or (inputs, targets, weight); "
                 f"batch {index} is {found}"
             )
-        inputs, given = _move(element[0], device), _usable(element[1])
-        weight = _usable(element[2]) if len(element) == 3 else None
+        inputs, given = _move(element[0], device), _nearby(element[1], device)
+        weight = _nearby(element[2], device) if len(element) == 3 else None
         if sample_weight is not None:
             count = _leading_size(inputs)
             weight = sample_weight[offset : offset + count]
@@ -240,7 +248,17 @@ def _length(data: Iterable[Any]) -> int | None:
 
 
 def _move(value: Any, device: torch.device) -> Any:
-    return _mapped(_usable(value), lambda tensor: tensor.to(device, non_blocking=True))
+    # To the host without waiting, values would be read before they arrive.
+    return _mapped(
+        _usable(value), lambda tensor: tensor.to(device, non_blocking=device.type == "cuda")
+    )
+
+
+def _nearby(value: Any, device: torch.device) -> Any:
+    """The value with tensors on the host or on the device."""
+    return _mapped(
+        _usable(value), lambda t: t if t.device in (device, torch.device("cpu")) else t.to(device)
+    )
 
 
 def _usable(value: Any) -> Any:
@@ -281,16 +299,14 @@ def halves(batch: Batch) -> list[Batch]:
     def part(value: Any, samples: slice) -> Any:
         return _mapped(value, lambda t: t[samples] if t.dim() and len(t) == count else t)
 
-    return [
-        replace(
-            batch,
-            inputs=part(batch.inputs, samples),
-            targets=part(batch.targets, samples),
-            given_targets=part(batch.given_targets, samples),
-            weight=part(batch.weight, samples),
-        )
-        for samples in (slice(0, count // 2), slice(count // 2, count))
-    ]
+    def half(samples: slice) -> Batch:
+        targets = part(batch.targets, samples)
+        same = batch.given_targets is batch.targets
+        given = targets if same else part(batch.given_targets, samples)
+        weight = part(batch.weight, samples)
+        return Batch(batch.index, part(batch.inputs, samples), targets, given, weight)
+
+    return [half(slice(0, count // 2)), half(slice(count // 2, count))]
 
 
 def _leading_size(inputs: Any) -> int:
@@ -331,8 +347,16 @@ class Capture:
 
     def __enter__(self) -> Capture:
         self._modules = dict(self.model.named_modules())
-        self._state = frozen_eval(self.model)
-        self._state.__enter__()
+        self._state = ExitStack()
+        self._state.enter_context(frozen_eval(self.model))
+        # Sums are never taken in the narrow dtype that autocast gives the model alone.
+        kind = model_device(self.model).type
+        self._autocast = (
+            kind,
+            torch.get_autocast_dtype(kind),
+            torch.is_autocast_enabled(kind),
+        )
+        self._state.enter_context(torch.autocast(kind, enabled=False))
         self._handles = [
             self._modules[name].register_forward_hook(
                 self._hook(name), prepend=True, with_kwargs=True
@@ -430,7 +454,14 @@ class Capture:
 
     def _run(self, batch: Batch) -> tuple[Tensor, dict[str, list[LayerUse]]]:
         self._uses = {}
-        outputs = run_model(self.model, batch.inputs)
+        kind, dtype, enabled = self._autocast
+        try:
+            with torch.autocast(kind, dtype, enabled=enabled):
+                outputs = run_model(self.model, batch.inputs)
+        except BaseException:
+            # Their graph holds memory.
+            self._uses = {}
+            raise
         # Checkpointed parts run again in the backward pass; their hooks must not add to these.
         uses, self._uses = self._uses, {}
         return outputs, uses

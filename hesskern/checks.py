@@ -68,6 +68,9 @@ class _Pending:
 class Checks:
     """The conditions of one pass, batch after batch.
 
+    As a context it settles when the pass ends, also by an error: of two the earlier batch's counts,
+    which may be found last.
+
     Attributes:
         alive: 0-dim bool on the device, whether all closed batches are good; None while everything
             was looked at on the host.
@@ -80,6 +83,13 @@ class Checks:
     _details: list[Tensor] = field(default_factory=list)
     _conditions: list[_Condition] = field(default_factory=list)
     _pending: deque[_Pending] = field(default_factory=deque)
+
+    def __enter__(self) -> Checks:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None or issubclass(kind, Exception):
+            self.settle()
 
     def require(
         self,
@@ -129,10 +139,13 @@ class Checks:
             as :meth:`poll`.
         """
         if self._flags:
-            good = torch.stack(self._flags)
+            # Layers, targets and weights may lie on several devices.
+            device = self._flags[0].device
+            good = torch.stack([flag.to(device, non_blocking=True) for flag in self._flags])
+            details = [d.to(device, non_blocking=True).reshape(1) for d in self._details]
             alive = good.all()
             self.alive = alive if self.alive is None else self.alive & alive
-            values = torch.cat([good.double(), *(d.reshape(1) for d in self._details)])
+            values = torch.cat([good.double(), *details])
             arrived = None
             host = values.to("cpu", non_blocking=True)
             if values.is_cuda:

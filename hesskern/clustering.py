@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesskern.capture import Capture, batches
+from hesskern.capture import Capture, batches, model_device
 from hesskern.checks import Checks
 from hesskern.layers import select_layers
 from hesskern.losses import resolve_loss
-from hesskern.roots import BatchRoots, model_device
+from hesskern.roots import BatchRoots
 from hesskern.samples import layer_rows
 
 __all__ = ["GradientClusters", "gradient_clusters"]
@@ -53,8 +53,7 @@ def gradient_clusters(model: nn.Module, data: Iterable[Any], layer: str) -> Grad
     loss = resolve_loss(None, _every_logit)
     sums: Tensor | None = None
     counts = squares = torch.zeros((), dtype=torch.float64)
-    checks = Checks()
-    with Capture(model, specs) as capture:
+    with Checks() as checks, Capture(model, specs) as capture:
         for batch in batches(data, model_device(model)):
             roots = BatchRoots(capture, batch, loss, "exact", 1, torch.Generator(), checks)
             classes = roots.outputs.shape[1]
@@ -71,7 +70,6 @@ def gradient_clusters(model: nn.Module, data: Iterable[Any], layer: str) -> Grad
                 counts = counts + labels.sum(0)
                 squares = squares + gradients.square().sum()
             checks.close()
-        checks.settle()
     if sums is None:
         raise ValueError("data yielded no samples")
     logits = sums.shape[0]

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.capture import Capture, batches, check_iterable
+from hesskern.capture import Capture, batches, check_iterable, model_device
 from hesskern.checks import Checks
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
 from hesskern.memory import budget_for, with_less_memory
 from hesskern.operators import CurvatureOperator
 from hesskern.progress import Progress, reporter
-from hesskern.roots import BatchRoots, accumulator_dtype, model_device
+from hesskern.roots import BatchRoots, accumulator_dtype
 from hesskern.samples import SampleRows, layer_rows
 from hesskern.stacked import StackedGaussNewton
 
@@ -274,8 +274,8 @@ class _Pass:
             )
         count: float | Tensor = 0.0
         sums: dict[str, Tensor] = {}
-        checks = Checks()
-        with torch.inference_mode(False), Capture(self.model, dict(self.specs)) as capture:
+        capturing = Capture(self.model, dict(self.specs))
+        with torch.inference_mode(False), Checks() as checks, capturing as capture:
             for batch in batches(
                 self.data,
                 model_device(self.model),
@@ -316,7 +316,6 @@ def _add_inputs(sums: dict[str, Tensor], spec: LayerSpec, roots: BatchRoots) -> 
     x = uses[0].x.to(accumulator_dtype(uses[0].x.dtype))
     total = x.sum(0) if roots.weight_root is None else roots.weight_root.square().to(x) @ x
     if spec.joint:
-        total = torch.cat(
-            [total, torch.as_tensor(roots.count).to(total, non_blocking=True).reshape(1)]
-        )
+        count = torch.as_tensor(roots.count, dtype=torch.float64)
+        total = torch.cat([total, count.to(total, non_blocking=True).reshape(1)])
     sums[spec.name] = sums[spec.name] + total if spec.name in sums else total

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.capture import Batch, Capture, batches, check_iterable
+from hesskern.capture import Batch, Capture, batches, check_iterable, model_device
 from hesskern.checks import Checks
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
@@ -24,7 +24,6 @@ from hesskern.roots import (
     BatchRoots,
     accumulator_dtype,
     check_fraction,
-    model_device,
 )
 from hesskern.samples import SampleRows, join, layer_rows
 from hesskern.split import Split
@@ -376,8 +375,7 @@ def _gather(
     gathered = {name: _Layer(spec) for name, spec in source.specs.items()}
     can_rerun = not isinstance(source.data, Iterator)
     total: float | Tensor = 0.0
-    checks = Checks()
-    with Capture(source.model, source.specs, examine=True) as capture:
+    with Checks() as checks, Capture(source.model, source.specs, examine=True) as capture:
         for batch in batches(
             source.data,
             model_device(source.model),
@@ -461,8 +459,8 @@ class _Rerun:
                 "layer_hessians again"
             )
         assert self.data is not None
-        position, checks = 0, Checks()
-        with Capture(self.model, {self.spec.name: self.spec}) as capture:
+        position = 0
+        with Checks() as checks, Capture(self.model, {self.spec.name: self.spec}) as capture:
             for batch in batches(self.data, model_device(self.model), self.sample_weight):
                 roots = _roots(capture, batch, self.loss, checks)
                 pieces = layer_rows({self.spec.name: self.spec}, roots, self.memory_budget)
@@ -473,7 +471,6 @@ class _Rerun:
                     yield from self._kept(chunks, position, checks)
                     position += 1
                 checks.close()
-            checks.settle()
         if self.keep is not None and position != len(self.keep):
             raise self._other_order()
 

@@ -145,10 +145,18 @@ def _per_sample(values: Tensor) -> Tensor:
 def _drawn(p: Tensor, samples: int, generator: torch.Generator) -> Tensor:
     """[n, samples] indices drawn with probabilities p [n, c], the same ones on every device."""
     uniform = torch.rand(len(p), samples, generator=generator, dtype=p.dtype)
+    if torch.are_deterministic_algorithms_enabled() and not on_host(p):
+        # Sums along an axis have no deterministic order there.
+        host = p.cpu()
+        return _chosen(host, uniform).to(p.device, non_blocking=True)
+    return _chosen(p, uniform.to(p.device, non_blocking=True))
+
+
+def _chosen(p: Tensor, uniform: Tensor) -> Tensor:
+    """[n, samples] indices at which the sums of p [n, c] pass ``uniform`` [n, samples]."""
     sums = p.cumsum(1)
     # Rounded sums may end a little below or above one, and a draw must not lie behind them.
-    uniform = uniform.to(p.device, non_blocking=True) * sums[:, -1:]
-    return torch.searchsorted(sums, uniform, right=True).clamp(max=p.shape[1] - 1)
+    return torch.searchsorted(sums, uniform * sums[:, -1:], right=True).clamp(max=p.shape[1] - 1)
 
 
 def _same_shape(outputs: Tensor, targets: Any, name: str) -> Tensor:
@@ -281,11 +289,11 @@ class _CrossEntropy(Loss):
         scale = self._token_scale(outputs, targets).unsqueeze(1) / samples**0.5
         draws = _drawn(p.transpose(1, 2).reshape(n * tokens, c), samples, generator)
         labels = draws.reshape(n, tokens, samples)
+        numbers = torch.arange(c, device=p.device).reshape(1, c, 1)
 
         def row(index: int) -> Tensor:
-            drawn = labels[..., index].unsqueeze(1)
-            gradient = p.scatter_add(1, drawn, p.new_full((), -1).expand(drawn.shape))
-            return (gradient * scale).reshape(outputs.shape).to(outputs.dtype)
+            own = labels[..., index].unsqueeze(1) == numbers
+            return ((p - own.to(p.dtype)) * scale).reshape(outputs.shape).to(outputs.dtype)
 
         return Rows(samples, row)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -16,13 +17,14 @@ _ADVICE = "pass smaller batches, or set memory_budget= (bytes) to less than the 
 
 def check_budget(memory_budget: Any) -> int:
     """The number of bytes, or a TypeError or ValueError that names the argument."""
-    if isinstance(memory_budget, bool) or not isinstance(memory_budget, (int, float)):
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, Real):
         raise TypeError(
             f"memory_budget must be a number of bytes, got {type(memory_budget).__name__}"
         )
-    if not memory_budget >= 0:
+    budget = float(memory_budget)
+    if not budget >= 0:
         raise ValueError(f"memory_budget must be non-negative bytes, got {memory_budget!r}")
-    return int(min(memory_budget, 2**62))
+    return int(min(budget, 2**62))
 
 
 def budget_for(memory_budget: Any, device: torch.device, default: int, share: float) -> int:
@@ -54,7 +56,7 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def out_of_memory(error: torch.OutOfMemoryError, again: bool) -> torch.OutOfMemoryError:
+def out_of_memory(error: RuntimeError, again: bool) -> torch.OutOfMemoryError:
     """The same error with what can be done about it.
 
     Args:

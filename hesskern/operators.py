@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesskern import ops
-from hesskern.capture import batches, check_iterable, frozen_eval, run_model
+from hesskern.capture import batches, check_iterable, frozen_eval, model_device, run_model
 from hesskern.checks import Checks
 from hesskern.losses import resolve_loss
 from hesskern.progress import Progress, reporter
-from hesskern.roots import checked_targets, model_device, sample_weights
+from hesskern.roots import checked_targets, sample_weights
 
 if TYPE_CHECKING:
     from hesskern.results import EigenResult
@@ -323,9 +323,8 @@ class AutogradHessian(CurvatureOperator):
     def _matmul(self, block: Tensor) -> Tensor:
         total = torch.zeros_like(block)
         total_weight: float | Tensor = 0.0
-        checks = Checks()
         # Fused attention has no second derivative; its plain form has.
-        with frozen_eval(self._model), sdpa_kernel(SDPBackend.MATH):
+        with Checks() as checks, frozen_eval(self._model), sdpa_kernel(SDPBackend.MATH):
             for parameter in self._parameters:
                 parameter.requires_grad_(True)
             for batch in batches(
@@ -362,7 +361,6 @@ class AutogradHessian(CurvatureOperator):
                         materialize_grads=True,
                     )
                     total[j] += torch.cat([p.reshape(-1) for p in products])
-        checks.settle()
         count = float(total_weight)
         if count == 0:
             raise ValueError("data yielded no samples")

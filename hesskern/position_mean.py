@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesskern.capture import Capture, batches, check_iterable
+from hesskern.capture import Capture, batches, check_iterable, model_device
 from hesskern.checks import Checks
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
 from hesskern.memory import budget_for
 from hesskern.operators import CurvatureOperator
 from hesskern.progress import Progress, reporter
-from hesskern.roots import BatchRoots, accumulator_dtype, model_device
+from hesskern.roots import BatchRoots, accumulator_dtype
 from hesskern.samples import layer_rows
 
 __all__ = ["PositionMeanHessian", "position_mean_hessian"]
@@ -223,8 +223,8 @@ class _Pass:
                 f"the model changed since the operator of layer {name!r} was made; make it anew"
             )
         count: float | Tensor = 0.0
-        specs, checks = {name: self.spec}, Checks()
-        with torch.inference_mode(False), Capture(self.model, specs) as capture:
+        specs = {name: self.spec}
+        with torch.inference_mode(False), Checks() as checks, Capture(self.model, specs) as capture:
             for batch in batches(
                 self.data, device, self.sample_weight, progress, f"samples of {name}"
             ):
@@ -236,7 +236,6 @@ class _Pass:
                     if chunk is not None:
                         yield chunk
                 checks.close()
-            checks.settle()
         self.count = float(count)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hesskern.capture import Batch, Capture, LayerUse
 from hesskern.checks import Checks, first_chosen, on_host
@@ -20,17 +20,9 @@ __all__ = [
     "check_fraction",
     "check_output",
     "checked_targets",
-    "model_device",
     "positions_last",
     "sample_weights",
 ]
-
-
-def model_device(model: nn.Module) -> torch.device:
-    """Device of the model's first parameter or buffer; CPU if it has none."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

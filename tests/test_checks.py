@@ -258,6 +258,30 @@ class TestOrder:
             stream.consume([*batches(3), (randn(6, 2, 4, 4), classes(5, c=4))])
         assert_same(stream.factors(), hk.kronecker_factors(model(), batches(3), CE))
 
+    @pytest.mark.parametrize("call", [hk.layer_hessians, hk.GaussNewton])
+    def test_the_earlier_of_two_errors_in_other_passes(self, call: Any) -> None:
+        data, _ = spoiled(1, "inputs")
+        data[3] = (data[3][0], classes(5, c=4))
+        with pytest.raises(ValueError, match="batch 1"):
+            call(model(), data, CE)
+
+    def test_shapes_that_varied_wait_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pooled = seeded(
+            nn.Sequential(
+                nn.Conv1d(2, 3, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(3, 4)
+            )
+        )
+        settled = []
+        settle = checks.Checks.settle
+        monkeypatch.setattr(
+            checks.Checks, "settle", lambda self: (settled.append(len(self._pending)), settle(self))
+        )
+        lengths = (5, 6, 7, 6, 6, 6, 6)
+        stream = hk.FactorAccumulator(pooled, CE)
+        stream.consume((randn(6, 2, t, seed=t), classes(6, c=4)) for t in lengths)
+        # New layers, other shapes, and the end of the pass.
+        assert settled == [1, 1, 5]
+
     def test_images_of_other_sizes(self) -> None:
         pooled = seeded(
             nn.Sequential(
@@ -271,6 +295,28 @@ class TestOrder:
             stream.consume(data)
         # The images still have one shape, so the factors have their mean.
         assert stream.factors()["0"].input_images is not None
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_are_wide_under_autocast(
+    deferred: bool, weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if deferred:
+        for module in ("checks", "roots", "losses"):
+            monkeypatch.setattr(f"hesskern.{module}.on_host", lambda tensor: False)
+    layers = seeded(nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 4))).float()
+    data: Data = [(1 + randn(6, 3, seed=i).float(), classes(6, c=4, seed=i)) for i in range(40)]
+    if weighted:
+        data = [(*batch, torch.ones(6)) for batch in data]
+    exact = hk.kronecker_factors(layers, data, CE)["0"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = hk.kronecker_factors(layers, data, CE)["0"]
+        means = hk.GaussNewton(layers, data, CE)._source.input_means["0"]
+    assert found.input_mean.dtype == torch.float32
+    torch.testing.assert_close(found.input_mean, exact.input_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.input_covariance, exact.input_covariance, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(means, exact.input_mean, rtol=1e-5, atol=1e-6)
 
 
 def test_flags_that_have_arrived_are_looked_at() -> None:

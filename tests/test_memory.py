@@ -69,6 +69,30 @@ def test_a_half_that_is_too_large_as_well() -> None:
     stream.update(*batches()[0])
 
 
+@pytest.mark.parametrize("output", ["exact", "empirical"])
+def test_halves_keep_what_was_found_of_their_targets(
+    output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("checks", "roots", "losses"):
+        monkeypatch.setattr(f"hesskern.{module}.on_host", lambda tensor: False)
+    data = batches()
+    data[1][1][5] = 4
+    stream = hk.FactorAccumulator(Small(4), CE, output=output)
+    with pytest.raises(ValueError, match="found 4"):
+        stream.consume(data)
+    assert_same(stream.factors(), hk.kronecker_factors(model(), batches()[:1], CE, output=output))
+
+
+def test_a_batch_that_cannot_be_cut() -> None:
+    class Masked(Small):
+        def forward(self, x: Tensor, mask: Tensor) -> Any:
+            return super().forward(x) + (mask @ mask)[:, :4]
+
+    x, y = batches()[1]
+    with pytest.raises(torch.OutOfMemoryError, match="smaller batches"):
+        hk.kronecker_factors(Masked(4), [((x, torch.zeros(7, 7, dtype=x.dtype)), y)], CE)
+
+
 def test_one_sample_cannot_be_halved() -> None:
     with pytest.raises(torch.OutOfMemoryError, match="smaller batches"):
         hk.kronecker_factors(Small(0), [(randn(1, 3), classes(1, c=4))], CE)

@@ -26,7 +26,7 @@ namespace {
 
 constexpr int kSide = 32, kLines = 8;
 // Border lines of an axis, table entries in all and in one launch.
-constexpr int kMostBorders = 64, kMostEntries = 1 << 16, kEntriesPerLaunch = 4096;
+constexpr size_t kMostBorders = 64, kMostEntries = 1 << 16, kEntriesPerLaunch = 4096;
 // Elements of images that are packed at a time: 256 MB.
 constexpr int64_t kPacked = 1 << 26;
 constexpr int64_t kMostSplits = 32;
@@ -53,6 +53,7 @@ struct Run {
 // All that depends on the geometry of one layer alone.
 struct Plan {
   ConvAxis h, w;
+  bool fits = false;  // within the limits above; only then there is more than the axes
   Family families[4];
   std::vector<Run> runs;
   int64_t blocks = 0;        // [C, C] each
@@ -81,11 +82,27 @@ std::vector<std::vector<std::pair<size_t, int>>> parts_of_terms(
   return parts;
 }
 
+// Parts of all pairs of an axis.
+size_t parts_of_pairs(const ConvAxis& axis,
+                      const std::vector<std::vector<std::pair<size_t, int>>>& parts) {
+  size_t total = 0;
+  for (const int64_t term : axis.term_of_pair) total += parts[static_cast<size_t>(term)].size();
+  return total;
+}
+
 Plan make_plan(const Geometry& g) {
   Plan plan;
   plan.h = make_axis(g[0], g[2], 1, g[4], g[6], g[8]);
   plan.w = make_axis(g[1], g[3], 1, g[5], g[7], g[9]);
   const ConvAxis &h = plan.h, &w = plan.w;
+  const auto list_h = axis_products(h), list_w = axis_products(w);
+  if (h.span <= 0 || w.span <= 0 || h.borders.size() > kMostBorders ||
+      w.borders.size() > kMostBorders) {
+    return plan;
+  }
+  const auto parts_h = parts_of_terms(h, list_h), parts_w = parts_of_terms(w, list_w);
+  if (parts_of_pairs(h, parts_h) * parts_of_pairs(w, parts_w) > kMostEntries) return plan;
+  plan.fits = true;
   for (int f = 0; f < 4; ++f) {
     Family& family = plan.families[f];
     family.border_h = (f & 1) != 0;
@@ -98,7 +115,6 @@ Plan make_plan(const Geometry& g) {
         (family.border_h ? 0 : h.max_lag * family.pitch) + (family.border_w ? 0 : w.max_lag);
   }
 
-  const auto list_h = axis_products(h), list_w = axis_products(w);
   const auto other_h = exchanged(list_h), other_w = exchanged(list_w);
   const auto number = [&](int64_t i, int64_t j) {
     return static_cast<size_t>(i) * list_w.size() + static_cast<size_t>(j);
@@ -132,7 +148,6 @@ Plan make_plan(const Geometry& g) {
     if (f == 0) plan.whole_blocks = plan.blocks;
   }
 
-  const auto parts_h = parts_of_terms(h, list_h), parts_w = parts_of_terms(w, list_w);
   const int64_t taps = h.taps * w.taps;
   for (int64_t pair = 0; pair < taps * taps; ++pair) {
     plan.starts.push_back(static_cast<int32_t>(plan.entries.size()));
@@ -427,10 +442,7 @@ bool ConvLags<In>::pays() const {
     return false;
   }
   const Plan& plan = plan_of(call);
-  if (plan.h.span <= 0 || plan.w.span <= 0 || plan.h.borders.size() > kMostBorders ||
-      plan.w.borders.size() > kMostBorders || plan.entries.size() > kMostEntries) {
-    return false;
-  }
+  if (!plan.fits) return false;
   // Multiplications of a sample, tiles that are not full included.
   const int64_t packed_channels = padded(call.group_channels);
   double lags = 0;

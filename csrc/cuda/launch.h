@@ -40,6 +40,18 @@ inline int multiprocessors() {
   return count;
 }
 
+// Bytes of shared memory that a block may ask the current device for.
+inline size_t most_shared_bytes() {
+  constexpr size_t kDefaultShared = 48 << 10;
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess) {
+    return kDefaultShared;
+  }
+  return static_cast<size_t>(bytes);
+}
+
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }

@@ -139,9 +139,15 @@ bool rows_are_copied(const OutputHessian<T>& call) {
          (call.samples == 1 || call.sample_stride == call.classes * call.class_stride);
 }
 
+// Larger tiles where the device has the shared memory for them.
 template <class Visit>
 auto with_tile(const OutputHessian<float>& call, Visit visit) {
-  return with_symmetric_tile<float, kSampleDepth>(call.outputs, call.tf32, visit);
+  return with_symmetric_tile<float, kSampleDepth>(call.outputs, call.tf32, [&](auto tag) {
+    using Tile = typename decltype(tag)::Type;
+    using Small = TensorTile<Tile::kTerms, 64, 64, kSampleDepth>;
+    if (CentredMemory<Tile>::kBytes > most_shared_bytes()) return visit(Tag<Small>());
+    return visit(tag);
+  });
 }
 
 // Rows of the tiles, those included that no sample fills.

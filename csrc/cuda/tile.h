@@ -99,6 +99,7 @@ template <int Terms, int Rows, int Columns, int Depth = 16>
 class TensorTile : public TensorSums<Rows, Columns, Depth, 64> {
  public:
   using Value = float;
+  static constexpr int kTerms = Terms;
 
   // a, b: tiles of Depth in shared memory with their layouts.
   template <class LayoutA, class LayoutB>

@@ -387,6 +387,10 @@ void check_output_hessian(bool few) {
   output<float>("float", 4, 33, 40, 2, false, true, 2);
   output<float>("float", 4, 33, 100, 2, false, true, 2);
   output<float>("float", 6, 7, 40, 1, false, true, 2);
+  // A device with less shared memory takes smaller tiles.
+  emulation::most_shared() = 99 << 10;
+  output<float>("float", 15, 3, 128, 1, false, false, 1);
+  emulation::most_shared() = emulation::kMostShared;
   output<double>("double", 40, 10, 70, 2, true, false, 2);
   output<double>("double", 6, 35, 30, 1, false, false, 2);
 }

@@ -26,7 +26,7 @@ namespace {
 constexpr size_t kLargestExchange = 64;
 constexpr unsigned kMostThreads = 1024;
 // What a block gets without asking, and at most (sm_90).
-constexpr size_t kDefaultShared = 48 << 10, kMostShared = 227 << 10;
+constexpr size_t kDefaultShared = 48 << 10;
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "CUDA on CPU: %s\n", what);
@@ -345,13 +345,18 @@ int& multiprocessor_count() {
   return count;
 }
 
+int& most_shared() {
+  static int bytes = kMostShared;
+  return bytes;
+}
+
 cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& body) {
   const unsigned long long threads =
       1ull * config.blockDim.x * config.blockDim.y * config.blockDim.z;
   const unsigned long long blocks = 1ull * config.gridDim.x * config.gridDim.y * config.gridDim.z;
   if (threads == 0 || threads > kMostThreads || blocks == 0 || config.gridDim.y > 65535 ||
       config.gridDim.z > 65535 || config.gridDim.x > 0x7fffffffu ||
-      config.dynamicSmemBytes > kMostShared) {
+      config.dynamicSmemBytes > static_cast<size_t>(most_shared())) {
     return cudaErrorInvalidConfiguration;
   }
   static Block storage;

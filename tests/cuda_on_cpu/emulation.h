@@ -34,7 +34,7 @@ struct dim3 {
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 using cudaStream_t = void*;
 
 struct cudaLaunchConfig_t {
@@ -83,8 +83,10 @@ size_t& shared_limit(const void* kernel);
 // Kernels launched so far.
 std::set<const void*>& launched();
 
-// What multiprocessor counts are answered with.
+// What multiprocessor counts and limits of shared memory are answered with.
 int& multiprocessor_count();
+int& most_shared();
+constexpr int kMostShared = 227 << 10;
 
 template <auto Get>
 constexpr Coordinates coordinates() {
@@ -127,7 +129,9 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = hesskern::cuda::emulation::multiprocessor_count();
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  namespace emulation = hesskern::cuda::emulation;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::multiprocessor_count()
+                                                       : emulation::most_shared();
   return cudaSuccess;
 }

@@ -325,6 +325,35 @@ def test_ctrl_c_certifies_what_there_is(monkeypatch):
     found.verify(data)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_device_is_waited_for_seldom(method, monkeypatch):
+    """On a device, here the CPU as one, the same run looks at objectives some steps later."""
+    data = blobs()
+    settings = FAST if method == "natural" else PublishedSettings(batch_size=50)
+    at_once = run(data, method=method, epochs=3, settings=settings)
+    monkeypatch.setattr("hesskern.pacbayes.loop.on_host", lambda value: False)
+    monkeypatch.setattr("hesskern.pacbayes.loop._UNSEEN", 2)
+    later = run(data, method=method, epochs=3, settings=settings)
+    assert later.bound == at_once.bound
+    assert later.history == at_once.history
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 5])
+def test_a_device_names_the_step_that_was_not_finite(at, monkeypatch):
+    step, seen = Natural.step, []
+
+    def broken(self, rows, fraction):
+        seen.append(1)
+        value = step(self, rows, fraction)
+        return value * math.nan if len(seen) == at else value
+
+    monkeypatch.setattr(Natural, "step", broken)
+    monkeypatch.setattr("hesskern.pacbayes.loop.on_host", lambda value: False)
+    monkeypatch.setattr("hesskern.pacbayes.loop._UNSEEN", 3)
+    with pytest.raises(ValueError, match=rf"objective is not finite in epoch 1, step {at}:"):
+        run(blobs(), epochs=2, settings=replace(FAST, batch_size=30))
+
+
 def test_an_objective_that_is_not_finite_is_an_error():
     with pytest.raises(ValueError, match=r"objective is not finite in epoch 1, step"):
         run(settings=NaturalSettings(batch_size=50, rate_ratio=1e6), epochs=20)

@@ -12,10 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hesskern.checks import on_host
 from hesskern.pacbayes.checkpoint import read_checkpoint, write_checkpoint
 from hesskern.progress import Progress
 
 __all__ = ["Budget", "Draft", "Method", "Outcome", "optimize"]
+
+# Steps on a device before the host waits for their objectives.
+_UNSEEN = 64
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,8 @@ class Method(Protocol):
     def begin_epoch(self, fraction: float) -> None:
         """Called before each epoch; ``fraction`` of the budget is spent."""
 
-    def step(self, rows: Tensor, fraction: float) -> float:
-        """One update on the samples ``rows`` [B]; returns the objective's value."""
+    def step(self, rows: Tensor, fraction: float) -> Tensor:
+        """One update on the samples ``rows`` [B]; returns the objective's value, 0-dim."""
 
     def kl(self) -> float:
         """KL(Q ‖ P) at the current parameters, off the grid."""
@@ -151,19 +155,18 @@ def optimize(
     try:
         while spent(epoch) < 1:
             method.begin_epoch(spent(epoch))
-            total = 0.0
+            total, first = 0.0, steps
+            taken: list[tuple[Tensor, int]] = []
             for i, rows in enumerate(torch.randperm(n, generator=order).split(method.batch_size)):
                 fraction = spent(epoch + i / per_epoch)
                 if fraction >= 1:
                     break
                 value = method.step(rows, fraction)
-                if not math.isfinite(value):
-                    raise ValueError(
-                        f"the objective is not finite in epoch {epoch + 1}, step {i + 1}: the "
-                        "learning rate is too high, or the data or weights are out of range"
-                    )
-                total += value * len(rows)
+                taken.append((value, len(rows)))
                 steps += 1
+                if on_host(value) or len(taken) == _UNSEEN:
+                    total = _added(total, taken, epoch + 1, steps - first)
+                    taken = []
                 if progress is not None:
                     progress(
                         shown,
@@ -174,6 +177,7 @@ def optimize(
                             time.perf_counter() - started,
                         ),
                     )
+            total = _added(total, taken, epoch + 1, steps - first)
             epoch += 1
             entry = {"epoch": float(epoch), "objective": total / n}
             entry |= {"error": method.error(), "kl": method.kl()}
@@ -196,6 +200,23 @@ def optimize(
     except KeyboardInterrupt:
         interrupted = True
     return Outcome(epoch, steps, time.perf_counter() - started, interrupted, history)
+
+
+def _added(total: float, taken: list[tuple[Tensor, int]], epoch: int, last: int) -> float:
+    """The total with objectives of steps up to the last one, each times its samples.
+
+    Raises:
+        ValueError: an objective is not finite; names the epoch and step.
+    """
+    values = torch.stack([value for value, _ in taken]).tolist() if taken else []
+    for i, (value, (_, samples)) in enumerate(zip(values, taken, strict=True)):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the objective is not finite in epoch {epoch}, step {last - len(values) + i + 1}: "
+                "the learning rate is too high, or the data or weights are out of range"
+            )
+        total += value * samples
+    return total
 
 
 def _shown(budget: Budget, step: int, per_epoch: int, seconds: float) -> tuple[int, int]:

@@ -159,9 +159,9 @@ class Natural:
             )
         self._known: dict[str, Rotated] = {}
         self._start_bases(start)
-        self._error: float | None = None
+        self._error: Tensor | None = None
         self._slope, self._age = 0.0, 0
-        self._errors: list[tuple[float, int]] = []
+        self._errors: list[tuple[Tensor, int]] = []
         self._refreshed = 0
         self._moments: dict[str, Tensor] | None = None
         self._averages = 0
@@ -246,7 +246,7 @@ class Natural:
         found, self._moments = self._moments, None
         return found
 
-    def step(self, rows: Tensor, fraction: float) -> float:
+    def step(self, rows: Tensor, fraction: float) -> Tensor:
         """One step of Adam; see the module."""
         for group in self._optimizer.param_groups:
             group["lr"] = group["full"] * (1 - fraction)
@@ -264,7 +264,7 @@ class Natural:
             error = wrong(scores.detach(), targets).to(mean.dtype).mean()
         else:
             error = error_probability(mean, deviation[:, -1:], targets).mean()
-            objective = self._weight(float(error.detach()), float(kl.detach())) * error + kl / n
+            objective = self._weight(error.detach(), kl.detach()) * error + kl / n
         self._optimizer.zero_grad()
         objective.backward()
         self._optimizer.step()
@@ -274,8 +274,8 @@ class Natural:
                 layer.log_prior.clamp_(max=ceiling)
             if fraction >= 1 - self._settings.averaged:
                 self._average()
-        self._errors.append((float(error.detach()), len(rows)))
-        return float(objective.detach())
+        self._errors.append((error.detach(), len(rows)))
+        return objective.detach()
 
     def _average(self) -> None:
         """Takes the parameters into the running mean of the last part of the budget."""
@@ -287,15 +287,25 @@ class Natural:
             for mean, p in zip(self._averaged[name], current, strict=True):
                 mean.lerp_(p, 1 / self._averages)
 
-    def _weight(self, error: float, kl: float) -> float:
-        """What error counts in units of KL / n: the ratio of the bound's two derivatives."""
+    def _weight(self, error: Tensor, kl: Tensor) -> float:
+        """What error counts in units of KL / n: the ratio of the bound's two derivatives.
+
+        Args:
+            error, kl: 0-dim; looked at only in the steps that find the ratio anew.
+        """
+        error = error.double()
         previous = error if self._error is None else self._error
         self._error = 0.99 * previous + 0.01 * error
         self._age += 1
         if self._age % _WEIGHT_STEPS != 1:
             return self._slope
-        q = torch.tensor(self._error, dtype=torch.float64, requires_grad=True)
-        rate = bound_rate(kl, len(self._samples), [1], self._protocol.delta, self._protocol.form)
+        if not bool(torch.isfinite(self._error + kl)):
+            # The loop says so when it looks at the objective.
+            return self._slope
+        q = self._error.detach().cpu().clone().requires_grad_()
+        rate = bound_rate(
+            float(kl), len(self._samples), [1], self._protocol.delta, self._protocol.form
+        )
         rate.requires_grad_(True)
         kl_inverse(q, rate).backward()
         assert q.grad is not None
@@ -330,7 +340,11 @@ class Natural:
 
     def error(self) -> float:
         """Mean error of the steps since :meth:`begin_epoch`, under their noise."""
-        return sum(e * n for e, n in self._errors) / max(1, sum(n for _, n in self._errors))
+        if not self._errors:
+            return 0.0
+        errors = torch.stack([e for e, _ in self._errors]).tolist()
+        sizes = [n for _, n in self._errors]
+        return sum(e * n for e, n in zip(errors, sizes, strict=True)) / sum(sizes)
 
     def kl(self) -> float:
         """KL(Q ‖ P) at the current parameters, off the grid."""
@@ -377,7 +391,7 @@ class Natural:
             "layers": layers,
             "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(),
-            "error": self._error,
+            "error": None if self._error is None else float(self._error),
             "averages": self._averages,
             "averaged": self._averaged,
             "slope": self._slope,
@@ -395,7 +409,8 @@ class Natural:
         self._optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"])
         self._averages, self._averaged = state["averages"], state["averaged"]
-        self._error, self._refreshed = state["error"], state["refreshed"]
+        error, self._refreshed = state["error"], state["refreshed"]
+        self._error = None if error is None else torch.tensor(error, dtype=torch.float64)
         self._slope, self._age = state["slope"], state["age"]
 
     def settings(self) -> dict[str, Any]:

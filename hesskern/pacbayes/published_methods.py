@@ -108,7 +108,7 @@ class Published:
         parameters = [*self._means.values(), *self._log_variances.values(), self._log_prior]
         self._optimizer = torch.optim.RMSprop(parameters, lr=settings.rate, foreach=True)
         self._refreshed = 0
-        self._errors: list[tuple[int, int]] = []
+        self._errors: list[tuple[Tensor, int]] = []
 
     def _coordinates(self, key: str, matrix: Tensor) -> Tensor:
         if key not in self._bases:
@@ -217,7 +217,7 @@ class Published:
             torch.zeros((), dtype=torch.float64),
         )
 
-    def step(self, rows: Tensor, fraction: float) -> float:
+    def step(self, rows: Tensor, fraction: float) -> Tensor:
         """One step of RMSprop on surrogate + sqrt(BRE / 2)."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._settings.rate * 0.1 ** int(_FALLS * fraction)
@@ -242,12 +242,15 @@ class Published:
         self._optimizer.step()
         with torch.no_grad():
             self._log_prior.clamp_(max=math.log(grid.variance(1)))
-        self._errors.append((int(wrong(outputs.detach(), targets).sum()), len(rows)))
-        return float(objective.detach())
+        self._errors.append((wrong(outputs.detach(), targets).sum(), len(rows)))
+        return objective.detach()
 
     def error(self) -> float:
         """Mean error of the steps since :meth:`begin_epoch`, under their noise."""
-        return sum(e for e, _ in self._errors) / max(1, sum(n for _, n in self._errors))
+        if not self._errors:
+            return 0.0
+        wrongs = torch.stack([e for e, _ in self._errors]).tolist()
+        return float(sum(wrongs)) / sum(n for _, n in self._errors)
 
     def kl(self) -> float:
         """KL(Q ‖ P) at the current parameters, off the grid."""

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.capture import Batch, Capture, LayerUse, batches, halves, model_device
+from hesskern.batch_sums import BatchSums
+from hesskern.capture import Batch, Capture, batches, halves, model_device
 from hesskern.checks import Checks
-from hesskern.factors import Factors, LayerFactors, unfolded
+from hesskern.factors import Factors, LayerFactors
+from hesskern.layer_sums import LayerSums, bordered, masked
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import resolve_loss
 from hesskern.memory import budget_for, out_of_memory, release
 from hesskern.progress import Progress, reporter
 from hesskern.roots import (
     BatchRoots,
-    accumulator_dtype,
     check_fraction,
     check_output,
-    positions_last,
 )
 
 __all__ = ["FactorAccumulator"]
@@ -36,81 +36,6 @@ class _Before:
 
     batches: int
     generator: Tensor
-
-
-@dataclass
-class _Sums:
-    """Running sums of one layer; upper triangles only.
-
-    Attributes:
-        inputs: [d, d] or [g, d, d], without the bias.
-        outputs: [m, m].
-        column: [g d] sum of the inputs over samples and positions; used with a joint bias.
-        images: sums of the inputs, one per use; None once their shapes varied.
-        positions: weighted sum of positions per sample; a 0-dim float64 tensor while only the
-            device knows it.
-    """
-
-    inputs: Tensor
-    outputs: Tensor
-    column: Tensor
-    images: list[Tensor] | None = field(default_factory=list)
-    positions: float | Tensor = 0.0
-
-    def copy(self, device: torch.device | None = None) -> _Sums:
-        def clone(tensor: Tensor) -> Tensor:
-            return tensor.to(device, copy=True)
-
-        images = None if self.images is None else [clone(image) for image in self.images]
-        return _Sums(
-            clone(self.inputs),
-            clone(self.outputs),
-            clone(self.column),
-            images,
-            float(self.positions),
-        )
-
-    def mask(self, alive: Tensor) -> None:
-        """Makes all sums zero where the 0-dim ``alive`` is False, whatever they hold."""
-        for tensor in self._tensors():
-            tensor.masked_fill_(~alive.to(tensor.device), 0)
-        self.positions = _masked(self.positions, alive)
-
-    def fits(self, other: _Sums) -> bool:
-        """Whether adding ``other`` changes nothing but sums."""
-        if self.images is None:
-            return True
-        return other.images is not None and [i.shape for i in self.images] == [
-            i.shape for i in other.images
-        ]
-
-    def scale(self, factor: float | Tensor) -> None:
-        for tensor in self._tensors():
-            tensor *= factor.to(tensor.device) if isinstance(factor, Tensor) else factor
-        self.positions = self.positions * factor
-
-    def _tensors(self) -> list[Tensor]:
-        return [self.inputs, self.outputs, self.column, *(self.images or ())]
-
-    def add(self, other: _Sums) -> None:
-        self.inputs += other.inputs
-        self.outputs += other.outputs
-        self.column += other.column
-        self.positions += other.positions
-        self.add_images(other.images)
-
-    def add_images(self, images: list[Tensor] | None) -> None:
-        if self.images is not None and not self.images and images is not None:
-            self.images = [image.clone() for image in images]
-        elif (
-            self.images is None
-            or images is None
-            or [i.shape for i in self.images] != [i.shape for i in images]
-        ):
-            self.images = None
-        else:
-            for mine, new in zip(self.images, images, strict=True):
-                mine += new
 
 
 class FactorAccumulator:
@@ -153,7 +78,8 @@ class FactorAccumulator:
         self._by_name = layers is not None
         self._model = model
         self._decay = decay
-        self._memory_budget = budget_for(memory_budget, model_device(model), 2**30, 1 / 16)
+        budget = budget_for(memory_budget, model_device(model), 2**30, 1 / 16)
+        self._batch_sums = BatchSums(self._specs, budget)
         self._settings: dict[str, Any] = {
             "output": output,
             "bias": bias,
@@ -162,7 +88,7 @@ class FactorAccumulator:
             "decay": decay,
         }
         self._generator = torch.Generator().manual_seed(seed)
-        self._sums: dict[str, _Sums] = {}
+        self._sums: dict[str, LayerSums] = {}
         self._reasons: dict[str, str] = {}
         self._unfit: dict[str, str] = {}
         self._count: float | Tensor = 0.0
@@ -251,14 +177,14 @@ class FactorAccumulator:
         if alive is not None:
             for sums in fresh.values():
                 sums.mask(alive)
-            count = _masked(count, alive)
+            count = masked(count, alive)
         self._commit(fresh, count)
         self._unfit.update(capture.unfit)
         self._note({**self._reasons, **capture.reasons})
 
     def _sums_in_memory(
         self, capture: Capture, batch: Batch, checks: Checks
-    ) -> tuple[dict[str, _Sums], float | Tensor]:
+    ) -> tuple[dict[str, LayerSums], float | Tensor]:
         """:meth:`_sums_of`, of one half after the other where memory does not suffice."""
         state = self._generator.get_state()
         try:
@@ -284,7 +210,7 @@ class FactorAccumulator:
                 fresh[name] = sums
         return fresh, count + more
 
-    def _same_kind(self, fresh: dict[str, _Sums], capture: Capture) -> bool:
+    def _same_kind(self, fresh: dict[str, LayerSums], capture: Capture) -> bool:
         """Whether a batch adds to what is there and changes nothing else."""
         return capture.unfit.keys() <= self._unfit.keys() and all(
             name in self._sums and self._sums[name].fits(sums) for name, sums in fresh.items()
@@ -304,7 +230,7 @@ class FactorAccumulator:
 
     def _sums_of(
         self, capture: Capture, batch: Batch, checks: Checks
-    ) -> tuple[dict[str, _Sums], float | Tensor]:
+    ) -> tuple[dict[str, LayerSums], float | Tensor]:
         """A batch's sums by layer, and its weighted number of samples."""
         settings = self._settings
         roots = BatchRoots(
@@ -316,133 +242,15 @@ class FactorAccumulator:
             self._generator,
             checks,
         )
-        fresh = {
-            name: self._batch_sums(spec, roots)
-            for name, spec in self._specs.items()
-            if name in roots.uses and name not in self._unfit
-        }
-        self._add_outputs(roots, fresh)
-        return fresh, roots.count
+        names = [n for n in self._specs if n in roots.uses and n not in self._unfit]
+        return self._batch_sums.of(roots, names), roots.count
 
     def _note(self, reasons: dict[str, str]) -> None:
         """Keeps the reasons of layers that no batch has reached."""
         merged = {**reasons, **self._unfit}
         self._reasons = {n: reason for n, reason in merged.items() if n not in self._sums}
 
-    def _batch_sums(self, spec: LayerSpec, roots: BatchRoots) -> _Sums:
-        """The batch's input sums of one layer, and zeros for its output Hessian."""
-        uses = roots.uses[spec.name]
-        dtype = accumulator_dtype(uses[0].x.dtype)
-        d, m = spec.weight_inputs, spec.outputs
-        shape = (d, d) if spec.groups == 1 else (spec.groups, d, d)
-        device = uses[0].x.device
-        sums = _Sums(
-            torch.zeros(shape, dtype=dtype, device=device),
-            torch.zeros(m, m, dtype=dtype, device=device),
-            torch.zeros(spec.groups * d, dtype=dtype, device=device),
-        )
-        for use in uses:
-            x = roots.inputs(use)
-            if spec.kind == "linear":
-                ops.input_covariance_(sums.inputs, x.reshape(-1, d))
-            else:
-                ops.conv_input_covariance_(
-                    sums.inputs,
-                    x,
-                    spec.kernel_size,
-                    spec.stride,
-                    spec.padding,
-                    spec.dilation,
-                    spec.groups,
-                )
-        images = [
-            self._image_sum(use, total, roots)
-            for use, total in zip(uses, roots.input_sums[spec.name], strict=True)
-        ]
-        sums.add_images(images)
-        if spec.joint:
-            for image in images:
-                sums.column += unfolded(spec, image).sum(1)
-        sums.positions = roots.count * sum(_positions(spec, use) for use in uses)
-        return sums
-
-    @staticmethod
-    def _image_sum(use: LayerUse, total: Tensor, roots: BatchRoots) -> Tensor:
-        if roots.weight_root is None:
-            return total
-        weight = roots.weight_root.to(total.dtype).square()
-        return torch.tensordot(weight, use.x.to(total.dtype), dims=1)
-
-    def _add_outputs(self, roots: BatchRoots, fresh: dict[str, _Sums]) -> None:
-        """Adds the batch's output Hessians, some samples or a few root rows at a time."""
-        share = {
-            name: 1.0 / max(sum(_positions(self._specs[name], use) for use in roots.uses[name]), 1)
-            for name in fresh
-        }
-        blocks = roots.blocks()
-        if blocks is None:
-            self._add_rows(roots, fresh, share)
-        else:
-            self._add_blocks(blocks, fresh, share)
-        for name, sums in fresh.items():
-            # Finite entries may still have squares that are not.
-            roots.check_inputs(name, sums.inputs.diagonal(dim1=-2, dim2=-1))
-            roots.check_gradients(name, sums.outputs.diagonal())
-
-    def _add_blocks(
-        self,
-        blocks: Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]],
-        fresh: dict[str, _Sums],
-        share: dict[str, float],
-    ) -> None:
-        for _, _, gradients in blocks:
-            for name, sums in fresh.items():
-                m = self._specs[name].outputs
-                for grad in gradients[name]:
-                    if grad is None:
-                        continue
-                    if self._specs[name].kind == "linear":
-                        rows = grad.reshape(1, -1, m)
-                    elif grad.stride(2) == 1:
-                        rows = grad.movedim((1, 2), (-2, -1)).reshape(1, -1, m)
-                    else:
-                        rows = grad.flatten(3)
-                    ops.output_hessian_(sums.outputs, rows, alpha=share[name])
-
-    def _add_rows(
-        self, roots: BatchRoots, fresh: dict[str, _Sums], share: dict[str, float]
-    ) -> None:
-        kept: dict[str, list[Tensor]] = {name: [] for name in fresh}
-        held = 0
-        for grads in roots.gradients():
-            for name in fresh:
-                for grad in grads[name]:
-                    if grad is not None:
-                        kept[name].append(grad)
-                        held += grad.numel() * grad.element_size()
-            if held > self._memory_budget:
-                self._flush(kept, fresh, share)
-                held = 0
-        self._flush(kept, fresh, share)
-
-    def _flush(
-        self, kept: dict[str, list[Tensor]], fresh: dict[str, _Sums], share: dict[str, float]
-    ) -> None:
-        for name, grads in kept.items():
-            spec, target = self._specs[name], fresh[name].outputs
-            if spec.kind == "linear" and grads:
-                # Samples, rows and positions are all rows of one matrix [., m].
-                rows = [grad.reshape(1, -1, spec.outputs) for grad in grads]
-                small = rows[0].shape[1] < 4096
-                for block in [torch.cat(rows, 1)] if small and len(rows) > 1 else rows:
-                    ops.output_hessian_(target, block, alpha=share[name])
-            else:
-                for grad in grads:
-                    rows_t = positions_last(spec, grad).unsqueeze(1)
-                    ops.output_hessian_(target, rows_t, alpha=share[name])
-            grads.clear()
-
-    def _commit(self, fresh: dict[str, _Sums], count: float | Tensor) -> None:
+    def _commit(self, fresh: dict[str, LayerSums], count: float | Tensor) -> None:
         decay = self._decay
         if decay is None:
             self._count = self._count + count
@@ -490,13 +298,13 @@ class FactorAccumulator:
         skipped = {**self._skipped, **self._reasons}
         return Factors(layers, self.num_samples, skipped, self._settings)
 
-    def _layer(self, spec: LayerSpec, sums: _Sums) -> LayerFactors:
+    def _layer(self, spec: LayerSpec, sums: LayerSums) -> LayerFactors:
         count, positions = self.num_samples, float(sums.positions) / self.num_samples
         inputs = ops.mirror_(sums.inputs / count)
         outputs = ops.mirror_(sums.outputs / count)
         images = None if sums.images is None else tuple(image / count for image in sums.images)
         if spec.joint:
-            inputs = _bordered(inputs, sums.column / count, positions)
+            inputs = bordered(inputs, sums.column / count, positions)
         return LayerFactors(spec, inputs, outputs, count, positions, images)
 
     def merge(self, other: FactorAccumulator) -> None:
@@ -559,7 +367,7 @@ class FactorAccumulator:
                 f"state was made with settings {state['settings']}, this one with {self._settings}"
             )
         device = model_device(self._model)
-        loaded = {name: _Sums(**sums).copy(device) for name, sums in state["layers"].items()}
+        loaded = {name: LayerSums(**sums).copy(device) for name, sums in state["layers"].items()}
         for name, sums in loaded.items():
             spec = self._specs.get(name)
             if spec is None:
@@ -574,33 +382,3 @@ class FactorAccumulator:
         self._sums = loaded
         self._count, self._batches = state["count"], state["batches"]
         self._reasons, self._unfit = dict(state["reasons"]), dict(state["unfit"])
-
-
-def _masked(value: float | Tensor, alive: Tensor) -> Tensor:
-    """0-dim float64: the value where ``alive`` is True, else 0."""
-    if isinstance(value, Tensor):
-        return torch.where(alive, value.to(alive.device), 0.0)
-    return alive.double() * value
-
-
-def _positions(spec: LayerSpec, use: LayerUse) -> int:
-    """Positions per sample of one use."""
-    x = use.x
-    if spec.kind == "linear":
-        return x[0].numel() // x.shape[-1] if len(x) and x.shape[-1] else 1
-    count = 1
-    axes = zip(x.shape[2:], spec.kernel_size, spec.stride, spec.padding, spec.dilation, strict=True)
-    for size, kernel, stride, padding, dilation in axes:
-        count *= (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-    return count
-
-
-def _bordered(matrix: Tensor, column: Tensor, corner: float) -> Tensor:
-    """[(g,) d + 1, d + 1]: the matrix with E[sum_t x_t] [g d] and the number of positions added."""
-    blocks = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
-    g, d, _ = blocks.shape
-    out = blocks.new_empty(g, d + 1, d + 1)
-    out[:, :d, :d] = blocks
-    out[:, :d, d] = out[:, d, :d] = column.reshape(g, d)
-    out[:, d, d] = corner
-    return out if matrix.dim() == 3 else out[0]

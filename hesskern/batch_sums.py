@@ -1,0 +1,166 @@
+"""The sums of one batch for every layer: inputs at once, output Hessians some rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesskern import ops
+from hesskern.capture import LayerUse
+from hesskern.factors import unfolded
+from hesskern.layer_sums import LayerSums
+from hesskern.layers import LayerSpec
+from hesskern.roots import BatchRoots, accumulator_dtype, positions_last
+
+__all__ = ["BatchSums"]
+
+
+@dataclass(frozen=True)
+class BatchSums:
+    """Takes batches apart into sums by layer.
+
+    Attributes:
+        specs: the layers, by name.
+        memory_budget: bytes for root rows kept at a time beyond one row per layer.
+    """
+
+    specs: dict[str, LayerSpec]
+    memory_budget: int
+
+    def of(self, roots: BatchRoots, names: list[str]) -> dict[str, LayerSums]:
+        """The batch's sums of the named layers.
+
+        Raises:
+            ValueError: NaN or Inf on the host.
+        """
+        fresh = {name: self._input_sums(self.specs[name], roots) for name in names}
+        self._add_outputs(roots, fresh)
+        return fresh
+
+    def _input_sums(self, spec: LayerSpec, roots: BatchRoots) -> LayerSums:
+        """The batch's input sums of one layer, and zeros for its output Hessian."""
+        uses = roots.uses[spec.name]
+        dtype = accumulator_dtype(uses[0].x.dtype)
+        d, m = spec.weight_inputs, spec.outputs
+        shape = (d, d) if spec.groups == 1 else (spec.groups, d, d)
+        device = uses[0].x.device
+        sums = LayerSums(
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(m, m, dtype=dtype, device=device),
+            torch.zeros(spec.groups * d, dtype=dtype, device=device),
+        )
+        for use in uses:
+            x = roots.inputs(use)
+            if spec.kind == "linear":
+                ops.input_covariance_(sums.inputs, x.reshape(-1, d))
+            else:
+                ops.conv_input_covariance_(
+                    sums.inputs,
+                    x,
+                    spec.kernel_size,
+                    spec.stride,
+                    spec.padding,
+                    spec.dilation,
+                    spec.groups,
+                )
+        images = [
+            self._image_sum(use, total, roots)
+            for use, total in zip(uses, roots.input_sums[spec.name], strict=True)
+        ]
+        sums.add_images(images)
+        if spec.joint:
+            for image in images:
+                sums.column += unfolded(spec, image).sum(1)
+        sums.positions = roots.count * sum(_positions(spec, use) for use in uses)
+        return sums
+
+    @staticmethod
+    def _image_sum(use: LayerUse, total: Tensor, roots: BatchRoots) -> Tensor:
+        if roots.weight_root is None:
+            return total
+        weight = roots.weight_root.to(total.dtype).square()
+        return torch.tensordot(weight, use.x.to(total.dtype), dims=1)
+
+    def _add_outputs(self, roots: BatchRoots, fresh: dict[str, LayerSums]) -> None:
+        """Adds the batch's output Hessians, some samples or a few root rows at a time."""
+        share = {
+            name: 1.0 / max(sum(_positions(self.specs[name], use) for use in roots.uses[name]), 1)
+            for name in fresh
+        }
+        blocks = roots.blocks()
+        if blocks is None:
+            self._add_rows(roots, fresh, share)
+        else:
+            self._add_blocks(blocks, fresh, share)
+        for name, sums in fresh.items():
+            # Finite entries may still have squares that are not.
+            roots.check_inputs(name, sums.inputs.diagonal(dim1=-2, dim2=-1))
+            roots.check_gradients(name, sums.outputs.diagonal())
+
+    def _add_blocks(
+        self,
+        blocks: Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]],
+        fresh: dict[str, LayerSums],
+        share: dict[str, float],
+    ) -> None:
+        for _, _, gradients in blocks:
+            for name, sums in fresh.items():
+                m = self.specs[name].outputs
+                for grad in gradients[name]:
+                    if grad is None:
+                        continue
+                    if self.specs[name].kind == "linear":
+                        rows = grad.reshape(1, -1, m)
+                    elif grad.stride(2) == 1:
+                        rows = grad.movedim((1, 2), (-2, -1)).reshape(1, -1, m)
+                    else:
+                        rows = grad.flatten(3)
+                    ops.output_hessian_(sums.outputs, rows, alpha=share[name])
+
+    def _add_rows(
+        self, roots: BatchRoots, fresh: dict[str, LayerSums], share: dict[str, float]
+    ) -> None:
+        kept: dict[str, list[Tensor]] = {name: [] for name in fresh}
+        held = 0
+        for grads in roots.gradients():
+            for name in fresh:
+                for grad in grads[name]:
+                    if grad is not None:
+                        kept[name].append(grad)
+                        held += grad.numel() * grad.element_size()
+            if held > self.memory_budget:
+                self._flush(kept, fresh, share)
+                held = 0
+        self._flush(kept, fresh, share)
+
+    def _flush(
+        self, kept: dict[str, list[Tensor]], fresh: dict[str, LayerSums], share: dict[str, float]
+    ) -> None:
+        for name, grads in kept.items():
+            spec, target = self.specs[name], fresh[name].outputs
+            if spec.kind == "linear" and grads:
+                # Samples, rows and positions are all rows of one matrix [., m].
+                rows = [grad.reshape(1, -1, spec.outputs) for grad in grads]
+                small = rows[0].shape[1] < 4096
+                for block in [torch.cat(rows, 1)] if small and len(rows) > 1 else rows:
+                    ops.output_hessian_(target, block, alpha=share[name])
+            else:
+                for grad in grads:
+                    rows_t = positions_last(spec, grad).unsqueeze(1)
+                    ops.output_hessian_(target, rows_t, alpha=share[name])
+            grads.clear()
+
+
+def _positions(spec: LayerSpec, use: LayerUse) -> int:
+    """Positions per sample of one use."""
+    x = use.x
+    if spec.kind == "linear":
+        return x[0].numel() // x.shape[-1] if len(x) and x.shape[-1] else 1
+    count = 1
+    axes = zip(x.shape[2:], spec.kernel_size, spec.stride, spec.padding, spec.dilation, strict=True)
+    for size, kernel, stride, padding, dilation in axes:
+        count *= (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    return count

@@ -54,6 +54,8 @@ __device__ void walk(const LayerHessianProduct<T>& call, int slow, int slow_step
   const int64_t fast_end = outputs_first ? call.outputs : call.positions;
   const int64_t slow_end = outputs_first ? call.positions : call.outputs;
   for (int64_t i = slow; i < slow_end; i += slow_step) {
+    // Unrolled, the kernel spills registers.
+#pragma unroll 1
     for (int64_t j = fast; j < fast_end; j += fast_step) {
       visit(outputs_first ? j : i, outputs_first ? i : j);
     }
@@ -85,6 +87,7 @@ __global__ void __launch_bounds__(kThreads)
     const auto combine = [&](int64_t output, int64_t position) {
       const T* place = s + output * call.s_output + position * call.s_position;
       T total = T(0);
+#pragma unroll 4
       for (int64_t c = 0; c < call.classes; ++c) total += coefficients[c] * place[c * call.s_class];
       values[position * row + output] = total;
     };

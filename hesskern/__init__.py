@@ -10,7 +10,7 @@ from hesskern.eigen import eigsh
 from hesskern.factors import Factors, LayerFactors, kronecker_factors, load_factors
 from hesskern.functional import functional_share
 from hesskern.gauss_newton import GaussNewton
-from hesskern.layer_hessian import LayerHessian, layer_hessians
+from hesskern.layer_hessian import LayerHessian, LayerHessians, layer_hessians
 from hesskern.metrics import (
     Correspondence,
     DecouplingError,
@@ -53,6 +53,7 @@ __all__ = [
     "KroneckerOperator",
     "LayerFactors",
     "LayerHessian",
+    "LayerHessians",
     "OverlapPrediction",
     "PositionMeanHessian",
     "RowSpaceOverlap",

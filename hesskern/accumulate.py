@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.batch_sums import BatchSums
-from hesskern.capture import Batch, Capture, batches, halves, model_device
+from hesskern.capture import Batch, Capture, Evidence, batches, halves, model_device
 from hesskern.checks import Checks
 from hesskern.factors import Factors, LayerFactors
 from hesskern.layer_sums import LayerSums, bordered, masked
-from hesskern.layers import LayerSpec, select_layers
+from hesskern.layers import LayerSpec, select_layers, warn_left_out
 from hesskern.losses import resolve_loss
 from hesskern.memory import budget_for, out_of_memory, release
 from hesskern.progress import Progress, reporter
@@ -47,8 +47,9 @@ class FactorAccumulator:
     >>> factors = acc.factors()
 
     Args:
-        model, loss, layers, output, bias, mc_samples, seed, output_root: as in
-            :func:`hesskern.kronecker_factors`.
+        model, loss, layers, output, bias, mc_samples, seed, output_root, check: as in
+            :func:`hesskern.kronecker_factors`. What is found out about the samples holds for the
+            batches that follow, as long as the model's graph stays the same.
         decay: None for means over everything seen; a number in [0, 1) for moving averages over
             batches, ``decay * old + (1 - decay) * new``, with the start-up bias removed.
         memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
@@ -69,6 +70,7 @@ class FactorAccumulator:
         seed: int = 0,
         output_root: Callable[..., Tensor] | None = None,
         memory_budget: int | None = None,
+        check: bool = True,
     ) -> None:
         check_output(output, mc_samples, seed)
         if decay is not None:
@@ -88,6 +90,7 @@ class FactorAccumulator:
             "decay": decay,
         }
         self._generator = torch.Generator().manual_seed(seed)
+        self._evidence = Evidence(check)
         self._sums: dict[str, LayerSums] = {}
         self._reasons: dict[str, str] = {}
         self._unfit: dict[str, str] = {}
@@ -147,7 +150,14 @@ class FactorAccumulator:
         """Adds batches until the data ends or one fails; those before it stay."""
         checks = Checks()
         try:
-            with Capture(self._model, self._specs, self._sums.keys()) as capture:
+            capturing = Capture(
+                self._model,
+                self._specs,
+                self._sums.keys(),
+                evidence=self._evidence,
+                unfit=dict(self._unfit),
+            )
+            with capturing as capture:
                 for batch in data:
                     self._add(capture, batch, checks)
         finally:
@@ -281,7 +291,14 @@ class FactorAccumulator:
 
         Raises:
             ValueError: no samples were seen, or a layer asked for by name was never reached.
+
+        Warns:
+            UserWarning: naming linear layers and convolutions that were left out, and why.
         """
+        return self.finished(2)
+
+    def finished(self, stacklevel: int) -> Factors:
+        """:meth:`factors`, with warnings ``stacklevel`` calls above."""
         if not self.num_samples > 0:
             raise ValueError("data yielded no samples, so there are no factors")
         if self._by_name and self._reasons:
@@ -296,7 +313,10 @@ class FactorAccumulator:
             reasons = "; ".join(f"{name!r} {reason}" for name, reason in self._reasons.items())
             raise ValueError(f"no layer of the model has factors: {reasons}")
         skipped = {**self._skipped, **self._reasons}
-        return Factors(layers, self.num_samples, skipped, self._settings)
+        if not self._by_name:
+            warn_left_out(self._model, [f.spec for f in layers.values()], skipped, stacklevel)
+        checked = {name: self._evidence.found.get(name, "graph") for name in layers}
+        return Factors(layers, self.num_samples, skipped, {**self._settings, "checked": checked})
 
     def _layer(self, spec: LayerSpec, sums: LayerSums) -> LayerFactors:
         count, positions = self.num_samples, float(sums.positions) / self.num_samples
@@ -338,6 +358,8 @@ class FactorAccumulator:
         self._count += other._count
         self._batches += other._batches
         self._unfit = {**other._unfit, **self._unfit}
+        for name, how in other._evidence.found.items():
+            self._evidence.note(name, how)
         self._note({**other._reasons, **self._reasons})
 
     def state_dict(self) -> dict[str, Any]:
@@ -349,6 +371,7 @@ class FactorAccumulator:
             "unfit": dict(self._unfit),
             "generator": self._generator.get_state(),
             "settings": dict(self._settings),
+            "checked": dict(self._evidence.found),
             "layers": {name: vars(sums.copy()) for name, sums in self._sums.items()},
         }
 
@@ -382,3 +405,4 @@ class FactorAccumulator:
         self._sums = loaded
         self._count, self._batches = state["count"], state["batches"]
         self._reasons, self._unfit = dict(state["reasons"]), dict(state["unfit"])
+        self._evidence.found = dict(state.get("checked", {}))

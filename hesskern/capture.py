@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.utils import parametrize
 
-from hesskern.layers import LayerSpec, pad_input
+from hesskern.cuts import Cuts, uncounted
+from hesskern.forward_pass import (
+    check_repeatable,
+    frozen_eval,
+    model_device,
+    random_state,
+    run_model,
+)
+from hesskern.graph import in_order, kind, output_shape, product
+from hesskern.layers import LayerSpec, bias_of, calls_itself, weight_of
 from hesskern.piecewise import layers_followed_by_smooth
 from hesskern.progress import Progress
 from hesskern.propagation import Propagation
-from hesskern.tying import WeightReads
+from hesskern.sample_axes import Arrangement, Probed, probe, prove
+from hesskern.weight_uses import Target, WeightUse, find_uses
 
 __all__ = [
     "Batch",
     "Capture",
+    "Evidence",
     "LayerUse",
     "batches",
     "check_iterable",
@@ -50,106 +63,90 @@ class Batch:
     weight: Tensor | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerUse:
-    """One call of one layer in a forward pass.
+    """One linear call by a layer's weight in a forward pass.
 
     Attributes:
         x: input [N, d], [N, t, d] or [N, C, (H,) W], detached, padded.
-        edge: where the gradient with respect to the layer's output arrives.
-        version: of x when the layer read it.
+        edge: where the gradient with respect to the call's result arrives.
+        arrangement: which rows of the result belong to which sample.
+        outputs: m.
+        part: the rows of the weight that the call used; None for all.
+        convolution: whether the result is [B, m, (H,) W] rather than rows [..., m].
+        index: of a convolution that takes several images of a sample, which one this is.
     """
 
     x: Tensor
     edge: GradientEdge
-    version: int
+    arrangement: Arrangement
+    outputs: int
+    part: slice | None = None
+    convolution: bool = False
+    index: int = 0
+
+    def by_sample(self, gradient: Tensor) -> Tensor:
+        """[N, m], [N, t, m] or [N, m, (H,) W] of a gradient of the call's result."""
+        if self.convolution:
+            return self.arrangement.by_sample(gradient)[:, self.index]
+        rows = self.arrangement.by_sample(gradient.reshape(-1, gradient.shape[-1]))
+        return self._whole(rows[:, 0] if self.arrangement.positions == 1 else rows)
+
+    def in_block(self, gradient: Tensor) -> Tensor:
+        """[n, r, m], [n, r, t, m] or [n, r, m, (H,) W] of [n, r, ...]; samples stand first."""
+        if self.convolution:
+            return gradient if self.arrangement.positions == 1 else gradient[:, :, self.index]
+        if self.arrangement.positions == 1:
+            return self._whole(gradient.flatten(2))
+        return self._whole(gradient.flatten(2, -2))
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        """[..., m] with zeros where the call did not use the weight."""
+        if self.part is None:
+            return rows
+        return F.pad(rows, (self.part.start, self.outputs - self.part.stop))
 
 
 class _Root(torch.autograd.Function):
     """The same tensor, without a copy, as a non-leaf that is no view.
 
-    Gradients then have a node to arrive at, and an in-place activation shows up in the graph by
-    its own name instead of as ``CopySlices``.
+    An in-place activation then shows up in the graph by its own name instead of as ``CopySlices``.
     """
 
     piecewise_linear = True
     passes_gradients = True
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, anchor: Tensor) -> Tensor:
-        return z.detach()
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        with uncounted():
+            return z.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0] if ctx.needs_input_grad[0] else None, None
+        return grads[0]
 
 
-@contextmanager
-def frozen_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode with every parameter frozen; modes and flags come back, also after an error.
+@dataclass
+class Evidence:
+    """How it is known which rows belong to which samples; serves several passes of one model.
 
-    Raises:
-        ValueError: the model was made under ``torch.inference_mode()``, or is on the meta device.
+    Attributes:
+        check: whether rows are looked into at all where the graph proves nothing; otherwise the
+            first axis counts the samples.
+        found: by layer, "graph" (proved), "probe", "single samples" (nothing to tell apart yet)
+            or "unchecked".
+        probed: arrangements by the graph that they were found in, and by call.
     """
-    tensors = (*model.parameters(), *model.buffers())
-    if any(tensor.is_inference() for tensor in tensors):
-        raise ValueError(
-            "model must not be made under torch.inference_mode(): autograd cannot run through it"
-        )
-    if any(tensor.is_meta for tensor in tensors):
-        raise ValueError("model must hold values, but it has tensors on the meta device")
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        # Compiled models run eagerly: hooks and double backward need the plain graph.
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
+    check: bool = True
+    found: dict[str, str] = field(default_factory=dict)
+    probed: dict[int, list[Probed]] = field(default_factory=dict)
 
-def model_device(model: nn.Module) -> torch.device:
-    """Device of the model's first parameter or buffer; CPU if it has none."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return torch.device("cpu")
-
-
-def run_model(model: nn.Module, inputs: Any) -> Tensor:
-    """The model's outputs [N, ...] for a tensor, a tuple or list of arguments, or a dict of them.
-
-    Raises:
-        TypeError: the model returns neither a tensor nor something with ``logits``.
-    """
-    if isinstance(inputs, Mapping):
-        outputs = model(**inputs)
-    elif isinstance(inputs, (tuple, list)):
-        outputs = model(*inputs)
-    else:
-        outputs = model(inputs)
-    if isinstance(outputs, Mapping) and "logits" in outputs:
-        outputs = outputs["logits"]
-    elif hasattr(outputs, "logits"):
-        outputs = outputs.logits
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"model must return a tensor (or an object with .logits), got {type(outputs).__name__}"
-        )
-    if not outputs.is_floating_point():
-        raise TypeError(f"model must return a floating-point tensor, got {outputs.dtype}")
-    if outputs.dim() == 0:
-        raise ValueError("model must return outputs per sample [N, ...], got a scalar")
-    return outputs
+    def note(self, name: str, how: str) -> None:
+        """The weakest evidence counts; single samples are none."""
+        order = ("single samples", "graph", "probe", "unchecked")
+        before = self.found.get(name, order[0])
+        self.found[name] = max(before, how, key=order.index)
 
 
 def batches(
@@ -321,81 +318,123 @@ def _leading_size(inputs: Any) -> int:
 
 @dataclass
 class Capture:
-    """Hooks on the chosen layers of a model, for the time of a ``with`` block.
+    """The chosen layers of a model, for the time of a ``with`` block.
 
     Attributes:
-        model: in eval mode and frozen inside the block.
+        model: in eval mode and frozen inside the block, but for the layers' weights.
         specs: the layers, by name.
         kept: layers of which earlier captures have kept something.
         examine: whether every forward pass looks for layers whose Gauss-Newton block is not their
             Hessian.
+        evidence: of which rows belong to which samples.
         inexact: such layers, with the reason.
-        unfit: layers not asked for by name whose input's first axis does not count the samples,
-            with the reason; they are left out of ``forward``'s uses for good.
+        unfit: layers not asked for by name that have no block here, with the reason: their weight
+            acts otherwise than in linear calls, or their rows do not belong to single samples. They
+            are left out of ``forward``'s uses for good.
     """
 
     model: nn.Module
     specs: dict[str, LayerSpec]
     kept: Collection[str] = ()
     examine: bool = False
+    evidence: Evidence = field(default_factory=Evidence)
     inexact: dict[str, str] = field(default_factory=dict)
     unfit: dict[str, str] = field(default_factory=dict)
-    _uses: dict[str, list[LayerUse]] = field(default_factory=dict)
     _reached: set[str] = field(default_factory=set)
+    _called: set[str] = field(default_factory=set)
     _without_gradients: set[str] = field(default_factory=set)
+    _computed: dict[str, list[GradientEdge]] = field(default_factory=dict)
+    _results: list[Any] = field(default_factory=list)
+    _given: list[tuple[Any, Tensor]] = field(default_factory=list)
+    _flat: set[Any] = field(default_factory=set)
     _copy: bool = False
 
     def __enter__(self) -> Capture:
         self._modules = dict(self.model.named_modules())
+        self._leaves: dict[str, Tensor] = {}
+        self._biases: dict[str, Tensor] = {}
+        trainable: list[Tensor] = []
+        for name, spec in self.specs.items():
+            module, attribute = weight_of(self._modules, name)
+            leaf = module._parameters.get(attribute)
+            if leaf is not None:
+                self._leaves[name] = leaf
+                trainable.append(leaf)
+            else:
+                # Computed from others: a norm and a direction, a mask and a weight.
+                trainable += [p for p in module.parameters() if p.is_floating_point()]
+            bias = bias_of(self._modules, spec) if spec.joint else None
+            if bias is not None:
+                self._biases[name] = bias
+                trainable.append(bias)
         self._state = ExitStack()
-        self._state.enter_context(frozen_eval(self.model))
+        self._state.enter_context(frozen_eval(self.model, trainable))
         # Sums are never taken in the narrow dtype that autocast gives the model alone.
-        kind = model_device(self.model).type
+        kind_of_device = model_device(self.model).type
         self._autocast = (
-            kind,
-            torch.get_autocast_dtype(kind),
-            torch.is_autocast_enabled(kind),
+            kind_of_device,
+            torch.get_autocast_dtype(kind_of_device),
+            torch.is_autocast_enabled(kind_of_device),
         )
-        self._state.enter_context(torch.autocast(kind, enabled=False))
-        self._handles = [
-            self._modules[name].register_forward_hook(
-                self._hook(name), prepend=True, with_kwargs=True
-            )
-            for name in self.specs
-        ]
+        self._state.enter_context(torch.autocast(kind_of_device, enabled=False))
+        self._handles: list[Any] = []
+        for name in self.specs:
+            module, attribute = weight_of(self._modules, name)
+            self._handles += [
+                module.register_forward_pre_hook(self._before(module), prepend=True),
+                module.register_forward_hook(self._behind(name, attribute), prepend=True),
+            ]
         return self
 
     def __exit__(self, *error: Any) -> None:
         for handle in self._handles:
             handle.remove()
-        self._uses = {}
+        self._computed, self._results, self._given, self._flat = {}, [], [], set()
         self._state.__exit__(*error)
 
     @property
     def reasons(self) -> dict[str, str]:
         """Layers without curvature in some batch (unfit) or in any so far, with the reason."""
-        reasons = {
-            name: "runs under torch.no_grad() inside the model"
-            if name in self._without_gradients
-            else "was never reached in the forward pass"
-            for name in self.specs
-            if name not in self._reached
-        }
+        reasons = {}
+        for name in self.specs:
+            if name in self._reached:
+                continue
+            if name in self._without_gradients:
+                reasons[name] = "runs under torch.no_grad() inside the model"
+            elif name in self._called:
+                reasons[name] = "was never reached from the outputs, which do not depend on it"
+            else:
+                reasons[name] = "was never reached in the forward pass"
         return {**reasons, **self.unfit}
 
-    def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, z: Tensor) -> Tensor | None:
+    def _before(self, module: nn.Module) -> Any:
+        def hook(_: nn.Module, args: Any) -> Any:
+            if not self._copy:
+                return None
+            # What is overwritten in place later is then not what the layer has read.
+            return tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+
+        return hook
+
+    def _behind(self, name: str, attribute: str) -> Any:
+        def hook(module: nn.Module, args: Any, z: Any) -> Tensor | None:
             if not torch.is_grad_enabled():
                 self._without_gradients.add(name)
                 return None
-            x = (args[0] if args else kwargs["input"]).detach()
-            x = pad_input(module, x.clone() if self._copy else x)
-            out = None
-            if not z.requires_grad or z._is_view():
-                out = z = _Root.apply(z, torch.zeros((), requires_grad=True))
-            use = LayerUse(x, get_gradient_edge(z), x._version)
-            self._uses.setdefault(name, []).append(use)
-            return out
+            self._called.add(name)
+            if name not in self._leaves:
+                weight = getattr(module, attribute)
+                if isinstance(weight, Tensor) and weight.requires_grad:
+                    self._computed.setdefault(name, []).append(get_gradient_edge(weight))
+            if not isinstance(z, Tensor) or z.grad_fn is None:
+                return None
+            plain = calls_itself(module)
+            root = _Root.apply(z) if z._is_view() and plain else None
+            self._results.append((z if root is None else root).grad_fn)
+            if plain and args and isinstance(args[0], Tensor):
+                with uncounted():
+                    self._given.append((z.grad_fn, args[0].detach()))
+            return root
 
         return hook
 
@@ -406,65 +445,210 @@ class Capture:
             outputs [N, ...] and the uses of every layer that was reached and is not unfit.
 
         Raises:
-            ValueError: the first axis of a layer's input does not count the samples, and the layer
-                is required or was fit before, or no layer's does.
+            ValueError: a layer has no block here, and is required or was fit before, or none has
+                one; the outputs are random.
         """
-        weights = self._weights() if self.examine else {}
-        reads = WeightReads(weights.values())
         versions = _versions(batch.inputs)
-        with reads if weights else nullcontext():
-            outputs, uses = self._run(batch)
-        if any(use.x._version != use.version for layer in uses.values() for use in layer):
+        outputs, cuts = self._run(batch)
+        try:
+            found = self._found(outputs)
+        except RuntimeError as error:
             # An in-place operation overwrote a layer's input after the layer had read it.
+            if "inplace operation" not in str(error):
+                raise
             if _versions(batch.inputs) != versions:
                 raise ValueError(
                     "model must not overwrite its own inputs in place after a layer has read them; "
                     "let its forward() work on a copy"
-                )
+                ) from error
             self._copy = True
-            outputs, uses = self._run(batch)
-        self._check_samples(outputs, uses)
+            outputs, cuts = self._run(batch)
+            found = self._found(outputs)
+        targets, calls, others = found
+        if not len(outputs):
+            return outputs, {}
+        uses = self._fitting(outputs, calls, others)
         if self.examine:
-            self._examine(outputs, uses, weights, reads)
-        return outputs, {name: layer for name, layer in uses.items() if name not in self.unfit}
+            self._examine(outputs, uses, targets, cuts)
+        return outputs, uses
 
-    def _check_samples(self, outputs: Tensor, uses: dict[str, list[LayerUse]]) -> None:
-        """Finds layers whose input's first axis does not count the samples.
+    def _found(
+        self, outputs: Tensor
+    ) -> tuple[dict[str, Target], dict[str, list[WeightUse]], dict[str, str]]:
+        """The layers' weights, their linear calls, and the other operations they act through."""
+        targets = {}
+        for name, spec in self.specs.items():
+            if name in self.unfit:
+                continue
+            leaf = self._leaves.get(name)
+            edges: tuple[GradientEdge, ...]
+            if leaf is not None:
+                edges, shape = (get_gradient_edge(leaf),), tuple(leaf.shape)
+            else:
+                module, attribute = weight_of(self._modules, name)
+                edges = tuple(dict.fromkeys(self._computed.get(name, ())))
+                shape = tuple(getattr(module, attribute).shape)
+            bias = self._biases.get(name)
+            targets[name] = Target(
+                shape,
+                edges,
+                spec.kind == "conv",
+                spec.transposed,
+                None if bias is None else get_gradient_edge(bias),
+            )
+        results, self._results = self._results, []
+        given, self._given = _by_call(self._given), []
+        self._flat = {node for node, x in given.items() if x.dim() == 2}
+        calls, others = find_uses(outputs, targets, results)
+        if self._autocast[2]:
+            calls = _before_autocast(calls, given)
+        return targets, calls, others
+
+    def _fitting(
+        self, outputs: Tensor, calls: dict[str, list[WeightUse]], others: dict[str, str]
+    ) -> dict[str, list[LayerUse]]:
+        """Uses of the layers that have a block, and why the other layers have none.
 
         Where that is so of all layers, or of one that was fit before, the batch is at fault: to
         skip the layer would lose what was accumulated for it.
         """
+        samples = len(outputs)
         found = {
-            name: f"sees inputs {list(use.x.shape)} while the model returns "
-            f"{outputs.shape[0]} samples"
-            for name, layer in uses.items()
-            for use in layer
-            if use.x.dim() < 2 + self.specs[name].spatial_axes or use.x.shape[0] != outputs.shape[0]
+            name: f"has a weight that {text}, so it has no block sum of s x^T"
+            for name, text in others.items()
         }
+        fitting: dict[str, list[WeightUse]] = {}
+        for name, uses in calls.items():
+            problem = next(filter(None, (self._misfit(name, use, samples) for use in uses)), None)
+            if problem is None:
+                fitting[name] = uses
+            else:
+                found[name] = problem
+        arranged = self._arranged(outputs, fitting)
+        result: dict[str, list[LayerUse]] = {}
+        for name in fitting:
+            texts = [a for a in arranged[name] if isinstance(a, str)]
+            if texts:
+                found[name] = f"sees rows that are no samples: {texts[0]}"
+                continue
+            spec = self.specs[name]
+            result[name] = []
+            for use, arrangement in zip(fitting[name], arranged[name], strict=True):
+                assert isinstance(arrangement, Arrangement)
+                result[name] += _layer_uses(spec, use, arrangement)
+        self._refuse(found, len(calls) + len(others))
+        self._reached.update(result)
+        return {name: result[name] for name in self.specs if name in result}
+
+    def _refuse(self, found: dict[str, str], reached: int) -> None:
+        """Keeps the reasons, or raises one of them."""
         for name, text in found.items():
             fit_before = name in self._reached or name in self.kept
-            if self.specs[name].required or fit_before or len(found) == len(uses):
+            if self.specs[name].required or fit_before or len(found) == reached:
                 raise ValueError(
-                    f"layer {name!r} {text}; the first axis of a layer's input must count the "
-                    "samples (leave the layer out with layers=[...])"
+                    f"layer {name!r} {text}; the rows that a layer sees must belong to single "
+                    "samples, and its weight must act in linear calls alone (leave the layer out "
+                    "with layers=[...])"
                 )
         for name, text in found.items():
-            self.unfit.setdefault(name, f"{text}; its first axis does not count the samples")
-        self._reached.update(name for name in uses if name not in self.unfit)
+            self.unfit.setdefault(name, text)
 
-    def _run(self, batch: Batch) -> tuple[Tensor, dict[str, list[LayerUse]]]:
-        self._uses = {}
-        kind, dtype, enabled = self._autocast
-        try:
-            with torch.autocast(kind, dtype, enabled=enabled):
-                outputs = run_model(self.model, batch.inputs)
-        except BaseException:
-            # Their graph holds memory.
-            self._uses = {}
-            raise
-        # Checkpointed parts run again in the backward pass; their hooks must not add to these.
-        uses, self._uses = self._uses, {}
-        return outputs, uses
+    def _misfit(self, name: str, use: WeightUse, samples: int) -> str | None:
+        """Why a call has no place in the layer's block, before its samples are looked for."""
+        spec = self.specs[name]
+        rows = use.outputs[0] if use.settings is not None else product(use.outputs[:-1])
+        if rows % samples:
+            return (
+                f"sees inputs {list(use.x.shape)} while the model returns {samples} samples; its "
+                "first axis does not count the samples"
+            )
+        if use.settings is not None:
+            stride, padding, dilation = use.settings
+            same = (stride, dilation) == (spec.stride, spec.dilation)
+            if not same or any(p < q for p, q in zip(padding, spec.padding, strict=True)):
+                return "is also used with another stride, padding or dilation than its own"
+        return None
+
+    def _arranged(
+        self, outputs: Tensor, calls: dict[str, list[WeightUse]]
+    ) -> dict[str, list[Arrangement | str]]:
+        """Which rows belong to which sample, for every call; texts where that cannot be."""
+        flat = [(name, use) for name, uses in calls.items() for use in uses]
+        if not flat:
+            return {}
+        rows = [
+            use.outputs[0] if use.settings is not None else product(use.outputs[:-1])
+            for _, use in flat
+        ]
+        found: list[Arrangement | str | None] = list(prove(outputs, [use.node for _, use in flat]))
+        alive = set(in_order([outputs.grad_fn] if outputs.grad_fn is not None else []))
+        for i, (_, use) in enumerate(flat):
+            if use.node not in alive:
+                # All its rows are zero.
+                found[i] = Arrangement(1, len(outputs), rows[i] // len(outputs))
+        open_calls = [i for i, arrangement in enumerate(found) if arrangement is None]
+        for i, (name, _) in enumerate(flat):
+            if found[i] is not None:
+                self.evidence.note(name, "graph")
+        if open_calls:
+            how, answers = self._looked_into(outputs, flat, rows, open_calls)
+            for i, answer in zip(open_calls, answers, strict=True):
+                found[i] = answer
+                self.evidence.note(flat[i][0], how)
+        result: dict[str, list[Arrangement | str]] = {name: [] for name in calls}
+        for (name, _), arrangement in zip(flat, found, strict=True):
+            assert arrangement is not None
+            result[name].append(arrangement)
+        return result
+
+    def _looked_into(
+        self,
+        outputs: Tensor,
+        flat: list[tuple[str, WeightUse]],
+        rows: list[int],
+        open_calls: list[int],
+    ) -> tuple[str, list[Arrangement | str]]:
+        """How calls were looked into that the graph proves nothing about, and what was found."""
+        samples = len(outputs)
+        first = [Arrangement(1, samples, rows[i] // samples) for i in open_calls]
+        if samples == 1:
+            return "single samples", [*first]
+        if not self.evidence.check:
+            return "unchecked", [*first]
+        route = _route(outputs, [flat[i][1].node for i in open_calls])
+        known = self.evidence.probed.get(route)
+        if known is not None:
+            again = [
+                p.answer.like(rows[i], samples) if isinstance(p.answer, Arrangement) else p.answer
+                for p, i in zip(known, open_calls, strict=True)
+            ]
+            if None not in again:
+                return "probe", [a for a in again if a is not None]
+        edges = [GradientEdge(flat[i][1].node, 0) for i in open_calls]
+        probed = probe(outputs, edges, [rows[i] for i in open_calls])
+        for place, i in enumerate(open_calls):
+            if probed[place].idle and rows[i] != samples and flat[i][1].node in self._flat:
+                # The layer was given rows, not samples of several positions.
+                text = "some of them act on no output"
+                probed[place] = Probed(text, True)
+        self.evidence.probed[route] = probed
+        return "probe", [p.answer for p in probed]
+
+    def _run(self, batch: Batch) -> tuple[Tensor, list[GradientEdge]]:
+        """Outputs [N, ...], and what the model has taken out of the graph, where that counts."""
+        self._computed, self._results, self._given, self._flat = {}, [], [], set()
+        kind_of_device, dtype, enabled = self._autocast
+        before = random_state(model_device(self.model))
+        cuts = Cuts()
+        with (
+            torch.autocast(kind_of_device, dtype, enabled=enabled),
+            parametrize.cached(),
+            cuts if self.examine else nullcontext(),
+        ):
+            outputs = run_model(self.model, batch.inputs)
+        with torch.autocast(kind_of_device, dtype, enabled=enabled):
+            check_repeatable(self.model, batch.inputs, outputs, before, batch.index)
+        return outputs, cuts.edges
 
     def backward(
         self, outputs: Tensor, row: Tensor, uses: dict[str, list[LayerUse]], last: bool
@@ -489,7 +673,13 @@ class Capture:
             else [None] * len(edges)
         )
         gradients = iter(grads)
-        return {name: [next(gradients) for _ in layer] for name, layer in uses.items()}
+        return {
+            name: [
+                None if gradient is None else use.by_sample(gradient)
+                for use, gradient in zip(layer, gradients, strict=False)
+            ]
+            for name, layer in uses.items()
+        }
 
     def backward_all(
         self,
@@ -512,7 +702,8 @@ class Capture:
             model holds operations that only autograd knows, or there is one row, which has nothing
             to share.
         """
-        if rows < 2:
+        layers = uses.values()
+        if rows < 2 or any(use.arrangement.outer != 1 for layer in layers for use in layer):
             return None
         plan = Propagation.plan(outputs, [use.edge for layer in uses.values() for use in layer])
         if plan is None:
@@ -521,41 +712,92 @@ class Capture:
         def named() -> Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]]:
             for block in plan.blocks(rows, row):
                 gradients = iter(block.gradients)
-                by_layer = {name: [next(gradients) for _ in layer] for name, layer in uses.items()}
+                by_layer = {
+                    name: [
+                        None if gradient is None else use.in_block(gradient)
+                        for use, gradient in zip(layer, gradients, strict=False)
+                    ]
+                    for name, layer in uses.items()
+                }
                 yield block.samples, block.rows, by_layer
 
         return named()
-
-    def _weights(self) -> dict[str, Tensor]:
-        """The layers' weights; not those that the layer computes anew at every access."""
-        weights = {name: self._modules[name]._parameters.get("weight") for name in self.specs}
-        return {name: weight for name, weight in weights.items() if weight is not None}
 
     def _examine(
         self,
         outputs: Tensor,
         uses: dict[str, list[LayerUse]],
-        weights: dict[str, Tensor],
-        reads: WeightReads,
+        targets: dict[str, Target],
+        cuts: list[GradientEdge],
     ) -> None:
         """Finds layers whose block is not the Hessian."""
-        edges: dict[str, list[GradientEdge]] = {}
-        for name, layer in uses.items():
-            edges[name] = [use.edge for use in layer]
-            if len(layer) > 1:
-                self.inexact[name] = f"is used {len(layer)} times in one forward pass"
-            elif name in weights and reads.counts[id(weights[name])] > 1:
-                self.inexact[name] = self._sharing(name, weights[name])
+        edges = {name: list(targets[name].edges) for name in uses}
         for name, operation in layers_followed_by_smooth(outputs, edges).items():
-            self.inexact.setdefault(
-                name, f"is followed by {operation}, which is not known to be piecewise linear"
-            )
+            text = f"is followed by {operation}, which is not known to be piecewise linear"
+            if len(uses[name]) > 1 and operation in ("Addmm", "Bmm", "Convolution", "Linear", "Mm"):
+                text = f"is used {len(uses[name])} times in one forward pass, one after the other"
+            self.inexact.setdefault(name, text)
+        lost = set(in_order([edge.node for edge in cuts]))
+        for name in uses:
+            if any(edge.node in lost for edge in edges[name]):
+                self.inexact.setdefault(
+                    name, "acts on a value that forward() takes out of the graph (detach, no_grad)"
+                )
 
-    def _sharing(self, name: str, weight: Tensor) -> str:
-        for other, module in self._modules.items():
-            if other != name and any(p is weight for p in module._parameters.values()):
-                return f"shares its weight with {other!r}"
-        return "has a weight that the forward pass also uses outside the layer"
+
+def _by_call(given: list[tuple[Any, Tensor]]) -> dict[Any, Tensor]:
+    """Layers' inputs by the calls that they went into, from the nodes of the layers' results."""
+    inputs: dict[Any, Tensor] = {}
+    for node, x in given:
+        # Behind views and the addition of a bias.
+        while node is not None and kind(node) in ("Add", "UnsafeView", "View"):
+            node = node.next_functions[0][0]
+        inputs[node] = x
+    return inputs
+
+
+def _before_autocast(
+    calls: dict[str, list[WeightUse]], given: dict[Any, Tensor]
+) -> dict[str, list[WeightUse]]:
+    """The calls with inputs as the layers were given them, before autocast narrowed them."""
+
+    def widened(use: WeightUse) -> WeightUse:
+        x = given.get(use.node)
+        if x is None or x.numel() != use.x.numel() or not x.is_floating_point():
+            return use
+        return replace(use, x=x.reshape(use.x.shape))
+
+    return {name: [widened(use) for use in uses] for name, uses in calls.items()}
+
+
+def _layer_uses(spec: LayerSpec, use: WeightUse, arrangement: Arrangement) -> list[LayerUse]:
+    """A call as uses that have one input of a sample each."""
+    edge = GradientEdge(use.node, 0)
+    if use.settings is None:
+        x = arrangement.by_sample(use.x.reshape(-1, use.x.shape[-1]))
+        if arrangement.positions == 1:
+            x = x[:, 0]
+        return [LayerUse(x, edge, arrangement, spec.outputs, use.part)]
+    x = use.x
+    more = [p - q for p, q in zip(use.settings[1], spec.padding, strict=True)]
+    if any(more):
+        x = F.pad(x, [amount for axis in reversed(more) for amount in (axis, axis)])
+    images = arrangement.by_sample(x)
+    return [
+        LayerUse(images[:, i], edge, arrangement, spec.outputs, None, True, i)
+        for i in range(arrangement.positions)
+    ]
+
+
+def _route(outputs: Tensor, calls: list[Any]) -> int:
+    """A number that tells graphs of other operations, or other calls in them, apart."""
+    order = in_order([outputs.grad_fn])
+    position = {node: i for i, node in enumerate(order)}
+    shape = tuple(
+        (kind(node), *(position.get(f, -1) for f, _ in node.next_functions)) for node in order
+    )
+    dims = tuple(len(output_shape(node) or ()) for node in calls)
+    return hash((shape, tuple(position[node] for node in calls), dims))
 
 
 def _versions(inputs: Any) -> list[int]:

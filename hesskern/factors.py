@@ -126,7 +126,10 @@ class Factors(Mapping[str, LayerFactors]):
     Attributes:
         num_samples: weighted number of samples.
         skipped: modules with parameters that have no factors here, with the reason.
-        settings: how the factors were made (``output``, ``bias``, ``mc_samples``, ``seed``).
+        settings: how the factors were made (``output``, ``bias``, ``mc_samples``, ``seed``), and
+            under "checked", by layer, how it is known which rows belong to which samples: "graph"
+            (proved), "probe" (found by backward passes), "single samples" (not checked: never two
+            in a batch, so nothing was to be told apart) or "unchecked" (``check=False``).
     """
 
     def __init__(
@@ -268,6 +271,7 @@ def kronecker_factors(
     sample_weight: Tensor | None = None,
     output_root: Callable[..., Tensor] | None = None,
     memory_budget: int | None = None,
+    check: bool = True,
     progress: bool | Progress = False,
     group: Any = None,
 ) -> Factors:
@@ -291,6 +295,11 @@ def kronecker_factors(
         output_root: a custom loss as a function, with ``loss=None``.
         memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
             on a GPU for a sixteenth of its free memory.
+        check: whether it is found out which rows of a layer belong to which samples. Mostly the
+            graph proves it; where it does not, the first batch of two or more samples that takes
+            a route through the model runs backwards two to four times more. A layer whose rows
+            are no samples, or act on several, is then left out with the reason. False takes the
+            first axis for the samples there.
         progress: True for a bar with the time left, or a callback (description, done, total).
         group: reserved for torch.distributed; must be None.
 
@@ -317,6 +326,7 @@ def kronecker_factors(
         seed=seed,
         output_root=output_root,
         memory_budget=memory_budget,
+        check=check,
     )
     accumulator.consume(data, sample_weight=sample_weight, progress=progress)
-    return accumulator.factors()
+    return accumulator.finished(2)

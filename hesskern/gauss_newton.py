@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.capture import Capture, batches, check_iterable, model_device
+from hesskern.capture import Capture, Evidence, batches, check_iterable, model_device
 from hesskern.checks import Checks
-from hesskern.layers import LayerSpec, select_layers
+from hesskern.layers import LayerSpec, select_layers, shared_weights, warn_left_out
 from hesskern.losses import Loss, resolve_loss
 from hesskern.memory import budget_for, with_less_memory
 from hesskern.operators import CurvatureOperator
@@ -50,6 +50,7 @@ class GaussNewton(CurvatureOperator):
         memory_budget: bytes of samples kept; above it every product runs the model again. None for
             4 GiB, on a GPU for a quarter of its free memory; where that runs out, the pass begins
             anew with a quarter of the budget.
+        check: as in :func:`hesskern.kronecker_factors`.
         progress: True for a bar with the time left, or a callback.
 
     Attributes:
@@ -58,6 +59,8 @@ class GaussNewton(CurvatureOperator):
         num_samples: weighted number of samples.
         cached: whether the samples are stored.
         skipped: modules with parameters that are not part of G, with the reason.
+        checked: by layer, how it is known which rows belong to which samples; see
+            :class:`hesskern.LayerHessian`.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as in :func:`hesskern.layer_hessians`.
@@ -74,14 +77,19 @@ class GaussNewton(CurvatureOperator):
         sample_weight: Tensor | None = None,
         output_root: Callable[..., Tensor] | None = None,
         memory_budget: int | None = None,
+        check: bool = True,
         progress: bool | Progress = False,
     ) -> None:
         check_iterable(data)
         specs, self.skipped = select_layers(model, layers, bias)
+        for name, owner in shared_weights(model, specs).items():
+            # A weight is there once, with all its uses.
+            del specs[name]
+            self.skipped[name] = f"shares its weight with {owner!r}, which stands for both"
         resolved, report = resolve_loss(loss, output_root), reporter(progress)
 
         def attempt(budget: int) -> tuple[_Pass, list[Piece] | None]:
-            source = _Pass(model, data, resolved, specs, sample_weight, budget)
+            source = _Pass(model, data, resolved, specs, sample_weight, budget, Evidence(check))
             return source, _within_budget(source, report)
 
         budget = budget_for(memory_budget, model_device(model), 4 * 2**30, 1 / 4)
@@ -95,6 +103,9 @@ class GaussNewton(CurvatureOperator):
         reached = [spec for name, spec in specs.items() if name not in source.reasons]
         if not reached:
             raise ValueError(f"no layer of the model has curvature: {source.reasons}")
+        if layers is None:
+            warn_left_out(model, reached, self.skipped, 2)
+        self.checked = {s.name: source.evidence.found.get(s.name, "graph") for s in reached}
         self.layer_shapes = {spec.name: spec.shape for spec in reached}
         self.slices: dict[str, slice] = {}
         size = 0
@@ -255,6 +266,7 @@ class _Pass:
     specs: dict[str, LayerSpec]
     sample_weight: Tensor | None
     budget: int
+    evidence: Evidence
 
     def __post_init__(self) -> None:
         self.count = 0.0
@@ -274,7 +286,7 @@ class _Pass:
             )
         count: float | Tensor = 0.0
         sums: dict[str, Tensor] = {}
-        capturing = Capture(self.model, dict(self.specs))
+        capturing = Capture(self.model, dict(self.specs), evidence=self.evidence)
         with torch.inference_mode(False), Checks() as checks, capturing as capture:
             for batch in batches(
                 self.data,

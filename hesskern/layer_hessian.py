@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.capture import Batch, Capture, batches, check_iterable, model_device
+from hesskern.capture import Batch, Capture, Evidence, batches, check_iterable, model_device
 from hesskern.checks import Checks
-from hesskern.layers import LayerSpec, select_layers
+from hesskern.layers import LayerSpec, select_layers, warn_left_out
 from hesskern.losses import Loss, resolve_loss
 from hesskern.memory import budget_for, with_less_memory
 from hesskern.operators import CurvatureOperator, EigenbasisOperator, KroneckerOperator
@@ -28,7 +28,7 @@ from hesskern.roots import (
 from hesskern.samples import SampleRows, join, layer_rows
 from hesskern.split import Split
 
-__all__ = ["LayerHessian", "layer_hessians"]
+__all__ = ["LayerHessian", "LayerHessians", "layer_hessians"]
 
 
 class LayerHessian(CurvatureOperator):
@@ -40,13 +40,17 @@ class LayerHessian(CurvatureOperator):
         name: of the layer.
         layer_shape: (m, d) of the weight as a matrix; vectors are such matrices, flattened.
         groups: of a convolution, 1 otherwise.
-        is_exact: True if this is the Hessian: all that follows the layer is piecewise linear and
-            the layer is used once. False: it is the Gauss-Newton block.
+        is_exact: True if this is the Hessian, as double backward has it at these weights: all that
+            follows the layer is piecewise linear, and its uses do not follow one another. False: it
+            is the Gauss-Newton block.
         inexact_reason: why ``is_exact`` is False, or None.
         pruning_error: bound on ‖H - H_t‖_2 for what was left out under ``tolerance``; 0 if nothing.
         pruned_trace: tr(H - H_t).
         num_samples: weighted number of samples.
         cached: whether the samples are stored; False: every product runs the model again.
+        checked: how it is known which rows belong to which samples: "graph" (proved), "probe"
+            (found by backward passes), "single samples" (never two in a batch: nothing was to be
+            told apart) or "unchecked" (``check=False``).
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class LayerHessian(CurvatureOperator):
         pruned_trace: float,
         cached: bool,
         stored: list[SampleRows] | None = None,
+        checked: str = "graph",
     ) -> None:
         self.name = spec.name
         self.layer_shape = spec.shape
@@ -75,6 +80,7 @@ class LayerHessian(CurvatureOperator):
         self.pruning_error = pruning_error
         self.pruned_trace = pruned_trace
         self.cached = cached
+        self.checked = checked
         self._chunks = chunks
         self._spec, self._stored = spec, stored
 
@@ -140,6 +146,7 @@ class LayerHessian(CurvatureOperator):
             pruning_error=0.0,
             pruned_trace=0.0,
             cached=True,
+            checked=self.checked,
         )
 
     def trace(self) -> float:
@@ -247,6 +254,28 @@ class LayerHessian(CurvatureOperator):
             return ops.mirror_(total)
 
 
+class LayerHessians(dict[str, LayerHessian]):
+    """{name: :class:`LayerHessian`} in the model's order.
+
+    Attributes:
+        skipped: modules with parameters that have no Hessian here, with the reason.
+    """
+
+    def __init__(self, layers: Mapping[str, LayerHessian], skipped: Mapping[str, str]) -> None:
+        super().__init__(layers)
+        self.skipped = dict(skipped)
+
+    def __missing__(self, name: str) -> LayerHessian:
+        reason = self.skipped.get(name)
+        raise KeyError(
+            f"no Hessian of layer {name!r}"
+            + (f": it {reason}" if reason else f"; there are {', '.join(self)}")
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LayerHessians, (dict(self), self.skipped)
+
+
 @dataclass
 class _Layer:
     """What the pass has gathered for one layer.
@@ -285,8 +314,9 @@ def layer_hessians(
     sample_weight: Tensor | None = None,
     output_root: Callable[..., Tensor] | None = None,
     memory_budget: int | None = None,
+    check: bool = True,
     progress: bool | Progress = False,
-) -> dict[str, LayerHessian]:
+) -> LayerHessians:
     """The layer-wise Hessian of every layer, from one pass over the data.
 
     Args:
@@ -303,26 +333,32 @@ def layer_hessians(
         memory_budget: bytes of samples kept for all layers together. Layers above it (largest
             first) run the model again at every product. None for 4 GiB, on a GPU for a quarter of
             its free memory; where that runs out, the pass begins anew with a quarter of the budget.
+        check: whether it is found out which rows of a layer belong to which samples where the
+            graph does not prove it; see :func:`hesskern.kronecker_factors`.
         progress: True for a bar with the time left, or a callback.
 
     Returns:
-        {name: :class:`LayerHessian`}, in the model's order. Layers that are not supported, not
-        reached, or whose input's first axis does not count the samples are left out unless asked
-        for by name.
+        :class:`LayerHessians`, {name: :class:`LayerHessian`} in the model's order. Each is the
+        block of the weight, whatever calls it acts in; layers that share a weight share the block.
+        Layers that are not supported or not reached, whose weight acts in other than linear calls,
+        or whose rows do not belong to single samples are left out, with the reason in
+        ``.skipped``, or refused when asked for by name.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as in :func:`hesskern.kronecker_factors`.
 
     Warns:
-        UserWarning: once, naming the layers whose block is not the Hessian, and why.
+        UserWarning: naming the layers whose block is not the Hessian, and why; naming linear layers
+            and convolutions that were left out, and why.
     """
     check_fraction("tolerance", tolerance)
     check_iterable(data)
     resolved = resolve_loss(loss, output_root)
-    specs, _ = select_layers(model, layers, bias)
+    specs, skipped = select_layers(model, layers, bias)
     again = None if isinstance(data, Iterator) else data
     device = model_device(model)
-    source = _Source(model, data, resolved, specs, sample_weight, reporter(progress))
+    evidence = Evidence(check)
+    source = _Source(model, data, resolved, specs, sample_weight, reporter(progress), evidence)
     gathered, count, reasons, inexact, budget = with_less_memory(
         lambda budget: _gather(source, budget, tolerance),
         budget_for(memory_budget, device, 4 * 2**30, 1 / 4),
@@ -346,14 +382,18 @@ def layer_hessians(
     for name, layer in gathered.items():
         if name in reasons:
             continue
-        again_chunks = _Rerun(model, again, resolved, layer.spec, sample_weight, budget)
+        again_chunks = _Rerun(model, again, resolved, layer.spec, sample_weight, budget, evidence)
         result[name] = _finish(layer, again_chunks, count, device, tolerance, inexact.get(name))
     if not result:
         raise ValueError(
             "no layer of the model has a Hessian: "
             + "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
         )
-    return result
+    if layers is not None:
+        return LayerHessians(result, skipped)
+    left_out = {**skipped, **{name: r for name, r in reasons.items() if name not in result}}
+    warn_left_out(model, [specs[name] for name in result], left_out, 2)
+    return LayerHessians(result, left_out)
 
 
 @dataclass(frozen=True)
@@ -366,6 +406,7 @@ class _Source:
     specs: dict[str, LayerSpec]
     sample_weight: Tensor | None
     report: Progress
+    evidence: Evidence
 
 
 def _gather(
@@ -375,7 +416,8 @@ def _gather(
     gathered = {name: _Layer(spec) for name, spec in source.specs.items()}
     can_rerun = not isinstance(source.data, Iterator)
     total: float | Tensor = 0.0
-    with Checks() as checks, Capture(source.model, source.specs, examine=True) as capture:
+    capturing = Capture(source.model, source.specs, examine=True, evidence=source.evidence)
+    with Checks() as checks, capturing as capture:
         for batch in batches(
             source.data,
             model_device(source.model),
@@ -440,6 +482,7 @@ class _Rerun:
     spec: LayerSpec
     sample_weight: Tensor | None
     memory_budget: int
+    evidence: Evidence
     keep: list[Tensor] | None = None
     shares: list[Tensor] | None = None
 
@@ -460,7 +503,8 @@ class _Rerun:
             )
         assert self.data is not None
         position = 0
-        with Checks() as checks, Capture(self.model, {self.spec.name: self.spec}) as capture:
+        specs = {self.spec.name: self.spec}
+        with Checks() as checks, Capture(self.model, specs, evidence=self.evidence) as capture:
             for batch in batches(self.data, model_device(self.model), self.sample_weight):
                 roots = _roots(capture, batch, self.loss, checks)
                 pieces = layer_rows({self.spec.name: self.spec}, roots, self.memory_budget)
@@ -539,4 +583,5 @@ def _finish(
         pruned_trace=trace / count,
         cached=cached,
         stored=stored,
+        checked=rerun.evidence.found.get(layer.spec.name, "graph"),
     )

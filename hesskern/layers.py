@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["LayerSpec", "pad_input", "select_layers"]
+__all__ = [
+    "LayerSpec",
+    "bias_of",
+    "calls_itself",
+    "select_layers",
+    "shared_weights",
+    "warn_left_out",
+    "weight_of",
+]
 
 
 @dataclass(frozen=True)
@@ -18,7 +27,8 @@ class LayerSpec:
     """One layer's geometry, independent of the module itself.
 
     Attributes:
-        name: key in ``model.named_modules()``.
+        name: of the module whose ``weight`` this is, as in ``model.named_modules()``; of other
+            parameters their own name, without "_weight" at its end.
         kind: "linear" or "conv".
         outputs: m.
         inputs: d, the columns of the weight: C k k / groups for a convolution, with ``joint`` one
@@ -28,6 +38,7 @@ class LayerSpec:
         kernel_size, stride, dilation: per spatial axis; empty for linear layers.
         padding: zero padding per spatial axis.
         required: whether the layer was asked for by name, so that it may not be skipped.
+        transposed: whether the weight is kept as [d, m], as in the Conv1D of transformers.
     """
 
     name: str
@@ -41,6 +52,7 @@ class LayerSpec:
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     required: bool = field(default=False, compare=False)
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -62,9 +74,13 @@ def select_layers(
 ) -> tuple[dict[str, LayerSpec], dict[str, str]]:
     """The layers to work on, and why others with parameters are not among them.
 
+    Besides Linear, Conv1d and Conv2d these are the projections of ``nn.MultiheadAttention``, and
+    matrices that modules of other packages hold: whether those act as linear layers do is seen when
+    the model runs.
+
     Args:
         model: any module.
-        layers: names from ``model.named_modules()``, or None for every supported layer.
+        layers: names of layers, or None for every supported layer.
         bias: "none" (weights only) or "joint" (append 1 to x where the layer has a bias).
 
     Returns:
@@ -91,61 +107,227 @@ def select_layers(
                 f"model must not couple the samples of a batch, but {name!r} is a batch norm "
                 "without running statistics, which normalizes by the batch's own in eval mode too"
             )
-    chosen = None if layers is None else list(layers)
-    if chosen is not None:
-        for name in chosen:
-            if name not in modules:
-                known = [n for n, module in modules.items() if _unsupported(module) is None]
-                raise ValueError(
-                    f"layers: the model has no module named {name!r}; its supported layers are "
-                    f"{', '.join(known) or 'none'}"
-                )
-            reason = _unsupported(modules[name])
-            if reason is not None:
-                raise NotImplementedError(f"layers: {name!r} {reason}")
-    specs: dict[str, LayerSpec] = {}
+    known: dict[str, LayerSpec] = {}
     skipped: dict[str, str] = {}
     for name, module in modules.items():
-        reason = _unsupported(module)
-        if reason is not None:
-            if next(module.parameters(recurse=False), None) is not None:
-                skipped[name] = reason
-        elif chosen is None or name in chosen:
-            spec = _specify(name, module, bias == "joint")
-            specs[name] = replace(spec, required=chosen is not None)
-    if not specs:
-        raise ValueError(
-            "model has no supported layer (Linear, Conv1d, Conv2d)"
-            if chosen is None
-            else "layers is empty; name at least one layer or pass None for all"
+        specs, reason = _specify(name, module, bias == "joint")
+        known.update((spec.name, spec) for spec in specs)
+        if reason is not None and next(module.parameters(recurse=False), None) is not None:
+            skipped[name] = reason
+    if layers is None:
+        if not known:
+            raise ValueError(_nothing(modules, skipped))
+        return known, skipped
+    chosen = list(layers)
+    if not chosen:
+        raise ValueError("layers is empty; name at least one layer or pass None for all")
+    for name in chosen:
+        if name in known:
+            continue
+        if name not in modules:
+            raise ValueError(
+                f"layers: the model has no module named {name!r}; its supported layers are "
+                f"{', '.join(known) or 'none'}"
+            )
+        parts = [other for other in known if other.startswith(f"{name}." if name else "")]
+        reason = skipped.get(
+            name, f"is a {type(modules[name]).__name__}; supported are Linear, Conv1d and Conv2d"
         )
-    return specs, skipped
+        hint = f" (its layers: {', '.join(parts)})" if parts else ""
+        raise NotImplementedError(f"layers: {name!r} {reason}{hint}")
+    picked = {n: replace(s, required=True) for n, s in known.items() if n in chosen}
+    return picked, skipped
 
 
-_FORWARDS = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
+def _nothing(modules: Mapping[str, nn.Module], skipped: Mapping[str, str]) -> str:
+    """What a model without supported layers holds instead."""
+    met = Counter(type(modules[name]).__name__ for name in skipped)
+    found = ", ".join(f"{count} {kind}" if count > 1 else kind for kind, count in met.items())
+    complex_ones = any("complex" in reason for reason in skipped.values())
+    return (
+        "model has no supported layer (Linear, Conv1d, Conv2d) and no projections of "
+        f"MultiheadAttention; its parameters are in {found or 'no module at all'}"
+        + (" (complex weights are not supported)" if complex_ones else "")
+    )
 
 
-def _unsupported(module: nn.Module) -> str | None:
+def weight_of(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]:
+    """The module that holds a layer's weight, and the attribute's name."""
+    module = modules.get(name)
+    if module is not None and hasattr(module, "weight"):
+        return module, "weight"
+    owner, _, own = name.rpartition(".")
+    holder = modules[owner]
+    return holder, own if own in holder._parameters else f"{own}_weight"
+
+
+def bias_of(modules: Mapping[str, nn.Module], spec: LayerSpec) -> Tensor | None:
+    """The parameter that is a layer's bias; None where it has none of its own."""
+    module, attribute = weight_of(modules, spec.name)
+    name = f"{attribute.removesuffix('weight')}bias"
+    return module._parameters.get(name)
+
+
+def shared_weights(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Layers whose weight an earlier one of them has as well, with that layer."""
+    modules = dict(model.named_modules())
+    owners: dict[int, str] = {}
+    shared = {}
+    for name in names:
+        module, attribute = weight_of(modules, name)
+        weight = module._parameters.get(attribute)
+        if weight is not None and owners.setdefault(id(weight), name) != name:
+            shared[name] = owners[id(weight)]
+    return shared
+
+
+def warn_left_out(
+    model: nn.Module, covered: Iterable[LayerSpec], skipped: Mapping[str, str], stacklevel: int
+) -> None:
+    """Warns once of linear layers and convolutions that a result over all layers lacks.
+
+    Args:
+        model: of the result.
+        covered: layers that it has.
+        skipped: reasons by name.
+        stacklevel: as in ``warnings.warn``, counted from the caller.
+    """
+    modules = dict(model.named_modules())
+    left_out = [name for name in skipped if _is_linear(modules.get(name), name)]
+    if not left_out:
+        return
+    total = sum(parameter.numel() for parameter in model.parameters())
+    weights: dict[int, int] = {}
+    for spec in covered:
+        module, attribute = weight_of(modules, spec.name)
+        held = [getattr(module, attribute), bias_of(modules, spec) if spec.joint else None]
+        weights.update((id(tensor), tensor.numel()) for tensor in held if tensor is not None)
+    text = "; ".join(f"{name!r} {skipped[name]}" for name in left_out)
+    warnings.warn(
+        f"left out: {text}. What is returned covers {sum(weights.values()) / max(total, 1):.1%} of "
+        "the model's parameters.",
+        UserWarning,
+        stacklevel=stacklevel + 1,
+    )
+
+
+def _is_linear(module: nn.Module | None, name: str) -> bool:
+    """Whether a user would expect a layer of this name to be covered."""
+    if module is None:
+        # The projections of attention, and matrices that other modules hold.
+        return name.endswith("_proj")
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
+    return isinstance(module, kinds) or type(module).__name__ == "Conv1D"
+
+
+def calls_itself(module: nn.Module) -> bool:
+    """Whether calling the module is one linear map by its weight, and nothing else."""
+    return getattr(module.forward, "__func__", None) in (
+        nn.Linear.forward,
+        nn.Conv1d.forward,
+        nn.Conv2d.forward,
+    )
+
+
+def _specify(name: str, module: nn.Module, joint: bool) -> tuple[list[LayerSpec], str | None]:
+    """A module's own layers, and why it has none."""
     if isinstance(module, (nn.LazyLinear, nn.LazyConv1d, nn.LazyConv2d)):
-        return "is lazy and not initialized; run one forward pass first"
-    if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)):
-        if getattr(module.forward, "__func__", None) not in _FORWARDS:
-            return f"is a {type(module).__name__} with a forward() of its own"
-        return None
-    return f"is a {type(module).__name__}; supported are Linear, Conv1d and Conv2d"
+        return [], "is lazy and not initialized; run one forward pass first"
+    if isinstance(module, nn.MultiheadAttention):
+        return _attention(name, module, joint)
+    plain = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+    if plain and type(module).__module__.startswith("torch.ao."):
+        return [], f"is a {type(module).__name__}; quantized layers are not supported"
+    if plain:
+        reason = _unusable(module.weight)
+        if reason:
+            return [], reason
+        more = (
+            [] if type(module).__module__.startswith("torch.") else _matrices(name, module, joint)
+        )
+        return [_of_module(name, module, joint), *(s for s in more if s.name != name)], None
+    if type(module).__module__.startswith("torch.nn."):
+        return [], (
+            f"is a {type(module).__name__}; supported are Linear, Conv1d and Conv2d, and the "
+            "projections of MultiheadAttention"
+        )
+    specs = _matrices(name, module, joint)
+    if specs:
+        return specs, None
+    if any(p is not None and p.is_complex() for p in module._parameters.values()):
+        return [], "has complex weights, in which a loss has no Hessian of this form"
+    return [], (
+        f"is a {type(module).__name__}; supported are Linear, Conv1d and Conv2d, and modules that "
+        "multiply with a matrix of their own"
+    )
 
 
-def _specify(name: str, module: nn.Module, joint: bool) -> LayerSpec:
+def _matrices(name: str, module: nn.Module, joint: bool) -> list[LayerSpec]:
+    """The matrices that a module of another package holds."""
+    return [
+        _of_matrix(name, module, own, parameter, joint)
+        for own, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 2 and _unusable(parameter) is None
+    ]
+
+
+def _unusable(weight: Any) -> str | None:
+    """Why there is no Hessian in a weight."""
+    if not isinstance(weight, Tensor):
+        return "has no weight tensor"
+    if weight.is_complex():
+        return "has complex weights, in which a loss has no Hessian of this form"
+    if not weight.is_floating_point():
+        return f"has weights of {weight.dtype}, which is not differentiable"
+    return None
+
+
+def _of_matrix(name: str, module: nn.Module, own: str, parameter: Tensor, joint: bool) -> LayerSpec:
+    """A matrix that a module of another package multiplies with."""
+    key = f"{name}.{own}" if name else own
+    if own == "weight":
+        key = name
+    elif own.endswith("_weight"):
+        key = key.removesuffix("_weight")
+    transposed = type(module).__name__ == "Conv1D"
+    first, second = parameter.shape
+    m, d = (second, first) if transposed else (first, second)
+    bias = module._parameters.get(f"{own.removesuffix('weight')}bias")
+    joint = joint and own.endswith("weight") and bias is not None and bias.shape == (m,)
+    return LayerSpec(key, "linear", m, d + int(joint), joint, transposed=transposed)
+
+
+def _attention(
+    name: str, module: nn.MultiheadAttention, joint: bool
+) -> tuple[list[LayerSpec], str | None]:
+    """The input projections; the output projection is a module of its own."""
+    specs = []
+    for own in ("in_proj", "q_proj", "k_proj", "v_proj"):
+        weight = module._parameters.get(f"{own}_weight")
+        if weight is None:
+            continue
+        reason = _unusable(weight)
+        if reason:
+            return [], reason
+        with_bias = joint and own == "in_proj" and module.in_proj_bias is not None
+        m, d = weight.shape
+        key = f"{name}.{own}" if name else own
+        specs.append(LayerSpec(key, "linear", m, d + int(with_bias), with_bias))
+    if joint and module.in_proj_bias is not None and module.in_proj_weight is None:
+        return [], "keeps the biases of three projections in one parameter"
+    return specs, None
+
+
+def _of_module(name: str, module: nn.Module, joint: bool) -> LayerSpec:
     joint = joint and module.bias is not None
     if isinstance(module, nn.Linear):
-        return LayerSpec(
-            name, "linear", module.out_features, module.in_features + int(joint), joint
-        )
+        m, d = module.weight.shape
+        return LayerSpec(name, "linear", m, d + int(joint), joint)
     assert isinstance(module, (nn.Conv1d, nn.Conv2d))
     taps = 1
     for size in module.kernel_size:
         taps *= size
-    # Anything but symmetric zero padding is applied to the captured input beforehand.
+    # Anything but symmetric zero padding shows in the input that the convolution itself is given.
     plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return LayerSpec(
         name,
@@ -163,15 +345,3 @@ def _specify(name: str, module: nn.Module, joint: bool) -> LayerSpec:
 
 def _sizes(values: Any) -> tuple[int, ...]:
     return tuple(int(value) for value in values)
-
-
-def pad_input(module: nn.Module, x: Tensor) -> Tensor:
-    """x [N, C, ...] with the padding that ``LayerSpec.padding`` does not express."""
-    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        return x
-    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        return x
-    amounts = module._reversed_padding_repeated_twice
-    if module.padding_mode == "zeros":
-        return F.pad(x, amounts)
-    return F.pad(x, amounts, mode=module.padding_mode)

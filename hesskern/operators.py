@@ -14,8 +14,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesskern import ops
-from hesskern.capture import batches, check_iterable, frozen_eval, model_device, run_model
+from hesskern.capture import batches, check_iterable
 from hesskern.checks import Checks
+from hesskern.forward_pass import (
+    check_repeatable,
+    frozen_eval,
+    model_device,
+    random_state,
+    run_model,
+)
 from hesskern.losses import resolve_loss
 from hesskern.progress import Progress, reporter
 from hesskern.roots import checked_targets, sample_weights
@@ -284,7 +291,9 @@ class AutogradHessian(CurvatureOperator):
 
     Raises:
         TypeError: ``model`` is not a module, or ``data`` not iterable.
-        ValueError: a name is unknown, or the data is empty or can be iterated only once.
+        ValueError: a name is unknown, or the data is empty or can be iterated only once. At a
+            product: the outputs are random, or a parameter's module runs under no_grad() alone.
+        NotImplementedError: a parameter is complex or of integers.
     """
 
     def __init__(
@@ -316,6 +325,12 @@ class AutogradHessian(CurvatureOperator):
         self._model, self._data, self._loss = model, data, resolve_loss(loss)
         self._sample_weight, self._progress = sample_weight, reporter(progress)
         self._parameters = [known[name] for name in self.params]
+        for name, parameter in zip(self.params, self._parameters, strict=True):
+            if not parameter.is_floating_point():
+                raise NotImplementedError(
+                    f"params: {name!r} is {parameter.dtype}; a Hessian is defined for real "
+                    "floating-point parameters"
+                )
         size = sum(p.numel() for p in self._parameters)
         self.shape = (size, size)
         self.dtype, self.device = self._parameters[0].dtype, self._parameters[0].device
@@ -324,9 +339,12 @@ class AutogradHessian(CurvatureOperator):
         total = torch.zeros_like(block)
         total_weight: float | Tensor = 0.0
         # Fused attention has no second derivative; its plain form has.
-        with Checks() as checks, frozen_eval(self._model), sdpa_kernel(SDPBackend.MATH):
-            for parameter in self._parameters:
-                parameter.requires_grad_(True)
+        with (
+            Checks() as checks,
+            frozen_eval(self._model, self._parameters),
+            sdpa_kernel(SDPBackend.MATH),
+            _GradientModes(self._model, self.params) as modes,
+        ):
             for batch in batches(
                 self._data,
                 model_device(self._model),
@@ -334,7 +352,9 @@ class AutogradHessian(CurvatureOperator):
                 self._progress,
                 "Autograd Hessian",
             ):
+                before = random_state(self.device)
                 outputs = run_model(self._model, batch.inputs)
+                check_repeatable(self._model, batch.inputs, outputs, before, batch.index)
                 targets = checked_targets(self._loss, outputs, batch, checks)
                 losses = self._loss.per_sample(outputs, targets)
                 weight, batch_weight = sample_weights(batch, outputs, self._loss, checks)
@@ -361,6 +381,7 @@ class AutogradHessian(CurvatureOperator):
                         materialize_grads=True,
                     )
                     total[j] += torch.cat([p.reshape(-1) for p in products])
+            modes.check()
         count = float(total_weight)
         if count == 0:
             raise ValueError("data yielded no samples")
@@ -373,3 +394,44 @@ class AutogradHessian(CurvatureOperator):
     def diagonal(self) -> Tensor:
         """[P], exact, by P products; for small models."""
         return self.to_dense().diagonal().clone()
+
+
+class _GradientModes:
+    """Which parameters belong to modules that run without gradients, inside a ``with`` block."""
+
+    def __init__(self, model: nn.Module, params: list[str]) -> None:
+        self._modules = dict(model.named_modules())
+        self._params = params
+        self._with: set[str] = set()
+        self._without: set[str] = set()
+
+    def __enter__(self) -> _GradientModes:
+        self._handles = [
+            self._modules[owner].register_forward_pre_hook(self._hook(owner))
+            for owner in {name.rpartition(".")[0] for name in self._params}
+        ]
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, owner: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            (self._with if torch.is_grad_enabled() else self._without).add(owner)
+
+        return hook
+
+    def check(self) -> None:
+        """Refuses parameters on which the outputs depend in a way that autograd never sees.
+
+        Raises:
+            ValueError: naming the first of them.
+        """
+        for name in self._params:
+            owner = name.rpartition(".")[0]
+            if owner in self._without and owner not in self._with:
+                raise ValueError(
+                    f"params: {name!r} belongs to a module that runs under torch.no_grad() inside "
+                    "the model, so autograd has no Hessian in it"
+                )

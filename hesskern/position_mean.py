@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesskern.capture import Capture, batches, check_iterable, model_device
+from hesskern.capture import Capture, Evidence, batches, check_iterable, model_device
 from hesskern.checks import Checks
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
@@ -210,6 +210,7 @@ class _Pass:
     def __post_init__(self) -> None:
         self.count = 0.0
         self.dtype = torch.float32
+        self.evidence = Evidence()
         self._versions = self._current()
 
     def _current(self) -> list[tuple[int, int]]:
@@ -223,8 +224,9 @@ class _Pass:
                 f"the model changed since the operator of layer {name!r} was made; make it anew"
             )
         count: float | Tensor = 0.0
+        capturing = Capture(self.model, {name: self.spec}, evidence=self.evidence)
         specs = {name: self.spec}
-        with torch.inference_mode(False), Checks() as checks, Capture(self.model, specs) as capture:
+        with torch.inference_mode(False), Checks() as checks, capturing as capture:
             for batch in batches(
                 self.data, device, self.sample_weight, progress, f"samples of {name}"
             ):

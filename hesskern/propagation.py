@@ -378,10 +378,9 @@ def _linear(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) 
     left = 1 if _kind(node) == "Addmm" else 0
     if operands != (left,) or len(shapes[0]) != len(plan.sample_shape(node)):
         raise _Unknown
-    matrix = node._saved_mat2
-    if getattr(node, "_saved_alpha", 1) != 1 or matrix.requires_grad:
+    if getattr(node, "_saved_alpha", 1) != 1:
         raise _Unknown
-    return _Rule(operands, _matmul(matrix.t()))
+    return _Rule(operands, _matmul(node._saved_mat2.detach().t()))
 
 
 def _batched_matmul(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
@@ -545,9 +544,12 @@ def _multiplication(plan: Propagation, node: Any, operands: _Operands, shapes: _
     others = [node._saved_other if i == 0 else node._saved_self for i in operands]
     if any(not isinstance(other, Tensor) for other in others):
         raise _Unknown
+    # Numbers of Python would take the default dtype from each other.
+    dtype = node._input_metadata[0].dtype
+    others = [other.detach().to(dtype) for other in others]
     if _kind(node) == "Div":
         others = [1 / other for other in others]
-    factors = [plan.by_sample(other.detach().expand(plan.shape(node))) for other in others]
+    factors = [plan.by_sample(other.expand(plan.shape(node))) for other in others]
     if len(factors) == 1:
         return _Rule(operands, factor=_samples(factors[0]))
 

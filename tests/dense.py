@@ -21,12 +21,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def run(model: nn.Module, inputs: Any, overrides: dict[str, Tensor] | None = None) -> Tensor:
-    """Outputs [N, ...] in eval mode, parameters replaced by name; tied ones only where named."""
+    """Outputs [N, ...] in eval mode, parameters replaced by name; tied ones all together."""
     args = inputs if isinstance(inputs, tuple) else () if isinstance(inputs, dict) else (inputs,)
     kwargs = inputs if isinstance(inputs, dict) else {}
     training = [module.training for module in model.modules()]
     model.eval()
-    outputs = functional_call(model, overrides or {}, args, kwargs, tie_weights=False)
+    outputs = functional_call(model, overrides or {}, args, kwargs)
     for module, mode in zip(model.modules(), training, strict=True):
         module.training = mode
     return outputs if isinstance(outputs, Tensor) else outputs.logits
@@ -34,16 +34,24 @@ def run(model: nn.Module, inputs: Any, overrides: dict[str, Tensor] | None = Non
 
 def _weight(model: nn.Module, layer: str, joint: bool) -> Tensor:
     """[m, d] weight, or [m, d + 1] with the bias as the last column."""
-    module = model.get_submodule(layer)
-    weight = module.weight.detach().flatten(1)
-    return torch.cat([weight, module.bias.detach()[:, None]], 1) if joint else weight.clone()
+    weight = model.get_parameter(parameter_name(model, layer)).detach().flatten(1)
+    if not joint:
+        return weight.clone()
+    return torch.cat([weight, model.get_submodule(layer).bias.detach()[:, None]], 1)
+
+
+def parameter_name(model: nn.Module, layer: str) -> str:
+    """Of a layer's weight: that of a module, or a parameter without "_weight" at its end."""
+    names = dict(model.named_parameters(remove_duplicate=False))
+    prefix = f"{layer}." if layer else ""
+    return next(name for name in (f"{prefix}weight", f"{layer}_weight", layer) if name in names)
 
 
 def _overrides(model: nn.Module, layer: str, matrix: Tensor, joint: bool) -> dict[str, Tensor]:
-    prefix = f"{layer}." if layer else ""
-    shape = model.get_submodule(layer).weight.shape
+    prefix, name = f"{layer}." if layer else "", parameter_name(model, layer)
+    shape = model.get_parameter(name).shape
     if not joint:
-        return {f"{prefix}weight": matrix.reshape(shape)}
+        return {name: matrix.reshape(shape)}
     return {f"{prefix}weight": matrix[:, :-1].reshape(shape), f"{prefix}bias": matrix[:, -1]}
 
 
@@ -205,9 +213,15 @@ def layer_factors(
                 uses.append((args[0].detach(), z))
                 return z.clone()
 
-            handle = module.register_forward_hook(hook)
+            # A weight's uses are those of all modules that hold it.
+            handles = [
+                other.register_forward_hook(hook)
+                for other in model.modules()
+                if getattr(other, "weight", None) is module.weight
+            ]
             outputs = run(model, _sample(inputs, n))
-            handle.remove()
+            for handle in handles:
+                handle.remove()
             curvature = output_curvature(loss, outputs, targets[n : n + 1])[0]
             jacobians_of_uses = _root_rows([z for _, z in uses], outputs)
             x = torch.cat([patches(module, x[0]) for x, _ in uses], 1)

@@ -363,7 +363,7 @@ CASES: dict[str, Case] = {
     ),
     "attention": Case(Attention, (5, 4), ("v",), ("q", "k")),
     "twice": Case(Twice, (4,), ("out",), ("shared",)),
-    "shared convolution": Case(SharedOverPositions, (2, 4, 4), ("out",), ("conv",)),
+    "shared convolution": Case(SharedOverPositions, (2, 4, 4), ("out", "conv")),
     "tied": Case(Tied, (4,), ("out",), ("first", "second")),
 }
 

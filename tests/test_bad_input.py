@@ -218,7 +218,7 @@ ARGUMENTS: dict[str, Case] = {
         BOTH,
         {"data": [(randn(4), classes(1, c=3)[0])]},
         ValueError,
-        r"layer 'block\.0' sees inputs \[4\] while the model returns 3 samples",
+        r"layer 'block\.0' sees inputs \[1, 4\] while the model returns 3 samples",
     ),
     "sample_weight: list": (
         BOTH,
@@ -309,7 +309,7 @@ ARGUMENTS: dict[str, Case] = {
         BOTH,
         {"model": net(lambda out: out[::2]), "data": [(randn(4, 4), classes(2, c=3))]},
         ValueError,
-        r"layer 'block\.0' sees inputs \[4, 4\] while the model returns 2 samples",
+        r"layer 'block\.0' sees rows that are no samples: some of them act on no output",
     ),
     "model returns NaN": (
         BOTH,
@@ -351,7 +351,7 @@ def test_inputs_that_the_model_refuses(function: str, x: Tensor, message: str) -
 
 def test_unbatched_images() -> None:
     model = seeded(nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(0)))
-    with pytest.raises(ValueError, match=r"layer '0' sees inputs \[1, 3, 3\]"):
+    with pytest.raises(ValueError, match=r"layer '0' sees inputs \[1, 1, 3, 3\]"):
         hk.kronecker_factors(model, [(randn(1, 3, 3), randn(8))], nn.MSELoss())
 
 

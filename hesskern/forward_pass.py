@@ -1,0 +1,166 @@
+"""The user's function as it is: what freezing, eval mode or recomputation would switch is held."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
+
+__all__ = ["check_repeatable", "frozen_eval", "model_device", "random_state", "run_model"]
+
+# Relative to the largest output, what two runs of one batch may differ by through rounding alone.
+_REPEATED = {torch.float64: 1e-10, torch.float32: 1e-5}
+_REPEATED_NARROW = 1e-2
+
+
+@contextmanager
+def frozen_eval(model: nn.Module, trainable: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Eval mode, with all parameters frozen but some; modes and flags come back, also after errors.
+
+    Inside, the model computes the function that it computes in eval mode with gradients: torch's
+    fused attention, which is another function where positions are padded, is switched off, and
+    re-entrant checkpoints, which cut the graph where their inputs are frozen, simply run.
+
+    Args:
+        model: any module.
+        trainable: the leaf parameters that require gradients inside.
+
+    Raises:
+        ValueError: the model was made under ``torch.inference_mode()``, or is on the meta device.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    if any(tensor.is_inference() for tensor in tensors):
+        raise ValueError(
+            "model must not be made under torch.inference_mode(): autograd cannot run through it"
+        )
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError("model must hold values, but it has tensors on the meta device")
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for chosen in trainable:
+            chosen.requires_grad_(True)
+        torch.backends.mha.set_fastpath_enabled(False)
+        # Compiled models run eagerly: hooks and double backward need the plain graph.
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+            _plain_checkpoints(),
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _plain_checkpoints() -> Iterator[None]:
+    """Re-entrant checkpoints of this thread call their function and keep its graph."""
+    original = CheckpointFunction.__dict__.get("apply")
+    inherited = CheckpointFunction.apply
+    owner = threading.get_ident()
+
+    def apply(function: Any, preserve_rng_state: Any, *args: Any) -> Any:
+        if threading.get_ident() != owner:
+            return inherited(function, preserve_rng_state, *args)
+        return function(*args)
+
+    setattr(CheckpointFunction, "apply", staticmethod(apply))  # noqa: B010  (a method)
+    try:
+        yield
+    finally:
+        if original is None:
+            del CheckpointFunction.apply
+        else:
+            setattr(CheckpointFunction, "apply", original)  # noqa: B010  (a method)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Device of the model's first parameter or buffer; CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def run_model(model: nn.Module, inputs: Any) -> Tensor:
+    """The model's outputs [N, ...] for a tensor, a tuple or list of arguments, or a dict of them.
+
+    Raises:
+        TypeError: the model returns neither a tensor nor something with ``logits``.
+    """
+    if isinstance(inputs, Mapping):
+        outputs = model(**inputs)
+    elif isinstance(inputs, (tuple, list)):
+        outputs = model(*inputs)
+    else:
+        outputs = model(inputs)
+    if isinstance(outputs, Mapping) and "logits" in outputs:
+        outputs = outputs["logits"]
+    elif hasattr(outputs, "logits"):
+        outputs = outputs.logits
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"model must return a tensor (or an object with .logits), got {type(outputs).__name__}"
+        )
+    if not outputs.is_floating_point():
+        raise TypeError(f"model must return a floating-point tensor, got {outputs.dtype}")
+    if outputs.layout != torch.strided:
+        raise TypeError(f"model must return a dense tensor, got one of layout {outputs.layout}")
+    if outputs.dim() == 0:
+        raise ValueError("model must return outputs per sample [N, ...], got a scalar")
+    return outputs
+
+
+def random_state(device: torch.device) -> tuple[bytes, ...]:
+    """State of torch's global generators that a model on this device draws from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    # States lie on the host; as bytes they are compared without an operation on tensors.
+    return tuple(ctypes.string_at(state.data_ptr(), state.nbytes) for state in states)
+
+
+def check_repeatable(
+    model: nn.Module, inputs: Any, outputs: Tensor, before: tuple[bytes, ...], batch: int
+) -> None:
+    """Refuses a model whose outputs are random, where it has drawn random numbers.
+
+    Args:
+        model: under :func:`frozen_eval`.
+        inputs: of the batch.
+        outputs: [N, ...] that they gave.
+        before: the :func:`random_state` when the model began.
+        batch: index of the batch, for the message.
+
+    Raises:
+        ValueError: the same inputs give other outputs.
+    """
+    if random_state(model_device(model)) == before:
+        return
+    again = run_model(model, inputs).detach()
+    first = outputs.detach()
+    if again.shape == first.shape:
+        if not first.numel():
+            return
+        limit = _REPEATED.get(first.dtype, _REPEATED_NARROW) * float(first.abs().max())
+        if not float((again - first).abs().max()) > limit:
+            return
+    raise ValueError(
+        f"model must give the same outputs for the same inputs, but it draws random numbers in "
+        f"eval mode and two runs of batch {batch} differ (functional dropout without "
+        "training=self.training? noise added in forward()?)"
+    )

@@ -1,0 +1,65 @@
+"""Reading an autograd graph: its nodes in order, their kinds and the shapes of their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch.autograd.function import BackwardCFunction
+
+__all__ = ["axis_of", "in_order", "kind", "output_shape", "passes_gradients", "product"]
+
+
+def kind(node: Any) -> str:
+    """The operation's name: that of the node without "Backward" and the trailing number."""
+    return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+
+
+def passes_gradients(node: Any) -> bool:
+    """Whether the node is a ``torch.autograd.Function`` that says it hands its tensor on."""
+    return isinstance(node, BackwardCFunction) and bool(
+        getattr(getattr(node, "_forward_cls", None), "passes_gradients", False)
+    )
+
+
+def output_shape(node: Any, number: int = 0) -> tuple[int, ...] | None:
+    """Shape of one of the node's outputs in the forward pass; None where it is not known."""
+    metadata = node._input_metadata
+    if number >= len(metadata):
+        return None
+    return tuple(int(size) for size in metadata[number].shape)
+
+
+def in_order(roots: Iterable[Any]) -> list[Any]:
+    """All nodes that the roots lead to, each behind every node that it leads to."""
+    done: set[Any] = set()
+    order: list[Any] = []
+    pending = [(root, False) for root in roots]
+    while pending:
+        node, left = pending.pop()
+        if left:
+            order.append(node)
+            continue
+        if node in done:
+            continue
+        done.add(node)
+        pending.append((node, True))
+        for follower, _ in node.next_functions:
+            if follower is not None and follower not in done:
+                pending.append((follower, False))
+    return order
+
+
+def axis_of(axis: int, dim: int) -> int:
+    """Axis counted from 0; autograd keeps axes as unsigned 64-bit numbers."""
+    axis = int(axis)
+    if axis >= 2**63:
+        axis -= 2**64
+    return axis % max(dim, 1)
+
+
+def product(sizes: Iterable[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total

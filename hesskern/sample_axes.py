@@ -1,0 +1,502 @@
+"""Which rows of a layer's call belong to which sample: proved by the graph, or found by probing.
+
+A sample is an entry of the outputs' first axis. A row of a call belongs to sample n if outputs n,
+and no others, depend on it. Where every operation between the call and the outputs is known to act
+on samples alone, the graph proves where they are. Elsewhere two or three backward passes find out:
+with random rows R, and with each sample's R_n scaled by a power of two that tells it from the
+others. The gradient of a row that belongs to sample n then is scaled by just that power, without
+rounding, and any other gradient is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from hesskern.graph import axis_of, in_order, kind, output_shape, passes_gradients, product
+
+__all__ = ["Arrangement", "Probed", "probe", "prove"]
+
+# Of a row's gradient: what a coupling must exceed to be seen.
+_TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
+_NARROW_TOLERANCE = 2e-2
+# Powers of two that tell samples apart; the range of the dtype must hold them beside gradients.
+_POWERS = {torch.float64: 256, torch.float32: 64, torch.bfloat16: 64}
+_FEW_POWERS = 8
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Rows [outer, samples, inner], flattened: row r belongs to sample (r // inner) % samples.
+
+    Attributes:
+        outer, samples, inner: sizes.
+    """
+
+    outer: int
+    samples: int
+    inner: int
+
+    @property
+    def positions(self) -> int:
+        """Rows of a sample."""
+        return self.outer * self.inner
+
+    def by_sample(self, rows: Tensor) -> Tensor:
+        """[samples, positions, ...] of rows [outer samples inner, ...]; a view if it can be."""
+        shaped = rows.reshape(self.outer, self.samples, self.inner, *rows.shape[1:])
+        if self.outer == 1:
+            return shaped[0]
+        return shaped.transpose(0, 1).flatten(1, 2)
+
+    def like(self, rows: int, samples: int) -> Arrangement | None:
+        """The same order of another number of rows and samples; None where there is none."""
+        if samples < 1 or rows % samples:
+            return None
+        positions = rows // samples
+        if self.outer == 1:
+            return Arrangement(1, samples, positions)
+        if self.inner == 1:
+            return Arrangement(positions, samples, 1)
+        if positions % self.inner:
+            return None
+        return Arrangement(positions // self.inner, samples, self.inner)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """Samples within an axis of a tensor: index i of the axis belongs to (i // inner) % N."""
+
+    axis: int
+    inner: int
+
+
+def prove(outputs: Tensor, calls: list[Any]) -> list[Arrangement | None]:
+    """Arrangements that the graph proves.
+
+    Args:
+        outputs: [N, ...] with N >= 1.
+        calls: nodes of the graph with one result each, rows in front: [..., m], or [B, m, ...] for
+            convolutions.
+
+    Returns:
+        for every call its arrangement, or None where operations are not known to keep samples
+        apart.
+    """
+    if outputs.grad_fn is None:
+        return [None] * len(calls)
+    return _Proof(outputs, calls).arrangements()
+
+
+class _Proof:
+    def __init__(self, outputs: Tensor, calls: list[Any]) -> None:
+        self._samples = len(outputs)
+        self._calls = calls
+        order = in_order([outputs.grad_fn])
+        wanted = set(calls)
+        needed: set[Any] = set()
+        for node in order:
+            if node in wanted or any(f in needed for f, _ in node.next_functions):
+                needed.add(node)
+        self._needed = needed
+        # By node and number of its output: where samples are, or None for what is not known.
+        self._axes: dict[tuple[Any, int], _Axis | None] = {
+            (outputs.grad_fn, outputs.output_nr): _Axis(0, 1)
+        }
+        for node in reversed(order):
+            if node in needed:
+                self._pass_on(node)
+
+    def _pass_on(self, node: Any) -> None:
+        numbers = [n for n in range(len(node._input_metadata)) if (node, n) in self._axes]
+        for number in numbers:
+            here = self._axes[node, number]
+            for operand, (follower, arriving) in enumerate(node.next_functions):
+                if follower not in self._needed:
+                    continue
+                there = None
+                if here is not None:
+                    there = self._step(node, number, operand, follower, arriving, here)
+                key = follower, arriving
+                if key in self._axes and self._axes[key] != there:
+                    there = None
+                self._axes[key] = there
+
+    def _step(
+        self, node: Any, number: int, operand: int, follower: Any, arriving: int, here: _Axis
+    ) -> _Axis | None:
+        shape, source = output_shape(node, number), output_shape(follower, arriving)
+        if shape is None or source is None:
+            return None
+        name = "Alias" if passes_gradients(node) else kind(node)
+        rule = _RULES.get(name)
+        if rule is None:
+            return None
+        try:
+            there = rule(_Step(node, operand, shape, source, here, self._samples))
+        except (AttributeError, IndexError, TypeError):
+            # An operation of this name with other attributes than the rule knows.
+            return None
+        if there is None or not 0 <= there.axis < len(source):
+            return None
+        period = there.inner * self._samples
+        return there if period and source[there.axis] % period == 0 else None
+
+    def arrangements(self) -> list[Arrangement | None]:
+        return [self._arrangement(node) for node in self._calls]
+
+    def _arrangement(self, node: Any) -> Arrangement | None:
+        here, shape = self._axes.get((node, 0)), output_shape(node)
+        if here is None or shape is None:
+            return None
+        if kind(node) == "Convolution":
+            rows, inner = shape[0], here.inner
+            if here.axis != 0:
+                return None
+        else:
+            rows = product(shape[:-1])
+            if here.axis == len(shape) - 1:
+                return None
+            inner = here.inner * product(shape[here.axis + 1 : -1])
+        return Arrangement(rows // (inner * self._samples), self._samples, inner)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """From an operation's result to one of its operands.
+
+    Attributes:
+        node, operand: which.
+        shape, source: of the result and of the operand.
+        here: samples in the result.
+        samples: N.
+    """
+
+    node: Any
+    operand: int
+    shape: tuple[int, ...]
+    source: tuple[int, ...]
+    here: _Axis
+    samples: int
+
+    def at(self, axis: int) -> _Axis:
+        return _Axis(axis, self.here.inner)
+
+    def dim(self, axis: int) -> int:
+        """An axis of the result, counted from 0."""
+        return axis_of(axis, len(self.shape))
+
+
+_Rule = Callable[[_Step], "_Axis | None"]
+
+
+def _elementwise(step: _Step) -> _Axis | None:
+    axis = step.here.axis - (len(step.shape) - len(step.source))
+    if axis < 0 or step.source[axis] != step.shape[step.here.axis]:
+        # One value for several samples.
+        return None
+    return step.at(axis)
+
+
+def _reshaped(step: _Step) -> _Axis | None:
+    if product(step.shape) != product(step.source):
+        return None
+    inner = step.here.inner * product(step.shape[step.here.axis + 1 :])
+    stride = 1
+    for axis in range(len(step.source) - 1, -1, -1):
+        size = step.source[axis]
+        if inner % stride == 0 and size % (inner // stride * step.samples) == 0 and size > 0:
+            return _Axis(axis, inner // stride)
+        stride *= size
+    return None
+
+
+def _permuted(step: _Step) -> _Axis | None:
+    name, dim = kind(step.node), len(step.shape)
+    order = list(range(dim))
+    if name == "Permute":
+        order = [axis_of(axis, dim) for axis in step.node._saved_dims]
+    else:
+        a, b = 0, 1
+        if name == "Transpose":
+            a, b = axis_of(step.node._saved_dim0, dim), axis_of(step.node._saved_dim1, dim)
+        elif dim != 2:
+            return None
+        order[a], order[b] = b, a
+    return step.at(order[step.here.axis])
+
+
+def _along(attribute: str) -> _Rule:
+    """An operation that mixes the entries along one axis, and keeps that axis."""
+
+    def rule(step: _Step) -> _Axis | None:
+        if step.dim(getattr(step.node, attribute)) == step.here.axis:
+            return None
+        return _elementwise(step) if len(step.shape) == len(step.source) else None
+
+    return rule
+
+
+def _reduction(step: _Step) -> _Axis | None:
+    """Sums, means, extremes over axes."""
+    dim = len(step.source)
+    if not hasattr(step.node, "_saved_dim"):
+        return None
+    axes = step.node._saved_dim
+    axes = [axes] if isinstance(axes, int) else list(axes or ())
+    gone = {axis_of(axis, dim) for axis in axes}
+    if not gone:
+        return None
+    if step.node._saved_keepdim:
+        return None if step.here.axis in gone else step.at(step.here.axis)
+    kept = [axis for axis in range(dim) if axis not in gone]
+    return step.at(kept[step.here.axis])
+
+
+def _layer_norm(step: _Step) -> _Axis | None:
+    trailing = len(step.node._saved_normalized_shape)
+    if step.operand != 0 or step.here.axis >= len(step.shape) - trailing:
+        return None
+    return step.at(step.here.axis)
+
+
+def _batch_norm(step: _Step) -> _Axis | None:
+    """With its own statistics (instance norm, too), every channel is normalized by itself."""
+    if step.operand != 0 or (step.node._saved_training and step.here.axis != 1):
+        return None
+    return step.at(step.here.axis)
+
+
+def _first_axis(step: _Step) -> _Axis | None:
+    """Convolutions, pools and their like act on every entry of axis 0 alone."""
+    if step.operand != 0 or step.here.axis != 0 or step.shape[0] != step.source[0]:
+        return None
+    return step.at(0) if len(step.shape) == len(step.source) else None
+
+
+def _images(step: _Step) -> _Axis | None:
+    return _first_axis(step) if len(step.shape) in (4, 5) else None
+
+
+def _row_product(step: _Step) -> _Axis | None:
+    """Addmm and Mm: rows of the left operand, columns of the right one."""
+    name = kind(step.node)
+    left = 1 if name == "Addmm" else 0
+    if name == "Addmm" and step.operand == 0:
+        return _elementwise(step)
+    if step.operand == left + step.here.axis:
+        return step.at(step.here.axis)
+    return None
+
+
+def _batched_product(step: _Step) -> _Axis | None:
+    if step.here.axis == 0 or step.operand == step.here.axis - 1:
+        return step.at(step.here.axis)
+    return None
+
+
+def _linear(step: _Step) -> _Axis | None:
+    last = len(step.shape) - 1
+    return step.at(step.here.axis) if step.operand == 0 and step.here.axis != last else None
+
+
+def _attention(step: _Step) -> _Axis | None:
+    """Scaled dot products [B, heads, L, e] of queries, keys and values."""
+    axis = step.here.axis
+    if step.operand > 2 or axis > 1 or len(step.shape) != 4 or len(step.source) != 4:
+        return None
+    return step.at(axis) if step.source[axis] == step.shape[axis] else None
+
+
+def _concatenation(step: _Step) -> _Axis | None:
+    axis = step.dim(step.node._saved_dim)
+    if axis == step.here.axis or len(step.source) != len(step.shape):
+        return None
+    return step.at(step.here.axis)
+
+
+def _stack(step: _Step) -> _Axis | None:
+    axis = step.dim(step.node._saved_dim)
+    if axis == step.here.axis:
+        return None
+    return step.at(step.here.axis - int(axis < step.here.axis))
+
+
+def _selection(step: _Step) -> _Axis | None:
+    """Select and Unbind: an axis of the operand is gone."""
+    axis = axis_of(step.node._saved_dim, len(step.source))
+    return step.at(step.here.axis + int(axis <= step.here.axis))
+
+
+def _padding(step: _Step) -> _Axis | None:
+    padded = len(step.node._saved_pad) // 2
+    if step.here.axis >= len(step.shape) - padded:
+        return None
+    return step.at(step.here.axis)
+
+
+def _over_axes(attribute: str) -> _Rule:
+    """Flip and roll."""
+
+    def rule(step: _Step) -> _Axis | None:
+        axes = {step.dim(axis) for axis in getattr(step.node, attribute)}
+        return None if not axes or step.here.axis in axes else step.at(step.here.axis)
+
+    return rule
+
+
+_RULES: dict[str, _Rule] = {
+    "Addmm": _row_product,
+    "Bmm": _batched_product,
+    "Cat": _concatenation,
+    "ConstantPadNd": _padding,
+    "Convolution": _first_axis,
+    "CudnnBatchNorm": _batch_norm,
+    "Cumsum": _along("_saved_dim"),
+    "Expand": _elementwise,
+    "Flip": _over_axes("_saved_dims"),
+    "Glu": _along("_saved_dim"),
+    "Linear": _linear,
+    "LogSoftmax": _along("_saved_dim"),
+    "Mm": _row_product,
+    "NativeBatchNorm": _batch_norm,
+    "NativeGroupNorm": _first_axis,
+    "NativeLayerNorm": _layer_norm,
+    "Roll": _over_axes("_saved_dims"),
+    "ScaledDotProductEfficientAttention": _attention,
+    "ScaledDotProductFlashAttention": _attention,
+    "ScaledDotProductFlashAttentionForCpu": _attention,
+    "Select": _selection,
+    "Slice": _along("_saved_dim"),
+    "Softmax": _along("_saved_dim"),
+    "Split": _along("_saved_dim"),
+    "SplitWithSizes": _along("_saved_dim"),
+    "Stack": _stack,
+    "Unbind": _selection,
+}
+_RULES.update(dict.fromkeys(("Permute", "T", "Transpose"), _permuted))
+_RULES.update(dict.fromkeys("ReshapeAlias Squeeze UnsafeView Unsqueeze View".split(), _reshaped))
+_RULES.update(dict.fromkeys("Amax Amin Mean Sum Var".split(), _reduction))
+_RULES.update(
+    dict.fromkeys(
+        (
+            "AdaptiveAvgPool2D AdaptiveMaxPool2D AvgPool2D MaxPool2DWithIndices MaxUnpool2D"
+            " ReflectionPad2D ReplicationPad2D UpsampleBicubic2D UpsampleBilinear2D"
+            " UpsampleNearest2D"
+        ).split(),
+        _images,
+    )
+)
+_RULES.update(
+    dict.fromkeys(
+        (
+            "Abs Add Addcdiv Addcmul Alias Celu Clamp ClampMax ClampMin Clone Cos Div Elu Erf Exp"
+            " Gelu Hardshrink Hardsigmoid Hardswish Hardtanh LeakyRelu Lerp Log Log1P LogSigmoid"
+            " MaskedFill Maximum Minimum Mish Mul Neg Pow PreluKernel Reciprocal Relu Rsqrt Rsub"
+            " Sigmoid Silu Sin Softplus Softshrink Sqrt Sub Tanh Threshold ToCopy Where"
+        ).split(),
+        _elementwise,
+    )
+)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What backward passes found out about a call.
+
+    Attributes:
+        answer: its arrangement, or what was found instead.
+        idle: whether there are rows that act on no output.
+    """
+
+    answer: Arrangement | str
+    idle: bool
+
+
+def probe(outputs: Tensor, edges: list[GradientEdge], rows: list[int]) -> list[Probed]:
+    """Arrangements found by backward passes through the whole batch.
+
+    Args:
+        outputs: [N, ...] with N >= 2.
+        edges: where the gradients of the calls' results arrive.
+        rows: by call, the number of its rows, a multiple of N: those of [..., m], or B of a
+            convolution's [B, m, ...].
+
+    Returns:
+        by call.
+    """
+    samples = len(outputs)
+    dtypes = {outputs.dtype, *(edge.node._input_metadata[0].dtype for edge in edges)}
+    weights = _digits(samples, dtypes, outputs)
+    generator = torch.Generator().manual_seed(1)
+    random = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
+    random = random.to(outputs.dtype).to(outputs.device)
+    shape = (-1,) + (1,) * (outputs.dim() - 1)
+    passes = [random, *(random * weight.reshape(shape) for weight in weights)]
+    gradients = []
+    for block in passes:
+        found = torch.autograd.grad(
+            outputs, edges, grad_outputs=block, retain_graph=True, allow_unused=True
+        )
+        gradients.append([None if g is None else g.detach() for g in found])
+    plain, scaled = gradients[0], gradients[1:]
+    return [
+        _arranged(plain[i], [part[i] for part in scaled], weights, count, samples)
+        for i, count in enumerate(rows)
+    ]
+
+
+def _digits(samples: int, dtypes: set[torch.dtype], like: Tensor) -> list[Tensor]:
+    """Powers of two [N], as ``like``, that differ in one of them at least for any two samples."""
+    base = min(_POWERS.get(dtype, _FEW_POWERS) for dtype in dtypes)
+    weights: list[Tensor] = []
+    rest = torch.arange(samples)
+    while not weights or int(rest.max()) > 0:
+        weights.append(torch.exp2((rest % base - base // 2).double()).to(like))
+        rest = rest // base
+    return weights
+
+
+def _arranged(
+    plain: Tensor | None,
+    scaled: list[Tensor | None],
+    weights: list[Tensor],
+    rows: int,
+    samples: int,
+) -> Probed:
+    positions = rows // samples
+    if plain is None or not plain.numel():
+        # Nothing comes back at this point: all rows are zero.
+        return Probed(Arrangement(1, samples, positions), True)
+    flat = plain.reshape(rows, -1).double()
+    size = torch.linalg.vector_norm(flat, dim=1)
+    # What is not finite is found and named when the rows themselves are looked at.
+    silent = ~torch.isfinite(size)
+    idle = bool((size == 0).any())
+    limit = _TOLERANCES.get(plain.dtype, _NARROW_TOLERANCE)
+    floor = torch.finfo(plain.dtype).tiny * 2**16
+    candidates = [inner for inner in range(1, positions + 1) if positions % inner == 0]
+    # Samples first, then samples last, then in between.
+    candidates.sort(key=lambda inner: (inner != positions, inner != 1, inner))
+    number = torch.arange(rows, device=plain.device)
+    for inner in candidates:
+        owner = number // inner % samples
+        fits = True
+        for part, weight in zip(scaled, weights, strict=True):
+            if part is None:
+                return Probed("the gradients that arrive at it come and go", idle)
+            factor = weight[owner].double()
+            rest = part.reshape(rows, -1).double() - flat * factor.unsqueeze(1)
+            error = torch.linalg.vector_norm(rest, dim=1)
+            if not bool(((error <= factor * (limit * size + floor)) | silent).all()):
+                fits = False
+                break
+        if fits:
+            return Probed(Arrangement(positions // inner, samples, inner), idle)
+    text = "rows of its input act on the outputs of several samples, or on those of another one"
+    return Probed(text, idle)

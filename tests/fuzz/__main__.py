@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-import torch
-
 from fuzz.runner import run
 
 
@@ -15,10 +13,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=1000, help="models")
     parser.add_argument("--seed", type=int, default=0, help="of the first model; the next has +1")
     parser.add_argument("--show", type=int, default=20, help="failures printed in full")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
     options = parser.parse_args()
-    # The models are too small to share.
-    torch.set_num_threads(1)
-    _, failed = run(options.seed, options.count, sys.stdout, options.show)
+    failed = run(options.seed, options.count, sys.stdout, options.show, options.jobs)
     return 1 if failed else 0
 
 

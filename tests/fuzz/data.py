@@ -77,6 +77,9 @@ def draw_loss(rng: random.Random, outputs: Tensor, fixed: bool) -> LossCase:
     """
     reduction = rng.choice(("mean", "mean", "sum"))
     kind = rng.choices(("ce", "mse", "bce", "custom"), (6, 2, 1, 1))[0]
+    if kind == "ce" and outputs.shape[1] == 1 and rng.random() < 0.9:
+        # Of one class cross-entropy has no curvature.
+        kind = rng.choice(("mse", "bce"))
     if kind == "custom" and (outputs.dim() != 2 or not fixed):
         kind = "ce"
     if kind == "custom":
@@ -99,7 +102,7 @@ def draw_loss(rng: random.Random, outputs: Tensor, fixed: bool) -> LossCase:
             kind,
         )
     smoothing = rng.choice((0.0, 0.0, 0.2))
-    ignored = rng.choice((-100, -100, 0))
+    ignored = rng.choice((-100, -100, 0)) if outputs.shape[1] > 1 else -100
 
     def sample(f: Tensor, y: Tensor) -> Tensor | None:
         if y.is_floating_point():

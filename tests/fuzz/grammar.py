@@ -122,9 +122,9 @@ def filled(
 ) -> nn.Module:
     """A model with random parameters, buffers and running statistics."""
     source = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
-        # Some modules draw more than their parameters.
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        # Some modules draw more than their parameters. (torch.manual_seed takes milliseconds.)
+        torch.default_generator.manual_seed(seed)
         model = build().double()
     for name in program.single:
         model.get_submodule(name).float()
@@ -213,8 +213,8 @@ def _attempt(rng: random.Random, seed: int) -> Case | None:
         shape[0] = min(max(sizes), 5)
         sizes = [shape[0] if rng.random() < 0.7 else n for n in sizes]
     batches = [_batch(layout, shape, mask, n, source) for n in sizes]
-    with torch.random.fork_rng():
-        torch.manual_seed(rng.getrandbits(31))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(rng.getrandbits(31))
         try:
             b = Builder(rng, max(batches, key=lambda batch: len(batch.inputs["x"])).inputs)
             start = _start(b, layout)

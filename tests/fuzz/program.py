@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,7 +101,7 @@ class Program:
 
     def text(self) -> str:
         """The source of the model that is tested."""
-        return ast.unparse(ast.fix_missing_locations(_Bare().visit(ast.parse(self.marked()))))
+        return _bare(self.marked())
 
     def build(self) -> nn.Module:
         """The model that is tested."""
@@ -131,5 +132,15 @@ class Program:
     @staticmethod
     def _made(source: str, names: dict[str, Any]) -> nn.Module:
         scope = {**NAMES, **names}
-        exec(compile(source, "<fuzz>", "exec"), scope)
+        exec(_compiled(source), scope)
         return scope["Model"]()
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str) -> Any:
+    return compile(source, "<fuzz>", "exec")
+
+
+@functools.lru_cache(maxsize=16)
+def _bare(source: str) -> str:
+    return ast.unparse(ast.fix_missing_locations(_Bare().visit(ast.parse(source))))

@@ -90,6 +90,9 @@ class Reference:
 
     def __post_init__(self) -> None:
         self._sums: dict[str, _Sums] = defaultdict(_Sums)
+        self._gradients: dict[bool, list[_Gradient]] = {}
+        self._taps = Taps()
+        self._model = self.case.reference(self._taps)
         total: Tensor | None = None
         with plain_torch():
             for batch in self.case.batches:
@@ -103,8 +106,8 @@ class Reference:
     # One batch
 
     def _batch(self, batch: Batch) -> Tensor:
-        taps = Taps()
-        model = self.case.reference(taps)
+        taps, model = self._taps, self._model
+        taps.clear()
         outputs, weights = _run(model, self.case, batch)
         names, unique = self._index(weights)
         flat = outputs.reshape(-1)
@@ -246,18 +249,69 @@ class Reference:
 
     # Second derivatives
 
-    def hessian(self, names: list[str], through: bool = False) -> Tensor:
-        """[P, P] Hessian in some weights together, by double backward passes over whole batches."""
-        total: Tensor | None = None
+    def hessian_product(self, names: list[str], block: Tensor, through: bool = False) -> Tensor:
+        """Products [P, k] of the Hessian in some weights together, by double backward passes.
+
+        Args:
+            names: of the weights, as in ``slices``.
+            block: [P, k].
+            through: for the function with the derivatives that the model leaves out.
+
+        Raises:
+            RuntimeError: an operation has no second derivative.
+        """
+        total = torch.zeros_like(block)
         with plain_torch():
+            for gradient in self._batch_gradients(through):
+                total += gradient.product(names, block)
+        return total / self.count
+
+    def _batch_gradients(self, through: bool) -> list[_Gradient]:
+        if through not in self._gradients:
+            model = self.case.through() if through else self.case.reference(lambda n, x, z: z)
+            gradients = []
             for batch in self.case.batches:
-                model = self.case.through() if through else self.case.reference(lambda n, x, z: z)
                 outputs, weights = _run(model, self.case, batch)
                 losses, shares = self._losses(batch, outputs.double())
-                part = _double_backward((losses * shares).sum(), [weights[n] for n in names])
-                total = part if total is None else total + part
-        assert total is not None
-        return total / self.count
+                gradients.append(_Gradient(weights, (losses * shares).sum()))
+            self._gradients[through] = gradients
+        return self._gradients[through]
+
+
+class _Gradient:
+    """The gradient of one batch's loss in all real weights, with its graph."""
+
+    def __init__(self, weights: dict[str, Tensor], loss: Tensor) -> None:
+        self._weights = {n: w for n, w in weights.items() if not w.is_complex()}
+        self._first: dict[str, Tensor] = {}
+        if loss.requires_grad:
+            first = torch.autograd.grad(
+                loss,
+                list(self._weights.values()),
+                create_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            self._first = dict(zip(self._weights, first, strict=True))
+
+    def product(self, names: list[str], block: Tensor) -> Tensor:
+        if not self._first:
+            return torch.zeros_like(block)
+        flat = torch.cat([self._first[name].reshape(-1) for name in names])
+        if not flat.requires_grad:
+            return torch.zeros_like(block)
+        columns = []
+        for vector in block.T:
+            second = torch.autograd.grad(
+                flat,
+                [self._weights[name] for name in names],
+                grad_outputs=vector.to(flat),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            columns.append(torch.cat([g.reshape(-1) for g in second]).double())
+        return torch.stack(columns, 1)
 
 
 def _run(model: nn.Module, case: Case, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -268,26 +322,6 @@ def _run(model: nn.Module, case: Case, batch: Batch) -> tuple[Tensor, dict[str, 
     for name in case.program.pruned:
         weights[f"{name}.weight"] = model.get_submodule(name).weight
     return outputs, weights
-
-
-def _double_backward(loss: Tensor, weights: list[Tensor]) -> Tensor:
-    size = sum(w.numel() for w in weights)
-    if not loss.requires_grad:
-        return torch.zeros(size, size, dtype=torch.float64)
-    first = torch.autograd.grad(
-        loss, weights, create_graph=True, allow_unused=True, materialize_grads=True
-    )
-    flat = torch.cat([g.reshape(-1) for g in first])
-    rows = []
-    for entry in flat:
-        if not entry.requires_grad:
-            rows.append(torch.zeros(size, dtype=torch.float64))
-            continue
-        second = torch.autograd.grad(
-            entry, weights, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        rows.append(torch.cat([g.reshape(-1) for g in second]).double())
-    return torch.stack(rows)
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:

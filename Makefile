@@ -21,7 +21,7 @@ TREE := $(wildcard setup.py pyproject.toml MANIFEST.in README.md LICENSE csrc he
 COPY = rm -rf $(1)/csrc $(1)/hesskern $(1)/tests && mkdir -p $(1) && \
 	tar -cf - --exclude='*.so' --exclude=__pycache__ $(TREE) | tar -xf - -C $(1)
 
-.PHONY: help demo test lint format package sanitize cuda-compile cuda-emulate cuda-build clean
+.PHONY: help demo test fuzz lint format package sanitize cuda-compile cuda-emulate cuda-build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | \
@@ -33,6 +33,15 @@ demo: $(VENV)/built ## digits, a small network, and a report in demo/report.html
 
 test: $(VENV)/built ## the whole test suite
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# Models, the seed of the first, and processes; COUNT=1 SEED=S replays one.
+COUNT ?= 1000
+SEED ?= 0
+JOBS ?= 1
+
+fuzz: $(VENV)/built ## random models against torch's own derivatives: COUNT=1000 SEED=0 JOBS=1
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m fuzz \
+		--count $(COUNT) --seed $(SEED) --jobs $(JOBS)
 
 lint: $(VENV)/built ## ruff, mypy, clang-format
 	$(VENV)/bin/ruff check .

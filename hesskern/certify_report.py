@@ -49,15 +49,12 @@ def _layers(certificate: Certificate) -> dict[str, Any]:
     found = {}
     for name, layer in certificate.layers.items():
         ratio = (layer.variance.double() / variances[name]).cpu()
-        kl = layer.kl(variances[name])
-        moved = float(
-            (layer.mean.double() - layer.prior_mean.double()).square().sum() / (2 * variances[name])
-        )
+        of_mean, of_variance = layer.kl_parts(variances[name])
         found[name] = {
             "shape": list(layer.mean.shape),
-            "kl": kl,
-            "kl_mean": moved,
-            "kl_variance": kl - moved,
+            "kl": of_mean + of_variance,
+            "kl_mean": of_mean,
+            "kl_variance": of_variance,
             "j": layer.index,
             "prior_deviation": math.sqrt(variances[name]),
             "kronecker": layer.V is not None,

@@ -25,6 +25,7 @@ from hesskern.pacbayes.network import Slot, slots_of
 from hesskern.pacbayes.posterior import LayerPosterior
 from hesskern.pacbayes.protocol import Protocol
 from hesskern.pacbayes.samples import Samples, collect
+from hesskern.portable import Portable
 from hesskern.progress import Progress, reporter
 
 __all__ = ["Certificate", "CertificateError", "load_certificate"]
@@ -40,7 +41,7 @@ class CertificateError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Certificate:
+class Certificate(Portable):
     """With probability ``confidence`` the error of the drawn networks is at most ``bound``.
 
     The probability is over the draw of the n training samples (delta) and of the networks whose
@@ -97,6 +98,12 @@ class Certificate:
     test: dict[str, Any] | None = None
     digest: str = ""
     model: nn.Module | None = field(default=None, repr=False)
+
+    def _given(self) -> dict[str, Any]:
+        return {"model": self.model}
+
+    def _about(self) -> str:
+        return "a certificate with its network (save() writes it without)"
 
     @property
     def confidence(self) -> float:

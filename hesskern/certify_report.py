@@ -12,11 +12,11 @@ from typing import Any
 from hesskern import plotting
 from hesskern.digest import number, percent, seconds
 from hesskern.figures import Figure
-from hesskern.files import write_files
+from hesskern.files import drawn_or_kept
 from hesskern.pacbayes import Certificate
 from hesskern.pages import template
 
-__all__ = ["render", "summarize", "write"]
+__all__ = ["file_name", "render", "summarize", "write"]
 
 Result = Mapping[str, Any]
 _CURVE_POINTS = 200
@@ -115,21 +115,23 @@ def _figures(first: Mapping[str, Any]) -> dict[str, list[Figure]]:
     }
 
 
+def file_name(certificate: Certificate) -> str:
+    """Of a certificate made by the command."""
+    return f"seed{certificate.settings['seed']}.safetensors"
+
+
 def write(result: Result, certificates: Sequence[Certificate], folder: Path) -> list[Path]:
     """Writes ``certificate.html``, ``certificate.json`` and a file per certificate.
 
     Returns:
         the paths, the page first.
+
+    Raises:
+        NotDrawnError: the page could not be made; the others are written all the same.
+        OSError: ``folder`` cannot be written; says where the files are instead.
     """
-    paths = write_files(
-        folder,
-        {
-            "certificate.html": render(result).encode(),
-            "certificate.json": (json.dumps(result, indent=1, allow_nan=False) + "\n").encode(),
-        },
-    )
-    for certificate in certificates:
-        path = folder / f"seed{certificate.settings['seed']}.safetensors"
-        certificate.save(path)
-        paths.append(path)
-    return paths
+    numbers = {
+        "certificate.json": (json.dumps(result, indent=1, allow_nan=False) + "\n").encode(),
+        **{file_name(certificate): certificate.content() for certificate in certificates},
+    }
+    return drawn_or_kept(folder, numbers, lambda: {"certificate.html": render(result).encode()})

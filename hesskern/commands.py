@@ -15,9 +15,10 @@ from hesskern import __version__, build_info
 from hesskern.analysis import Analysis, Settings, analyze
 from hesskern.bench.command import bench
 from hesskern.certify_command import certify_command
-from hesskern.command_line import check_writable, command_line, root_option, running
+from hesskern.command_line import command_line, root_option, running
 from hesskern.data import DATASETS
 from hesskern.digest import Digest, counted, listed
+from hesskern.files import check_writable
 from hesskern.models import KNOWN_MODELS
 from hesskern.report import write_report
 from hesskern.reproduce.command import reproduce

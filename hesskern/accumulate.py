@@ -18,6 +18,7 @@ from hesskern.layer_sums import LayerSums, bordered, masked
 from hesskern.layers import LayerSpec, select_layers, warn_left_out
 from hesskern.losses import resolve_loss
 from hesskern.memory import budget_for, out_of_memory, release
+from hesskern.portable import Portable
 from hesskern.progress import Progress, reporter
 from hesskern.roots import (
     BatchRoots,
@@ -38,7 +39,7 @@ class _Before:
     generator: Tensor
 
 
-class FactorAccumulator:
+class FactorAccumulator(Portable):
     """Kronecker factors from a stream of batches.
 
     >>> acc = FactorAccumulator(model, nn.CrossEntropyLoss())
@@ -96,6 +97,12 @@ class FactorAccumulator:
         self._unfit: dict[str, str] = {}
         self._count: float | Tensor = 0.0
         self._batches = 0
+
+    def _given(self) -> dict[str, Any]:
+        return {"model": self._model, "loss": self._loss}
+
+    def _about(self) -> str:
+        return "a FactorAccumulator, which runs its model (state_dict() holds the sums alone),"
 
     @property
     def num_samples(self) -> float:

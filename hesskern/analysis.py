@@ -7,7 +7,7 @@ import math
 import platform
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -21,12 +21,13 @@ import hesskern
 from hesskern import data as datasets
 from hesskern import metrics, models, published, training
 from hesskern.eigen import eigsh
-from hesskern.factors import LayerFactors, kronecker_factors
+from hesskern.factors import Factors, LayerFactors, kronecker_factors
 from hesskern.layer_hessian import LayerHessian, layer_hessians
 from hesskern.predictor import predict_overlap
 from hesskern.progress import Progress, reporter
+from hesskern.roots import check_fraction
 
-__all__ = ["Analysis", "Settings", "analyze", "plain", "versions"]
+__all__ = ["Analysis", "Network", "Settings", "analyze", "plain", "versions"]
 
 FORMAT = "hesskern.analyze/1"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -36,6 +37,8 @@ _SHOWN = 20
 _SINGULAR_VALUES = 4
 # Bytes for the Kronecker eigenvectors of one layer of one model when models are compared.
 _PAIR_BUDGET = 384 * 2**20
+# Samples of the rehearsal.
+_FEW = 8
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,10 @@ class _Clock:
 
 
 def analyze(
-    settings: Settings, progress: bool | Progress = False, command: str | None = None
+    settings: Settings,
+    progress: bool | Progress = False,
+    command: str | None = None,
+    trained: Callable[[Network], None] | None = None,
 ) -> Analysis:
     """Trains or loads the models, computes everything the report shows.
 
@@ -128,11 +134,15 @@ def analyze(
         settings: what to look at.
         progress: see :func:`hesskern.progress.reporter`.
         command: the command line, for the report.
+        trained: called with every model as soon as it is trained or loaded, so that its weights can
+            be kept should anything fail later.
 
     Raises:
-        ValueError: a setting is wrong; the message names it.
+        ValueError: a setting is wrong; the message names it. Settings, checkpoints and layers are
+            looked at before the first model is trained.
     """
     _check(settings)
+    machine = versions(settings.device)
     started = time.perf_counter()
     clock = _Clock(progress)
     device, dtype = torch.device(settings.device), _DTYPES[settings.dtype]
@@ -140,6 +150,8 @@ def analyze(
         data = datasets.load(settings.data, settings.root, limit=settings.limit)
         test = datasets.load(settings.data, settings.root, train=False)
         data, test = data.to(device, dtype), test.to(device, dtype)
+    with clock.step("rehearse"):
+        _rehearse(settings, data, test)
 
     entries, spectra, networks = [], [], []
     skipped: dict[str, str] = {}
@@ -147,12 +159,15 @@ def analyze(
         warnings.simplefilter("always")
         for network in _networks(settings, data, clock):
             clock.label = network.label
+            if trained is not None:
+                trained(network)
             layers, spectrum, reasons = _look_at(network.model, data, settings, clock)
             skipped.update(reasons)
             networks.append(network)
             spectra.append(spectrum)
             entries.append(_describe(network, data, test) | {"layers": layers})
     clock.label = ""
+    _keep_common(entries, spectra, skipped)
     with clock.step("compare the models"):
         pairs = [
             {
@@ -171,7 +186,7 @@ def analyze(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command,
         "settings": asdict(settings),
-        "versions": versions(settings.device),
+        "versions": machine,
         "data": {
             "name": data.name,
             "source": data.source,
@@ -204,6 +219,7 @@ def _check(settings: Settings) -> None:
             raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
     if settings.epochs is not None and settings.epochs < 0:
         raise ValueError(f"epochs must not be negative, got {settings.epochs}")
+    check_fraction("tolerance", settings.tolerance)
     try:
         torch.empty(0, device=settings.device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -211,24 +227,70 @@ def _check(settings: Settings) -> None:
         raise ValueError(f"device {settings.device!r} cannot be used here ({reason})") from None
 
 
+def _build(settings: Settings, data: datasets.Dataset, seed: int) -> nn.Module:
+    model = models.build(settings.model, data.input_shape, data.classes, seed)
+    return model.to(settings.device, _DTYPES[settings.dtype])
+
+
+def _recipe(settings: Settings) -> training.Recipe:
+    recipe = training.recipe_for(settings.recipe, settings.data)
+    return recipe if settings.epochs is None else replace(recipe, epochs=settings.epochs)
+
+
+def _rehearse(settings: Settings, data: datasets.Dataset, test: datasets.Dataset) -> None:
+    """Every step that depends on names, shapes and files, with a few samples, before the work.
+
+    Raises:
+        ValueError, NotImplementedError: what the work would end with.
+    """
+    _recipe(settings)
+    for path in settings.checkpoints:
+        models.load_checkpoint(_build(settings, data, settings.seed), path)
+    model, loss = _build(settings, data, settings.seed), nn.CrossEntropyLoss()
+    few = [(data.inputs[:_FEW], data.targets[:_FEW])]
+    with warnings.catch_warnings():
+        # Of these weights and samples; the work has its own.
+        warnings.simplefilter("ignore")
+        factors = _factors(model, few, settings, reporter(False))
+        layer_hessians(model, few, loss, list(factors), settings.tolerance)
+    training.evaluate(model, replace(test, inputs=test.inputs[:_FEW], targets=test.targets[:_FEW]))
+
+
+def _factors(model: nn.Module, batches: Any, settings: Settings, progress: Progress) -> Factors:
+    loss = nn.CrossEntropyLoss()
+    factors = kronecker_factors(model, batches, loss, settings.layers, progress=progress)
+    if not factors:
+        raise ValueError(f"model {settings.model!r} has no supported layer: {factors.skipped}")
+    return factors
+
+
+def _keep_common(
+    entries: list[dict[str, Any]], spectra: list[dict[str, _Spectrum]], skipped: dict[str, str]
+) -> None:
+    """Leaves the layers that all models have numbers for.
+
+    Raises:
+        ValueError: there are none.
+    """
+    common = set(spectra[0]).intersection(*spectra)
+    if not common:
+        reasons = "; ".join(f"{name!r} {reason}" for name, reason in skipped.items())
+        raise ValueError(f"no layer has numbers in all models: {reasons}")
+    for entry, spectrum in zip(entries, spectra, strict=True):
+        for name in spectrum.keys() - common:
+            del spectrum[name], entry["layers"][name]
+
+
 def _networks(settings: Settings, data: datasets.Dataset, clock: _Clock) -> Iterator[Network]:
     """Every model, trained or loaded, one after the other."""
-    dtype = _DTYPES[settings.dtype]
-
-    def build(seed: int) -> nn.Module:
-        model = models.build(settings.model, data.input_shape, data.classes, seed)
-        return model.to(settings.device, dtype)
-
     if settings.checkpoints:
         for path in settings.checkpoints:
-            model = models.load_checkpoint(build(settings.seed), path)
+            model = models.load_checkpoint(_build(settings, data, settings.seed), path)
             yield Network(path.stem, model, checkpoint=path)
         return
-    recipe = training.recipe_for(settings.recipe, settings.data)
-    if settings.epochs is not None:
-        recipe = replace(recipe, epochs=settings.epochs)
+    recipe = _recipe(settings)
     for seed in range(settings.seed, settings.seed + settings.seeds):
-        model = build(seed)
+        model = _build(settings, data, seed)
         clock.label = f"seed {seed}"
         with clock.step("train"):
             history = training.train(model, data, recipe, seed, progress=clock)
@@ -256,19 +318,21 @@ def _look_at(
     """One model: its layers' numbers, what the comparison needs, and the layers left out."""
     batches, loss = data.batches(settings.batch_size), nn.CrossEntropyLoss()
     with clock.step("Kronecker factors"):
-        factors = kronecker_factors(model, batches, loss, settings.layers, progress=clock)
-    if not factors:
-        raise ValueError(f"model {settings.model!r} has no supported layer: {factors.skipped}")
+        factors = _factors(model, batches, settings, clock)
     with clock.step("exact layer-wise Hessians"):
         hessians = layer_hessians(
             model, batches, loss, list(factors), settings.tolerance, progress=clock
         )
-    entries, spectra = {}, {}
+    entries, spectra, skipped = {}, {}, dict(factors.skipped)
     for name, layer_factors in factors.items():
+        if not hessians[name].trace() > 0:
+            # Behind dead units: nothing relative to it is defined, and no reason to give up.
+            skipped[name] = "has no curvature at these weights: its Hessian is zero"
+            continue
         entries[name], spectra[name] = _look_at_layer(
             hessians[name], layer_factors, data.classes, settings, clock
         )
-    return entries, spectra, dict(factors.skipped)
+    return entries, spectra, skipped
 
 
 def _look_at_layer(

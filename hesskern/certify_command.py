@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from hesskern import certify_report, data
-from hesskern.command_line import check_writable, command_line, root_option, running
+from hesskern.command_line import command_line, root_option, running
+from hesskern.files import check_writable, write_files
 from hesskern.pacbayes import (
     METHODS,
     NETS,
@@ -27,6 +28,7 @@ from hesskern.pacbayes import (
     load_certificate,
     parse_net,
 )
+from hesskern.pacbayes.loop import Budget
 from hesskern.pacbayes.procedure import train_start
 from hesskern.pacbayes.samples import Samples
 from hesskern.progress import Progress
@@ -155,10 +157,19 @@ def certify_command(
         chosen = parse_net(net or _NET[data_name])
         train = data.load(data_name, root)
         test = None if chosen.random_labels else data.load(data_name, root, train=False)
-        certificates = [
-            _run(chosen, train, test, s, output, progress, options)
-            for s in range(seed, seed + seeds)
-        ]
+        certificates: list[Certificate] = []
+        for s in range(seed, seed + seeds):
+            try:
+                found = _run(chosen, train, test, s, output, progress, options)
+            except (ValueError, TypeError, NotImplementedError) as error:
+                if not certificates:
+                    raise
+                raise ValueError(
+                    f"seed {s}: {error}; the certificates of the seeds before it are in {output}"
+                ) from error
+            # Each as soon as it is there: what comes later may fail.
+            write_files(output, {certify_report.file_name(found): found.content()})
+            certificates.append(found)
         result = certify_report.summarize(
             certificates, chosen.name, train.source, command_line(context)
         )
@@ -214,6 +225,12 @@ def _run(
     seen: Samples | None = None
     if options["held_out"] is not None:
         seen, samples = samples.split(options["held_out"], seed)
+    epochs, minutes = options["epochs"], options["minutes"]
+    if epochs is None and minutes is None:
+        epochs, minutes = _EPOCHS.get(train.name), _MINUTES.get(train.name)
+    # Both say what is wrong with them before the training that may come first.
+    settings, _ = _settings(method, len(samples), options), Budget(epochs, minutes)
+    if seen is not None:
         train_start(model, seen, options["sgd_epochs"], seed, progress)
         prior = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         record |= {
@@ -223,9 +240,6 @@ def _run(
         }
     if method != "natural":
         train_start(model, samples, options["sgd_epochs"], seed, progress)
-    epochs, minutes = options["epochs"], options["minutes"]
-    if epochs is None and minutes is None:
-        epochs, minutes = _EPOCHS.get(train.name), _MINUTES.get(train.name)
     return certify(
         model,
         prior,
@@ -234,7 +248,7 @@ def _run(
         epochs=epochs,
         minutes=minutes,
         protocol=protocol,
-        settings=_settings(method, len(samples), options),
+        settings=settings,
         seed=seed,
         prior_record=record,
         prior_data=seen,

@@ -12,11 +12,11 @@ from typing import Any
 from hesskern import plotting
 from hesskern.digest import number, percent, seconds
 from hesskern.figures import Figure
-from hesskern.files import write_files
+from hesskern.files import drawn_or_kept
 from hesskern.pacbayes import Certificate
 from hesskern.pages import template
 
-__all__ = ["render", "summarize", "write"]
+__all__ = ["file_name", "render", "summarize", "write"]
 
 Result = Mapping[str, Any]
 _CURVE_POINTS = 200
@@ -49,15 +49,12 @@ def _layers(certificate: Certificate) -> dict[str, Any]:
     found = {}
     for name, layer in certificate.layers.items():
         ratio = (layer.variance.double() / variances[name]).cpu()
-        kl = layer.kl(variances[name])
-        moved = float(
-            (layer.mean.double() - layer.prior_mean.double()).square().sum() / (2 * variances[name])
-        )
+        of_mean, of_variance = layer.kl_parts(variances[name])
         found[name] = {
             "shape": list(layer.mean.shape),
-            "kl": kl,
-            "kl_mean": moved,
-            "kl_variance": kl - moved,
+            "kl": of_mean + of_variance,
+            "kl_mean": of_mean,
+            "kl_variance": of_variance,
             "j": layer.index,
             "prior_deviation": math.sqrt(variances[name]),
             "kronecker": layer.V is not None,
@@ -118,21 +115,23 @@ def _figures(first: Mapping[str, Any]) -> dict[str, list[Figure]]:
     }
 
 
+def file_name(certificate: Certificate) -> str:
+    """Of a certificate made by the command."""
+    return f"seed{certificate.settings['seed']}.safetensors"
+
+
 def write(result: Result, certificates: Sequence[Certificate], folder: Path) -> list[Path]:
     """Writes ``certificate.html``, ``certificate.json`` and a file per certificate.
 
     Returns:
         the paths, the page first.
+
+    Raises:
+        NotDrawnError: the page could not be made; the others are written all the same.
+        OSError: ``folder`` cannot be written; says where the files are instead.
     """
-    paths = write_files(
-        folder,
-        {
-            "certificate.html": render(result).encode(),
-            "certificate.json": (json.dumps(result, indent=1, allow_nan=False) + "\n").encode(),
-        },
-    )
-    for certificate in certificates:
-        path = folder / f"seed{certificate.settings['seed']}.safetensors"
-        certificate.save(path)
-        paths.append(path)
-    return paths
+    numbers = {
+        "certificate.json": (json.dumps(result, indent=1, allow_nan=False) + "\n").encode(),
+        **{file_name(certificate): certificate.content() for certificate in certificates},
+    }
+    return drawn_or_kept(folder, numbers, lambda: {"certificate.html": render(result).encode()})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +10,10 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from hesskern.files import NotDrawnError
 from hesskern.progress import Progress, reporter
 
-__all__ = ["check_writable", "command_line", "root_option", "running"]
+__all__ = ["command_line", "root_option", "running"]
 
 root_option = click.option(
     "--root",
@@ -34,7 +34,7 @@ def running(context: click.Context) -> Iterator[Progress]:
         _close(report)
         click.echo("Interrupted; no file was left half-written.", err=True)
         context.exit(_INTERRUPTED)
-    except (ValueError, TypeError, NotImplementedError, OSError) as error:
+    except (ValueError, TypeError, NotImplementedError, NotDrawnError, OSError) as error:
         _close(report)
         raise click.ClickException(str(error)) from error
 
@@ -57,10 +57,3 @@ def command_line(context: click.Context) -> str:
         for item in value if parameter.multiple else (value,):
             words += [parameter.opts[0]] if parameter.is_flag else [parameter.opts[0], str(item)]
     return shlex.join(words)
-
-
-def check_writable(folder: Path) -> None:
-    """Says before the work, not after it, that its results could not be kept."""
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"output {folder} cannot be written: {existing} is no writable folder")

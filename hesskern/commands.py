@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from rich.table import Table
 from safetensors.torch import save
 
 from hesskern import __version__, build_info
-from hesskern.analysis import Analysis, Settings, analyze
+from hesskern.analysis import Network, Settings, analyze
 from hesskern.bench.command import bench
 from hesskern.certify_command import certify_command
-from hesskern.command_line import check_writable, command_line, root_option, running
+from hesskern.command_line import command_line, root_option, running
 from hesskern.data import DATASETS
 from hesskern.digest import Digest, counted, listed
+from hesskern.files import check_writable, write_files
 from hesskern.models import KNOWN_MODELS
 from hesskern.report import write_report
 from hesskern.reproduce.command import reproduce
@@ -121,8 +123,13 @@ def analyze_command(
     )
     with running(context) as progress:
         check_writable(output)
-        analysis = analyze(settings, progress, command_line(context))
-        paths = write_report(analysis.result, output, _weights(analysis))
+        trained: list[Network] = []
+        try:
+            analysis = analyze(settings, progress, command_line(context), trained.append)
+        except Exception:
+            _keep_weights(trained, output)
+            raise
+        paths = write_report(analysis.result, output, _weights(analysis.networks))
     console = Console(stderr=as_json, highlight=False)
     _show(console, analysis.result)
     console.print(f"\n[bold]Report:[/bold] {paths[0]}", soft_wrap=True)
@@ -135,15 +142,29 @@ def analyze_command(
         click.echo(json.dumps(analysis.result, allow_nan=False))
 
 
-def _weights(analysis: Analysis) -> dict[str, bytes]:
+def _weights(networks: Sequence[Network]) -> dict[str, bytes]:
     """The trained models' state dicts as files, to be looked at again with ``--checkpoint``."""
     return {
+        # Copies: tied weights share their memory, which the format refuses.
         f"seed{network.seed}.safetensors": save(
-            {k: v.contiguous().cpu() for k, v in network.model.state_dict().items()}
+            {k: v.cpu().contiguous().clone() for k, v in network.model.state_dict().items()}
         )
-        for network in analysis.networks
+        for network in networks
         if network.history is not None
     }
+
+
+def _keep_weights(trained: Sequence[Network], output: Path) -> None:
+    """Writes what was trained before an error, and says so."""
+    weights = _weights([n for n in trained if n.history is not None and n.history.loss])
+    if not weights:
+        return
+    try:
+        paths = ", ".join(map(str, write_files(output, weights)))
+        click.echo(f"The trained weights are in {paths}; --checkpoint takes them.", err=True)
+    except OSError as error:
+        # The error before it is the one to be told last.
+        click.echo(f"The trained weights: {error}", err=True)
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:

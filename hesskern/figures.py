@@ -14,6 +14,7 @@ from hesskern.pages import svg_uri
 __all__ = ["Figure", "Figures", "file_names"]
 
 Result = Mapping[str, Any]
+_LONGEST = 150
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,13 @@ class Figure:
 def file_names(layers: list[str]) -> dict[str, str]:
     """A file name, without ending, for every layer: its own where that may be one."""
     names: dict[str, str] = {}
+    taken: set[str] = set()
     for i, layer in enumerate(layers):
-        name = re.sub(r"[^A-Za-z0-9_.-]", "-", layer) or "layer"
-        while name in names.values():
+        # Some file systems tell no capitals from small letters, and none takes more than 255 bytes.
+        name = re.sub(r"[^A-Za-z0-9_.-]", "-", layer)[-_LONGEST:] or "layer"
+        while name.lower() in taken:
             name = f"{name}-{i}"
+        taken.add(name.lower())
         names[layer] = name
     return names
 

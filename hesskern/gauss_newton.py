@@ -17,6 +17,7 @@ from hesskern.layers import LayerSpec, select_layers, shared_weights, warn_left_
 from hesskern.losses import Loss, resolve_loss
 from hesskern.memory import budget_for, with_less_memory
 from hesskern.operators import CurvatureOperator
+from hesskern.portable import ModelRun
 from hesskern.progress import Progress, reporter
 from hesskern.roots import BatchRoots, accumulator_dtype
 from hesskern.samples import SampleRows, layer_rows
@@ -117,13 +118,14 @@ class GaussNewton(CurvatureOperator):
         self.device = model_device(model)
         self.num_samples = source.count
         self.cached = pieces is not None
-        self._stored, self._source = pieces, source
+        self._chunks: list[Piece] | _Pass = source if pieces is None else pieces
+        self._input_means = source.input_means
 
     def _pieces(self) -> Generator[Piece, None, None]:
-        if self._stored is not None:
-            yield from self._stored
+        if isinstance(self._chunks, list):
+            yield from self._chunks
         else:
-            yield from self._source(reporter(False))
+            yield from self._chunks(reporter(False))
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
         """By layer, the matrices [m, d] of a vector [P], or [k, m, d] of a block [P, k]."""
@@ -182,7 +184,7 @@ class GaussNewton(CurvatureOperator):
         """
         sizes = [m for m, _ in self.layer_shapes.values()]
         hessian = torch.zeros(sum(sizes), sum(sizes), dtype=self.dtype, device=self.device)
-        means = self._source.input_means
+        means = self._input_means
         for name, (_, d) in self.layer_shapes.items():
             if name not in means or means[name].shape != (d,):
                 raise NotImplementedError(
@@ -250,7 +252,7 @@ def _combined(rows: SampleRows, along: Tensor) -> Tensor:
 
 
 @dataclass
-class _Pass:
+class _Pass(ModelRun):
     """One pass over the data: the rows of all layers, piece by piece.
 
     Attributes:
@@ -273,14 +275,19 @@ class _Pass:
         self.reasons: dict[str, str] = {}
         self.input_means: dict[str, Tensor] = {}
         self.dtype = torch.float32
-        self._versions = self._current()
+        self.remember()
 
-    def _current(self) -> list[tuple[int, int]]:
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+    def _given(self) -> dict[str, Any]:
+        return {"model": self.model, "data": self.data, "loss": self.loss}
+
+    def _about(self) -> str:
+        return (
+            "a Gauss-Newton matrix that exceeds memory_budget and runs the model again at every "
+            "product"
+        )
 
     def __call__(self, progress: Progress) -> Iterator[Piece]:
-        if self._current() != self._versions:
+        if self.changed:
             raise RuntimeError(
                 "the model changed since its Gauss-Newton matrix was made; make it anew"
             )

@@ -18,6 +18,7 @@ from hesskern.layers import LayerSpec, select_layers, warn_left_out
 from hesskern.losses import Loss, resolve_loss
 from hesskern.memory import budget_for, with_less_memory
 from hesskern.operators import CurvatureOperator, EigenbasisOperator, KroneckerOperator
+from hesskern.portable import ModelRun
 from hesskern.progress import Progress, reporter
 from hesskern.pruning import kept_samples, norm_bound, prune
 from hesskern.roots import (
@@ -56,7 +57,7 @@ class LayerHessian(CurvatureOperator):
     def __init__(
         self,
         spec: LayerSpec,
-        chunks: Callable[[], Iterable[SampleRows]],
+        chunks: list[SampleRows] | _Rerun,
         num_samples: float,
         dtype: torch.dtype,
         device: torch.device,
@@ -88,7 +89,7 @@ class LayerHessian(CurvatureOperator):
     def _samples(self) -> Iterator[Iterable[SampleRows]]:
         """The pieces; what runs the model again is shut down at once, also after an error."""
         with torch.inference_mode(False), torch.no_grad():
-            chunks = self._chunks()
+            chunks = self._chunks if isinstance(self._chunks, list) else self._chunks()
             try:
                 yield chunks
             finally:
@@ -138,7 +139,7 @@ class LayerHessian(CurvatureOperator):
     def _part(self, chunks: list[SampleRows]) -> LayerHessian:
         return LayerHessian(
             self._spec,
-            lambda: chunks,
+            chunks,
             self.num_samples,
             self.dtype,
             self.device,
@@ -468,7 +469,7 @@ def _evict(gathered: dict[str, _Layer], budget: int, can_rerun: bool) -> None:
 
 
 @dataclass
-class _Rerun:
+class _Rerun(ModelRun):
     """Sample rows of one layer made anew, batch by batch, a few root rows at a time.
 
     Attributes:
@@ -489,14 +490,19 @@ class _Rerun:
     def __post_init__(self) -> None:
         # A layer that was fit before is not to be skipped in silence.
         self.spec = replace(self.spec, required=True)
-        self._versions = self._current()
+        self.remember()
 
-    def _current(self) -> list[tuple[int, int]]:
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+    def _given(self) -> dict[str, Any]:
+        return {"model": self.model, "data": self.data, "loss": self.loss}
+
+    def _about(self) -> str:
+        return (
+            f"the Hessian of layer {self.spec.name!r}, which exceeds memory_budget and runs the "
+            "model again at every product,"
+        )
 
     def __call__(self) -> Iterator[SampleRows]:
-        if self._current() != self._versions:
+        if self.changed:
             raise RuntimeError(
                 f"the model changed since the Hessian of layer {self.spec.name!r} was made; call "
                 "layer_hessians again"
@@ -558,14 +564,13 @@ def _finish(
     norm = trace = 0.0
     stored = None
     cached = layer.chunks is not None
-    chunks: Callable[[], Iterable[SampleRows]] = rerun
+    chunks: list[SampleRows] | _Rerun = rerun
     if layer.chunks is not None:
         kept = layer.chunks
         if tolerance > 0:
             pruned = prune(kept, layer.shares, tolerance)
             kept, norm, trace = pruned.chunks, pruned.norm, pruned.trace
-        stored = joined = join(kept)
-        chunks = lambda: joined  # noqa: E731  (a closure over this layer's list)
+        stored = chunks = join(kept)
     elif tolerance > 0:
         rerun.shares = layer.shares_by_batch()
         keep, trace = kept_samples(rerun.shares, tolerance)

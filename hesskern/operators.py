@@ -24,6 +24,7 @@ from hesskern.forward_pass import (
     run_model,
 )
 from hesskern.losses import resolve_loss
+from hesskern.portable import Portable
 from hesskern.progress import Progress, reporter
 from hesskern.roots import checked_targets, sample_weights
 
@@ -221,11 +222,23 @@ class KroneckerOperator(EigenbasisOperator):
         size = A.shape[0] * B.shape[-1]
         self.shape = (size, size)
         self.dtype, self.device = A.dtype, A.device
-        step = A.shape[0] // groups
+        self._cut()
+
+    def _cut(self) -> None:
+        """The factors of every group, in the memory of A and B."""
+        step = self.A.shape[0] // self.groups
         self._left = [
-            A[i * step : (i + 1) * step, i * step : (i + 1) * step] for i in range(groups)
+            self.A[i * step : (i + 1) * step, i * step : (i + 1) * step] for i in range(self.groups)
         ]
-        self._right = list(B) if B.dim() == 3 else [B]
+        self._right = list(self.B) if self.B.dim() == 3 else [self.B]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Every view would take the whole of its factor with it.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_left", "_right")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._cut()
 
     def _matmul(self, block: Tensor) -> Tensor:
         return self._joined(ops.grouped_kron_matmul(self._left, self._right, self._blocks(block)))
@@ -274,7 +287,7 @@ class KroneckerOperator(EigenbasisOperator):
         )
 
 
-class AutogradHessian(CurvatureOperator):
+class AutogradHessian(Portable, CurvatureOperator):
     """The Hessian of the mean loss in chosen parameters, by double backward passes.
 
     The reference for everything else here, and the way for layers followed by smooth activations.
@@ -324,6 +337,7 @@ class AutogradHessian(CurvatureOperator):
             raise ValueError("data must be re-iterable (a DataLoader or a list), got an iterator")
         self._model, self._data, self._loss = model, data, resolve_loss(loss)
         self._sample_weight, self._progress = sample_weight, reporter(progress)
+        self._bar = progress is True
         self._parameters = [known[name] for name in self.params]
         for name, parameter in zip(self.params, self._parameters, strict=True):
             if not parameter.is_floating_point():
@@ -334,6 +348,16 @@ class AutogradHessian(CurvatureOperator):
         size = sum(p.numel() for p in self._parameters)
         self.shape = (size, size)
         self.dtype, self.device = self._parameters[0].dtype, self._parameters[0].device
+
+    def _given(self) -> dict[str, Any]:
+        return {"model": self._model, "data": self._data, "loss": self._loss}
+
+    def _about(self) -> str:
+        return "an AutogradHessian, which runs the model at every product,"
+
+    def _state(self) -> dict[str, Any]:
+        # A bar on the terminal, or a callback, stays with the one it was made for.
+        return {**super()._state(), "_progress": reporter(self._bar)}
 
     def _matmul(self, block: Tensor) -> Tensor:
         total = torch.zeros_like(block)

@@ -16,6 +16,7 @@ from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
 from hesskern.memory import budget_for
 from hesskern.operators import CurvatureOperator
+from hesskern.portable import ModelRun
 from hesskern.progress import Progress, reporter
 from hesskern.roots import BatchRoots, accumulator_dtype
 from hesskern.samples import layer_rows
@@ -192,7 +193,7 @@ def position_mean_hessian(
 
 
 @dataclass
-class _Pass:
+class _Pass(ModelRun):
     """One pass over the data: M_n and X_n of a batch at a time.
 
     Attributes:
@@ -211,15 +212,20 @@ class _Pass:
         self.count = 0.0
         self.dtype = torch.float32
         self.evidence = Evidence()
-        self._versions = self._current()
+        self.remember()
 
-    def _current(self) -> list[tuple[int, int]]:
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
+    def _given(self) -> dict[str, Any]:
+        return {"model": self.model, "data": self.data, "loss": self.loss}
+
+    def _about(self) -> str:
+        return (
+            f"the operator of layer {self.spec.name!r}, which exceeds memory_budget and runs the "
+            "model again at every product,"
+        )
 
     def __call__(self, progress: Progress) -> Iterator[_Chunk]:
         name, device = self.spec.name, model_device(self.model)
-        if self._current() != self._versions:
+        if self.changed:
             raise RuntimeError(
                 f"the model changed since the operator of layer {name!r} was made; make it anew"
             )

@@ -544,11 +544,9 @@ def _multiplication(plan: Propagation, node: Any, operands: _Operands, shapes: _
     others = [node._saved_other if i == 0 else node._saved_self for i in operands]
     if any(not isinstance(other, Tensor) for other in others):
         raise _Unknown
-    # Numbers of Python would take the default dtype from each other.
-    dtype = node._input_metadata[0].dtype
-    others = [other.detach().to(dtype) for other in others]
-    if _kind(node) == "Div":
-        others = [1 / other for other in others]
+    # A tensor that was a number in Python takes its dtype from a tensor that was none.
+    one = torch.ones((), dtype=node._input_metadata[0].dtype)
+    others = [one / other if _kind(node) == "Div" else one * other.detach() for other in others]
     factors = [plan.by_sample(other.expand(plan.shape(node))) for other in others]
     if len(factors) == 1:
         return _Rule(operands, factor=_samples(factors[0]))

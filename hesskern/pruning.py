@@ -11,7 +11,7 @@ of that [m, m] sum bounds the norm.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,7 +92,8 @@ def prune(chunks: list[SampleRows], shares: list[Tensor], tolerance: float) -> P
     # Where a product's time goes into the inputs, single rows of a sample save nothing. Where rows
     # are stored whole, half is for whole samples, cheap to find, and the rest for single rows.
     stored = all(chunk.stored for chunk in chunks)
-    if not stored and total > 0 and all(chunk.x.dim() == 2 for chunk in chunks):
+    plain = not any(chunk.stored for chunk in chunks)
+    if plain and total > 0 and all(chunk.x.dim() == 2 for chunk in chunks):
         return _prune_spread(chunks, shares, tolerance)
     keep, dropped = kept_samples(shares, tolerance / 2 if stored else tolerance)
     chunks.reverse()
@@ -146,7 +147,9 @@ def norm_bound(chunks: list[SampleRows]) -> float:
     """Bound on ‖sum_n R_n^T R_n‖_2, the tighter of both."""
     trace = sum(float(chunk.shares().sum()) for chunk in chunks)
     m = chunks[0].s.shape[2] if chunks else 0
-    if m == 0 or m > _LARGEST_ORDER or any(chunk.x.dim() != 2 for chunk in chunks):
+    # Rows that are stored whole and gradients of single inputs do not add up to one matrix.
+    alike = all(c.x.dim() == 2 and c.s.shape[2] == m for c in chunks)
+    if m == 0 or m > _LARGEST_ORDER or not alike or len({c.stored for c in chunks}) > 1:
         return trace
     gram = torch.zeros(m, m, dtype=torch.float64, device=chunks[0].s.device)
     for chunk in chunks:
@@ -173,5 +176,5 @@ def _by_rows(chunk: SampleRows, mask: Tensor) -> list[tuple[int, SampleRows]]:
         chosen = counts == count
         if bool(chosen.any()):
             rows = chunk.s[chosen][mask[chosen]].reshape(-1, count, *chunk.s.shape[2:])
-            result.append((count, SampleRows(chunk.x[chosen], rows)))
+            result.append((count, replace(chunk, x=chunk.x[chosen], s=rows)))
     return result

@@ -10,7 +10,7 @@ from typing import Any
 from hesskern import plotting, tables, wording
 from hesskern.digest import Digest
 from hesskern.figures import Figures, file_names
-from hesskern.files import write_files
+from hesskern.files import drawn_or_kept
 from hesskern.pages import template
 
 __all__ = ["render", "render_layer", "write_report"]
@@ -90,14 +90,20 @@ def write_report(
 
     Returns:
         the paths, the report first.
+
+    Raises:
+        NotDrawnError: a page or figure could not be made; result and ``others`` are written all
+            the same.
+        OSError: ``folder`` cannot be written; says where the files are instead.
     """
-    figures = Figures(result)
-    files = {
-        "report.html": render(result, figures).encode(),
-        "result.json": (json.dumps(result, indent=1, allow_nan=False) + "\n").encode(),
-        "overview.png": figures.overview(),
-    }
-    for name, file in file_names(result["network"]["layers"]).items():
-        files[f"layers/{file}.html"] = render_layer(result, name, figures).encode()
-    files |= {f"figures/{name}": content for name, content in figures.files().items()}
-    return write_files(folder, {**files, **(others or {})})
+    numbers = {"result.json": (json.dumps(result, indent=1, allow_nan=False) + "\n").encode()}
+
+    def draw() -> dict[str, bytes]:
+        figures = Figures(result)
+        files = {"report.html": render(result, figures).encode()}
+        files["overview.png"] = figures.overview()
+        for name, file in file_names(result["network"]["layers"]).items():
+            files[f"layers/{file}.html"] = render_layer(result, name, figures).encode()
+        return files | {f"figures/{name}": content for name, content in figures.files().items()}
+
+    return drawn_or_kept(folder, {**numbers, **(others or {})}, draw)

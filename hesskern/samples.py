@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,13 +28,15 @@ class SampleRows:
     """H's part R^T R from some samples: R_nc = sum_t s_nct x_nt^T, flattened.
 
     Attributes:
-        x: [N, d] or [N, d, t]. Where a sample's rows are smaller than its inputs and gradients,
-            they are stored instead, with x = ones [N, 1] and s = rows [N, r, m d].
+        x: [N, d] or [N, d, t].
         s: [N, r, m] or [N, r, m, t].
+        stored: whether the rows themselves are stored, with x = ones [N, 1] and s = rows
+            [N, r, m d]: where they are smaller than a sample's inputs and gradients.
     """
 
     x: Tensor
     s: Tensor
+    stored: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -41,28 +44,27 @@ class SampleRows:
 
     def select(self, keep: Tensor) -> SampleRows:
         """Some samples: those where keep [N] is True, or by their numbers."""
-        return SampleRows(self.x[keep], self.s[keep])
+        return replace(self, x=self.x[keep], s=self.s[keep])
 
     def heavy_first(self, heavy: Tensor) -> SampleRows:
         """The same samples, those where heavy [N] is True before the others."""
         order = (~heavy).int().argsort(stable=True)
-        return SampleRows(self.x[order], self.s[order])
+        return replace(self, x=self.x[order], s=self.s[order])
 
     def part(self, samples: slice) -> SampleRows:
         """A run of samples, in the same memory."""
-        return SampleRows(self.x[samples], self.s[samples])
+        return replace(self, x=self.x[samples], s=self.s[samples])
 
-    @property
-    def stored(self) -> bool:
-        """Whether the rows themselves are stored."""
-        return self.x.dim() == 2 and self.x.shape[1] == 1
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled, a run of samples would take the memory of all that it was taken from with it.
+        return SampleRows, (_alone(self.x), _alone(self.s), self.stored)
 
     def rotated(self) -> SampleRows:
         """The same R^T R with every sample's rows in their principal axes, largest first."""
         gram = torch.matmul(self.s, self.s.transpose(1, 2))
         # In float64: what is left out later must not rest on rounding.
         axes = torch.linalg.eigh(gram.double()).eigenvectors.flip(2)
-        return SampleRows(self.x, torch.matmul(axes.transpose(1, 2).to(self.s.dtype), self.s))
+        return replace(self, s=torch.matmul(axes.transpose(1, 2).to(self.s.dtype), self.s))
 
     def row_shares(self) -> Tensor:
         """[N, r] float64: each stored row's part of tr(R^T R)."""
@@ -196,6 +198,7 @@ def join(chunks: list[SampleRows]) -> list[SampleRows]:
             size + chunk.nbytes <= _JOINED_BYTES
             and group[0].x.shape[1:] == chunk.x.shape[1:]
             and group[0].s.shape[1:] == chunk.s.shape[1:]
+            and group[0].stored == chunk.stored
         )
         if not fits:
             joined.append(_concatenate(group))
@@ -211,7 +214,15 @@ def join(chunks: list[SampleRows]) -> list[SampleRows]:
 def _concatenate(group: list[SampleRows]) -> SampleRows:
     if len(group) == 1:
         return group[0]
-    return SampleRows(torch.cat([c.x for c in group]), torch.cat([c.s for c in group]))
+    x, s = torch.cat([c.x for c in group]), torch.cat([c.s for c in group])
+    return replace(group[0], x=x, s=s)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor, copied where it shares its memory with more than itself."""
+    if tensor.untyped_storage().nbytes() <= tensor.nbytes:
+        return tensor
+    return tensor.clone()
 
 
 def layer_rows(
@@ -337,7 +348,7 @@ class _Maker:
 
     def finish(self) -> SampleRows:
         x = self._x.new_ones(self._n, 1) if self._stored else self._x
-        return SampleRows(x, self._s)
+        return SampleRows(x, self._s, self._stored)
 
 
 def _columns(spec: LayerSpec, x: Tensor) -> Tensor:

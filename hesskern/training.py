@@ -15,7 +15,7 @@ from torch import nn
 
 from hesskern.data import Dataset
 from hesskern.digest import counted
-from hesskern.files import written_whole
+from hesskern.files import check_writable, keep_if_possible
 from hesskern.progress import Progress, reporter
 
 __all__ = ["RECIPES", "History", "Recipe", "evaluate", "recipe_for", "train"]
@@ -89,7 +89,7 @@ def train(
 
     With ``checkpoint`` an interrupted run goes on after its last saved epoch and ends at the very
     weights an uninterrupted one ends at; a finished one is loaded. The learning rate is constant,
-    so more epochs than before continue where the fewer ended.
+    so more epochs than before continue where the fewer ended. What is saved is finite.
 
     Args:
         model: network [N, *input_shape] -> [N, classes], on the data's device.
@@ -102,10 +102,16 @@ def train(
         save_every: seconds between two savings at the end of an epoch; the last epoch is saved.
 
     Raises:
-        ValueError: the loss is no longer finite (the learning rate is too high), or ``checkpoint``
-            belongs to other settings, data or network, or has more epochs behind it.
+        ValueError: loss or weights are no longer finite (the learning rate is too high), or
+            ``checkpoint`` belongs to other settings, data or network, has more epochs behind it, or
+            its folder cannot be written.
+
+    Warns:
+        RuntimeWarning: the checkpoint could not be written later on, which ends nothing.
     """
     report = reporter(progress)
+    if checkpoint is not None:
+        check_writable(checkpoint.parent, "checkpoint: folder")
     history = History(seed, recipe)
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -148,10 +154,13 @@ def train(
                     report(description, epoch * per_epoch + step + 1, recipe.epochs * per_epoch)
                 history.loss.append(float(loss_sum) / len(data))
                 history.accuracy.append(int(hits) / len(data))
-                if not torch.isfinite(loss_sum):
+                # The last step's weights have not been in any loss yet.
+                what = "loss" if not bool(torch.isfinite(loss_sum)) else "weights"
+                if what == "loss" or not _finite(model):
                     raise ValueError(
-                        f"training diverged in epoch {epoch + 1}: the loss is not finite with "
-                        f"learning rate {recipe.learning_rate}"
+                        f"training diverged in epoch {epoch + 1}: the {what} "
+                        f"{'is' if what == 'loss' else 'are'} not finite with learning rate "
+                        f"{recipe.learning_rate}"
                     )
                 now = time.perf_counter()
                 history.seconds = before + now - started
@@ -162,6 +171,12 @@ def train(
         model.train(was_training)
         model.zero_grad(set_to_none=True)
     return history
+
+
+def _finite(model: nn.Module) -> bool:
+    """Whether parameters and buffers hold numbers alone."""
+    tensors = (*model.parameters(), *model.buffers())
+    return all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point())
 
 
 def _fingerprint(recipe: Recipe, seed: int, data: Dataset, model: nn.Module) -> str:
@@ -196,9 +211,7 @@ class _State:
             "accuracy": history.accuracy,
             "seconds": history.seconds,
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(self.path) as temporary:
-            torch.save(state, temporary)
+        keep_if_possible(self.path, lambda temporary: torch.save(state, temporary))
 
     def restore(
         self,

@@ -312,7 +312,7 @@ def test_sums_are_wide_under_autocast(
     exact = hk.kronecker_factors(layers, data, CE)["0"]
     with torch.autocast("cpu", torch.bfloat16):
         found = hk.kronecker_factors(layers, data, CE)["0"]
-        means = hk.GaussNewton(layers, data, CE)._source.input_means["0"]
+        means = hk.GaussNewton(layers, data, CE)._input_means["0"]
     assert found.input_mean.dtype == torch.float32
     torch.testing.assert_close(found.input_mean, exact.input_mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.input_covariance, exact.input_covariance, rtol=1e-5, atol=1e-6)

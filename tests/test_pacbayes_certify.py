@@ -494,3 +494,17 @@ def test_the_last_part_of_the_budget_is_averaged():
     torch.testing.assert_close(float(ratio), float(log_ratio[1, 0].exp()), rtol=1e-4, atol=0)
     # The optimization itself goes on from where it was.
     assert torch.equal(layer.u.detach(), seen[-1][0])
+
+
+@pytest.mark.parametrize(("seed", "weight"), [(1, 1e-5), (2, 1e-7), (3, 1e-5), (3, 1e-7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_posterior_that_equals_its_prior_is_certified(seed, weight, dtype):
+    """In float32 these four once ended below zero: "kl_divergence must be non-negative"."""
+    model, data = NET.build((1, 3, 4), seed).to(dtype), blobs(200)
+    slow = replace(FAST, rate_mean=1e-12, rate_ratio=1e-12, rate_prior=1e-12)
+    settings = replace(slow, error_weight=weight, warm_up=1.0)
+    samples = Samples(data.inputs.to(dtype), data.targets)
+    found = certify(model, model, samples, epochs=4, protocol=TERMS, settings=settings)
+    assert 0 < found.kl < 1e-8
+    assert all(0 < entry["kl"] < 1e-8 for entry in found.history)
+    assert found.history[-1]["kl"] == pytest.approx(found.kl, rel=1e-3)

@@ -29,8 +29,15 @@ _KNOWN: dict[type[nn.Module], tuple[str, ...]] = {
         "dilation",
         "groups",
     ),
-    nn.MaxPool2d: ("kernel_size", "stride", "padding"),
-    nn.AvgPool2d: ("kernel_size", "stride", "padding"),
+    nn.MaxPool2d: ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
+    nn.AvgPool2d: (
+        "kernel_size",
+        "stride",
+        "padding",
+        "ceil_mode",
+        "count_include_pad",
+        "divisor_override",
+    ),
 }
 _NAMES = {kind.__name__: kind for kind in _KNOWN}
 

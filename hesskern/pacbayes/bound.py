@@ -34,6 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesskern.pacbayes.divergence import NEAR, excess
+
 __all__ = ["FORMS", "PriorGrid", "bound_rate", "draws_rate", "kl", "kl_inverse"]
 
 FORMS = ("maurer", "langford-seeger")
@@ -57,10 +59,20 @@ def kl(q: Tensor | float, p: Tensor | float) -> Tensor:
 
 
 def _kl(q: Tensor, p: Tensor) -> Tensor:
-    # xlogy gives 0 log 0 = 0; kl is infinite where p is 0 or 1 and q is not.
-    first = torch.special.xlogy(q, q) - torch.special.xlogy(q, p)
-    second = torch.special.xlogy(1 - q, 1 - q) - torch.special.xlog1py(1 - q, -p)
-    return (first + second).clamp(min=0)
+    # q log(q / p) + (1 - q) log((1 - q) / (1 - p)) with p - q + (q - p) = 0 added to it.
+    return _term(q, p, p - q) + _term(1 - q, 1 - p, q - p)
+
+
+def _term(q: Tensor, p: Tensor, difference: Tensor) -> Tensor:
+    """q (p / q - 1 - log(p / q)), never negative; p where q is 0.
+
+    ``difference`` is p - q, which 1 - p and 1 - q no longer tell exactly.
+    """
+    divisor = q.clamp(min=torch.finfo(torch.float64).tiny)
+    t, logs = difference / divisor, torch.log(p / divisor)
+    # xlogy gives 0 log 0 = 0, and q t may overflow where q is tiny.
+    far = difference - torch.special.xlogy(q, p / divisor)
+    return torch.where(t.abs() <= NEAR, q * excess(t, logs), far)
 
 
 def kl_inverse(q: Tensor | float, rate: Tensor | float) -> Tensor:

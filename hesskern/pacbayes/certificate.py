@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from hesskern import models
@@ -25,9 +25,10 @@ from hesskern.pacbayes.network import Slot, slots_of
 from hesskern.pacbayes.posterior import LayerPosterior
 from hesskern.pacbayes.protocol import Protocol
 from hesskern.pacbayes.samples import Samples, collect
+from hesskern.portable import Portable
 from hesskern.progress import Progress, reporter
 
-__all__ = ["Certificate", "CertificateError", "load_certificate"]
+__all__ = ["Certificate", "CertificateError", "check_prior", "load_certificate"]
 
 _FORMAT = "hesskern.certificate/1"
 _ORTHOGONALITY = 1e-8
@@ -40,7 +41,7 @@ class CertificateError(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Certificate:
+class Certificate(Portable):
     """With probability ``confidence`` the error of the drawn networks is at most ``bound``.
 
     The probability is over the draw of the n training samples (delta) and of the networks whose
@@ -97,6 +98,12 @@ class Certificate:
     test: dict[str, Any] | None = None
     digest: str = ""
     model: nn.Module | None = field(default=None, repr=False)
+
+    def _given(self) -> dict[str, Any]:
+        return {"model": self.model}
+
+    def _about(self) -> str:
+        return "a certificate with its network (save() writes it without)"
 
     @property
     def confidence(self) -> float:
@@ -170,7 +177,11 @@ class Certificate:
         if not target.parent.is_dir():
             raise FileNotFoundError(f"path: there is no folder {str(target.parent)!r}")
         with written_whole(target) as temporary:
-            save_file(self.tensors(), temporary, metadata={"hesskern": json.dumps(self.header())})
+            temporary.write_bytes(self.content())
+
+    def content(self) -> bytes:
+        """What :meth:`save` writes."""
+        return save(self.tensors(), metadata={"hesskern": json.dumps(self.header())})
 
     def verify(
         self,
@@ -261,29 +272,7 @@ class Certificate:
                 raise CertificateError(f"{name} is {found!r}, recomputed it is {recomputed!r}")
 
     def _verify_prior(self) -> None:
-        if self.prior.get("construction") != "hesskern.models.build":
-            return
-        try:
-            model = models.build(
-                self.prior["model"],
-                self.prior["input_shape"],
-                self.prior["classes"],
-                self.prior["seed"],
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CertificateError(
-                f"prior: its construction cannot be repeated ({error})"
-            ) from None
-        state = model.state_dict()
-        for name, layer in self.layers.items():
-            parts = [state[f"{name}.weight"].flatten(1)] if f"{name}.weight" in state else []
-            if parts and f"{name}.bias" in state:
-                parts.append(state[f"{name}.bias"][:, None])
-            if not parts or not torch.equal(torch.cat(parts, 1), layer.prior_mean.cpu()):
-                raise CertificateError(
-                    f"prior: w0 of layer {name!r} is not what its construction and seed "
-                    f"{self.prior['seed']} give"
-                )
+        check_prior(self.prior, {name: layer.prior_mean for name, layer in self.layers.items()})
 
     def _verify_data(
         self,
@@ -345,6 +334,37 @@ class Certificate:
                     f"layer {name!r} cannot be drawn per example: the network shares its weight"
                 )
         return model, slots
+
+
+def check_prior(record: Mapping[str, Any], means: Mapping[str, Tensor]) -> None:
+    """Draws w0 again where its construction is on record, and compares.
+
+    Args:
+        record: how the prior was made, see :attr:`Certificate.prior`.
+        means: w0 [m, d] by layer, the bias as last column.
+
+    Raises:
+        CertificateError: the construction cannot be repeated, or gives another w0.
+    """
+    if record.get("construction") != "hesskern.models.build":
+        return
+    try:
+        model = models.build(
+            record["model"], record["input_shape"], record["classes"], record["seed"]
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CertificateError(f"prior: its construction cannot be repeated ({error})") from None
+    state = model.state_dict()
+    for name, mean in means.items():
+        parts = [state[f"{name}.weight"].flatten(1)] if f"{name}.weight" in state else []
+        if parts and f"{name}.bias" in state:
+            parts.append(state[f"{name}.bias"][:, None])
+        built = torch.cat(parts, 1) if parts else None
+        if built is None or built.dtype != mean.dtype or not torch.equal(built, mean.cpu()):
+            raise CertificateError(
+                f"prior: w0 of layer {name!r} is not what its construction and seed "
+                f"{record['seed']} give"
+            )
 
 
 def rate_of(protocol: Protocol, kl: float, n: int, indices: Mapping[str, int]) -> float:

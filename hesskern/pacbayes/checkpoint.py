@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hesskern.files import written_whole
+from hesskern.files import keep_if_possible
 
 __all__ = ["read_checkpoint", "write_checkpoint"]
 
@@ -15,10 +15,13 @@ _FORMAT = "hesskern.certify-checkpoint/1"
 
 
 def write_checkpoint(path: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
-    """Writes tensors and plain values; a kill at any moment leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
-        torch.save({"format": _FORMAT, "identity": identity, "state": state}, temporary)
+    """Writes tensors and plain values; a kill at any moment leaves the old file or the new one.
+
+    Warns:
+        RuntimeWarning: it cannot be written: no reason to end what it is a copy of.
+    """
+    content = {"format": _FORMAT, "identity": identity, "state": state}
+    keep_if_possible(path, lambda temporary: torch.save(content, temporary))
 
 
 def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:

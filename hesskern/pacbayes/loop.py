@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +18,14 @@ from hesskern.checks import on_host
 from hesskern.pacbayes.checkpoint import read_checkpoint, write_checkpoint
 from hesskern.progress import Progress
 
-__all__ = ["Budget", "Draft", "Method", "Outcome", "optimize"]
+__all__ = ["Budget", "Draft", "Method", "NotFiniteError", "Outcome", "optimize"]
 
 # Steps on a device before the host waits for their objectives.
 _UNSEEN = 64
+
+
+class NotFiniteError(ValueError):
+    """The optimization has left the numbers; the message says where and why."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,9 @@ def optimize(
 ) -> Outcome:
     """Runs ``method`` until the budget is spent or Ctrl-C is pressed.
 
+    What is kept every ``interval`` seconds, in memory and in the checkpoint, is finite. Should the
+    objective cease to be, ``method`` goes back to it, and the outcome is an interrupted one.
+
     Args:
         method: holds the parameters; sees every sample once per epoch.
         n: number of samples.
@@ -132,7 +141,12 @@ def optimize(
         estimate: of the bound, from an error and a KL; shown and recorded, and no certificate.
 
     Raises:
-        ValueError: the objective is not finite, or the checkpoint belongs to another run.
+        NotFiniteError: the objective is not finite, and nothing was kept yet.
+        ValueError: the checkpoint belongs to another run.
+
+    Warns:
+        RuntimeWarning: the objective was not finite later on; or the checkpoint could not be
+            written, which ends nothing.
     """
     identity = identity or {}
     epoch, steps, before = 0, 0, 0.0
@@ -143,6 +157,8 @@ def optimize(
         order.set_state(saved["order"])
         epoch, steps, before = saved["epoch"], saved["steps"], saved["seconds"]
         history = saved["history"]
+        saved = copy.deepcopy(saved)
+    kept = saved
     started = time.perf_counter() - before
     last_saved = time.perf_counter()
     per_epoch = -(-n // method.batch_size)
@@ -181,12 +197,18 @@ def optimize(
             epoch += 1
             entry = {"epoch": float(epoch), "objective": total / n}
             entry |= {"error": method.error(), "kl": method.kl()}
+            if not math.isfinite(entry["kl"]):
+                # The last step's objective was that before it.
+                raise NotFiniteError(
+                    f"the posterior is not finite after epoch {epoch}: the learning rate is too "
+                    "high, or the data or weights are out of range"
+                )
             if estimate is not None:
                 entry["estimate"] = estimate(entry["error"], entry["kl"])
                 shown = f"optimizing · estimate {entry['estimate']:.4f}"
             history.append(entry)
             due = time.perf_counter() - last_saved >= interval or spent(epoch) >= 1
-            if checkpoint is not None and due:
+            if due:
                 state = {
                     "method": method.state(),
                     "order": order.get_state(),
@@ -195,10 +217,25 @@ def optimize(
                     "seconds": time.perf_counter() - started,
                     "history": history,
                 }
-                write_checkpoint(checkpoint, identity, state)
+                if checkpoint is not None:
+                    write_checkpoint(checkpoint, identity, state)
+                if spent(epoch) < 1:
+                    kept = copy.deepcopy(state)
                 last_saved = time.perf_counter()
     except KeyboardInterrupt:
         interrupted = True
+    except NotFiniteError as error:
+        if kept is None:
+            raise
+        method.load_state(kept["method"])
+        epoch, steps, history = kept["epoch"], kept["steps"], kept["history"]
+        interrupted = True
+        warnings.warn(
+            f"{error}. What is certified is the posterior after epoch {epoch}, the last that was "
+            "kept before",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return Outcome(epoch, steps, time.perf_counter() - started, interrupted, history)
 
 
@@ -206,12 +243,12 @@ def _added(total: float, taken: list[tuple[Tensor, int]], epoch: int, last: int)
     """The total with objectives of steps up to the last one, each times its samples.
 
     Raises:
-        ValueError: an objective is not finite; names the epoch and step.
+        NotFiniteError: an objective is not finite; names the epoch and step.
     """
     values = torch.stack([value for value, _ in taken]).tolist() if taken else []
     for i, (value, (_, samples)) in enumerate(zip(values, taken, strict=True)):
         if not math.isfinite(value):
-            raise ValueError(
+            raise NotFiniteError(
                 f"the objective is not finite in epoch {epoch}, step {last - len(values) + i + 1}: "
                 "the learning rate is too high, or the data or weights are out of range"
             )

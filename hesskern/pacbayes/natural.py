@@ -103,8 +103,8 @@ class NaturalSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("rate_mean", "rate_ratio", "rate_prior", "prior_hidden", "prior_last"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 TRAINED_PRIOR = NaturalSettings(
@@ -310,7 +310,9 @@ class Natural:
         kl_inverse(q, rate).backward()
         assert q.grad is not None
         assert rate.grad is not None
-        self._slope = float(q.grad / rate.grad)
+        slope = float(q.grad / rate.grad)
+        # Where KL is so large that the bound is 1 to the last digit, both derivatives are zero.
+        self._slope = slope if math.isfinite(slope) else self._slope or self._settings.error_weight
         return self._slope
 
     def _forward(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hesskern import ops
+from hesskern.pacbayes.divergence import excess
 from hesskern.pacbayes.network import Slot
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "draws_of",
     "eigenbasis",
     "gaussian_kl",
+    "gaussian_kl_parts",
     "spread_out",
 ]
 
@@ -28,17 +31,32 @@ def gaussian_kl(
 ) -> Tensor:
     """KL(N(w, Sigma) ‖ N(w0, lambda I)) for Sigma with eigenvalues s, in any orthonormal basis.
 
-    1/2 [sum(s) / lambda + ‖w - w0‖^2 / lambda - D + D log lambda - sum(log s)], summed as
-    s / lambda - 1 - log(s / lambda), whose terms do not cancel. Differentiable.
+    1/2 [sum(s) / lambda + ‖w - w0‖^2 / lambda - D + D log lambda - sum(log s)], float64, never
+    negative: the sum of :func:`gaussian_kl_parts`. Differentiable.
 
     Args:
         mean, prior_mean: one shape, D entries.
         variance: D eigenvalues, any shape.
         prior_variance: lambda, scalar.
     """
-    ratio = variance / prior_variance
-    spread = (ratio - 1 - torch.log(ratio)).sum()
-    return 0.5 * (spread + (mean - prior_mean).square().sum() / prior_variance)
+    of_mean, of_variance = gaussian_kl_parts(mean, prior_mean, variance, prior_variance)
+    return of_mean + of_variance
+
+
+def gaussian_kl_parts(
+    mean: Tensor, prior_mean: Tensor, variance: Tensor, prior_variance: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """What the mean and what the variances cost, both float64 scalars and never negative.
+
+    1/2 ‖w - w0‖^2 / lambda, and 1/2 sum of s / lambda - 1 - log(s / lambda), term by term without
+    cancellation. Arguments as for :func:`gaussian_kl`.
+    """
+    s, scale = variance.double(), prior_variance
+    if isinstance(scale, Tensor):
+        scale = scale.double()
+    spread = excess((s - scale) / scale, torch.log(s / scale)).sum()
+    moved = (mean.double() - prior_mean.double()).square().sum() / scale
+    return 0.5 * moved, 0.5 * spread
 
 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,22 +87,30 @@ class LayerPosterior:
     index: int
 
     def kl(self, prior_variance: float) -> float:
-        """KL(Q ‖ P) of this layer, in float64.
+        """KL(Q ‖ P) of this layer, in float64, never negative.
 
         Raises:
             ValueError: a variance is not positive, or a value not finite.
         """
-        mean, prior_mean, variance = (
-            t.double() for t in (self.mean, self.prior_mean, self.variance)
-        )
-        if not bool((variance > 0).all()):
+        return sum(self.kl_parts(prior_variance))
+
+    def kl_parts(self, prior_variance: float) -> tuple[float, float]:
+        """What the mean and what the variances contribute to :meth:`kl`.
+
+        Raises:
+            ValueError: as :meth:`kl`.
+        """
+        if not bool((self.variance > 0).all()):
             raise ValueError(
-                f"variance must be positive everywhere, its minimum is {float(variance.min())}"
+                f"variance must be positive everywhere, its minimum is {float(self.variance.min())}"
             )
-        value = float(gaussian_kl(mean, prior_mean, variance, prior_variance))
-        if not torch.isfinite(torch.tensor(value)):
-            raise ValueError(f"KL divergence must be finite, got {value}")
-        return value
+        of_mean, of_variance = (
+            float(part)
+            for part in gaussian_kl_parts(self.mean, self.prior_mean, self.variance, prior_variance)
+        )
+        if not math.isfinite(of_mean + of_variance):
+            raise ValueError(f"KL divergence must be finite, got {of_mean + of_variance}")
+        return of_mean, of_variance
 
     def orthogonality_error(self) -> float:
         """The larger of ‖U^T U - I‖_F and ‖V^T V - I‖_F; 0 in the standard basis."""

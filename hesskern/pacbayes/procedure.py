@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hesskern.files import check_writable
 from hesskern.pacbayes.architecture import describe
 from hesskern.pacbayes.bound import bound_rate, kl_inverse
-from hesskern.pacbayes.certificate import Certificate, rate_of
+from hesskern.pacbayes.certificate import Certificate, check_prior, rate_of
 from hesskern.pacbayes.evaluate import draw_error
 from hesskern.pacbayes.loop import Budget, Draft, optimize
 from hesskern.pacbayes.natural import Natural, NaturalSettings
@@ -107,6 +108,10 @@ def certify(
     start = _start(method, start)
     report = reporter(progress)
     samples = collect(data, n)
+    # Read before the work: what is wrong with it must not turn up at its end.
+    others = None if test is None else collect(test)
+    if checkpoint is not None:
+        check_writable(Path(checkpoint).parent, "checkpoint: folder")
     record = _record(prior_record)
     if prior_data is not None:
         record |= _seen(collect(prior_data), samples)
@@ -114,7 +119,11 @@ def certify(
     work = copy.deepcopy(model)
     slots = slots_of(work, samples.inputs[:2])
     fixed = check_fixed(work, centre, slots)
-    _check_targets(work, samples)
+    _check_targets(work, samples, "targets")
+    if others is not None:
+        _check_test(work, samples, others)
+    check_prior(record, {name: slot.matrix(centre) for name, slot in slots.items()})
+    architecture = _plain(describe(work))
     begin = state_of(model) if start == "model" else centre
     fingerprint = samples.fingerprint()
     seeds = {name: _seed(seed, name) for name in ("order", "noise", "draws")}
@@ -163,7 +172,7 @@ def certify(
         seeds=seeds,
         prior=record,
         fingerprint=fingerprint,
-        architecture=describe(work),
+        architecture=architecture,
         interrupted=outcome.interrupted,
         seconds={
             "optimization": outcome.seconds,
@@ -173,8 +182,8 @@ def certify(
         created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         history=outcome.history,
         test=None
-        if test is None
-        else _test_error(work, slots, layers, collect(test), _seed(seed, "test"), report),
+        if others is None
+        else _test_error(work, slots, layers, others, _seed(seed, "test"), report),
         model=work,
     ).sealed()
     certificate.verify()
@@ -200,6 +209,8 @@ def on_grid(
         scale = protocol.grid.variance(index) / draft.prior_variance
         if draft.relative:
             variance = variance * scale
+        # Of what is positive, no part may round to zero: its logarithm is part of KL.
+        variance = variance.clamp(min=torch.finfo(torch.float64).tiny)
         if moved:
             mean = centre + scale**0.5 * (mean - centre)
         return LayerPosterior(
@@ -323,12 +334,28 @@ def _seen(seen: Samples, samples: Samples) -> dict[str, Any]:
     return {"samples seen": len(seen), "fingerprint seen": seen.fingerprint()}
 
 
-def _check_targets(model: nn.Module, samples: Samples) -> None:
+def _check_targets(model: nn.Module, samples: Samples, name: str) -> None:
     with torch.no_grad(), evaluating(model):
         classes = max(2, model(samples.inputs[:2]).shape[1])
     low, high = int(samples.targets.min()), int(samples.targets.max())
     if low < 0 or high >= classes:
-        raise ValueError(f"targets must lie in 0..{classes - 1}, got {low}..{high}")
+        raise ValueError(f"{name} must lie in 0..{classes - 1}, got {low}..{high}")
+
+
+def _check_test(model: nn.Module, samples: Samples, test: Samples) -> None:
+    """Requires that the network takes the test samples as it takes the others."""
+    found, expected = test.inputs, samples.inputs
+    if (found.shape[1:], found.dtype, found.device) != (
+        expected.shape[1:],
+        expected.dtype,
+        expected.device,
+    ):
+        raise ValueError(
+            f"test: inputs must be [N, ...] = [N, {', '.join(map(str, expected.shape[1:]))}], "
+            f"{expected.dtype} on {expected.device} as the training samples are, got "
+            f"{list(found.shape)}, {found.dtype} on {found.device}"
+        )
+    _check_targets(model, test, "test: targets")
 
 
 def _seed(seed: int, purpose: str) -> int:
@@ -380,5 +407,10 @@ def train_start(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+        if not bool(torch.isfinite(loss.detach())):
+            raise ValueError(
+                f"the start's training diverged in epoch {epoch + 1}: its loss is not finite with "
+                f"learning rate {rate}"
+            )
         progress("training the start", epoch + 1, epochs)
     model.zero_grad(set_to_none=True)

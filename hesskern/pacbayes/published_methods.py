@@ -64,8 +64,8 @@ class PublishedSettings:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         for name in ("rate", "prior_variance"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
 
 
 class Published:
@@ -263,7 +263,8 @@ class Published:
         drafts = {}
         for key, mean in self._means.items():
             U, V = self._bases.get(key, (None, None))
-            variance = self._log_variances[key].detach().exp()
+            # In float32 it may be below the least number there is.
+            variance = self._log_variances[key].detach().double().exp()
             drafts[key] = Draft(mean.detach().clone(), variance, U, V, prior)
         return drafts
 

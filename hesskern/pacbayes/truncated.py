@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hesskern import ops
+from hesskern.pacbayes.divergence import excess
 from hesskern.pacbayes.loop import Draft
 from hesskern.pacbayes.network import Slot
 from hesskern.pacbayes.posterior import spread_out
@@ -95,8 +96,11 @@ class TruncatedLayer:
         return self.u, self.log_ratio, self.log_prior
 
     def kl(self) -> Tensor:
-        spread = self.log_ratio.exp() - 1 - self.log_ratio
-        return 0.5 * (self.rows @ spread @ self.columns + self.u.square().sum())
+        """KL(Q ‖ P), 0-dim float64, never negative."""
+        # At float32's rounding a sum over millions of entries may come out below zero.
+        log = self.log_ratio.double()
+        spread = self.rows.double() @ excess(torch.expm1(log), log) @ self.columns.double()
+        return 0.5 * (spread + self.u.square().sum(dtype=torch.float64))
 
     def rotate(self, U: Tensor | None, V: Tensor | None) -> None:
         """New bases; the covariance's diagonal in them becomes the variances, traces are kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+import traceback
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +20,7 @@ from hesskern.analysis import versions
 from hesskern.command_line import command_line, root_option, running
 from hesskern.data import DATASETS
 from hesskern.digest import counted
+from hesskern.files import NotDrawnError, check_writable
 from hesskern.models import KNOWN_MODELS
 from hesskern.reproduce.catalogue import ITEMS
 from hesskern.reproduce.items import Item
@@ -104,7 +106,9 @@ def reproduce(
         chosen = _chosen(items)
         seconds = None if budget is None else parse_budget(budget)
         overrides = Overrides(**changes)
+        check_writable(output)
         folder = output / _folder_name(profile, overrides)
+        machine = versions("cpu")
         lab = Lab(folder, profile, root, overrides, progress, int(memory * 2**30))
         words = " ".join([command_line(context), *items])
         clock = _Budget(seconds, profile)
@@ -118,24 +122,28 @@ def reproduce(
             try:
                 networks = lab.networks(item.networks)
                 outcome = item.run(lab, networks)
-            except (ValueError, NotImplementedError) as error:
+                took = time.perf_counter() - started
+                clock.spent(item, took)
+                facts = {
+                    "profile": folder.name,
+                    "changed": overrides.words,
+                    "networks": describe(lab, networks),
+                    "command": words,
+                    "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                    "versions": machine,
+                    "seconds": took,
+                }
+                path = write_item(folder, item, outcome, facts)[0]
+            except Exception as error:
                 if len(chosen) == 1:
                     raise
                 # What one item cannot do is no reason to go without the others.
                 failed[item.name] = str(error)
+                if not isinstance(error, (ValueError, NotImplementedError, OSError, NotDrawnError)):
+                    # Nobody's input: whoever looks for the reason needs more than its name.
+                    traceback.print_exc()
+                    failed[item.name] = f"{type(error).__name__}: {error}"
                 continue
-            took = time.perf_counter() - started
-            clock.spent(item, took)
-            facts = {
-                "profile": folder.name,
-                "changed": overrides.words,
-                "networks": describe(lab, networks),
-                "command": words,
-                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "versions": versions("cpu"),
-                "seconds": took,
-            }
-            path = write_item(folder, item, outcome, facts)[0]
             result = json.loads(path.read_text())
             done.append(result)
             _show(console, result)

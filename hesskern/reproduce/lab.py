@@ -19,11 +19,12 @@ from torch import nn
 
 from hesskern import data as datasets
 from hesskern import models, training
+from hesskern.analysis import plain
 from hesskern.data import Batches, Dataset
 from hesskern.digest import counted
 from hesskern.eigen import eigsh
 from hesskern.factors import Factors, kronecker_factors, load_factors
-from hesskern.files import written_whole
+from hesskern.files import keep_if_possible, written_whole
 from hesskern.gauss_newton import GaussNewton
 from hesskern.layer_hessian import LayerHessian, layer_hessians
 from hesskern.progress import Progress, reporter
@@ -137,6 +138,9 @@ class Lab:
         overrides: see :class:`Overrides`.
         memory_budget: bytes of samples that Hessians keep; layers above it run the model again.
         progress: see :func:`hesskern.progress.reporter`.
+
+    Raises:
+        ValueError: there is no such profile.
     """
 
     def __init__(
@@ -148,12 +152,16 @@ class Lab:
         progress: bool | Progress = False,
         memory_budget: int = 4 * 2**30,
     ) -> None:
+        if profile not in PROFILES:
+            raise ValueError(f"profile must be one of {', '.join(PROFILES)}; got {profile!r}")
         self.memory_budget = memory_budget
         self.folder, self.profile, self.root = folder, profile, root
         self.overrides = overrides
         self._report = reporter(progress)
         self._label = ""
         self._asked: dict[Network, dict[int, None]] = {}
+        # By file: that it cannot be written is no reason to forget it.
+        self._fits: dict[Path, dict[str, Any]] = {}
         self._data = lru_cache(maxsize=2)(self._load)
         self._models = lru_cache(maxsize=8)(self._trained)
         self._digests = lru_cache(maxsize=None)(self._digest)
@@ -283,13 +291,16 @@ class Lab:
     def _note_fit(
         self, model: nn.Module, data: Dataset, history: training.History, path: Path
     ) -> None:
-        """Writes recipe, losses, final loss and accuracy, unless they are there."""
-        digest = _digest_of(model, data)
-        if path.is_file() and json.loads(path.read_text()).get("digest") == digest:
+        """Writes recipe, losses, final loss and accuracy (None: infinite) once."""
+        digest, noted = _digest_of(model, data), _noted(path)
+        if noted.get("digest") == digest:
+            self._fits[path] = noted
             return
         loss, accuracy = training.evaluate(model, data)
         facts = {"train_loss": loss, "train_accuracy": accuracy, "digest": digest}
-        _write_json(path, history.to_dict() | facts)
+        self._fits[path] = plain(history.to_dict() | facts)
+        content = json.dumps(self._fits[path], indent=1, allow_nan=False) + "\n"
+        keep_if_possible(path, lambda temporary: temporary.write_text(content))
 
     def _continue_from_fewer_epochs(
         self, network: Network, seed: int, epochs: int, path: Path
@@ -306,8 +317,12 @@ class Lab:
     def training(self, network: Network, seed: int, epochs: int | None = None) -> dict[str, Any]:
         """Recipe, losses and seconds of a training, with the final loss and accuracy."""
         self.model(network, seed, epochs)
-        path = self.folder_of(network, seed, epochs) / "training.json"
-        return dict(json.loads(path.read_text()))
+        return self._fits[self.folder_of(network, seed, epochs) / "training.json"]
+
+    def fit(self, network: Network, seed: int) -> dict[str, Any]:
+        """The same of a seed that was looked at; empty where it was not trained to the end."""
+        path = self.folder_of(network, seed) / "training.json"
+        return self._fits.get(path) or _noted(path)
 
     def factors(self, network: Network, seed: int, epochs: int | None = None) -> Factors:
         """Kronecker factors of every layer, weights only."""
@@ -317,8 +332,7 @@ class Lab:
         model = self.model(network, seed, epochs)
         with self._named(network, seed):
             found = kronecker_factors(model, self.batches(network), LOSS, progress=self.progress)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found.save(path)
+        keep_if_possible(path, found.save)
         return found
 
     def hessian(
@@ -439,22 +453,23 @@ class _Label:
         self._lab._label = self._old
 
 
-def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+def _noted(path: Path) -> dict[str, Any]:
+    """What is on record of a training; empty where nothing is, or nothing that can be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write_pairs(path: Path, result: EigenResult) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # Copies: results may share their memory, which the format refuses.
     tensors = {
-        "values": result.values,
-        "vectors": result.vectors.contiguous(),
-        "residuals": result.residuals,
+        name: getattr(result, name).clone(memory_format=torch.contiguous_format)
+        for name in ("values", "vectors", "residuals")
     }
     facts = {"converged": str(int(result.converged)), "matvecs": str(result.matvecs)}
-    with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata=facts)
+    keep_if_possible(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
 
 
 def _read_pairs(path: Path, k: int) -> EigenResult | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -10,7 +11,7 @@ from typing import Any
 
 from hesskern.analysis import plain
 from hesskern.digest import counted, listed
-from hesskern.files import write_files
+from hesskern.files import drawn_or_kept, write_files
 from hesskern.pages import svg_uri, template
 from hesskern.reproduce.drawing import draw_chart, draw_heat_map
 from hesskern.reproduce.items import Item
@@ -27,11 +28,8 @@ def describe(lab: Lab, networks: Sequence[Network]) -> list[dict[str, Any]]:
     """What the networks of an item are and how they were trained."""
     rows = []
     for network in networks:
-        trained = []
-        for seed in lab.seeds_asked(network):
-            path = lab.folder_of(network, seed) / "training.json"
-            if path.is_file():
-                trained.append(json.loads(path.read_text()))
+        fits = [lab.fit(network, seed) for seed in lab.seeds_asked(network)]
+        trained = [fit for fit in fits if fit]
         recipe = lab.recipe(network)
         words = [
             counted(recipe.epochs, "epoch"),
@@ -48,12 +46,18 @@ def describe(lab: Lab, networks: Sequence[Network]) -> list[dict[str, Any]]:
                 "curvature_samples": used,
                 "recipe": ", ".join(words),
                 "seeds": len(trained),
-                "train_loss": fmean(t["train_loss"] for t in trained) if trained else None,
-                "train_accuracy": fmean(t["train_accuracy"] for t in trained) if trained else None,
+                "train_loss": _mean(trained, "train_loss"),
+                "train_accuracy": _mean(trained, "train_accuracy"),
                 "seconds": sum(t["seconds"] for t in trained),
             }
         )
     return rows
+
+
+def _mean(fits: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """None where there is nothing, or a value is infinite."""
+    values = [fit[key] for fit in fits]
+    return None if not values or None in values else fmean(values)
 
 
 def _fixed(value: float | None, digits: int = 3) -> str:
@@ -99,6 +103,10 @@ def write_item(folder: Path, item: Item, outcome: Outcome, facts: Mapping[str, A
 
     Returns:
         the paths, the result first.
+
+    Raises:
+        NotDrawnError: a figure could not be made; the result is written all the same.
+        OSError: the folder cannot be written; says where the files are instead.
     """
     result = {
         "format": FORMAT,
@@ -108,25 +116,42 @@ def write_item(folder: Path, item: Item, outcome: Outcome, facts: Mapping[str, A
         **facts,
         **outcome.to_dict(),
     }
-    files = {RESULT: (json.dumps(plain(result), indent=1, allow_nan=False) + "\n").encode()}
-    for chart in outcome.charts:
-        picture = draw_chart(chart)
-        files[f"{chart.name}.svg"] = picture.svg.encode()
-        files[f"{chart.name}.png"] = picture.png
-    for heat in outcome.heat_maps:
-        picture = draw_heat_map(heat)
-        files[f"{heat.name}.svg"] = picture.svg.encode()
-        files[f"{heat.name}.png"] = picture.png
-    return write_files(folder / item.name, files)
+    numbers = {RESULT: (json.dumps(plain(result), indent=1, allow_nan=False) + "\n").encode()}
+
+    def draw() -> dict[str, bytes]:
+        files = {}
+        charts = [(chart.name, draw_chart(chart)) for chart in outcome.charts]
+        for name, picture in charts + [(h.name, draw_heat_map(h)) for h in outcome.heat_maps]:
+            files[f"{name}.svg"] = picture.svg.encode()
+            files[f"{name}.png"] = picture.png
+        return files
+
+    paths = drawn_or_kept(folder / item.name, numbers, draw)
+    return sorted(paths, key=lambda path: path.name != RESULT)
 
 
 def write_page(folder: Path, order: Sequence[str]) -> Path:
-    """One page of all items whose results are in ``folder``, in this order; figures inside."""
+    """One page of all items whose results are in ``folder``, in this order; figures inside.
+
+    Warns:
+        RuntimeWarning: a result of another time cannot be shown; it is left out.
+    """
     results = []
     for name in order:
         path = folder / name / RESULT
-        if path.is_file():
-            results.append(json.loads(path.read_text()))
+        if not path.is_file():
+            continue
+        try:
+            result = json.loads(path.read_text())
+            render(folder, [result])
+            results.append(result)
+        except Exception as error:  # templates raise types of their own
+            warnings.warn(
+                f"{path} is left out of the page: it cannot be shown "
+                f"({type(error).__name__}: {error}); remove it to compute it anew",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     return write_files(folder, {PAGE: render(folder, results).encode()})[0]
 
 

@@ -347,7 +347,7 @@ def tokens_in_one_axis(b: Builder, h: Value) -> Value:
     """Through a layer on [N T, c] and back."""
     from fuzz.layers import applied, make_linear
 
-    n, t, d = b.shape(h)
+    _, t, d = b.shape(h)
     flat = b.value(f"{h.name}.reshape(-1, {d})", "t")
     layer = make_linear(b, d, b.width())
     result = b.value(applied(b, layer, flat.name, 2), "t")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from hesskern.checks import as_weights
 from hesskern.layers import LayerSpec, pad_input
 from hesskern.piecewise import layers_followed_by_smooth
 from hesskern.progress import Progress
@@ -181,6 +182,7 @@ def batches(
         raise ValueError(f"sample_weight must be [total samples], got {list(sample_weight.shape)}")
     total = _length(data)
     if sample_weight is not None:
+        sample_weight = as_weights(sample_weight)
         samples = _samples(data)
         if samples is not None and samples != len(sample_weight):
             raise _other_length(sample_weight, f"{samples} samples")

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from hesskern import ops
 from hesskern.batch_sums import BatchSums
 from hesskern.capture import Batch, Capture, batches, halves, model_device
-from hesskern.checks import Checks
+from hesskern.checks import Checks, as_weights
 from hesskern.factors import Factors, LayerFactors
 from hesskern.layer_sums import LayerSums, bordered, masked
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import resolve_loss
 from hesskern.memory import budget_for, out_of_memory, release
+from hesskern.precision import precisions
 from hesskern.progress import Progress, reporter
 from hesskern.roots import (
     BatchRoots,
@@ -93,6 +94,7 @@ class FactorAccumulator:
         self._unfit: dict[str, str] = {}
         self._count: float | Tensor = 0.0
         self._batches = 0
+        self._precisions: dict[str, None] = {}
 
     @property
     def num_samples(self) -> float:
@@ -110,7 +112,9 @@ class FactorAccumulator:
         Raises:
             ValueError: bad targets or weights, NaN or Inf; what was accumulated before stays.
         """
-        element = (inputs, targets) if sample_weight is None else (inputs, targets, sample_weight)
+        element: tuple[Any, ...] = (inputs, targets)
+        if sample_weight is not None:
+            element = (*element, as_weights(sample_weight))
         self._pass(batches([element], model_device(self._model)))
 
     def consume(
@@ -146,10 +150,13 @@ class FactorAccumulator:
     def _pass(self, data: Iterator[Batch]) -> None:
         """Adds batches until the data ends or one fails; those before it stay."""
         checks = Checks()
+        # Before the capture, which switches autocast off for all but the model.
+        now = precisions(self._model, model_device(self._model))
         try:
             with Capture(self._model, self._specs, self._sums.keys()) as capture:
                 for batch in data:
                     self._add(capture, batch, checks)
+                    self._precisions.update(dict.fromkeys(now))
         finally:
             try:
                 # Of two errors the earlier batch's counts, which may be found last.
@@ -296,7 +303,8 @@ class FactorAccumulator:
             reasons = "; ".join(f"{name!r} {reason}" for name, reason in self._reasons.items())
             raise ValueError(f"no layer of the model has factors: {reasons}")
         skipped = {**self._skipped, **self._reasons}
-        return Factors(layers, self.num_samples, skipped, self._settings)
+        settings = {**self._settings, "precision": "; ".join(self._precisions)}
+        return Factors(layers, self.num_samples, skipped, settings)
 
     def _layer(self, spec: LayerSpec, sums: LayerSums) -> LayerFactors:
         count, positions = self.num_samples, float(sums.positions) / self.num_samples
@@ -337,6 +345,7 @@ class FactorAccumulator:
                 self._sums[name].add(sums)
         self._count += other._count
         self._batches += other._batches
+        self._precisions.update(other._precisions)
         self._unfit = {**other._unfit, **self._unfit}
         self._note({**other._reasons, **self._reasons})
 
@@ -349,6 +358,7 @@ class FactorAccumulator:
             "unfit": dict(self._unfit),
             "generator": self._generator.get_state(),
             "settings": dict(self._settings),
+            "precisions": list(self._precisions),
             "layers": {name: vars(sums.copy()) for name, sums in self._sums.items()},
         }
 
@@ -381,4 +391,5 @@ class FactorAccumulator:
         self._generator.set_state(state["generator"])
         self._sums = loaded
         self._count, self._batches = state["count"], state["batches"]
+        self._precisions = dict.fromkeys(state.get("precisions", ()))
         self._reasons, self._unfit = dict(state["reasons"]), dict(state["unfit"])

@@ -17,7 +17,8 @@ SHELL := /bin/bash
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 BUILD_FILES := $(CSRC) setup.py hesskern/_digest.py
 # What a copy of the tree needs in order to build and to run the tests.
-TREE := $(wildcard setup.py pyproject.toml MANIFEST.in README.md LICENSE csrc hesskern tests)
+TREE := $(wildcard setup.py pyproject.toml MANIFEST.in README.md LICENSE csrc docs/losses.md hesskern \
+	tests)
 COPY = rm -rf $(1)/csrc $(1)/hesskern $(1)/tests && mkdir -p $(1) && \
 	tar -cf - --exclude='*.so' --exclude=__pycache__ $(TREE) | tar -xf - -C $(1)
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from hesskern import ops
 from hesskern.batch_sums import BatchSums
 from hesskern.capture import Batch, Capture, Evidence, batches, halves, model_device
-from hesskern.checks import Checks
+from hesskern.checks import Checks, as_weights
 from hesskern.factors import Factors, LayerFactors
 from hesskern.layer_sums import LayerSums, bordered, masked
 from hesskern.layers import LayerSpec, select_layers, warn_left_out
 from hesskern.losses import resolve_loss
 from hesskern.memory import budget_for, out_of_memory, release
 from hesskern.portable import Portable
+from hesskern.precision import precisions
 from hesskern.progress import Progress, reporter
 from hesskern.roots import (
     BatchRoots,
@@ -97,6 +98,7 @@ class FactorAccumulator(Portable):
         self._unfit: dict[str, str] = {}
         self._count: float | Tensor = 0.0
         self._batches = 0
+        self._precisions: dict[str, None] = {}
 
     def _given(self) -> dict[str, Any]:
         return {"model": self._model, "loss": self._loss}
@@ -120,7 +122,9 @@ class FactorAccumulator(Portable):
         Raises:
             ValueError: bad targets or weights, NaN or Inf; what was accumulated before stays.
         """
-        element = (inputs, targets) if sample_weight is None else (inputs, targets, sample_weight)
+        element: tuple[Any, ...] = (inputs, targets)
+        if sample_weight is not None:
+            element = (*element, as_weights(sample_weight))
         self._pass(batches([element], model_device(self._model)))
 
     def consume(
@@ -156,6 +160,8 @@ class FactorAccumulator(Portable):
     def _pass(self, data: Iterator[Batch]) -> None:
         """Adds batches until the data ends or one fails; those before it stay."""
         checks = Checks()
+        # Before the capture, which switches autocast off for all but the model.
+        now = precisions(self._model, model_device(self._model))
         try:
             capturing = Capture(
                 self._model,
@@ -167,6 +173,7 @@ class FactorAccumulator(Portable):
             with capturing as capture:
                 for batch in data:
                     self._add(capture, batch, checks)
+                    self._precisions.update(dict.fromkeys(now))
         finally:
             try:
                 # Of two errors the earlier batch's counts, which may be found last.
@@ -323,7 +330,12 @@ class FactorAccumulator(Portable):
         if not self._by_name:
             warn_left_out(self._model, [f.spec for f in layers.values()], skipped, stacklevel)
         checked = {name: self._evidence.found.get(name, "graph") for name in layers}
-        return Factors(layers, self.num_samples, skipped, {**self._settings, "checked": checked})
+        settings = {
+            **self._settings,
+            "precision": "; ".join(self._precisions),
+            "checked": checked,
+        }
+        return Factors(layers, self.num_samples, skipped, settings)
 
     def _layer(self, spec: LayerSpec, sums: LayerSums) -> LayerFactors:
         count, positions = self.num_samples, float(sums.positions) / self.num_samples
@@ -364,6 +376,7 @@ class FactorAccumulator(Portable):
                 self._sums[name].add(sums)
         self._count += other._count
         self._batches += other._batches
+        self._precisions.update(other._precisions)
         self._unfit = {**other._unfit, **self._unfit}
         for name, how in other._evidence.found.items():
             self._evidence.note(name, how)
@@ -379,6 +392,7 @@ class FactorAccumulator(Portable):
             "generator": self._generator.get_state(),
             "settings": dict(self._settings),
             "checked": dict(self._evidence.found),
+            "precisions": list(self._precisions),
             "layers": {name: vars(sums.copy()) for name, sums in self._sums.items()},
         }
 
@@ -411,5 +425,6 @@ class FactorAccumulator(Portable):
         self._generator.set_state(state["generator"])
         self._sums = loaded
         self._count, self._batches = state["count"], state["batches"]
+        self._precisions = dict.fromkeys(state.get("precisions", ()))
         self._reasons, self._unfit = dict(state["reasons"]), dict(state["unfit"])
         self._evidence.found = dict(state.get("checked", {}))

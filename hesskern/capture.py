@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils import parametrize
 
+from hesskern.checks import as_weights
 from hesskern.cuts import Cuts, uncounted
 from hesskern.forward_pass import (
     check_repeatable,
@@ -178,6 +179,7 @@ def batches(
         raise ValueError(f"sample_weight must be [total samples], got {list(sample_weight.shape)}")
     total = _length(data)
     if sample_weight is not None:
+        sample_weight = as_weights(sample_weight)
         samples = _samples(data)
         if samples is not None and samples != len(sample_weight):
             raise _other_length(sample_weight, f"{samples} samples")

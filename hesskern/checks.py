@@ -16,12 +16,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Checks", "first_chosen", "on_host"]
+__all__ = ["Checks", "as_weights", "check_dense", "first_chosen", "on_host"]
 
 
 def on_host(tensor: Tensor) -> bool:
     """Whether the tensor's values can be looked at without waiting for a device."""
     return tensor.device.type == "cpu"
+
+
+def check_dense(tensor: Tensor, what: str) -> None:
+    """Raises TypeError for a sparse tensor, which the message calls ``what``.
+
+    Nothing but dense (strided) memory goes through the model, the losses and the kernels here.
+    """
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{what} must be dense, got a tensor {list(tensor.shape)} of layout {tensor.layout}; "
+            "pass its .to_dense()"
+        )
+
+
+def as_weights(given: Any) -> Any:
+    """Weights that were given by name: whole numbers and masks count as weights, too.
+
+    In the data itself they count as something else; :func:`hesskern.roots.sample_weights` refuses
+    them there.
+    """
+    if isinstance(given, Tensor) and not (given.is_floating_point() or given.is_complex()):
+        return given.double()
+    return given
 
 
 def first_chosen(values: Tensor, chosen: Tensor) -> Tensor:

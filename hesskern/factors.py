@@ -126,10 +126,12 @@ class Factors(Mapping[str, LayerFactors]):
     Attributes:
         num_samples: weighted number of samples.
         skipped: modules with parameters that have no factors here, with the reason.
-        settings: how the factors were made (``output``, ``bias``, ``mc_samples``, ``seed``), and
-            under "checked", by layer, how it is known which rows belong to which samples: "graph"
-            (proved), "probe" (found by backward passes), "single samples" (not checked: never two
-            in a batch, so nothing was to be told apart) or "unchecked" (``check=False``).
+        settings: how the factors were made (``output``, ``bias``, ``mc_samples``, ``seed``, and
+            ``precision``: which one the rows had, e.g. "float64", "bfloat16 model, sums in
+            float32", "float32, convolutions in TF32"), and under "checked", by layer, how it is
+            known which rows belong to which samples: "graph" (proved), "probe" (found by backward
+            passes), "single samples" (not checked: never two in a batch, so nothing was to be told
+            apart) or "unchecked" (``check=False``).
     """
 
     def __init__(
@@ -286,7 +288,15 @@ def kronecker_factors(
             with ``output_root(outputs, targets) -> [N, r, c]``.
         layers: names from ``model.named_modules()``; None for all Linear, Conv1d and Conv2d.
         output: "exact" (all classes), "mc" (targets drawn from the model), or "empirical" (the
-            targets of the data).
+            targets of the data). All three are scaled as the loss of a sample is, under
+            ``reduction="mean"`` the mean over its T labelled tokens (cross-entropy) or outputs:
+            E[M] is 1/T times that of the terms' sum. "mc" and "empirical" take the gradient of the
+            sum divided by sqrt(T), so that for targets drawn from the model their expectation is
+            the exact E[M]. Drawn from the model means class k with probability p_k, 1 with
+            probability sigma(f), a normal value around f with variance 1/2 (MSELoss); a custom
+            loss's ``per_sample`` is differentiated as it is. "exact" takes as many backward passes
+            as a sample has root rows, (c - 1) T or one per output, and is refused above 65,536
+            (unless they come from ``output_root``).
         bias: "none": weights only, as in arXiv 2010.04261; "joint": append 1 to x.
         mc_samples: draws per sample for ``output="mc"``.
         seed: for these draws.

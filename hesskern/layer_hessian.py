@@ -324,7 +324,8 @@ def layer_hessians(
         model: any module; runs in eval mode and comes back as it was. Its weights must not change
             while layers above the memory budget are in use.
         data: iterable of (inputs, targets) or (inputs, targets, weight [N]).
-        loss: as in :func:`hesskern.kronecker_factors`.
+        loss: as in :func:`hesskern.kronecker_factors`; more than 65,536 root rows per sample are
+            refused, unless they come from ``output_root``.
         layers: names from ``model.named_modules()``; None for all supported.
         tolerance: leave out samples as long as ‖H - H_t‖_2 <= tolerance tr(H) is certain; 0 keeps
             all. tr(M_n)‖x_n‖² bounds a sample's part of the spectrum.

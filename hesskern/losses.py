@@ -2,8 +2,14 @@
 
 For one sample with outputs f and loss l, A = d²l/df² is written as Q^T Q. A layer's output Hessian
 is then (Q G)^T (Q G) with G = df/dz, so every row of Q is one backward pass. l is torch's loss on
-that sample alone; a reduction of ``mean`` divides by the number of outputs (or unmasked tokens) of
-the sample, ``sum`` does not.
+that sample alone; a reduction of ``mean`` divides by the number T of outputs (or unmasked tokens)
+of the sample, ``sum`` does not.
+
+The terms of a sample's loss are independent given the outputs: A is block diagonal, 1/T times the
+terms' own for ``mean``. Sampled and empirical rows are therefore the gradient of the sum of the
+terms divided by sqrt(T), not by T: with targets drawn from the model (cross-entropy: class k with
+probability p_k; binary: 1 with probability sigma(f); squared error: normal around f with variance
+1/2) their outer product has the mean A, as exact rows have.
 """
 
 from __future__ import annotations
@@ -18,9 +24,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hesskern.checks import Checks, first_chosen, on_host
+from hesskern.checks import Checks, check_dense, first_chosen, on_host
 
-__all__ = ["Loss", "Rows", "resolve_loss"]
+__all__ = ["MOST_ROWS", "Loss", "Rows", "resolve_loss"]
+
+MOST_ROWS = 2**16
+"""Exact root rows per sample, each a backward pass, beyond which a loss refuses to give them."""
+
+# The root rows of a batch are made together up to this many bytes, beyond it one at a time.
+_TOGETHER_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,8 @@ class Rows:
 
     Attributes:
         count: number of rows r per sample.
-        row: ``row(j)`` is [N, *outputs.shape[1:]], in the outputs' dtype.
+        row: ``row(j)`` is [N, *outputs.shape[1:]], in the outputs' dtype; to be called once for
+            each j, in order, since random rows are drawn as they are taken.
     """
 
     count: int
@@ -49,7 +62,11 @@ class Loss(ABC):
 
     @abstractmethod
     def exact(self, outputs: Tensor, targets: Any) -> Rows:
-        """Rows of Q with Q^T Q = A exactly."""
+        """Rows of Q with Q^T Q = A exactly.
+
+        Raises:
+            ValueError: a sample has more than :data:`MOST_ROWS`.
+        """
 
     @abstractmethod
     def sampled(
@@ -69,12 +86,20 @@ class Loss(ABC):
         return None
 
     def empirical(self, outputs: Tensor, targets: Any) -> Rows:
-        """One row: the gradient of the sample's loss at its own target."""
+        """One row: the gradient of the sample's loss at its own target, times the root of terms."""
         with torch.enable_grad():
             free = outputs.detach().requires_grad_()
             total = self.per_sample(free, targets).sum()
             (gradient,) = torch.autograd.grad(total, free)
+        terms = self._terms(outputs, targets)
+        if terms is not None:
+            roots = terms.to(gradient.dtype).sqrt()
+            gradient = gradient * roots.reshape(-1, *(1,) * (gradient.dim() - 1))
         return Rows(1, lambda _: gradient)
+
+    def _terms(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        """[N] or [1]: terms that the sample's loss is the mean of; None where it is no mean."""
+        return None
 
 
 def resolve_loss(loss: Any, output_root: Callable[..., Tensor] | None = None) -> Loss:
@@ -99,24 +124,48 @@ def resolve_loss(loss: Any, output_root: Callable[..., Tensor] | None = None) ->
         return loss
     if isinstance(loss, nn.CrossEntropyLoss):
         if loss.weight is not None:
-            raise NotImplementedError(
-                "CrossEntropyLoss(weight=...) is not supported: with reduction='mean' a class "
-                "weight cancels for a sample alone; pass sample_weight= instead"
-            )
+            raise NotImplementedError(_class_weights(_mean(loss)))
         return _CrossEntropy(_mean(loss), loss.ignore_index, loss.label_smoothing)
     if isinstance(loss, nn.MSELoss):
         return _MeanSquaredError(_mean(loss))
     if isinstance(loss, nn.BCEWithLogitsLoss):
         for option in ("weight", "pos_weight"):
             if getattr(loss, option) is not None:
-                raise NotImplementedError(
-                    f"BCEWithLogitsLoss({option}=...) is not supported; pass sample_weight= or "
-                    "output_root= instead"
-                )
+                raise NotImplementedError(_binary_weights(option, _mean(loss)))
         return _BinaryCrossEntropy(_mean(loss))
     raise TypeError(
         "loss must be nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss() or have a method "
         f"output_root(outputs, targets) -> [N, r, c]; got {loss!r}"
+    )
+
+
+def _class_weights(mean: bool) -> str:
+    """What to do about CrossEntropyLoss(weight=w)."""
+    scale = "w[targets] / (sum of w[targets] over the sample)" if mean else "w[targets]"
+    plain = (
+        "With outputs [N, c], where a class weight cancels for a sample alone, leave w out and "
+        "pass sample_weight=w[targets]. For tokens and pixels pass"
+        if mean
+        else "Pass"
+    )
+    return (
+        f"CrossEntropyLoss(weight=w) is not supported. {plain} an object with "
+        "output_root(outputs, targets), which gives the rows sqrt(p_j) (e_j - p) of every token, "
+        f"p = softmax(logits), times sqrt({scale}), and with per_sample(outputs, targets) -> [N] "
+        "for autograd and output='empirical'; docs/losses.md shows one"
+    )
+
+
+def _binary_weights(option: str, mean: bool) -> str:
+    """What to do about BCEWithLogitsLoss(weight=w) and BCEWithLogitsLoss(pos_weight=w)."""
+    factor = "w" if option == "weight" else "(w targets + 1 - targets)"
+    scale = f"{factor} / (outputs per sample)" if mean else factor
+    return (
+        f"BCEWithLogitsLoss({option}=w) is not supported. Pass an object with "
+        "output_root(outputs, targets), which gives a row for every output with nothing but "
+        f"sqrt(sigma (1 - sigma) {scale}) in its place, sigma = sigmoid(outputs), and with "
+        "per_sample(outputs, targets) -> [N] for autograd and output='empirical'; docs/losses.md "
+        "shows one"
     )
 
 
@@ -159,9 +208,36 @@ def _chosen(p: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(sums, uniform * sums[:, -1:], right=True).clamp(max=p.shape[1] - 1)
 
 
+def _check_count(rows: int, outputs: Tensor) -> int:
+    """The number of exact root rows per sample, or a ValueError."""
+    if rows > MOST_ROWS:
+        raise ValueError(
+            f"output='exact' takes {rows:,} root rows per sample for outputs "
+            f"{list(outputs.shape)}, each of them a backward pass; the limit is {MOST_ROWS:,}. "
+            "Take kronecker_factors(..., output='mc'), fewer tokens or outputs per sample, or a "
+            "loss with an output_root(outputs, targets) of fewer rows"
+        )
+    return rows
+
+
+def _drawn_rows(count: int, draw: Callable[[], Tensor]) -> Rows:
+    """Random rows that need not be held until they are used."""
+    numbers = iter(range(count))
+
+    def row(index: int) -> Tensor:
+        if next(numbers, None) != index:
+            raise RuntimeError(f"row {index} is out of order: random rows are drawn one by one")
+        return draw()
+
+    return Rows(count, row)
+
+
 def _same_shape(outputs: Tensor, targets: Any, name: str) -> Tensor:
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets must be a tensor for {name}, got {type(targets).__name__}")
+    check_dense(targets, "targets")
+    if targets.is_complex():
+        raise TypeError(f"targets must be real for {name}, got {targets.dtype}")
     if targets.shape != outputs.shape:
         raise ValueError(
             f"targets must have the outputs' shape {list(outputs.shape)} for {name}, "
@@ -190,6 +266,7 @@ class _CrossEntropy(Loss):
             )
         if not isinstance(targets, Tensor):
             raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
+        check_dense(targets, "targets")
         if targets.is_floating_point():
             _same_shape(outputs, targets, "cross-entropy with probabilities")
             total = targets.sum(1)
@@ -208,6 +285,7 @@ class _CrossEntropy(Loss):
                 )
             return targets
         expected = [outputs.shape[0], *outputs.shape[2:]]
+        self._check_class_axis(outputs, targets)
         if list(targets.shape) != expected:
             raise ValueError(f"targets must be {expected}, got {list(targets.shape)}")
         if targets.dtype not in (torch.int64, torch.uint8):
@@ -227,6 +305,25 @@ class _CrossEntropy(Loss):
         # A device stops for good at a class that is none.
         return targets if looked_at else targets.masked_fill(bad, 0)
 
+    @staticmethod
+    def _check_class_axis(outputs: Tensor, targets: Tensor) -> None:
+        """Refuses class indices [N, t...] that fit outputs with the classes in the last axis."""
+        shape, found = list(outputs.shape), list(targets.shape)
+        if outputs.dim() < 3 or found != shape[:-1] or shape[1:] == [1] * (len(shape) - 1):
+            return
+        moved = "transpose(1, 2)" if outputs.dim() == 3 else "movedim(-1, 1)"
+        if found == [shape[0], *shape[2:]]:
+            raise ValueError(
+                f"targets {found} fit outputs {shape} whether the classes are in axis 1 or in the "
+                "last, and nothing is guessed here. Add an axis to both: targets.unsqueeze(-1), "
+                "and from the model logits.unsqueeze(-1) where the classes are in axis 1, "
+                f"logits.{moved}.unsqueeze(-1) where they are in the last"
+            )
+        raise ValueError(
+            f"targets {found} fit outputs {shape} with the classes in the last axis; they belong "
+            f"in axis 1, as in nn.CrossEntropyLoss: let the model return logits.{moved}"
+        )
+
     def _mask(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """[N, t] bool, tokens that count."""
         if targets.is_floating_point():
@@ -243,9 +340,11 @@ class _CrossEntropy(Loss):
     def _token_scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """[N, t]: 1/sqrt(unmasked tokens) for ``mean``, 1 for ``sum``, 0 where masked."""
         mask = self._mask(outputs, targets).to(_at_least_float32(outputs).dtype)
-        if not self.mean:
-            return mask
-        return mask / mask.sum(1, keepdim=True).clamp(min=1).sqrt()
+        terms = self._terms(outputs, targets)
+        return mask if terms is None else mask / terms.to(mask.dtype).sqrt().unsqueeze(1)
+
+    def _terms(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        return self._mask(outputs, targets).sum(1).clamp(min=1) if self.mean else None
 
     def exact(self, outputs: Tensor, targets: Any) -> Rows:
         # Closed-form root of diag(p) - p p^T with c - 1 rows: its LDL^T factors (Tanabe & Sagae,
@@ -253,6 +352,7 @@ class _CrossEntropy(Loss):
         # sqrt(p_j q_j / (p_j + q_j)) (e_j - p_{>j} / q_j).
         flat = _flat(outputs)
         c, tokens = flat.shape[1:]
+        count = _check_count(tokens * (c - 1), outputs)
         p = flat.softmax(1)
         # Summed from the small end: 1 - p_1 - ... - p_j would lose all digits of a small tail.
         sums = p.flip(1).cumsum(1).flip(1)
@@ -261,24 +361,24 @@ class _CrossEntropy(Loss):
         scale = (p * (tail / (p + tail).clamp(min=torch.finfo(p.dtype).tiny))).sqrt()
         scale = scale * self._token_scale(outputs, targets).unsqueeze(1)
         inverse = torch.where(tail > 0, 1 / tail.clamp(min=torch.finfo(p.dtype).tiny), 0.0)
+        ratio = scale * inverse
 
-        if tokens == 1 and c > 1:
-            ratio = (scale * inverse)[:, : c - 1, 0].T.unsqueeze(2)
-            rows = -p[:, :, 0] * ratio
-            rows *= torch.ones(c - 1, c, dtype=p.dtype, device=p.device).triu(1).unsqueeze(1)
-            rows.diagonal(dim1=0, dim2=2).copy_(scale[:, : c - 1, 0])
+        if tokens == 1 and count * p.nbytes <= _TOGETHER_BYTES:
+            rows = -p[:, :, 0] * ratio[:, :count, 0].T.unsqueeze(2)
+            rows *= torch.ones(count, c, dtype=p.dtype, device=p.device).triu(1).unsqueeze(1)
+            rows.diagonal(dim1=0, dim2=2).copy_(scale[:, :count, 0])
             rows = rows.to(outputs.dtype)
-            return Rows(c - 1, lambda j: rows[j].reshape(outputs.shape))
+            return Rows(count, lambda j: rows[j].reshape(outputs.shape))
 
         def row(index: int) -> Tensor:
             token, j = divmod(index, c - 1)
-            out = torch.zeros_like(flat)
-            s = scale[:, j, token]
-            out[:, j, token] = s
-            out[:, j + 1 :, token] = -p[:, j + 1 :, token] * (s * inverse[:, j, token]).unsqueeze(1)
+            out = torch.zeros_like(p)
+            out[:, j, token] = scale[:, j, token]
+            weight = -ratio[:, j, token].unsqueeze(1)
+            torch.mul(p[:, j + 1 :, token], weight, out=out[:, j + 1 :, token])
             return out.reshape(outputs.shape).to(outputs.dtype)
 
-        return Rows(tokens * (c - 1), row)
+        return Rows(count, row)
 
     def sampled(
         self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
@@ -307,9 +407,9 @@ class _CrossEntropy(Loss):
                 label_smoothing=self.label_smoothing,
             )
         )
-        mask = self._mask(outputs, targets)
+        terms = self._terms(outputs, targets)
         total = losses.sum(1)
-        return total / mask.sum(1).clamp(min=1) if self.mean else total
+        return total if terms is None else total / terms
 
 
 class _Elementwise(Loss):
@@ -332,7 +432,13 @@ class _Elementwise(Loss):
     def _scale(self, outputs: Tensor) -> float:
         return 1.0 / max(math.prod(outputs.shape[1:]), 1) if self.mean else 1.0
 
+    def _terms(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        if not self.mean:
+            return None
+        return outputs.new_full((1,), 1 / self._scale(outputs), dtype=torch.float64)
+
     def exact(self, outputs: Tensor, targets: Any) -> Rows:
+        count = _check_count(math.prod(outputs.shape[1:]), outputs)
         flat = _at_least_float32(outputs.detach())
         root = _per_sample((self._curvature(flat) * self._scale(outputs)).sqrt())
 
@@ -341,15 +447,16 @@ class _Elementwise(Loss):
             out[:, index] = root[:, index]
             return out.reshape(outputs.shape).to(outputs.dtype)
 
-        return Rows(root.shape[1], row)
+        return Rows(count, row)
 
     def sampled(
         self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
     ) -> Rows:
         flat = _at_least_float32(outputs.detach())
         scale = (self._scale(outputs) / samples) ** 0.5
-        rows = [scale * self._sampled_gradient(flat, generator) for _ in range(samples)]
-        return Rows(samples, lambda index: rows[index].to(outputs.dtype))
+        return _drawn_rows(
+            samples, lambda: (scale * self._sampled_gradient(flat, generator)).to(outputs.dtype)
+        )
 
 
 @dataclass(frozen=True)
@@ -435,17 +542,17 @@ class _Custom(Loss):
         self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
     ) -> Rows:
         exact = self.exact(outputs, targets)
-        noise = torch.randn(len(outputs), exact.count, samples, generator=generator)
-        noise = (noise / samples**0.5).to(outputs, non_blocking=True)
         shape = (-1,) + (1,) * (outputs.dim() - 1)
 
-        def row(index: int) -> Tensor:
+        def draw() -> Tensor:
+            noise = torch.randn(len(outputs), exact.count, generator=generator) / samples**0.5
+            noise = noise.to(outputs, non_blocking=True)
             out = torch.zeros_like(outputs)
             for j in range(exact.count):
-                out += noise[:, j, index].reshape(shape) * exact.row(j)
+                out += noise[:, j].reshape(shape) * exact.row(j)
             return out
 
-        return Rows(samples, row)
+        return _drawn_rows(samples, draw)
 
     def empirical(self, outputs: Tensor, targets: Any) -> Rows:
         if self._own_per_sample is None:

@@ -42,7 +42,10 @@ _ELEMENTWISE = frozenset(
         " Softplus Tanh Threshold"
     ).split()
 )
-_SAME_VALUES = frozenset("Alias Clone ReshapeAlias Squeeze Unsqueeze UnsafeView View".split())
+_SAME_VALUES = frozenset(
+    "Alias Clone ReshapeAlias Squeeze ToCopy Unsqueeze UnsafeView View".split()
+)
+_KNOWN = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class _Rule:
         apply: (gradient [n, r, ...], samples, factor [n, ...] or None) to the operands' gradients;
             a factor, given only where there is one operand, multiplies that operand's gradient.
         factor: instead of ``apply``, for an elementwise operation: samples to its derivative
-            [n or 1, ...].
+            [n or 1, ...], which broadcasts against the operand, in the operation's dtype.
     """
 
     operands: tuple[int, ...]
@@ -84,12 +87,26 @@ def _kind(node: Any) -> str:
     return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
 
 
-def _shape(node: Any) -> tuple[int, ...]:
-    """Shape of the node's one output in the forward pass."""
+def _metadata(node: Any) -> Any:
+    """Of the node's first output in the forward pass."""
     metadata = node._input_metadata
-    if len(metadata) < 1:
+    if len(metadata) < 1 or metadata[0].is_nested_tensor:
         raise _Unknown
-    return tuple(int(size) for size in metadata[0].shape)
+    return metadata[0]
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    """Shape of the node's first output in the forward pass."""
+    return tuple(int(size) for size in _metadata(node).shape)
+
+
+def _dtype(node: Any) -> torch.dtype:
+    """Its dtype, one that rules work in."""
+    metadata = _metadata(node)
+    if metadata.dtype not in _KNOWN or metadata.device.type != "cpu":
+        raise _Unknown
+    dtype: torch.dtype = metadata.dtype
+    return dtype
 
 
 class Propagation:
@@ -105,10 +122,11 @@ class Propagation:
         self._start: Any = outputs.grad_fn
         self._edges = edges
         self._wanted = {edge.node for edge in edges}
-        if any(edge.output_nr != 0 for edge in edges):
+        if outputs.output_nr != 0 or any(edge.output_nr != 0 for edge in edges):
             raise _Unknown
         self._order = self._needed(outputs)
         self._shapes = {node: self._sample_shape(_shape(node)) for node in self._order}
+        self._dtypes = {node: _dtype(node) for node in self._order}
         self._rules = {node: self._rule(node) for node in self._order}
         self._arrivals: dict[Any, int] = {}
         for node in self._order:
@@ -116,20 +134,22 @@ class Propagation:
                 following = node.next_functions[operand][0]
                 self._arrivals[following] = self._arrivals.get(following, 0) + 1
         sizes = [_product(shape) for shape in self._shapes.values()]
-        self._largest = max(sizes, default=1)
+        self._largest, self._total = max(sizes, default=1), sum(sizes)
+        self._outputs = outputs.new_empty(0, *outputs.shape[1:])
+        self._try()
 
     @classmethod
     def plan(cls, outputs: Tensor, edges: list[GradientEdge]) -> Propagation | None:
         """The plan, or None where autograd itself has to do it."""
-        known = (torch.float32, torch.float64)
-        if outputs.device.type != "cpu" or outputs.dtype not in known or outputs.grad_fn is None:
+        if outputs.device.type != "cpu" or outputs.dtype not in _KNOWN or outputs.grad_fn is None:
             return None
         if len(outputs) == 0 or not edges:
             return None
         with torch.no_grad():
             try:
                 return cls(outputs, edges)
-            except _Unknown:
+            except Exception:
+                # Whatever a rule cannot do, autograd can, or it has the better message.
                 return None
 
     def _needed(self, outputs: Tensor) -> list[Any]:
@@ -220,30 +240,45 @@ class Propagation:
         ones = torch.ones((), dtype=metadata.dtype).expand(_shape(node))
         return _samples(self.by_sample(node(ones)))
 
-    def blocks(self, rows: int, row: Callable[[int], Tensor]) -> Iterator[Block]:
+    def _try(self) -> None:
+        """One row of one sample, so that what a rule cannot do shows before anything is made."""
+        row = self._outputs.new_ones(1, 1, *self._outputs.shape[1:])
+        self._run(row, slice(0, 1), strict=True)
+
+    def blocks(
+        self, rows: int, row: Callable[[int], Tensor], budget: int | None = None
+    ) -> Iterator[Block]:
         """Gradients of all rows and samples, block by block.
 
         Args:
             rows: number of rows.
             row: ``row(j)`` is [N, ...], shaped as the outputs; called once for each j, in order.
+            budget: bytes that a block may take on its way beyond one row; None: what is fastest.
 
         Yields:
             blocks that together hold every row of every sample once.
         """
-        step, samples = self._block_size(rows)
+        step, samples = self._block_size(rows, budget)
         for begin in range(0, rows, step):
-            block = torch.stack([row(j) for j in range(begin, min(rows, begin + step))], 1)
+            count = min(rows - begin, step)
+            block = self._outputs.new_empty(self._n, count, *self._outputs.shape[1:])
+            for j in range(count):
+                block[:, j] = row(begin + j)
             for start in range(0, self._n, samples):
                 chosen = slice(start, min(start + samples, self._n))
                 with torch.no_grad():
                     gradients = self._run(block[chosen], chosen)
-                yield Block(chosen, slice(begin, begin + block.shape[1]), gradients)
+                yield Block(chosen, slice(begin, begin + count), gradients)
 
-    def _block_size(self, rows: int) -> tuple[int, int]:
+    def _block_size(self, rows: int, budget: int | None) -> tuple[int, int]:
         """Rows and samples of a block."""
         largest = max(1, self._largest)
         step = max(_BLOCK // (largest * self._n), min(_ROWS, _LARGE_BLOCK // largest), 1)
         step = min(rows, step)
+        if budget is not None:
+            # Half is for the rows themselves, half for their gradients at every operation.
+            half = budget // (2 * self._outputs.element_size())
+            step = max(1, min(step, half // max(1, _product(self._outputs.shape[1:]) * self._n)))
         # All blocks of about the same number of rows.
         step = -(-rows // -(-rows // step))
         samples = max(1, _BLOCK // (largest * step))
@@ -251,9 +286,18 @@ class Propagation:
         shared = -(-samples // threads) * threads
         if shared * step * largest <= max(_LARGE_BLOCK, samples * step * largest):
             samples = shared
+        if budget is not None and step > 1:
+            samples = max(1, min(samples, half // max(1, step * self._total)))
         return step, samples
 
-    def _run(self, block: Tensor, samples: slice) -> list[Tensor | None]:
+    def _run(self, block: Tensor, samples: slice, strict: bool = False) -> list[Tensor | None]:
+        """A block's gradients at the edges.
+
+        Args:
+            block: [n, r, ...] rows of the samples.
+            samples: which.
+            strict: whether to raise where a gradient has not the shape of its tensor.
+        """
         arrived: dict[Any, Tensor] = {}
         found: dict[Any, Tensor] = {}
         if self._start in self._shapes:
@@ -279,6 +323,10 @@ class Propagation:
                 results = rule.apply(gradient, samples, None)
                 targets = [node.next_functions[i][0] for i in rule.operands]
             for target, result in zip(targets, results, strict=True):
+                if strict and result.shape != (*block.shape[:2], *self._shapes[target]):
+                    raise _Unknown
+                # Operands of several dtypes are promoted; each one's gradient has its own.
+                result = result.to(self._dtypes[target])
                 before = arrived.get(target)
                 arrived[target] = result if before is None else before + result
         return [found.get(edge.node) for edge in self._edges]
@@ -293,7 +341,7 @@ class Propagation:
         target = node.next_functions[self._rules[node].operands[0]][0]
         while self._arrivals[target] == 1 and target not in self._wanted:
             derivative = self._rules[target].factor
-            if derivative is None:
+            if derivative is None or self._dtypes[target] != self._dtypes[node]:
                 break
             part = derivative(samples)
             factor = part if factor is None else factor * part
@@ -347,13 +395,9 @@ def _gradients(images: Tensor) -> Tensor:
     return images.permute(0, 3, 4, 1, 2)
 
 
-def _last_axis(factor: Tensor | None) -> Tensor | None:
-    """[n, H, W, C] of a factor [n, C, H, W]."""
-    return None if factor is None else factor.permute(0, 2, 3, 1)
-
-
-def _expanded(factor: Tensor | None, n: int) -> Tensor | None:
-    return factor if factor is None else factor.expand(n, *factor.shape[1:])
+def _last_axis(factor: Tensor | None, n: int, shape: tuple[int, ...]) -> Tensor | None:
+    """[n, H, W, C] of a factor that broadcasts to [n, *shape] = [n, C, H, W]."""
+    return None if factor is None else factor.expand(n, *shape).permute(0, 2, 3, 1)
 
 
 _Operands = tuple[int, ...]
@@ -425,7 +469,7 @@ def _convolution(plan: Propagation, node: Any, operands: _Operands, shapes: _Sha
         if flat:
             g = g.unsqueeze(3)
             factor = factor if factor is None else factor.unsqueeze(2)
-        factor = _last_axis(_expanded(factor, len(g)))
+        factor = _last_axis(factor, len(g), (channels, *size))
         images = memory.take(g, (len(g), *size, g.shape[1], channels))
         _internal.conv_input_gradient_(
             images, _images(g), weight, stride, padding, dilation, groups, factor
@@ -448,7 +492,7 @@ def _max_pool(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes
     window = kernel, stride, list(node._saved_padding), list(node._saved_dilation)
 
     def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
-        factor = _last_axis(_expanded(factor, len(g)))
+        factor = _last_axis(factor, len(g), shapes[0])
         images = memory.take(g, (len(g), *size, g.shape[1], g.shape[2]))
         _internal.max_pool_input_gradient_(images, _images(g), where[samples], *window, factor)
         return [_gradients(images)]
@@ -544,9 +588,11 @@ def _multiplication(plan: Propagation, node: Any, operands: _Operands, shapes: _
     others = [node._saved_other if i == 0 else node._saved_self for i in operands]
     if any(not isinstance(other, Tensor) for other in others):
         raise _Unknown
-    # A tensor that was a number in Python takes its dtype from a tensor that was none.
-    one = torch.ones((), dtype=node._input_metadata[0].dtype)
-    others = [one / other if _kind(node) == "Div" else one * other.detach() for other in others]
+    # Masks and whole numbers as what the operation promotes them to, since products of the narrow
+    # ones overflow. Python's numbers get an axis: their reciprocal without one is in float32.
+    others = [torch.atleast_1d(other.detach().to(_dtype(node))) for other in others]
+    if _kind(node) == "Div":
+        others = [other.reciprocal() for other in others]
     factors = [plan.by_sample(other.expand(plan.shape(node))) for other in others]
     if len(factors) == 1:
         return _Rule(operands, factor=_samples(factors[0]))
@@ -563,9 +609,9 @@ def _batch_norm(plan: Propagation, node: Any, operands: _Operands, shapes: _Shap
     shape = plan.shape(node)
     if operands != (0,) or node._saved_training or shape[0] != plan.samples:
         raise _Unknown
-    scale = (node._saved_running_var + node._saved_eps).rsqrt()
+    scale = (node._saved_running_var.to(_dtype(node)) + node._saved_eps).rsqrt()
     if node._saved_weight is not None:
-        scale = scale * node._saved_weight.detach()
+        scale = scale * node._saved_weight.detach().to(_dtype(node))
     return _Rule(operands, factor=_samples(scale.reshape(1, -1, *(1,) * (len(shape) - 2))))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hesskern.capture import Batch, Capture, LayerUse
-from hesskern.checks import Checks, first_chosen, on_host
+from hesskern.checks import Checks, check_dense, first_chosen, on_host
 from hesskern.layers import LayerSpec
 from hesskern.losses import Loss, Rows
 
@@ -91,11 +91,14 @@ def sample_weights(
         their sum, a 0-dim float64 tensor there where the host cannot tell it.
 
     Raises:
+        TypeError: the weights are no floating-point numbers, or sparse.
         ValueError: the weights are not [N], or not finite and non-negative.
     """
     n, dtype = outputs.shape[0], accumulator_dtype(outputs.dtype)
     weight = batch.weight
     if weight is not None:
+        if isinstance(weight, Tensor):
+            _check_weight_type(weight)
         if not isinstance(weight, Tensor) or weight.shape != (n,):
             found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
             raise ValueError(f"sample_weight must be [N] = [{n}] per batch, got {found}")
@@ -120,6 +123,26 @@ def sample_weights(
     total = weight.sum(dtype=torch.float64)
     count = float(total) if on_host(total) else total
     return weight.to(outputs.device, non_blocking=True), count
+
+
+def _check_weight_type(weight: Tensor) -> None:
+    check_dense(weight, "sample_weight")
+    if weight.is_floating_point():
+        return
+    if weight.dtype == torch.bool:
+        likeness = "which looks like a mask; a mask as weights 0 and 1 is mask.double()"
+    elif weight.is_complex():
+        likeness = "which is no weight; pass its real part"
+    else:
+        likeness = (
+            "which looks like indices, groups or a second target; whole-number weights are "
+            "weight.double()"
+        )
+    raise TypeError(
+        "sample_weight, or the third element of a batch, must be floating point [N], got "
+        f"{weight.dtype} {list(weight.shape)}, {likeness}. Let the data yield (inputs, targets) "
+        "where it is none"
+    )
 
 
 class BatchRoots:

@@ -274,6 +274,68 @@ ARGUMENTS: dict[str, Case] = {
         ValueError,
         r"sample_weight must be \[N\] = \[4\] per batch, got float",
     ),
+    "sample_weight: complex": (
+        BOTH,
+        {"sample_weight": torch.ones(6, dtype=torch.cdouble)},
+        TypeError,
+        r"sample_weight, .* floating point \[N\], got torch.complex128 \[4\], .* its real part",
+    ),
+    "weight in data: indices": (
+        BOTH,
+        {"data": [(*data()[0], torch.arange(4))]},
+        TypeError,
+        r"sample_weight, or the third element of a batch, must be floating point \[N\], got "
+        r"torch.int64 \[4\], which looks like indices, groups .* weight.double\(\)\. "
+        r"Let the data yield \(inputs, targets\)",
+    ),
+    "weight in data: groups of another shape": (
+        BOTH,
+        {"data": [(*data()[0], torch.zeros(4, 2, dtype=torch.uint8))]},
+        TypeError,
+        r"floating point \[N\], got torch.uint8 \[4, 2\], which looks like indices, groups",
+    ),
+    "weight in data: mask": (
+        BOTH,
+        {"data": [(*data()[0], torch.ones(4, dtype=torch.bool))]},
+        TypeError,
+        r"got torch.bool \[4\], which looks like a mask; .* mask.double\(\)",
+    ),
+    "weight in data: two axes": (
+        BOTH,
+        {"data": [(*data()[0], torch.ones(4, 1))]},
+        ValueError,
+        r"sample_weight must be \[N\] = \[4\] per batch, got \[4, 1\]",
+    ),
+    "weight in data: sparse": (
+        BOTH,
+        {"data": [(*data()[0], torch.ones(4).to_sparse())]},
+        TypeError,
+        r"sample_weight must be dense, got a tensor \[4\] of layout torch.sparse_coo; .*to_dense",
+    ),
+    "targets: sparse": (
+        BOTH,
+        {"data": [(data()[0][0], torch.eye(4)[:, :3].to_sparse())]},
+        TypeError,
+        r"targets must be dense, got a tensor \[4, 3\] of layout torch.sparse_coo; .*to_dense",
+    ),
+    "targets: sparse, squared error": (
+        BOTH,
+        {"data": [(data()[0][0], torch.eye(4)[:, :3].to_sparse())], "loss": nn.MSELoss()},
+        TypeError,
+        "targets must be dense, got a tensor .* of layout torch.sparse_coo",
+    ),
+    "targets: complex": (
+        BOTH,
+        {"data": [(data()[0][0], torch.ones(4, 3, dtype=torch.cdouble))], "loss": nn.MSELoss()},
+        TypeError,
+        "targets must be real for MSELoss, got torch.complex128",
+    ),
+    "model returns complex numbers": (
+        BOTH,
+        {"model": net(lambda out: out * 1j), "loss": nn.MSELoss()},
+        TypeError,
+        "model must return a floating-point tensor, got torch.complex128",
+    ),
     "loss: none": (BOTH, {"loss": None}, TypeError, "loss must be .* got None"),
     "targets: none": (
         BOTH,

@@ -366,3 +366,14 @@ def test_the_first_of_the_bad_values() -> None:
     values = torch.tensor([[3, -7], [5, -9]])
     assert first(values, values < 0) == -7
     assert first(values[:0], values[:0] < 0) == 0
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_mkldnn"])
+def test_sparse_tensors_are_named(layout: str) -> None:
+    tensor = torch.eye(3)
+    checks.check_dense(tensor, "targets")
+    with pytest.raises(
+        TypeError,
+        match=r"^targets must be dense, got a tensor \[3, 3\] of layout torch._?\w+; pass",
+    ):
+        checks.check_dense(getattr(tensor, layout)(), "targets")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from networks import classes, randn, seeded
 from torch import Tensor, nn
 
 import hesskern as hk
+from hesskern.losses import resolve_loss
 
 
 class Shaped(nn.Module):
@@ -70,6 +72,16 @@ class LossCase:
             else (t.reshape(len(t), -1) != ignore).any(1).double()
             for _, t in self.data()
         ]
+
+    def terms(self, target: Tensor) -> int:
+        """How many terms a sample's loss is the mean of."""
+        if self.loss.reduction == "sum":
+            return 1
+        if not isinstance(self.loss, nn.CrossEntropyLoss):
+            return math.prod(self.shape)
+        if target.is_floating_point():
+            return math.prod(self.shape[1:])
+        return max(1, int((target != self.loss.ignore_index).sum()))
 
 
 LOSSES: dict[str, LossCase] = {
@@ -447,12 +459,247 @@ def test_empirical_against_a_loop_over_samples(name: str) -> None:
             z = {"a": model.a(x[n : n + 1]).detach().requires_grad_()}
             z["b"] = model.b(F.relu(z["a"]))
             loss = case.sample_loss(z["b"].reshape(1, *case.shape), targets[n : n + 1])
+            terms = case.terms(targets[n])
             for layer, g in zip("ab", torch.autograd.grad(loss, [z["a"], z["b"]]), strict=True):
-                expected[layer] += weight[n] * g.T @ g
+                expected[layer] += weight[n] * terms * g.T @ g
     found = hk.kronecker_factors(model, data, case.loss, output="empirical")
     for layer, total in expected.items():
         mean = total / float(torch.cat(weights).sum())
         assert relative_error(found[layer].output_hessian, mean) <= 1e-12
+
+
+# All three modes
+
+
+def two_classes(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Values that a target of one output takes, [2, ...], and their probabilities."""
+    sigma = outputs.sigmoid()
+    return torch.stack([torch.zeros_like(sigma), torch.ones_like(sigma)]), torch.stack(
+        [1 - sigma, sigma]
+    )
+
+
+def around(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for squared errors: two points with the variance 1/2 of the model's normal."""
+    return torch.stack([outputs - 0.5**0.5, outputs + 0.5**0.5]), torch.full_like(
+        torch.stack([outputs, outputs]), 0.5
+    )
+
+
+def drawn_in_all_ways(case: LossCase, model: nn.Module) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Every target that the model may draw, as a batch with its probability as weights."""
+    batches = []
+    for x, given in case.data():
+        outputs = model(x).detach()
+        if isinstance(case.loss, nn.CrossEntropyLoss):
+            p = (
+                outputs.flatten(2).softmax(1).movedim(1, 0)
+                if outputs.dim() > 2
+                else outputs.softmax(1).T[..., None]
+            )
+            values = torch.arange(len(p)).reshape(-1, 1, 1).expand(p.shape)
+            fixed = (given == case.loss.ignore_index).reshape(len(x), -1)
+        else:
+            values, p = (
+                two_classes(outputs)
+                if isinstance(case.loss, nn.BCEWithLogitsLoss)
+                else around(outputs)
+            )
+            values, p = values.reshape(2, len(x), -1), p.reshape(2, len(x), -1)
+            fixed = torch.zeros(p.shape[1:], dtype=torch.bool)
+        for choice in itertools.product(range(len(p)), repeat=p.shape[2]):
+            index = torch.tensor(choice).reshape(1, 1, -1).expand(1, *p.shape[1:])
+            # A masked token stays masked, whatever would have been drawn there.
+            targets = torch.where(
+                fixed, given.reshape(fixed.shape).to(values.dtype), values.gather(0, index)[0]
+            )
+            weight = p.gather(0, index)[0].prod(1)
+            batches.append((x, targets.reshape(given.shape), weight))
+    return batches
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cross-entropy",
+        "tokens",
+        "tokens sum",
+        "masked tokens",
+        "masked tokens sum",
+        "images",
+        "mse",
+        "mse sum",
+        "mse of images",
+        "bce",
+        "bce sum",
+        "bce of one logit",
+    ],
+)
+def test_exact_sampled_and_empirical_have_one_expectation(name: str) -> None:
+    case = LOSSES[name]
+    if isinstance(case.loss, nn.CrossEntropyLoss):
+        # A smoothed target is none that the model draws.
+        loss = nn.CrossEntropyLoss(
+            ignore_index=case.loss.ignore_index, reduction=case.loss.reduction
+        )
+        case = LossCase(loss, case.shape, case.targets)
+    model = seeded(Shaped(case.shape))
+    exact = hk.kronecker_factors(model, case.data(), case.loss)
+    every = drawn_in_all_ways(case, model)
+    empirical = hk.kronecker_factors(model, every, case.loss, output="empirical")
+    draws = [
+        hk.kronecker_factors(model, case.data(), case.loss, output="mc", mc_samples=40, seed=seed)
+        for seed in range(40)
+    ]
+    for layer in ("a", "b"):
+        expected = exact[layer].output_hessian
+        assert relative_error(empirical[layer].output_hessian, expected) <= 1e-12
+        assert_unbiased(torch.stack([f[layer].output_hessian for f in draws]), expected)
+
+
+# Rows made one at a time
+
+
+@pytest.mark.parametrize(
+    "name", ["cross-entropy", "label smoothing", "ignore_index", "two classes"]
+)
+def test_rows_of_classes_made_one_at_a_time_are_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = LOSSES[name]
+    outputs, targets = randn(5, *case.shape).mul_(3), case.targets(5, 5)
+    together = resolve_loss(case.loss).exact(outputs, targets)
+    monkeypatch.setattr("hesskern.losses._TOGETHER_BYTES", 0)
+    alone = resolve_loss(case.loss).exact(outputs, targets)
+    assert together.count == alone.count == case.shape[0] - 1
+    for j in range(together.count):
+        assert torch.equal(together.row(j), alone.row(j))
+
+
+@pytest.mark.parametrize("name", ["mse", "bce"])
+def test_random_rows_are_drawn_in_order(name: str) -> None:
+    case = LOSSES[name]
+    outputs, targets = randn(5, *case.shape), case.targets(5, 5)
+    rows = resolve_loss(case.loss).sampled(outputs, targets, 3, torch.Generator().manual_seed(1))
+    assert not torch.equal(rows.row(0), rows.row(1))
+    for index in (1, 0):
+        with pytest.raises(RuntimeError, match="out of order"):
+            rows.row(index)
+
+
+# Too many rows
+
+
+def linear_outputs(*shape: int) -> tuple[nn.Module, Tensor]:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x).reshape(-1, *(1,) * len(shape)).expand(-1, *shape)
+
+    return seeded(Wide()), randn(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape", "targets", "rows"),
+    [
+        (nn.CrossEntropyLoss(), (2**16 + 2,), torch.zeros(2, dtype=torch.long), "65,537"),
+        (nn.CrossEntropyLoss(), (501, 500), torch.zeros(2, 500, dtype=torch.long), "250,000"),
+        (nn.MSELoss(), (257, 256), torch.zeros(2, 257, 256), "65,792"),
+        (nn.BCEWithLogitsLoss(), (2**16 + 1,), torch.zeros(2, 2**16 + 1), "65,537"),
+    ],
+)
+def test_more_exact_rows_than_anybody_waits_for(
+    loss: nn.Module,
+    shape: tuple[int, ...],
+    targets: Tensor,
+    rows: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = linear_outputs(*shape)
+
+    def backward(*arguments: Any, **named: Any) -> Any:
+        raise AssertionError("no backward pass may have begun")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", backward)
+        for call in (hk.kronecker_factors, hk.layer_hessians, hk.GaussNewton):
+            with pytest.raises(
+                ValueError, match=rf"{rows} root rows per sample .* limit is 65,536\. .*output='mc'"
+            ):
+                call(model, [(x, targets)], loss)
+    for output in ("mc", "empirical"):
+        hk.kronecker_factors(model, [(x, targets)], loss, output=output)
+
+
+def test_the_limit_of_rows_itself_is_taken() -> None:
+    outputs = randn(1, 2**16 + 1)
+    loss = resolve_loss(nn.CrossEntropyLoss())
+    assert loss.exact(outputs, torch.zeros(1, dtype=torch.long)).count == 2**16
+
+
+def test_a_custom_root_may_have_any_number_of_rows() -> None:
+    root = torch.ones(1, 1, 1).double().expand(1, 2**16 + 1, 2)
+    assert resolve_loss(None, lambda f, t: root).exact(randn(1, 2), None).count == 2**16 + 1
+
+
+# Classes in the wrong axis
+
+
+@pytest.mark.parametrize(
+    ("shape", "found", "message"),
+    [
+        (
+            (4, 3),
+            (4,),
+            r"\[5, 4\] fit outputs \[5, 4, 3\] .* last axis; .* logits.transpose\(1, 2\)",
+        ),
+        ((2, 4, 3), (2, 4), r"\[5, 2, 4\] fit outputs \[5, 2, 4, 3\] .* logits.movedim\(-1, 1\)"),
+        ((3, 3), (3,), r"\[5, 3\] fit outputs \[5, 3, 3\] whether .* targets.unsqueeze\(-1\)"),
+        ((3, 3, 3), (3, 3), r"fit outputs \[5, 3, 3, 3\] whether .* logits.movedim\(-1, 1\)"),
+    ],
+)
+def test_classes_in_the_last_axis(
+    shape: tuple[int, ...], found: tuple[int, ...], message: str
+) -> None:
+    model = seeded(Shaped(shape))
+    data = [(randn(5, 3), classes(5, *found, c=3))]
+    for call in (hk.kronecker_factors, hk.layer_hessians, hk.GaussNewton):
+        with pytest.raises(ValueError, match=message):
+            call(model, data, nn.CrossEntropyLoss())
+    R = hk.AutogradHessian(model, data, nn.CrossEntropyLoss(), params=["a.weight"])
+    with pytest.raises(ValueError, match=message):
+        _ = R @ torch.ones(12).double()
+
+
+class Changed(nn.Module):
+    """A model with something done to its logits."""
+
+    def __init__(self, inner: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.change = inner, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.inner(x))
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", [(3, 3), (3, 3, 3)])
+def test_the_way_out_of_an_ambiguous_class_axis(last: bool, shape: tuple[int, ...]) -> None:
+    model, loss = seeded(Shaped(shape)), nn.CrossEntropyLoss()
+    x, targets = randn(5, 3), classes(5, *shape[1:], c=3)
+
+    def moved(logits: Tensor) -> Tensor:
+        return logits.movedim(-1, 1) if last else logits
+
+    wrapped = Changed(model, lambda logits: moved(logits).unsqueeze(-1))
+    found = hk.layer_hessians(wrapped, [(x, targets.unsqueeze(-1))], loss)
+    for layer in "ab":
+        expected = gauss_newton(model, [(x, targets)], lambda f, t: loss(moved(f), t), layer)
+        H = found[f"inner.{layer}"]
+        assert relative_error(H.to_dense(), expected) <= 1e-10
 
 
 # What is refused, by name

@@ -292,6 +292,121 @@ def test_shared_layer_and_unused_branch() -> None:
             torch.testing.assert_close(ours[:, 1], theirs)
 
 
+def layers(run: Callable[[Net, Tensor], Tensor]) -> nn.Module:
+    return seeded(lambda: Net(run, a=nn.Linear(6, 6), b=nn.Linear(6, 3)))
+
+
+WHOLE = torch.tensor([3, 100, 7, 100, 2, 5])
+
+OPERANDS: dict[str, Callable[[Tensor], Tensor]] = {
+    # Once an error inside a rule.
+    "mask of the activation": lambda h: h * (h > 0.1),
+    "mask of every sample": lambda h: (h.sum(1, keepdim=True) > 0) * h,
+    "two masks": lambda h: h * (h > -1) * (h < 1),
+    # Once 1 / 3 in float32.
+    "divided by a number": lambda h: h / 3,
+    "divided by a whole number": lambda h: h / torch.tensor(3),
+    "divided by whole numbers": lambda h: h / WHOLE,
+    # Once a product modulo 256.
+    "whole numbers of eight bits": lambda h: h * WHOLE.to(torch.uint8) * WHOLE.to(torch.uint8),
+    "whole numbers": lambda h: h * WHOLE * torch.tensor(3) * True,
+    "one number per sample": lambda h: h * h.detach().sum(1, keepdim=True),
+    "narrow numbers": lambda h: h * torch.linspace(0.1, 0.9, 6) / torch.full((1, 6), 1.3),
+    "there and back": lambda h: h.float().relu().double(),
+    "added in another precision": lambda h: h.float() + h + torch.ones(6),
+    "expanded to its own shape": lambda h: h.expand(h.shape).expand(h.shape).relu(),
+    "views of views": lambda h: (
+        h.view(8, 3).view(-1, 1).view(h.shape).clone().unsqueeze(1).squeeze(1)
+    ),
+    "used twice": lambda h: h + h - h * h,
+}
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_operands(name: str) -> None:
+    model = layers(lambda net, x: net.b(torch.tanh(OPERANDS[name](net.a(x)))))
+    narrow = name in ("there and back", "added in another precision")
+    check(model, images(4, 6), limit=1e-6 if narrow else 1e-13)
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+@pytest.mark.parametrize("affine", [False, True])
+def test_batch_norm_before_a_convolution_with_pixels_as_outputs(axes: int, affine: bool) -> None:
+    conv, norm = (nn.Conv1d, nn.BatchNorm1d) if axes == 1 else (nn.Conv2d, nn.BatchNorm2d)
+    model = seeded(
+        lambda: nn.Sequential(
+            conv(3, 5, 3, padding=1), norm(5, affine=affine), conv(5, 2, 1), norm(2), conv(2, 2, 1)
+        )
+    )
+    check(model, images(4, 3, *(6,) * axes))
+
+
+def test_batch_norm_before_a_maximum() -> None:
+    check(
+        seeded(
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.MaxPool2d(2), nn.Conv2d(5, 2, 1)
+            )
+        ),
+        images(4, 3, 6, 6),
+    )
+
+
+def test_weights_that_require_gradients() -> None:
+    model = seeded(lambda: mlp(nn.ReLU())).eval()
+    h = [images(5, 6)]
+    for module in model:
+        h.append(module(h[-1]))
+    edges = [torch.autograd.graph.get_gradient_edge(h[i]) for i in (1, 3, 5)]
+    plan = Propagation.plan(h[-1], edges)
+    assert plan is not None
+    row = torch.ones_like(h[-1])
+    (block,) = plan.blocks(2, lambda j: row)
+    expected = torch.autograd.grad(h[-1], edges, row)
+    for found, reference in zip(block.gradients, expected, strict=True):
+        assert found is not None
+        assert not found.requires_grad
+        torch.testing.assert_close(found[:, 1], reference)
+
+
+def test_a_rule_that_fails_leaves_it_to_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hesskern.propagation as propagation
+
+    def late(*_: object) -> propagation._Rule:
+        def apply(*_: object) -> list[Tensor]:
+            raise RuntimeError("a kernel takes no such operand")
+
+        return propagation._Rule((1,), apply)
+
+    def narrow(*_: object) -> propagation._Rule:
+        return propagation._Rule((1,), lambda g, _, factor: [g[..., :1]])
+
+    model = seeded(lambda: mlp(nn.ReLU())).eval()
+    for rule in (late, narrow):
+        monkeypatch.setitem(propagation._RULES, "Addmm", rule)
+        _, found = gradients(model, images(4, 6))
+        assert found is None
+
+
+def test_the_budget_bounds_a_block() -> None:
+    x = images(32, 6)
+    model = seeded(lambda: nn.Sequential(nn.Linear(6, 100), nn.Tanh(), nn.Linear(100, 50)))
+    specs, _ = select_layers(model.eval(), None, "none")
+    with Capture(model, specs) as capture:
+        outputs, uses = capture.forward(Batch(0, x, None, None, None))
+        plan = Propagation.plan(outputs, [use.edge for layer in uses.values() for use in layer])
+        assert plan is not None
+        row = 8 * 32 * 50
+        for budget in (0, row, 4 * row, 20 * row, 200 * row):
+            seen = torch.zeros(32, 40)
+            for block in plan.blocks(40, lambda j: outputs, budget):
+                seen[block.samples, block.rows] += 1
+                sizes = [g.numel() for g in block.gradients if g is not None]
+                rows = block.rows.stop - block.rows.start
+                assert rows == 1 or 8 * (sum(sizes) + rows * 32 * 50) <= budget
+            assert bool((seen == 1).all())
+
+
 def not_covered() -> dict[str, tuple[nn.Module, Tensor]]:
     def broadcast(net: Net, x: Tensor) -> Tensor:
         h = net.a(x)
@@ -314,11 +429,12 @@ def not_covered() -> dict[str, tuple[nn.Module, Tensor]]:
     def custom(net: Net, x: Tensor) -> Tensor:
         return net.b(Relu.apply(net.a(x)))
 
-    def layers(run: Callable[[Net, Tensor], Tensor]) -> nn.Module:
-        return seeded(lambda: Net(run, a=nn.Linear(6, 6), b=nn.Linear(6, 3)))
+    def second(net: Net, x: Tensor) -> Tensor:
+        return net.a(x).relu().split(3, 1)[1]
 
     x = images(4, 6)
     return {
+        "second of several outputs": (layers(second), x),
         "broadcast": (layers(broadcast), x),
         "transposed samples": (layers(swapped), x),
         "custom function": (layers(custom), x),

@@ -499,6 +499,7 @@ class Capture:
         rows: int,
         row: Callable[[int], Tensor],
         uses: dict[str, list[LayerUse]],
+        budget: int | None = None,
     ) -> Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]] | None:
         """All rows' gradients with respect to the output of every layer, a block at a time.
 
@@ -507,6 +508,7 @@ class Capture:
             rows: number of rows.
             row: ``row(j)`` has the outputs' shape; called once for each j, in order.
             uses: from :meth:`forward`.
+            budget: bytes that a block may take; None: what is fastest.
 
         Returns:
             iterator over blocks: which samples, which rows, and per layer and use their gradients
@@ -521,7 +523,7 @@ class Capture:
             return None
 
         def named() -> Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]]:
-            for block in plan.blocks(rows, row):
+            for block in plan.blocks(rows, row, budget):
                 gradients = iter(block.gradients)
                 by_layer = {name: [next(gradients) for _ in layer] for name, layer in uses.items()}
                 yield block.samples, block.rows, by_layer

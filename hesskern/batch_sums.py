@@ -17,6 +17,9 @@ from hesskern.roots import BatchRoots, accumulator_dtype, positions_last
 
 __all__ = ["BatchSums"]
 
+# Gradients with fewer rows than this are added several root rows at a time.
+_MANY = 4096
+
 
 @dataclass(frozen=True)
 class BatchSums:
@@ -29,6 +32,11 @@ class BatchSums:
 
     specs: dict[str, LayerSpec]
     memory_budget: int
+
+    @property
+    def _joined(self) -> int:
+        """Bytes of small gradients that are joined at a time."""
+        return self.memory_budget // 16
 
     def of(self, roots: BatchRoots, names: list[str]) -> dict[str, LayerSums]:
         """The batch's sums of the named layers.
@@ -90,7 +98,7 @@ class BatchSums:
             name: 1.0 / max(sum(_positions(self.specs[name], use) for use in roots.uses[name]), 1)
             for name in fresh
         }
-        blocks = roots.blocks()
+        blocks = roots.blocks(self.memory_budget)
         if blocks is None:
             self._add_rows(roots, fresh, share)
         else:
@@ -131,7 +139,8 @@ class BatchSums:
                     if grad is not None:
                         kept[name].append(grad)
                         held += grad.numel() * grad.element_size()
-            if held > self.memory_budget:
+            # What is joined at a time is held twice.
+            if held > self.memory_budget - self._joined:
                 self._flush(kept, fresh, share)
                 held = 0
         self._flush(kept, fresh, share)
@@ -142,10 +151,12 @@ class BatchSums:
         for name, grads in kept.items():
             spec, target = self.specs[name], fresh[name].outputs
             if spec.kind == "linear" and grads:
-                # Samples, rows and positions are all rows of one matrix [., m].
-                rows = [grad.reshape(1, -1, spec.outputs) for grad in grads]
-                small = rows[0].shape[1] < 4096
-                for block in [torch.cat(rows, 1)] if small and len(rows) > 1 else rows:
+                small = grads[0].numel() // spec.outputs < _MANY
+                step = max(1, self._joined // max(1, grads[0].nbytes)) if small else 1
+                for begin in range(0, len(grads), step):
+                    # Samples, rows and positions are all rows of one matrix [., m].
+                    part = [g.reshape(1, -1, spec.outputs) for g in grads[begin : begin + step]]
+                    block = part[0] if len(part) == 1 else torch.cat(part, 1)
                     ops.output_hessian_(target, block, alpha=share[name])
             else:
                 for grad in grads:

@@ -689,6 +689,7 @@ class Capture:
         rows: int,
         row: Callable[[int], Tensor],
         uses: dict[str, list[LayerUse]],
+        budget: int | None = None,
     ) -> Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]] | None:
         """All rows' gradients with respect to the output of every layer, a block at a time.
 
@@ -697,6 +698,7 @@ class Capture:
             rows: number of rows.
             row: ``row(j)`` has the outputs' shape; called once for each j, in order.
             uses: from :meth:`forward`.
+            budget: bytes that a block may take; None: what is fastest.
 
         Returns:
             iterator over blocks: which samples, which rows, and per layer and use their gradients
@@ -712,7 +714,7 @@ class Capture:
             return None
 
         def named() -> Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]]:
-            for block in plan.blocks(rows, row):
+            for block in plan.blocks(rows, row, budget):
                 gradients = iter(block.gradients)
                 by_layer = {
                     name: [

@@ -20,7 +20,7 @@ from hesskern.operators import CurvatureOperator
 from hesskern.portable import ModelRun
 from hesskern.progress import Progress, reporter
 from hesskern.roots import BatchRoots, accumulator_dtype
-from hesskern.samples import SampleRows, layer_rows
+from hesskern.samples import SampleRows, added_bytes, layer_rows
 from hesskern.stacked import StackedGaussNewton
 
 __all__ = ["GaussNewton"]
@@ -211,8 +211,9 @@ def _within_budget(source: _Pass, report: Progress) -> list[Piece] | None:
     for piece in source(report):
         if pieces is None:
             continue
+        before = pieces[-1] if pieces else {}
         pieces.append(piece)
-        held += sum(rows.nbytes for rows in piece.values())
+        held += sum(added_bytes(rows, before.get(name)) for name, rows in piece.items())
         if held > source.budget:
             if isinstance(source.data, Iterator):
                 raise ValueError(
@@ -318,13 +319,13 @@ class _Pass(ModelRun):
 
     def _batch(self, roots: BatchRoots) -> Iterator[Piece]:
         piece: Piece = {}
+        reached = sum(name in roots.uses for name in self.specs)
         for name, rows in layer_rows(self.specs, roots, self.budget):
-            if name in piece:
+            piece[name] = rows
+            if len(piece) == reached:
+                # Before the next one is begun, which needs the memory.
                 yield piece
                 piece = {}
-            piece[name] = rows
-        if piece:
-            yield piece
 
 
 def _add_inputs(sums: dict[str, Tensor], spec: LayerSpec, roots: BatchRoots) -> None:

@@ -26,7 +26,7 @@ from hesskern.roots import (
     accumulator_dtype,
     check_fraction,
 )
-from hesskern.samples import SampleRows, join, layer_rows
+from hesskern.samples import SampleRows, added_bytes, join, layer_rows
 from hesskern.split import Split
 
 __all__ = ["LayerHessian", "LayerHessians", "layer_hessians"]
@@ -453,8 +453,10 @@ def _keep(layer: _Layer, chunk: SampleRows, batch: int, tolerance: float) -> Non
         layer.shares.append(chunk.shares())
         layer.batches.append(batch)
     if layer.chunks is not None:
+        # What pruning leaves of two pieces shares nothing.
+        before = layer.chunks[-1] if layer.chunks and tolerance == 0 else None
         layer.chunks.append(chunk)
-        layer.held += chunk.nbytes
+        layer.held += added_bytes(chunk, before)
 
 
 def _evict(gathered: dict[str, _Layer], budget: int, can_rerun: bool) -> None:
@@ -571,7 +573,7 @@ def _finish(
         if tolerance > 0:
             pruned = prune(kept, layer.shares, tolerance)
             kept, norm, trace = pruned.chunks, pruned.norm, pruned.trace
-        stored = chunks = join(kept)
+        stored = chunks = join(kept, rerun.memory_budget // 8)
     elif tolerance > 0:
         rerun.shares = layer.shares_by_batch()
         keep, trace = kept_samples(rerun.shares, tolerance)

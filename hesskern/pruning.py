@@ -108,8 +108,9 @@ def prune(chunks: list[SampleRows], shares: list[Tensor], tolerance: float) -> P
     allowance = (tolerance * total - dropped) / remaining if remaining > 0 else 0.0
     rows, more = kept_samples(row_shares, max(0.0, allowance))
     pieces: dict[int, list[SampleRows]] = {}
-    for chunk, mask in zip(kept, rows, strict=True):
-        for count, piece in _by_rows(chunk, mask):
+    kept.reverse()
+    for mask in rows:
+        for count, piece in _by_rows(kept.pop(), mask):
             pieces.setdefault(count, []).append(piece)
     left_out = dropped + more
     return Pruned(

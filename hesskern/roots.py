@@ -204,25 +204,40 @@ class BatchRoots:
         shape = (-1,) + (1,) * (tensor.dim() - 1)
         return tensor * self.weight_root.reshape(shape).to(tensor.dtype)
 
-    def gradients(self) -> Iterator[dict[str, list[Tensor | None]]]:
+    def gradients(
+        self, begin: int = 0, end: int | None = None
+    ) -> Iterator[dict[str, list[Tensor | None]]]:
         """Per root row, every layer's root times Jacobian: per use the output's shape, or None.
 
         The rows carry the square roots of the sample weights. Whoever sums them up checks the sums
-        with :meth:`check_gradients`.
+        with :meth:`check_gradients`. Every row can be had once, and in order.
+
+        Args:
+            begin, end: which rows; all by default.
         """
-        for j in range(self.rows):
+        for j in range(begin, self.rows if end is None else end):
             row = self._weighted(self._rows.row(j))
             yield self._capture.backward(self.outputs, row, self.uses, last=j == self.rows - 1)
 
-    def blocks(self) -> Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]] | None:
+    def blocks(
+        self, budget: int, begin: int = 0, end: int | None = None
+    ) -> Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]] | None:
         """The same in blocks of samples and rows, which come first: per use [n, r, ...], or None.
+
+        Args:
+            budget: bytes that a block may take on its way through the model, beyond one row.
+            begin, end: which rows; all by default. A block counts its rows from ``begin``.
 
         Returns:
             an iterator to be used instead of :meth:`gradients`, or None where the model holds
-            operations that only autograd knows.
+            operations that only autograd knows, or there is one row.
         """
         return self._capture.backward_all(
-            self.outputs, self.rows, lambda j: self._weighted(self._rows.row(j)), self.uses
+            self.outputs,
+            (self.rows if end is None else end) - begin,
+            lambda j: self._weighted(self._rows.row(begin + j)),
+            self.uses,
+            budget,
         )
 
     def check_inputs(self, name: str, squares: Tensor) -> None:

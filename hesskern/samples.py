@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from hesskern.operators import EigenbasisOperator, KroneckerOperator
 from hesskern.reference import unfold
 from hesskern.roots import BatchRoots, accumulator_dtype, positions_last
 
-__all__ = ["SampleRows", "join", "layer_rows"]
+__all__ = ["SampleRows", "added_bytes", "join", "layer_rows"]
 
 # Samples are joined up to this many bytes, so that a product runs over few large pieces.
 _JOINED_BYTES = 2**25
@@ -186,21 +186,34 @@ class SampleRows:
                 yield torch.matmul(matrices.transpose(1, 2), root).transpose(1, 2).flatten(0, 1)
 
 
-def join(chunks: list[SampleRows]) -> list[SampleRows]:
-    """The same samples in few pieces; empties the list it is given, to hold them only once."""
+def added_bytes(rows: SampleRows, before: SampleRows | None) -> int:
+    """Bytes that keeping a piece takes beside the one before it, which may share its inputs."""
+    shared = before is not None and before.x is rows.x
+    return rows.s.nbytes if shared else rows.nbytes
+
+
+def join(chunks: list[SampleRows], limit: int) -> list[SampleRows]:
+    """The same samples in few pieces; empties the list it is given, to hold them only once.
+
+    Args:
+        chunks: pieces.
+        limit: bytes that may be held twice meanwhile.
+    """
+    limit = min(limit, _JOINED_BYTES)
+    return _grouped(_grouped(chunks, limit, _same_samples), limit, _same_rows)
+
+
+def _grouped(
+    chunks: list[SampleRows], limit: int, fits: Callable[[SampleRows, SampleRows], bool]
+) -> list[SampleRows]:
+    """Pieces joined with those behind them, as long as one fits the other; empties the list."""
     joined: list[SampleRows] = []
     group: list[SampleRows] = []
     size = 0
     chunks.reverse()
     while chunks:
         chunk = chunks.pop()
-        fits = not group or (
-            size + chunk.nbytes <= _JOINED_BYTES
-            and group[0].x.shape[1:] == chunk.x.shape[1:]
-            and group[0].s.shape[1:] == chunk.s.shape[1:]
-            and group[0].stored == chunk.stored
-        )
-        if not fits:
+        if group and not (size + chunk.nbytes <= limit and fits(group[-1], chunk)):
             joined.append(_concatenate(group))
             group, size = [], 0
         if chunk.s.numel():
@@ -211,9 +224,23 @@ def join(chunks: list[SampleRows]) -> list[SampleRows]:
     return joined
 
 
+def _same_samples(a: SampleRows, b: SampleRows) -> bool:
+    """Whether two pieces hold different root rows of the same samples."""
+    return a.x is b.x
+
+
+def _same_rows(a: SampleRows, b: SampleRows) -> bool:
+    """Whether two pieces hold equally many root rows of different samples."""
+    # Inputs that pieces share would be held once for each of them.
+    same = a.x.shape[1:] == b.x.shape[1:] and a.s.shape[1:] == b.s.shape[1:]
+    return a.x is not b.x and same and a.stored == b.stored
+
+
 def _concatenate(group: list[SampleRows]) -> SampleRows:
     if len(group) == 1:
         return group[0]
+    if all(chunk.x is group[0].x for chunk in group):
+        return replace(group[0], s=torch.cat([c.s for c in group], 1))
     x, s = torch.cat([c.x for c in group]), torch.cat([c.s for c in group])
     return replace(group[0], x=x, s=s)
 
@@ -233,7 +260,8 @@ def layer_rows(
     Args:
         specs: the layers wanted.
         roots: the batch.
-        budget: bytes for gradients of all layers at a time; decides how many root rows a piece has.
+        budget: bytes of samples that the caller keeps. A piece of all layers takes an eighth of it,
+            or one root row, and gradients on their way a sixteenth.
         keep_positions: inputs and gradients at every position, also where rows would be smaller.
 
     Yields:
@@ -247,28 +275,31 @@ def layer_rows(
     if not makers or roots.rows == 0:
         return
     per_row = sum(maker.row_bytes for maker in makers.values())
-    step = min(roots.rows, max(1, budget // max(1, per_row)))
-    blocks = roots.blocks() if step == roots.rows else None
-    if blocks is not None:
+    step = min(roots.rows, max(1, budget // 8 // max(1, per_row)))
+    for begin in range(0, roots.rows, step):
+        end = min(begin + step, roots.rows)
         for maker in makers.values():
-            maker.begin(roots.rows)
-        for samples, rows, gradients in blocks:
+            maker.begin(end - begin)
+        for samples, rows, gradients in _blocks(roots, budget // 16, begin, end):
             for name, maker in makers.items():
                 maker.put(samples, rows, gradients[name])
         yield from _finished(makers, roots)
+
+
+def _blocks(
+    roots: BatchRoots, budget: int, begin: int, end: int
+) -> Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]]:
+    """Some rows' gradients, many at a time where the model's operations are known."""
+    blocks = roots.blocks(budget, begin, end)
+    if blocks is not None:
+        yield from blocks
         return
-    begun = 0
-    for index, grads in enumerate(roots.gradients()):
-        if index == begun:
-            count = min(step, roots.rows - begun)
-            for maker in makers.values():
-                maker.begin(count)
-        for name, maker in makers.items():
-            one = [None if grad is None else grad.unsqueeze(1) for grad in grads[name]]
-            maker.put(slice(None), slice(index - begun, index - begun + 1), one)
-        if index + 1 == min(begun + step, roots.rows):
-            yield from _finished(makers, roots)
-            begun = index + 1
+    for index, grads in enumerate(roots.gradients(begin, end)):
+        one = {
+            name: [None if grad is None else grad.unsqueeze(1) for grad in layer]
+            for name, layer in grads.items()
+        }
+        yield slice(None), slice(index, index + 1), one
 
 
 def _finished(makers: dict[str, _Maker], roots: BatchRoots) -> Iterator[tuple[str, SampleRows]]:
@@ -348,7 +379,10 @@ class _Maker:
 
     def finish(self) -> SampleRows:
         x = self._x.new_ones(self._n, 1) if self._stored else self._x
-        return SampleRows(x, self._s, self._stored)
+        rows = SampleRows(x, self._s, self._stored)
+        # Whoever takes the piece may drop it before the next begins.
+        del self._s
+        return rows
 
 
 def _columns(spec: LayerSpec, x: Tensor) -> Tensor:

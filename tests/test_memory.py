@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import peak_bytes
 from networks import classes, randn, seeded
 from torch import Tensor, nn
 
@@ -153,3 +154,80 @@ def test_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.budget_for(None, gpu, 123, 0.25) == 300
     with pytest.raises(TypeError, match="memory_budget must be a number of bytes, got str"):
         memory.budget_for("1 GB", cpu, 123, 0.5)
+
+
+SAMPLES, CLASSES, HIDDEN = 64, 4000, 72
+BUDGET = 2**26
+
+
+def many_classes(activation: nn.Module) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    net = nn.Sequential(nn.Linear(16, HIDDEN), activation, nn.Linear(HIDDEN, CLASSES)).float()
+    x = randn(SAMPLES, 16, dtype=torch.float32)
+    return seeded(net).float(), [(x, classes(SAMPLES, c=CLASSES))]
+
+
+def accumulated(
+    net: nn.Module, data: Any, loss: Any, layers: list[str], memory_budget: int
+) -> hk.Factors:
+    stream = hk.FactorAccumulator(net, loss, layers, memory_budget=memory_budget)
+    stream.consume(data)
+    return stream.factors()
+
+
+def peak_of_one_row(net: nn.Module, data: Any) -> int:
+    """Of what is needed anyway: the model's graph, and one row."""
+    return peak_bytes(lambda: hk.kronecker_factors(net, data, CE, ["0"], output="mc"))
+
+
+@pytest.mark.filterwarnings("ignore:the Gauss-Newton block is not the Hessian")
+@pytest.mark.parametrize(
+    ("function", "activation"),
+    [
+        # In blocks.
+        (hk.kronecker_factors, nn.ReLU()),
+        (hk.layer_hessians, nn.ReLU()),
+        (hk.GaussNewton, nn.ReLU()),
+        # By autograd, row by row.
+        (accumulated, nn.Softmax(1)),
+        (hk.layer_hessians, nn.Softmax(1)),
+    ],
+)
+def test_the_budget_holds_with_many_classes(function: Any, activation: nn.Module) -> None:
+    net, data = many_classes(activation)
+    row = 4 * SAMPLES * (CLASSES + HIDDEN)
+    # More than the budget, and the roots of all rows are 60 times as much.
+    assert 4 * SAMPLES * HIDDEN * CLASSES > 1.09 * BUDGET
+    peak = peak_bytes(lambda: function(net, data, CE, ["0"], memory_budget=BUDGET))
+    assert peak <= 1.25 * BUDGET + row + peak_of_one_row(net, data)
+
+
+def test_rows_of_many_classes_are_those_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, data = model(), batches()
+    expected = hk.layer_hessians(net, data, CE)
+    factors = hk.kronecker_factors(net, data, CE)
+    monkeypatch.setattr("hesskern.losses._TOGETHER_BYTES", 0)
+    for budget in (0, 200, 2000, 20_000, 2**30):
+        found = hk.layer_hessians(net, data, CE, memory_budget=budget)
+        own = hk.kronecker_factors(net, data, CE, memory_budget=budget)
+        G = hk.GaussNewton(net, data, CE, memory_budget=budget)
+        for name, H in expected.items():
+            torch.testing.assert_close(found[name].to_dense(), H.to_dense())
+            torch.testing.assert_close(own[name].output_hessian, factors[name].output_hessian)
+            part = G.slices[name]
+            torch.testing.assert_close(G.to_dense()[part, part], H.to_dense())
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.BCEWithLogitsLoss()])
+def test_many_draws_are_not_held(loss: nn.Module) -> None:
+    net, data = many_classes(nn.ReLU())
+    wide = [(data[0][0], torch.zeros(SAMPLES, CLASSES))]
+
+    def peak(draws: int) -> int:
+        return peak_bytes(
+            lambda: hk.kronecker_factors(
+                net, wide, loss, ["0"], "mc", mc_samples=draws, memory_budget=2**22
+            )
+        )
+
+    # 100 draws of all outputs would be 100 MB.
+    assert peak(100) <= 1.25 * 2**22 + peak(1) + 4 * SAMPLES * CLASSES

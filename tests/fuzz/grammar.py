@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fuzz.layers
 import fuzz.strange
+import fuzz.structure
 import fuzz.values  # noqa: F401  (their rules register themselves)
 from fuzz.builder import PRODUCTIONS, Builder, Rejected, Value
 from fuzz.data import Batch, LossCase, draw_loss, draw_targets, draw_weights
@@ -308,6 +309,9 @@ def _head(b: Builder, value: Value) -> None:
 
 def _finish(b: Builder, batches: list[Batch], source: torch.Generator, seed: int) -> Case | None:
     rng, program = b.rng, b.program
+    layers = any(word in line for line in program.body for word in ("tap(", "self.m", "self.g"))
+    if not layers and rng.random() < 0.9:
+        return None
     if not b.scope["self"]._parameters and not list(b.scope["self"].parameters()):
         return None
     values = rng.getrandbits(31)
@@ -349,4 +353,9 @@ def _finish(b: Builder, batches: list[Batch], source: torch.Generator, seed: int
         case.dtype = (
             torch.float32 if kind < 0.08 else torch.bfloat16 if kind < 0.11 else torch.float64
         )
+    if case.dtype != torch.float64:
+        narrow = case.model().eval()
+        for batch in batches:
+            # What mixes dtypes does not run in every one.
+            narrow(*[_cast(t, case.dtype) for t in batch.inputs.values()])
     return case

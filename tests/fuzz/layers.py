@@ -23,7 +23,7 @@ def make_linear(b: Builder, inputs: int, outputs: int, kind: str | None = None) 
         if kind == "replaced":
             expression = f"replaced({expression})"
     if kind != "module":
-        b.feature(kind, strange=kind == "conv1d")
+        b.feature("Conv1D" if kind == "conv1d" else kind, strange=kind == "conv1d")
     layer = Linear(b.module("l", expression), inputs, outputs, bias, kind)
     b.linears.append(layer)
     return layer

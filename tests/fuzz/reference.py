@@ -93,6 +93,7 @@ class Reference:
         self._gradients: dict[bool, list[_Gradient]] = {}
         self._taps = Taps()
         self._model = self.case.reference(self._taps)
+        self._owner = _owners_of_weights(self._model, self.case.program.pruned)
         total: Tensor | None = None
         with plain_torch():
             for batch in self.case.batches:
@@ -186,16 +187,19 @@ class Reference:
         taps: Taps,
     ) -> None:
         """Adds one use: x as it came in, j [O, *z.shape]."""
-        sums = self._sums[name]
-        if name in self.case.program.odd:
+        # Layers with one weight are one layer.
+        owner = self._owner[name]
+        alike = {other for other, first in self._owner.items() if first == owner}
+        sums = self._sums[owner]
+        if alike & self.case.program.odd:
             sums.known = False
             return
         module = model.get_submodule(name)
         columns, vectors = _columns(module, x.double()), _vectors(module, j)
-        uses = sum(1 for other, _, _ in taps if other == name)
-        sizes = {z.shape for other, _, z in taps if other == name}
+        uses = sum(1 for other, _, _ in taps if other in alike)
+        sizes = {z.shape for other, _, z in taps if other in alike}
         rows, positions = columns.shape[1], vectors.shape[1]
-        if rows != positions or len(sizes) != 1 or positions % n:
+        if not positions or rows != positions or len(sizes) != 1 or positions % n:
             # Uses of different sizes: every one has a share of its own.
             sums.known = False
             return
@@ -234,7 +238,8 @@ class Reference:
         return None
 
     def _finish_layers(self) -> None:
-        for name, sums in self._sums.items():
+        for name, owner in self._owner.items():
+            sums = self._sums[owner]
             if not sums.known:
                 self.layers[name] = LayerReference()
                 continue
@@ -312,6 +317,19 @@ class _Gradient:
             )
             columns.append(torch.cat([g.reshape(-1) for g in second]).double())
         return torch.stack(columns, 1)
+
+
+def _owners_of_weights(model: nn.Module, pruned: set[str]) -> dict[str, str]:
+    """For every module with a weight, the first one with the same weight."""
+    first: dict[int, str] = {}
+    owners = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            owners[name] = first.setdefault(id(weight), name)
+        elif name and (hasattr(module, "parametrizations") or name in pruned):
+            owners[name] = name
+    return owners
 
 
 def _run(model: nn.Module, case: Case, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fuzz.builder import Builder, Rejected, Value, production
+from fuzz.builder import Builder, Linear, Rejected, Value, production
 from fuzz.layers import LAST, applied, make_linear
 
 ROWS = "vs12"
@@ -113,13 +113,22 @@ def checkpointed(b: Builder, h: Value) -> Value:
     return b.value(f"checkpoint({call}, {h.name}, use_reentrant={reentrant})", h.layout)
 
 
+def _first_layer(b: Builder, h: Value) -> tuple[Linear, Value]:
+    """A layer that keeps the width, applied."""
+    d = b.shape(h)[-1]
+    layer = make_linear(b, d, d, "module")
+    value = b.value(f"{applied(b, layer, h.name, len(b.shape(h)), 0)}.tanh()", h.layout)
+    return layer, value
+
+
 @production("vs", 1.2, strange=True)
 def weight_used_elsewhere(b: Builder, h: Value) -> Value:
     d = b.shape(h)[-1]
     known = [x for x in b.linears if x.kind == "module" and d in (x.inputs, x.outputs)]
-    if not known:
-        raise Rejected("no layer of this width")
-    layer = b.pick(known)
+    if known:
+        layer = b.pick(known)
+    else:
+        layer, h = _first_layer(b, h)
     W, x = f"self.{layer.name}.weight", h.name
     forms = []
     if layer.outputs == d:
@@ -133,6 +142,10 @@ def weight_used_elsewhere(b: Builder, h: Value) -> Value:
     if layer.inputs == d:
         forms += [f"{x} * {W}.norm()", f"{x} + {W}.sum(0)", f"{x} * {W}[0]", f"{x} - {W}.mean()"]
         forms += [f"F.linear({x}, 2 * {W})", f"F.linear({x}, {W}.tanh())"]
+        forms += [f"F.linear({x}, {W}[:1])", f"F.linear({x}, cut({W}))", f"F.linear({x}, {W} * 1)"]
+        forms += [f"F.linear({x}, {W}.reshape(-1, {d}))", f"F.linear({x}, {W}.clone())"]
+        L = f"self.{layer.name}"
+        forms += [f"torch.func.functional_call({L}, dict({L}.named_parameters()), ({x},))"]
         forms += [f"F.linear({x}, F.normalize({W}, dim=1))"]
     b.program.odd.add(layer.name)
     return b.value(b.pick(forms), h.layout)
@@ -164,9 +177,10 @@ def tied(b: Builder, h: Value) -> Value:
     """A second layer with the weight of a first."""
     d = b.shape(h)[-1]
     known = [x for x in b.linears if x.inputs == d and x.kind == "module"]
-    if not known:
-        raise Rejected("no layer of this width")
-    first = b.pick(known)
+    if known:
+        first = b.pick(known)
+    else:
+        first, h = _first_layer(b, h)
     layer = make_linear(b, d, first.outputs, "module")
     b.setup(f"self.{layer.name}.weight = self.{first.name}.weight")
     return b.value(applied(b, layer, h.name, len(b.shape(h))), h.layout)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.utils.prune
 from torch import Tensor, nn
 
-__all__ = ["NAMES", "Conv1D", "Reversed", "SubLinear", "derivative", "replaced"]
+__all__ = ["NAMES", "Conv1D", "Reversed", "SubLinear", "Block", "derivative", "hooked", "replaced", "with_hook"]
 
 
 class SubLinear(nn.Linear):
@@ -70,6 +70,41 @@ def replaced(module: nn.Module) -> nn.Module:
     return module
 
 
+def hooked(x: Tensor) -> Tensor:
+    """x with half its gradient, by a hook on the tensor."""
+    y = x * 1.0
+    if y.requires_grad:
+        y.register_hook(lambda gradient: gradient * 0.5)
+    return y
+
+
+def with_hook(module: nn.Module, kind: str) -> nn.Module:
+    """The module with a hook of its user's."""
+    if kind == "pre":
+        module.register_forward_pre_hook(lambda _, args: (args[0] * 2.0,))
+    elif kind == "post":
+        module.register_forward_hook(lambda _, args, z: z.tanh())
+    elif kind == "look":
+        module.register_forward_hook(lambda _, args, z: None)
+    else:
+        module.register_full_backward_hook(lambda _, before, after: None)
+    return module
+
+
+class Block(nn.Module):
+    """Two linear layers with a residual, one of them used twice."""
+
+    def __init__(self, d: int, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(d, hidden), nn.Linear(hidden, d, bias=False)
+        self.steps = nn.ModuleList([nn.LayerNorm(d), nn.Linear(d, d)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x + self.down(nn.functional.relu(self.up(x)))
+
+
 def derivative(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """d sum(function(x)) / dx, differentiable in the weights; x counts as a constant."""
     with torch.enable_grad():
@@ -87,4 +122,7 @@ NAMES: dict[str, Any] = {
     "Cubed": Cubed,
     "replaced": replaced,
     "derivative": derivative,
+    "hooked": hooked,
+    "with_hook": with_hook,
+    "Block": Block,
 }

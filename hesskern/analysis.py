@@ -358,7 +358,7 @@ def _look_at_layer(
         overlap = metrics.subspace_overlap(exact.vectors, kronecker.vectors)
         rayleigh = (kronecker.vectors * (H @ kronecker.vectors)).sum(0).double()
         captured = rayleigh.cumsum(0) / exact.values.double().cumsum(0)
-        singular_values = metrics.singular_values(exact.vectors, factors.layer_shape)
+        singular_values = metrics.singular_values(exact.vectors, factors.weight_shape)
     with clock.step(f"decoupling error of {name}"):
         clock(f"decoupling error of {name}", 0, None)
         decoupling = metrics.decoupling_error(H, K)

@@ -19,6 +19,7 @@ from hesskern.forward_pass import (
     check_repeatable,
     frozen_eval,
     model_device,
+    noted_hooks,
     random_state,
     run_model,
 )
@@ -346,10 +347,12 @@ class Capture:
     _called: set[str] = field(default_factory=set)
     _without_gradients: set[str] = field(default_factory=set)
     _computed: dict[str, list[GradientEdge]] = field(default_factory=dict)
+    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _results: list[Any] = field(default_factory=list)
     _given: list[tuple[Any, Tensor]] = field(default_factory=list)
     _flat: set[Any] = field(default_factory=set)
     _copy: bool = False
+    _hooked: bool = False
 
     def __enter__(self) -> Capture:
         self._modules = dict(self.model.named_modules())
@@ -427,6 +430,7 @@ class Capture:
             if name not in self._leaves:
                 weight = getattr(module, attribute)
                 if isinstance(weight, Tensor) and weight.requires_grad:
+                    self._shapes[name] = tuple(weight.shape)
                     self._computed.setdefault(name, []).append(get_gradient_edge(weight))
             if not isinstance(z, Tensor) or z.grad_fn is None:
                 return None
@@ -487,9 +491,8 @@ class Capture:
             if leaf is not None:
                 edges, shape = (get_gradient_edge(leaf),), tuple(leaf.shape)
             else:
-                module, attribute = weight_of(self._modules, name)
                 edges = tuple(dict.fromkeys(self._computed.get(name, ())))
-                shape = tuple(getattr(module, attribute).shape)
+                shape = self._shapes.get(name, spec.shape)
             bias = self._biases.get(name)
             targets[name] = Target(
                 shape,
@@ -582,7 +585,8 @@ class Capture:
             use.outputs[0] if use.settings is not None else product(use.outputs[:-1])
             for _, use in flat
         ]
-        found: list[Arrangement | str | None] = list(prove(outputs, [use.node for _, use in flat]))
+        proved = prove(outputs, [use.node for _, use in flat])
+        found: list[Arrangement | str | None] = [*proved.arrangements]
         alive = set(in_order([outputs.grad_fn] if outputs.grad_fn is not None else []))
         for i, (_, use) in enumerate(flat):
             if use.node not in alive:
@@ -593,7 +597,7 @@ class Capture:
             if found[i] is not None:
                 self.evidence.note(name, "graph")
         if open_calls:
-            how, answers = self._looked_into(outputs, flat, rows, open_calls)
+            how, answers = self._looked_into(outputs, flat, rows, open_calls, proved.steady)
             for i, answer in zip(open_calls, answers, strict=True):
                 found[i] = answer
                 self.evidence.note(flat[i][0], how)
@@ -609,8 +613,13 @@ class Capture:
         flat: list[tuple[str, WeightUse]],
         rows: list[int],
         open_calls: list[int],
+        steady: bool,
     ) -> tuple[str, list[Arrangement | str]]:
-        """How calls were looked into that the graph proves nothing about, and what was found."""
+        """How calls were looked into that the graph proves nothing about, and what was found.
+
+        What was found holds for the batches that follow where the graph stays the same and moves
+        rows in no other way there.
+        """
         samples = len(outputs)
         first = [Arrangement(1, samples, rows[i] // samples) for i in open_calls]
         if samples == 1:
@@ -618,7 +627,7 @@ class Capture:
         if not self.evidence.check:
             return "unchecked", [*first]
         route = _route(outputs, [flat[i][1].node for i in open_calls])
-        known = self.evidence.probed.get(route)
+        known = self.evidence.probed.get(route) if steady else None
         if known is not None:
             again = [
                 p.answer.like(rows[i], samples) if isinstance(p.answer, Arrangement) else p.answer
@@ -636,7 +645,10 @@ class Capture:
         self.evidence.probed[route] = probed
         return "probe", [p.answer for p in probed]
 
-    def _run(self, batch: Batch) -> tuple[Tensor, list[GradientEdge]]:
+    def _note_hook(self) -> None:
+        self._hooked = True
+
+    def _run(self, batch: Batch) -> tuple[Tensor, Cuts]:
         """Outputs [N, ...], and what the model has taken out of the graph, where that counts."""
         self._computed, self._results, self._given, self._flat = {}, [], [], set()
         kind_of_device, dtype, enabled = self._autocast
@@ -645,12 +657,13 @@ class Capture:
         with (
             torch.autocast(kind_of_device, dtype, enabled=enabled),
             parametrize.cached(),
+            noted_hooks(self._note_hook),
             cuts if self.examine else nullcontext(),
         ):
             outputs = run_model(self.model, batch.inputs)
         with torch.autocast(kind_of_device, dtype, enabled=enabled):
             check_repeatable(self.model, batch.inputs, outputs, before, batch.index)
-        return outputs, cuts.edges
+        return outputs, cuts
 
     def backward(
         self, outputs: Tensor, row: Tensor, uses: dict[str, list[LayerUse]], last: bool
@@ -707,7 +720,11 @@ class Capture:
             to share.
         """
         layers = uses.values()
-        if rows < 2 or any(use.arrangement.outer != 1 for layer in layers for use in layer):
+        if (
+            rows < 2
+            or self._hooked
+            or any(use.arrangement.outer != 1 for layer in layers for use in layer)
+        ):
             return None
         plan = Propagation.plan(outputs, [use.edge for layer in uses.values() for use in layer])
         if plan is None:
@@ -732,7 +749,7 @@ class Capture:
         outputs: Tensor,
         uses: dict[str, list[LayerUse]],
         targets: dict[str, Target],
-        cuts: list[GradientEdge],
+        cuts: Cuts,
     ) -> None:
         """Finds layers whose block is not the Hessian."""
         edges = {name: list(targets[name].edges) for name in uses}
@@ -741,12 +758,14 @@ class Capture:
             if len(uses[name]) > 1 and operation in ("Addmm", "Bmm", "Convolution", "Linear", "Mm"):
                 text = f"is used {len(uses[name])} times in one forward pass, one after the other"
             self.inexact.setdefault(name, text)
-        lost = set(in_order([edge.node for edge in cuts]))
+        lost = set(in_order([edge.node for edge in cuts.edges]))
         for name in uses:
-            if any(edge.node in lost for edge in edges[name]):
+            if cuts.unknown or any(edge.node in lost for edge in edges[name]):
                 self.inexact.setdefault(
                     name, "acts on a value that forward() takes out of the graph (detach, no_grad)"
                 )
+            elif self._hooked:
+                self.inexact.setdefault(name, "lies in a model that hooks its gradients")
 
 
 def _by_call(given: list[tuple[Any, Tensor]]) -> dict[Any, Tensor]:

@@ -29,6 +29,7 @@ class CorrectedOperator(EigenbasisOperator):
                 f"values must be [m, d] = {list(like.layer_shape)}, got {list(values.shape)}"
             )
         self.layer_shape, self.groups = like.layer_shape, like.groups
+        self.transposed = like.transposed
         self.shape, self.dtype, self.device = like.shape, like.dtype, like.device
         self._left, self._right, _ = like.eigenbases
         self.values = values.to(like.dtype)
@@ -48,7 +49,7 @@ class CorrectedOperator(EigenbasisOperator):
 
     def diagonal(self) -> Tensor:
         parts = [u.square() @ s @ v.square().T for u, v, s in zip(*self.eigenbases, strict=True)]
-        return torch.cat([part.flatten() for part in parts])
+        return self._outward(torch.cat([part.flatten() for part in parts]))
 
 
 def eigenvalue_corrected(H: LayerHessian, K: EigenbasisOperator) -> CorrectedOperator:

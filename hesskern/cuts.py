@@ -45,11 +45,13 @@ class Cuts(TorchFunctionMode):
 
     Attributes:
         edges: where these values stand in the graph.
+        unknown: whether some stand where the graph does not show them (inside ``torch.func``).
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.edges: list[GradientEdge] = []
+        self.unknown = False
 
     def __torch_function__(
         self,
@@ -63,11 +65,20 @@ class Cuts(TorchFunctionMode):
         if not sources or _paused or _name(func) in _SHAPE_ALONE:
             return func(*args, **kwargs)
         # Before the call: an operation in place would change what the tensor stands for.
-        edges = [get_gradient_edge(t) for t in sources]
+        edges = [_edge(t) for t in sources]
         result = func(*args, **kwargs)
         if func in _OPAQUE or _is_cut(func, sources, args, result):
-            self.edges += edges
+            self.edges += [edge for edge in edges if edge is not None]
+            self.unknown |= None in edges
         return result
+
+
+def _edge(tensor: Tensor) -> GradientEdge | None:
+    """Where the tensor stands; None where its graph is another level's of torch.func."""
+    try:
+        return get_gradient_edge(tensor)
+    except (AttributeError, RuntimeError):
+        return None
 
 
 def _is_cut(func: Any, sources: list[Tensor], args: tuple[Any, ...], result: Any) -> bool:

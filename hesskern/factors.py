@@ -64,6 +64,11 @@ class LayerFactors:
         return self.spec.shape
 
     @property
+    def weight_shape(self) -> tuple[int, int]:
+        """(m, d), or (d, m) for a weight that is kept transposed: the order of flat vectors."""
+        return self.spec.weight_shape
+
+    @property
     def groups(self) -> int:
         return self.spec.groups
 
@@ -103,10 +108,12 @@ class LayerFactors:
         return (left * (1.0 if left.sum() >= 0 else -1.0)).to(mean.dtype)
 
     def operator(self) -> KroneckerOperator:
-        """K = E[M] (x) E[x x^T], [m d, m d], row-major weight order; block diagonal over groups."""
+        """K = E[M] (x) E[x x^T], [m d, m d], in the weight's order; block diagonal over groups."""
         from hesskern.operators import KroneckerOperator
 
-        return KroneckerOperator(self.output_hessian, self.input_covariance)
+        return KroneckerOperator(
+            self.output_hessian, self.input_covariance, transposed=self.spec.transposed
+        )
 
     def eigsh(self, k: int) -> EigenResult:
         """Top k eigenpairs of :meth:`operator` from the factors' own, which is never formed."""

@@ -36,7 +36,7 @@ class GaussNewton(CurvatureOperator):
     its diagonal blocks are the layer-wise Gauss-Newton blocks. For piecewise linear networks these
     are the blocks of the Hessian, which G misses in the blocks between layers only.
 
-    Vectors hold the layers' matrices [m, d] one after the other, flattened row by row; see
+    Vectors hold the layers' weights one after the other, each flattened as it is kept; see
     :attr:`slices` and :meth:`split`.
 
     Args:
@@ -108,6 +108,7 @@ class GaussNewton(CurvatureOperator):
             warn_left_out(model, reached, self.skipped, 2)
         self.checked = {s.name: source.evidence.found.get(s.name, "graph") for s in reached}
         self.layer_shapes = {spec.name: spec.shape for spec in reached}
+        self._transposed = [spec.name for spec in reached if spec.transposed]
         self.slices: dict[str, slice] = {}
         size = 0
         for name, (m, d) in self.layer_shapes.items():
@@ -129,22 +130,46 @@ class GaussNewton(CurvatureOperator):
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
         """By layer, the matrices [m, d] of a vector [P], or [k, m, d] of a block [P, k]."""
-        shape: tuple[int, ...] = (-1,) if vectors.dim() == 2 else ()
-        rows = vectors.T if vectors.dim() == 2 else vectors
+        return self._matrices(self._inward(vectors.T if vectors.dim() == 2 else vectors))
+
+    def _matrices(self, rows: Tensor) -> dict[str, Tensor]:
+        """The same of rows [P] or [k, P], output first."""
+        shape = rows.shape[:-1]
         return {
             name: rows[..., part].reshape(*shape, *self.layer_shapes[name])
             for name, part in self.slices.items()
         }
 
+    def _inward(self, rows: Tensor) -> Tensor:
+        return self._turned(rows, flip=True)
+
+    def _outward(self, rows: Tensor) -> Tensor:
+        return self._turned(rows, flip=False)
+
+    def _turned(self, rows: Tensor, flip: bool) -> Tensor:
+        """Rows [..., P] with the matrices of weights that are kept [d, m] transposed."""
+        if not self._transposed:
+            return rows
+        rows = rows.clone()
+        for name in self._transposed:
+            part, (m, d) = rows[..., self.slices[name]], self.layer_shapes[name]
+            shape = (d, m) if flip else (m, d)
+            part.copy_(part.unflatten(-1, shape).mT.flatten(-2).clone())
+        return rows
+
     def _matmul(self, block: Tensor) -> Tensor:
         total = torch.zeros_like(block)
-        vectors = self.split(block.T)
+        vectors = self._matrices(block)
         with closing(self._pieces()) as pieces:
             for piece in pieces:
-                along = sum(_along(rows, vectors[name]) for name, rows in piece.items())
+                # Layers of a model in several precisions have rows of several.
+                along = sum(
+                    _along(rows, vectors[name].to(rows.s.dtype)).to(self.dtype)
+                    for name, rows in piece.items()
+                )
                 assert isinstance(along, Tensor)
                 for name, rows in piece.items():
-                    total[:, self.slices[name]] += _combined(rows, along)
+                    total[:, self.slices[name]] += _combined(rows, along.to(rows.s.dtype))
         return total.div_(self.num_samples)
 
     def trace(self) -> float:
@@ -160,7 +185,7 @@ class GaussNewton(CurvatureOperator):
             for piece in pieces:
                 for name, rows in piece.items():
                     total[self.slices[name]] += rows.diagonal()
-        return total.div_(self.num_samples)
+        return self._outward(total.div_(self.num_samples))
 
     def to_dense(self) -> Tensor:
         """[P, P]; for small networks."""
@@ -174,7 +199,7 @@ class GaussNewton(CurvatureOperator):
                 for name, part in piece.items():
                     rows[:, self.slices[name]] = torch.cat(list(part.dense_rows()))
                 ops.input_covariance_(total, rows, 1.0 / self.num_samples)
-        return ops.mirror_(total)
+        return self._outward_matrix(ops.mirror_(total))
 
     def stacked(self) -> StackedGaussNewton:
         """G with every layer's inputs replaced by their mean: rank sum of m at the most.
@@ -186,6 +211,10 @@ class GaussNewton(CurvatureOperator):
         hessian = torch.zeros(sum(sizes), sum(sizes), dtype=self.dtype, device=self.device)
         means = self._input_means
         for name, (_, d) in self.layer_shapes.items():
+            if name in self._transposed:
+                raise NotImplementedError(
+                    f"layer {name!r} keeps its weight transposed, and has no stacked form"
+                )
             if name not in means or means[name].shape != (d,):
                 raise NotImplementedError(
                     f"layer {name!r} is a convolution or sees sequences; the stacked output "
@@ -195,7 +224,9 @@ class GaussNewton(CurvatureOperator):
             for piece in pieces:
                 first = next(iter(piece.values())).s
                 rows = [
-                    piece[name].s if name in piece else first.new_zeros(*first.shape[:2], m)
+                    piece[name].s.to(self.dtype)
+                    if name in piece
+                    else first.new_zeros(*first.shape[:2], m, dtype=self.dtype)
                     for name, (m, _) in self.layer_shapes.items()
                 ]
                 stacked = torch.cat(rows, 2).flatten(0, 1)
@@ -245,11 +276,11 @@ def _combined(rows: SampleRows, along: Tensor) -> Tensor:
     weighted = torch.matmul(along.transpose(1, 2), rows.s.flatten(2))
     n, k = weighted.shape[:2]
     if rows.x.dim() == 2:
-        return (weighted.reshape(n, -1).T @ rows.x).reshape(k, -1)
-    m, t = rows.s.shape[2:]
+        return (weighted.flatten(1).T @ rows.x).reshape(k, -1)
+    (m, t), d = rows.s.shape[2:], rows.x.shape[1]
     outputs = weighted.reshape(n, k * m, t).transpose(0, 1).reshape(k * m, n * t)
-    inputs = rows.x.transpose(1, 2).reshape(n * t, -1)
-    return (outputs @ inputs).reshape(k, -1)
+    inputs = rows.x.transpose(1, 2).reshape(n * t, d)
+    return (outputs @ inputs).reshape(k, m * d)
 
 
 @dataclass
@@ -306,7 +337,8 @@ class _Pass(ModelRun):
                 roots = BatchRoots(capture, batch, self.loss, "exact", 1, torch.Generator(), checks)
                 count = count + roots.count
                 for name in roots.uses:
-                    self.dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
+                    dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
+                    self.dtype = torch.promote_types(self.dtype, dtype)
                     _add_inputs(sums, self.specs[name], roots)
                 yield from self._batch(roots)
                 checks.close()

@@ -17,7 +17,7 @@ from hesskern.checks import Checks
 from hesskern.layers import LayerSpec, select_layers, warn_left_out
 from hesskern.losses import Loss, resolve_loss
 from hesskern.memory import budget_for, with_less_memory
-from hesskern.operators import CurvatureOperator, EigenbasisOperator, KroneckerOperator
+from hesskern.operators import EigenbasisOperator, KroneckerOperator, LayerOperator
 from hesskern.portable import ModelRun
 from hesskern.progress import Progress, reporter
 from hesskern.pruning import kept_samples, norm_bound, prune
@@ -32,14 +32,16 @@ from hesskern.split import Split
 __all__ = ["LayerHessian", "LayerHessians", "layer_hessians"]
 
 
-class LayerHessian(CurvatureOperator):
-    """The exact layer-wise Hessian H = E[M (x) x x^T] of one layer, row-major weight order.
+class LayerHessian(LayerOperator):
+    """The exact layer-wise Hessian H = E[M (x) x x^T] of one layer, in the weight's own order.
 
     Made by :func:`layer_hessians`. Products run in fused C++/CUDA kernels over stored samples.
 
     Attributes:
         name: of the layer.
-        layer_shape: (m, d) of the weight as a matrix; vectors are such matrices, flattened.
+        layer_shape: (m, d) of the weight as a matrix.
+        weight_shape: the same, or (d, m) for a weight that is kept transposed (Conv1D of
+            transformers); vectors are such matrices, flattened.
         groups: of a convolution, 1 otherwise.
         is_exact: True if this is the Hessian, as double backward has it at these weights: all that
             follows the layer is piecewise linear, and its uses do not follow one another. False: it
@@ -72,6 +74,7 @@ class LayerHessian(CurvatureOperator):
         self.name = spec.name
         self.layer_shape = spec.shape
         self.groups = spec.groups
+        self.transposed = spec.transposed
         size = spec.outputs * spec.inputs
         self.shape = (size, size)
         self.dtype, self.device = dtype, device
@@ -161,7 +164,7 @@ class LayerHessian(CurvatureOperator):
             total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
             for chunk in chunks:
                 total += chunk.diagonal()
-            return total / self.num_samples
+            return self._outward(total) / self.num_samples
 
     def inner(self, K: KroneckerOperator) -> float:
         """<H, K> = tr(H K) = 1/N sum_nc <R_nc, A R_nc B> with R_nc = sum_t s_nct x_nt^T; exact.
@@ -206,6 +209,10 @@ class LayerHessian(CurvatureOperator):
                 f"K must be of shape {self.layer_shape} with groups={self.groups}, got "
                 f"{K.layer_shape} with groups={K.groups}"
             )
+        if K.transposed != self.transposed:
+            raise ValueError(
+                f"K must have transposed={self.transposed}, as the layer's weight is kept"
+            )
         if K.dtype != self.dtype or K.device != self.device:
             raise ValueError(
                 f"K must be {self.dtype} on {self.device}, got {K.dtype} on {K.device}"
@@ -243,7 +250,7 @@ class LayerHessian(CurvatureOperator):
         rows = [rows for chunk in chunks for rows in chunk.dense_rows()]
         if not rows:
             return None
-        return torch.cat(rows) / self.num_samples**0.5
+        return self._outward(torch.cat(rows)) / self.num_samples**0.5
 
     def to_dense(self) -> Tensor:
         """[P, P]; for small layers."""
@@ -252,7 +259,7 @@ class LayerHessian(CurvatureOperator):
             for chunk in chunks:
                 for rows in chunk.dense_rows():
                     ops.input_covariance_(total, rows, 1.0 / self.num_samples)
-            return ops.mirror_(total)
+            return self._outward_matrix(ops.mirror_(total))
 
 
 class LayerHessians(dict[str, LayerHessian]):

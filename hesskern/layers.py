@@ -60,6 +60,11 @@ class LayerSpec:
         return self.outputs, self.inputs
 
     @property
+    def weight_shape(self) -> tuple[int, int]:
+        """The same as the weight is kept, in the order of flat vectors: (d, m) if transposed."""
+        return (self.inputs, self.outputs) if self.transposed else self.shape
+
+    @property
     def weight_inputs(self) -> int:
         """d without the bias."""
         return self.inputs - int(self.joint)
@@ -154,7 +159,10 @@ def _nothing(modules: Mapping[str, nn.Module], skipped: Mapping[str, str]) -> st
 def weight_of(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]:
     """The module that holds a layer's weight, and the attribute's name."""
     module = modules.get(name)
-    if module is not None and hasattr(module, "weight"):
+    # A parametrized weight is not asked for: in training mode that may change its buffers.
+    if module is not None and (
+        isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) or "weight" in module._parameters
+    ):
         return module, "weight"
     owner, _, own = name.rpartition(".")
     holder = modules[owner]
@@ -200,8 +208,9 @@ def warn_left_out(
     weights: dict[int, int] = {}
     for spec in covered:
         module, attribute = weight_of(modules, spec.name)
-        held = [getattr(module, attribute), bias_of(modules, spec) if spec.joint else None]
-        weights.update((id(tensor), tensor.numel()) for tensor in held if tensor is not None)
+        weight = module._parameters.get(attribute)
+        key = id(module) if weight is None else id(weight)
+        weights[key] = spec.outputs * spec.inputs
     text = "; ".join(f"{name!r} {skipped[name]}" for name in left_out)
     warnings.warn(
         f"left out: {text}. What is returned covers {sum(weights.values()) / max(total, 1):.1%} of "
@@ -239,9 +248,11 @@ def _specify(name: str, module: nn.Module, joint: bool) -> tuple[list[LayerSpec]
     if plain and type(module).__module__.startswith("torch.ao."):
         return [], f"is a {type(module).__name__}; quantized layers are not supported"
     if plain:
-        reason = _unusable(module.weight)
-        if reason:
-            return [], reason
+        own = module._parameters.get("weight")
+        held = [own] if own is not None else list(module.parameters())
+        reason = next(filter(None, (_unusable(p) for p in held)), None)
+        if reason or not held:
+            return [], reason or "has no weight parameter"
         more = (
             [] if type(module).__module__.startswith("torch.") else _matrices(name, module, joint)
         )
@@ -321,7 +332,8 @@ def _attention(
 def _of_module(name: str, module: nn.Module, joint: bool) -> LayerSpec:
     joint = joint and module.bias is not None
     if isinstance(module, nn.Linear):
-        m, d = module.weight.shape
+        weight = module._parameters.get("weight")
+        m, d = (module.out_features, module.in_features) if weight is None else weight.shape
         return LayerSpec(name, "linear", m, d + int(joint), joint)
     assert isinstance(module, (nn.Conv1d, nn.Conv2d))
     taps = 1

@@ -83,7 +83,9 @@ def eigenvector_correspondence(vectors: Tensor, factors: LayerFactors) -> Corres
         raise NotImplementedError(
             f"layer {factors.name!r} has {factors.groups} groups and no single input eigenbasis"
         )
-    matrices = _matrices(vectors, factors.layer_shape)
+    matrices = _matrices(vectors, factors.weight_shape)
+    if factors.spec.transposed:
+        matrices = matrices.mT
     _, u = torch.linalg.eigh(factors.output_hessian.double())
     _, v = torch.linalg.eigh(factors.input_covariance.double())
     u, v = u.flip(1).to(matrices), v.flip(1).to(matrices)
@@ -108,7 +110,7 @@ def singular_values(vectors: Tensor, layer_shape: tuple[int, int]) -> Tensor:
 
     Args:
         vectors: [m d, k].
-        layer_shape: (m, d).
+        layer_shape: (m, d), the ``weight_shape`` of the factors or the Hessian.
 
     Returns:
         [k, min(m, d)], largest first.
@@ -125,7 +127,7 @@ def rank_one_ratio(vectors: Tensor, layer_shape: tuple[int, int]) -> Tensor:
 
     Args:
         vectors: [m d, k].
-        layer_shape: (m, d).
+        layer_shape: (m, d), the ``weight_shape`` of the factors or the Hessian.
 
     Returns:
         [k].

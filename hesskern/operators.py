@@ -31,7 +31,13 @@ from hesskern.roots import checked_targets, sample_weights
 if TYPE_CHECKING:
     from hesskern.results import EigenResult
 
-__all__ = ["AutogradHessian", "CurvatureOperator", "EigenbasisOperator", "KroneckerOperator"]
+__all__ = [
+    "AutogradHessian",
+    "CurvatureOperator",
+    "EigenbasisOperator",
+    "KroneckerOperator",
+    "LayerOperator",
+]
 
 
 class CurvatureOperator(ABC):
@@ -48,7 +54,19 @@ class CurvatureOperator(ABC):
 
     @abstractmethod
     def _matmul(self, block: Tensor) -> Tensor:
-        """Product with rows: block [k, P] -> [k, P]."""
+        """Product with rows: block [k, P] -> [k, P], matrices [m, d] output first."""
+
+    def _inward(self, rows: Tensor) -> Tensor:
+        """[k, P] output first of rows in the order of the weight's memory."""
+        return rows
+
+    def _outward(self, rows: Tensor) -> Tensor:
+        """[k, P] in the order of the weight's memory of rows output first."""
+        return rows
+
+    def _outward_matrix(self, matrix: Tensor) -> Tensor:
+        """[P, P] with both axes in the order of the weight's memory."""
+        return self._outward(self._outward(matrix).T).T
 
     @abstractmethod
     def trace(self) -> float:
@@ -78,8 +96,8 @@ class CurvatureOperator(ABC):
             if vectors.is_inference():
                 vectors = vectors.clone()
             if vectors.dim() == 1:
-                return self._matmul(vectors.unsqueeze(0))[0]
-            return self._matmul(vectors.T.contiguous()).T
+                return self._outward(self._matmul(self._inward(vectors.unsqueeze(0))))[0]
+            return self._outward(self._matmul(self._inward(vectors.T.contiguous()))).T
 
     def to_dense(self) -> Tensor:
         """[P, P]; for small layers."""
@@ -104,7 +122,34 @@ class CurvatureOperator(ABC):
         return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]}, {self.dtype})"
 
 
-class EigenbasisOperator(CurvatureOperator):
+class LayerOperator(CurvatureOperator):
+    """A symmetric matrix over one layer's weight.
+
+    Attributes:
+        layer_shape: (m, d) of the weight as a matrix.
+        transposed: whether the weight is kept as [d, m], and flat vectors with it.
+    """
+
+    layer_shape: tuple[int, int]
+    transposed: bool = False
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """(m, d), or (d, m) if transposed: vectors are such matrices, flattened."""
+        m, d = self.layer_shape
+        return (d, m) if self.transposed else (m, d)
+
+    def _inward(self, rows: Tensor) -> Tensor:
+        return self._turned(rows, self.weight_shape)
+
+    def _outward(self, rows: Tensor) -> Tensor:
+        return self._turned(rows, self.layer_shape)
+
+    def _turned(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
+        return rows.unflatten(-1, shape).mT.flatten(-2) if self.transposed else rows
+
+
+class EigenbasisOperator(LayerOperator):
     """A symmetric matrix that is diagonal in a Kronecker eigenbasis u_i (x) v_j.
 
     Attributes:
@@ -112,7 +157,6 @@ class EigenbasisOperator(CurvatureOperator):
         groups: with groups the matrix is block diagonal.
     """
 
-    layer_shape: tuple[int, int]
     groups: int
 
     @property
@@ -154,7 +198,7 @@ class EigenbasisOperator(CurvatureOperator):
         v = torch.stack(right)[group, :, column]
         vectors = torch.zeros(k, self.groups, m, d, dtype=self.dtype, device=self.device)
         vectors[torch.arange(k), group] = u.unsqueeze(2) * v.unsqueeze(1)
-        vectors = vectors.flatten(1).T
+        vectors = self._outward(vectors.flatten(1)).T
         scale = flat.abs().max().clamp(min=torch.finfo(self.dtype).tiny)
         residuals = (self @ vectors - vectors * values).norm(dim=0) / scale
         return EigenResult(values, vectors, residuals, True, 0)
@@ -172,7 +216,7 @@ class EigenbasisOperator(CurvatureOperator):
             [P, k].
         """
         left, right, products = self.eigenbases
-        blocks = self._blocks(vectors.T.contiguous())
+        blocks = self._blocks(self._inward(vectors.T.contiguous()))
         theta = shifts.to(self.dtype).reshape(-1, 1, 1)
         info = torch.finfo(self.dtype)
         largest = torch.stack([s.abs().max() for s in products]).max()
@@ -183,7 +227,7 @@ class EigenbasisOperator(CurvatureOperator):
             difference = s - theta
             sign = torch.where(difference >= 0, 1.0, -1.0).to(self.dtype)
             scaled.append(y / (sign * torch.maximum(difference.abs(), gap)))
-        return self._joined(ops.grouped_kron_matmul(left, right, scaled)).T
+        return self._outward(self._joined(ops.grouped_kron_matmul(left, right, scaled))).T
 
 
 class KroneckerOperator(EigenbasisOperator):
@@ -194,13 +238,15 @@ class KroneckerOperator(EigenbasisOperator):
     Args:
         A: [m, m] symmetric, e.g. the output Hessian.
         B: [d, d] symmetric, e.g. the input covariance; or [g, d, d].
+        transposed: whether vectors are matrices [d, m] flattened, as the weight is kept: the matrix
+            is then B (x) A.
 
     Raises:
         TypeError: a factor is not a tensor.
         ValueError: a factor is not square, dtypes or devices differ, or g does not divide m.
     """
 
-    def __init__(self, A: Tensor, B: Tensor) -> None:
+    def __init__(self, A: Tensor, B: Tensor, *, transposed: bool = False) -> None:
         for name, factor in (("A", A), ("B", B)):
             if not isinstance(factor, Tensor):
                 raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
@@ -218,6 +264,7 @@ class KroneckerOperator(EigenbasisOperator):
             raise ValueError(f"B has {groups} groups, which do not divide m = {A.shape[0]}")
         self.A, self.B = A, B
         self.groups = groups
+        self.transposed = transposed
         self.layer_shape = (A.shape[0], B.shape[-1])
         size = A.shape[0] * B.shape[-1]
         self.shape = (size, size)
@@ -239,6 +286,10 @@ class KroneckerOperator(EigenbasisOperator):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._cut()
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """[k, P] products with rows [k, P] of matrices [m, d], output first whatever the weight."""
+        return self._matmul(rows)
 
     def _matmul(self, block: Tensor) -> Tensor:
         return self._joined(ops.grouped_kron_matmul(self._left, self._right, self._blocks(block)))
@@ -274,17 +325,15 @@ class KroneckerOperator(EigenbasisOperator):
         )
 
     def diagonal(self) -> Tensor:
-        return torch.cat(
-            [
-                torch.outer(a.diagonal(), b.diagonal()).flatten()
-                for a, b in zip(self._left, self._right, strict=True)
-            ]
-        )
+        parts = [
+            torch.outer(a.diagonal(), b.diagonal()).flatten()
+            for a, b in zip(self._left, self._right, strict=True)
+        ]
+        return self._outward(torch.cat(parts))
 
     def to_dense(self) -> Tensor:
-        return torch.block_diag(
-            *(torch.kron(a, b) for a, b in zip(self._left, self._right, strict=True))
-        )
+        pairs = zip(self._left, self._right, strict=True)
+        return self._outward_matrix(torch.block_diag(*(torch.kron(a, b) for a, b in pairs)))
 
 
 class AutogradHessian(Portable, CurvatureOperator):
@@ -306,7 +355,8 @@ class AutogradHessian(Portable, CurvatureOperator):
         TypeError: ``model`` is not a module, or ``data`` not iterable.
         ValueError: a name is unknown, or the data is empty or can be iterated only once. At a
             product: the outputs are random, or a parameter's module runs under no_grad() alone.
-        NotImplementedError: a parameter is complex or of integers.
+        NotImplementedError: a parameter is complex or of integers. At a product: the model holds an
+            operation without a second derivative.
     """
 
     def __init__(
@@ -397,19 +447,31 @@ class AutogradHessian(Portable, CurvatureOperator):
                 if not flat.requires_grad:
                     continue
                 for j, vector in enumerate(block):
-                    products = torch.autograd.grad(
-                        flat,
-                        self._parameters,
-                        grad_outputs=vector,
-                        retain_graph=j < len(block) - 1,
-                        materialize_grads=True,
-                    )
-                    total[j] += torch.cat([p.reshape(-1) for p in products])
+                    total[j] += self._again(flat, vector, keep=j < len(block) - 1)
             modes.check()
         count = float(total_weight)
         if count == 0:
             raise ValueError("data yielded no samples")
         return total / count
+
+    def _again(self, gradient: Tensor, vector: Tensor, keep: bool) -> Tensor:
+        """[P] derivative of <gradient, vector>, both [P]."""
+        try:
+            products = torch.autograd.grad(
+                gradient,
+                self._parameters,
+                grad_outputs=vector,
+                retain_graph=keep,
+                materialize_grads=True,
+            )
+        except RuntimeError as error:
+            if "derivative for" not in str(error):
+                raise
+            raise NotImplementedError(
+                "model holds an operation that torch cannot differentiate twice "
+                f"({str(error).splitlines()[0]}); layer_hessians needs its first derivative alone"
+            ) from error
+        return torch.cat([p.reshape(-1) for p in products])
 
     def trace(self) -> float:
         """Exact, by P products; for small models."""

@@ -55,6 +55,14 @@ def _kind(node: Any) -> str:
     return name.rstrip("0123456789").removesuffix("Backward")
 
 
+def _takes_complex(node: Any) -> bool:
+    """Whether an operand is complex: its absolute value is no piecewise linear function."""
+    return any(
+        parent is not None and parent._input_metadata[number].dtype.is_complex
+        for parent, number in node.next_functions
+    )
+
+
 def _curved(node: Any, operands: list[int]) -> int:
     """Layers in which an operation is not piecewise linear; sets of layers are bit masks.
 
@@ -72,6 +80,8 @@ def _curved(node: Any, operands: list[int]) -> int:
         function = getattr(node, "_forward_cls", None)
         return 0 if getattr(function, "piecewise_linear", False) else everything
     kind = _kind(node)
+    if kind in ("Abs", "Sgn") and _takes_complex(node):
+        return everything
     if kind in _LINEAR:
         return 0
     # In training mode it normalizes by statistics of the data itself (so does instance norm).

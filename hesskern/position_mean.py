@@ -15,7 +15,7 @@ from hesskern.checks import Checks
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
 from hesskern.memory import budget_for
-from hesskern.operators import CurvatureOperator
+from hesskern.operators import LayerOperator
 from hesskern.portable import ModelRun
 from hesskern.progress import Progress, reporter
 from hesskern.roots import BatchRoots, accumulator_dtype
@@ -37,7 +37,7 @@ class _Chunk:
         return self.outputs.nbytes + self.inputs.nbytes
 
 
-class PositionMeanHessian(CurvatureOperator):
+class PositionMeanHessian(LayerOperator):
     """E[M_n (x) X_n X_n^T]: a layer's Hessian with gradients averaged over positions, per sample.
 
     With positions t a sample's exact share of the Hessian is sum_tt' M_n,tt' (x) x_nt x_nt'^T.
@@ -58,14 +58,14 @@ class PositionMeanHessian(CurvatureOperator):
 
     def __init__(
         self,
-        layer_shape: tuple[int, int],
+        spec: LayerSpec,
         chunks: list[_Chunk] | _Pass,
         num_samples: float,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.layer_shape = layer_shape
-        size = layer_shape[0] * layer_shape[1]
+        self.layer_shape, self.transposed = spec.shape, spec.transposed
+        size = spec.outputs * spec.inputs
         self.shape = (size, size)
         self.num_samples = num_samples
         self.dtype, self.device = dtype, device
@@ -108,7 +108,7 @@ class PositionMeanHessian(CurvatureOperator):
         with closing(self._samples()) as chunks:
             for chunk in chunks:
                 total += _diagonals(chunk.outputs).T @ _input_diagonals(chunk)
-        return (total / self.num_samples).flatten().to(self.dtype)
+        return self._outward((total / self.num_samples).flatten()).to(self.dtype)
 
 
 def _diagonals(matrices: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ def position_mean_hessian(
     # A layer that was fit before is not to be skipped in silence.
     source.spec = replace(spec, required=True)
     return PositionMeanHessian(
-        spec.shape,
+        spec,
         source if chunks is None else chunks,
         source.count,
         source.dtype,

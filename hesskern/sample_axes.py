@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge
 
 from hesskern.graph import axis_of, in_order, kind, output_shape, passes_gradients, product
 
-__all__ = ["Arrangement", "Probed", "probe", "prove"]
+__all__ = ["Arrangement", "Probed", "Proved", "probe", "prove"]
 
 # Of a row's gradient: what a coupling must exceed to be seen.
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -76,7 +76,21 @@ class _Axis:
     inner: int
 
 
-def prove(outputs: Tensor, calls: list[Any]) -> list[Arrangement | None]:
+@dataclass(frozen=True)
+class Proved:
+    """What the graph says.
+
+    Attributes:
+        arrangements: for every call, or None where operations are not known to keep samples apart.
+        steady: whether what they do to the samples is the same in all batches; a selection by
+            numbers, or a product with an input, may move other rows in the next one.
+    """
+
+    arrangements: list[Arrangement | None]
+    steady: bool
+
+
+def prove(outputs: Tensor, calls: list[Any]) -> Proved:
     """Arrangements that the graph proves.
 
     Args:
@@ -85,12 +99,12 @@ def prove(outputs: Tensor, calls: list[Any]) -> list[Arrangement | None]:
             convolutions.
 
     Returns:
-        for every call its arrangement, or None where operations are not known to keep samples
-        apart.
+        :class:`Proved`.
     """
     if outputs.grad_fn is None:
-        return [None] * len(calls)
-    return _Proof(outputs, calls).arrangements()
+        return Proved([None] * len(calls), True)
+    proof = _Proof(outputs, calls)
+    return Proved(proof.arrangements(), proof.steady())
 
 
 class _Proof:
@@ -145,14 +159,40 @@ class _Proof:
         if there is None or not 0 <= there.axis < len(source):
             return None
         period = there.inner * self._samples
-        return there if period and source[there.axis] % period == 0 else None
+        if not period or source[there.axis] == 0 or source[there.axis] % period:
+            return None
+        return there
+
+    def steady(self) -> bool:
+        """Whether no operation moves rows by values."""
+        return all(self._is_steady(node) for node in self._needed)
+
+    def _is_steady(self, node: Any) -> bool:
+        if passes_gradients(node) or node in self._calls:
+            return True
+        name = kind(node)
+        if name not in _PRODUCTS:
+            return name in _RULES or name in _STEADY
+        if all(axis is not None for axis in self._after(node)):
+            return True
+        # With an operand that is no layer's, which may be another one in the next batch.
+        operands = node.next_functions[-2:]
+        return all(follower in self._needed for follower, _ in operands)
+
+    def _after(self, node: Any) -> list[_Axis | None]:
+        """Where samples are in the operands that gradients go on to."""
+        return [
+            self._axes.get((follower, number))
+            for follower, number in node.next_functions
+            if follower in self._needed
+        ]
 
     def arrangements(self) -> list[Arrangement | None]:
         return [self._arrangement(node) for node in self._calls]
 
     def _arrangement(self, node: Any) -> Arrangement | None:
         here, shape = self._axes.get((node, 0)), output_shape(node)
-        if here is None or shape is None:
+        if here is None or shape is None or not product(shape):
             return None
         if kind(node) == "Convolution":
             rows, inner = shape[0], here.inner
@@ -204,7 +244,7 @@ def _elementwise(step: _Step) -> _Axis | None:
 
 
 def _reshaped(step: _Step) -> _Axis | None:
-    if product(step.shape) != product(step.source):
+    if product(step.shape) != product(step.source) or not product(step.shape):
         return None
     inner = step.here.inner * product(step.shape[step.here.axis + 1 :])
     stride = 1
@@ -416,6 +456,21 @@ class Probed:
 
     answer: Arrangement | str
     idle: bool
+
+
+_PRODUCTS = frozenset(("Addmm", "Bmm", "Linear", "Mm"))
+
+# What these do to the samples follows from shapes alone, whether or not it keeps them apart.
+_STEADY = frozenset(
+    (
+        "AsStrided AvgPool3D Col2Im Convolution CopySlices Copy CudnnRnn Cummax Cumprod"
+        " FftC2C FftC2R FftR2C FusedRmsNorm Im2Col LinalgVectorNorm MaxPool3DWithIndices"
+        " MkldnnRnnLayer NativeDropout Norm PixelShuffle PixelUnshuffle Prod Repeat"
+        " ReflectionPad1D ReflectionPad3D ReplicationPad1D ReplicationPad3D SelectScatter"
+        " SliceScatter Std ThnnFusedGruCell ThnnFusedLstmCell Trilinear Unfold UpsampleLinear1D"
+        " UpsampleNearest1D UpsampleNearest3D UpsampleTrilinear3D WeightNormInterface"
+    ).split()
+)
 
 
 def probe(outputs: Tensor, edges: list[GradientEdge], rows: list[int]) -> list[Probed]:

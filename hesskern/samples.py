@@ -136,7 +136,7 @@ class SampleRows:
         """
         if self.stored or self._rows_are_cheaper():
             return sum(
-                float((rows * (K @ rows.T).T).sum(dtype=torch.float64))
+                float((rows * K.of_rows(rows)).sum(dtype=torch.float64))
                 for rows in self.dense_rows()
             )
         total = 0.0

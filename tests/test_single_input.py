@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from networks import classes, randn, seeded
@@ -116,9 +118,12 @@ def test_the_field_goes_with_the_rows() -> None:
     for rows in (stored, plain):
         made = [rows.select(keep), rows.heavy_first(keep), rows.part(slice(1, 3))]
         assert all(part.stored == rows.stored for part in made)
-        assert [c.stored for c in join([rows, rows])] == [rows.stored]
+        assert [c.stored for c in join([rows, replace(rows, x=rows.x.clone())], 2**25)] == [
+            rows.stored
+        ]
     assert stored.rotated().stored
-    joined = join([stored, plain, plain, stored])
+    other = replace(plain, x=plain.x.clone())
+    joined = join([stored, plain, other, stored], 2**25)
     assert [(c.stored, len(c.x)) for c in joined] == [(True, 5), (False, 10), (True, 5)]
 
 

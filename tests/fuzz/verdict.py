@@ -367,6 +367,9 @@ def _reason(name: str, skipped: Mapping[str, str] | None) -> str | None:
         return str(skipped[name])
     prefix = f"{name}." if name else ""
     inside = [reason for key, reason in skipped.items() if prefix and key.startswith(prefix)]
+    if not prefix:
+        # Parameters of the model itself are keyed by their own names.
+        inside = [reason for key, reason in skipped.items() if "." not in key]
     return str(inside[0]) if inside else None
 
 

@@ -207,7 +207,18 @@ class Factors(Mapping[str, LayerFactors]):
             "layers": layers,
         }
         with written_whole(target) as temporary:
-            save_file(tensors, temporary, metadata={"hesskern": json.dumps(header)})
+            save_file(_apart(tensors), temporary, metadata={"hesskern": json.dumps(header)})
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, copied where two share their memory, which the file's format refuses."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return found
 
 
 def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Factors:

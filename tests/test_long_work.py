@@ -16,6 +16,7 @@ from certificates import FAST, NET, blobs
 from console import run
 from torch import Tensor, nn
 
+import hesskern as hk
 from hesskern import certify_command, certify_report, files
 from hesskern.files import check_writable, drawn_or_kept, keep_if_possible, write_files
 from hesskern.pacbayes import Protocol, PublishedSettings, certify, load_certificate, procedure
@@ -95,6 +96,18 @@ def test_a_file_that_only_saves_work_may_fail(tmp_path: Path) -> None:
         assert not keep_if_possible(tmp_path / "file" / "a", lambda path: path.write_text("x"))
     assert keep_if_possible(tmp_path / "b" / "a", lambda path: path.write_text("x"))
     assert (tmp_path / "b" / "a").read_text() == "x"
+
+
+def test_factors_that_share_memory_are_saved(tmp_path: Path) -> None:
+    model, data = nn.Linear(3, 2), [(torch.randn(5, 3), torch.arange(5) % 2)]
+    found = hk.kronecker_factors(model, data, nn.CrossEntropyLoss())
+    layer = found[""]
+    twice = {name: replace(layer, spec=replace(layer.spec, name=name)) for name in ("a", "b")}
+    hk.Factors(twice, 5, {}, found.settings).save(tmp_path / "run.safetensors")
+    loaded = hk.load_factors(tmp_path / "run.safetensors")
+    for name in ("a", "b"):
+        assert torch.equal(loaded[name].input_covariance, layer.input_covariance)
+        assert torch.equal(loaded[name].output_hessian, layer.output_hessian)
 
 
 # Certificates.

@@ -7,16 +7,18 @@ import io
 import pickle
 import threading
 import weakref
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from certificates import FAST, NET, blobs
 from networks import classes, randn, seeded
 from torch import Tensor, nn
 
 import hesskern as hk
 from hesskern.losses import resolve_loss
+from hesskern.pacbayes import Protocol, certify
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -359,3 +361,18 @@ def test_results_are_equal(way: Any) -> None:
 def test_losses_are_equal(loss: nn.Module, way: Any) -> None:
     resolved = resolve_loss(loss)
     assert way(resolved) == resolved
+
+
+@ways
+def test_certificates_are_equal_and_hold(way: Any) -> None:
+    model, data = NET.build((1, 3, 4), 3), blobs()
+    found = certify(model, model, data, epochs=1, protocol=Protocol(passes=2), settings=FAST)
+    copied = way(found)
+    assert same(found, copied)
+    assert copied.model is not found.model
+    copied.verify(data)
+    assert copied.digest == found.digest
+    copied.model.register_forward_pre_hook(lambda module, inputs: None)
+    with pytest.raises(pickle.PicklingError, match=r"its model, a Sequential, cannot"):
+        pickle.dumps(copied)
+    assert same(replace(copied, model=None), pickled(replace(copied, model=None)))

@@ -20,6 +20,7 @@ from hesskern.bench.runner import run_problem
 from hesskern.bench.settings import Settings
 from hesskern.bench.suites import SUITES, sum_over
 from hesskern.command_line import command_line, running
+from hesskern.files import check_writable, write_files
 from hesskern.progress import Progress
 
 __all__ = ["bench", "run_suites"]
@@ -83,35 +84,56 @@ def bench(
         # A file or a pipe has no width; rich would take 80.
         console.width = 160
     with running(context) as progress:
+        if output is not None:
+            check_writable(output)
+        if json_file is not None and not to_stdout:
+            check_writable(json_file.absolute().parent, "json: folder")
         machine = facts(settings.threads)
         names = list(dict.fromkeys(suites)) or list(SUITES)
-        groups = run_suites(names, settings, progress, console)
         plain = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(settings).items()}
-        run = report.result(
-            groups,
-            machine,
-            plain,
-            " ".join([command_line(context), *suites]),
-            datetime.date.today().isoformat(),
-        )
-        if output is not None:
-            paths = report.write(run, groups, output)
-            console.print("\n[bold]Report:[/bold] " + ", ".join(map(str, paths)), soft_wrap=True)
-        text = json.dumps(run, indent=1, allow_nan=False)
-        if to_stdout:
-            click.echo(text)
-        elif json_file is not None:
-            json_file.write_text(text + "\n")
+        groups: list[Group] = []
+
+        def write() -> None:
+            run = report.result(
+                groups,
+                machine,
+                plain,
+                " ".join([command_line(context), *suites]),
+                datetime.date.today().isoformat(),
+            )
+            text = json.dumps(run, indent=1, allow_nan=False) + "\n"
+            if to_stdout:
+                click.echo(text, nl=False)
+            elif json_file is not None:
+                write_files(json_file.absolute().parent, {json_file.name: text.encode()})
+            if output is not None:
+                paths = ", ".join(map(str, report.write(run, groups, output)))
+                console.print(f"\n[bold]Report:[/bold] {paths}", soft_wrap=True)
+
+        try:
+            run_suites(names, settings, progress, console, groups)
+        except Exception:
+            if groups:
+                write()
+                click.echo("An error ended the run; what came before it was kept.", err=True)
+            raise
+        write()
     wrong = [f"{row.name} on {g.title}" for g in groups for row in g.rows if row.disagrees]
     if wrong:
         raise click.ClickException("results differ by more than rounding: " + "; ".join(wrong))
 
 
 def run_suites(
-    names: list[str], settings: Settings, progress: Progress, console: Console
-) -> list[Group]:
-    """Runs the suites of these names, showing each problem's table as soon as it is there."""
-    groups = []
+    names: list[str],
+    settings: Settings,
+    progress: Progress,
+    console: Console,
+    groups: list[Group],
+) -> None:
+    """Runs the suites of these names, showing each problem's table as soon as it is there.
+
+    ``groups`` takes what was found, also if an error ends the run.
+    """
     with tempfile.TemporaryDirectory(prefix="hesskern-bench-") as folder:
         if any(SUITES[name].trained for name in names) and settings.checkpoint is None:
             path = Path(folder) / "f200x2.safetensors"
@@ -122,9 +144,8 @@ def run_suites(
             found = []
             for problem in suite.problems():
                 found.append(run_problem(problem, settings, progress))
+                groups.append(found[-1])
                 report.show(console, found[-1])
             if suite.summed is not None and len(found) > 1:
-                found.append(sum_over(name, suite.summed, found))
-                report.show(console, found[-1])
-            groups += found
-    return groups
+                groups.append(sum_over(name, suite.summed, found))
+                report.show(console, groups[-1])

@@ -41,14 +41,17 @@ def peak_memory(suite: str, key: str, contender: str, settings: Settings) -> int
         text=True,
         check=False,
     )
-    if finished.returncode:
-        reason = finished.stderr.strip().splitlines()
-        print(
-            f"memory of {contender!r} was not measured: {reason[-1] if reason else 'no reason'}",
-            file=sys.stderr,
-        )
-        return None
-    return int(json.loads(finished.stdout.splitlines()[-1])["peak_bytes"])
+    try:
+        if finished.returncode == 0:
+            return int(json.loads(finished.stdout.splitlines()[-1])["peak_bytes"])
+    except (ValueError, LookupError):
+        pass
+    reason = finished.stderr.strip().splitlines()
+    print(
+        f"memory of {contender!r} was not measured: {reason[-1] if reason else 'no reason'}",
+        file=sys.stderr,
+    )
+    return None
 
 
 def _plain(value: object) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hesskern.bench.results import Group, Row, quartiles
-from hesskern.files import write_files
+from hesskern.files import drawn_or_kept
 from hesskern.pages import template
 
 __all__ = ["FORMAT", "columns", "html", "markdown", "result", "show", "write"]
@@ -27,15 +28,23 @@ def result(
     command: str,
     date: str,
 ) -> dict[str, Any]:
-    """Everything a run found, ready for JSON."""
+    """Everything a run found, ready for JSON: what is infinite or no number is None there."""
     return {
         "format": FORMAT,
         "date": date,
         "command": command,
         "machine": machine,
         "settings": settings,
-        "groups": [group.to_dict() for group in groups],
+        "groups": [_finite(group.to_dict()) for group in groups],
     }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def duration(seconds: float) -> str:
@@ -206,12 +215,18 @@ def _bars(group: Group) -> list[dict[str, Any]]:
 
 
 def write(run: dict[str, Any], groups: Sequence[Group], folder: Path) -> list[Path]:
-    """Writes ``bench.html``, ``bench.json`` and ``bench.md`` into ``folder``; their paths."""
-    return write_files(
-        folder,
-        {
+    """Writes ``bench.html``, ``bench.json`` and ``bench.md`` into ``folder``; their paths.
+
+    Raises:
+        NotDrawnError: the page could not be made; the JSON is written all the same.
+        OSError: ``folder`` cannot be written; says where the files are instead.
+    """
+
+    def draw() -> dict[str, bytes]:
+        return {
             "bench.html": html(run, groups).encode(),
-            "bench.json": (json.dumps(run, indent=1, allow_nan=False) + "\n").encode(),
             "bench.md": markdown(run, groups).encode(),
-        },
-    )
+        }
+
+    numbers = {"bench.json": (json.dumps(run, indent=1, allow_nan=False) + "\n").encode()}
+    return sorted(drawn_or_kept(folder, numbers, draw))

@@ -98,8 +98,14 @@ def run_problem(problem: Problem, settings: Settings, progress: Progress) -> Gro
             for runner in runners:
                 done += 1
                 progress(shown, min(done, total - 1), total)
-                if index < runner.rounds:
+                if index >= runner.rounds:
+                    continue
+                try:
                     times[runner.contender.name] = runner.block()
+                except Exception as error:
+                    # It worked the first time; what was measured of it stays.
+                    _note_failure(runner.contender, runner.row, error)
+                    runner.rounds = 0
             _pair(runners, times, contenders[0].name)
         _compare(problem, runners, references)
         progress(shown, total, total)
@@ -135,15 +141,12 @@ def _start(contender: Contender, once: bool, repeats: int) -> tuple[Row, _Runner
             result = call()
             first = time.perf_counter() - prepared
             first_cpu = time.process_time() - busy
+        if contender.figures is not None:
+            row.figures = contender.figures(result)
     except Exception as error:
-        if contender.package is None:
-            raise
-        text = str(error).strip().splitlines()
-        row.note = f"failed: {type(error).__name__}: {text[0] if text else ''}"[:160]
+        _note_failure(contender, row, error)
         return row, None
     row.setup_seconds = prepared - started
-    if contender.figures is not None:
-        row.figures = contender.figures(result)
     # Only what is compared stays.
     kept = result if contender.read is not None else None
     del result
@@ -154,13 +157,26 @@ def _start(contender: Contender, once: bool, repeats: int) -> tuple[Row, _Runner
     seconds = first
     if first < _BLOCK_SECONDS:
         # The first call also loads code and fills caches.
-        with _own_warnings(contender):
-            started = time.perf_counter()
-            call()
-            seconds = time.perf_counter() - started
+        try:
+            with _own_warnings(contender):
+                started = time.perf_counter()
+                call()
+                seconds = time.perf_counter() - started
+        except Exception as error:
+            _note_failure(contender, row, error)
+            return row, None
     number = max(1, round(_BLOCK_SECONDS / max(seconds, 1e-9)))
     rounds = min(repeats, max(1, int(_CONTENDER_SECONDS / max(first, 1e-9))))
     return row, _Runner(contender, row, call, number, rounds, kept)
+
+
+def _note_failure(contender: Contender, row: Row, error: Exception) -> None:
+    """What another package does is noted; an error in hesskern is raised."""
+    if contender.package is None:
+        raise error
+    text = str(error).strip().splitlines()
+    note = f"failed: {type(error).__name__}: {text[0] if text else ''}"[:160]
+    row.note = "; ".join(filter(None, [row.note, note]))
 
 
 def _pair(runners: Sequence[_Runner], times: dict[str, float], subject: str) -> None:
@@ -185,9 +201,12 @@ def _compare(problem: Problem, runners: Sequence[_Runner], references: Sequence[
         contender = runner.contender
         if contender.read is None:
             continue
-        runner.row.difference = problem.difference(contender.read(runner.result), expected)
-        limit = contender.limit
-        runner.row.limit = limit(expected) if callable(limit) else limit
+        try:
+            runner.row.difference = problem.difference(contender.read(runner.result), expected)
+            limit = contender.limit
+            runner.row.limit = limit(expected) if callable(limit) else limit
+        except Exception as error:
+            _note_failure(contender, runner.row, error)
         runner.result = None
 
 
@@ -209,6 +228,8 @@ def _summarize(runners: Sequence[_Runner], threads: int) -> None:
     """Ratios of contenders that ran outside the rounds, and torch's own view of the times."""
     subject = runners[0].row if runners else None
     for runner in runners:
+        if not runner.row.seconds:
+            continue
         measurement = Measurement(
             runner.number,
             [seconds * runner.number for seconds in runner.row.seconds],

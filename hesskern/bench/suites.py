@@ -74,9 +74,10 @@ def sum_over(suite: str, title: str, groups: list[Group]) -> Group:
             row.cpu_seconds = [sum(quartiles(part.cpu_seconds)[1] for part in parts)]
             row.setup_seconds = sum(part.setup_seconds or 0.0 for part in parts)
             for heading in parts[0].figures:
-                values = [part.figures[heading] for part in parts]
-                if heading == "products" and all(isinstance(v, (int, float)) for v in values):
-                    row.figures[heading] = sum(float(v) for v in values)
+                values = [part.figures.get(heading) for part in parts]
+                numbers = [float(v) for v in values if isinstance(v, (int, float))]
+                if heading == "products" and len(numbers) == len(values):
+                    row.figures[heading] = sum(numbers)
         else:
             row.note = next((part.note for part in parts if part.note), "did not run everywhere")
         rows.append(row)

@@ -40,6 +40,7 @@ class Case:
         dtype: in which hesskern sees model and data.
         values: seed of the parameters' values.
         one_weight: the weights go as ``sample_weight`` instead of with the batches.
+        own_precision: the reference is torch in ``dtype`` rather than in float64.
     """
 
     seed: int
@@ -51,6 +52,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     values: int = 0
     one_weight: bool = False
+    own_precision: bool = False
 
     def model(self) -> nn.Module:
         """The model that is tested, as it is handed over."""
@@ -62,6 +64,8 @@ class Case:
     def reference(self, taps: Any) -> nn.Module:
         """The same function in float64, noted by ``taps``, in eval mode."""
         model = self._made(lambda: self.program.build_reference(taps))
+        if self.own_precision:
+            return model.requires_grad_(True).eval()
         return widened(model, self.program).eval()
 
     def through(self) -> nn.Module:
@@ -93,7 +97,8 @@ class Case:
 
     def wide_inputs(self, batch: Batch) -> list[Tensor]:
         """Rounded as hesskern sees them, in float64."""
-        return [_cast(_cast(t, self.dtype), torch.float64).clone() for t in batch.inputs.values()]
+        wide = self.dtype if self.own_precision else torch.float64
+        return [_cast(_cast(t, self.dtype), wide).clone() for t in batch.inputs.values()]
 
     def describe(self) -> str:
         sizes = [{n: list(t.shape) for n, t in b.inputs.items()} for b in self.batches]

@@ -6,7 +6,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -82,7 +82,12 @@ def judge(case: Case, functions: Mapping[str, Answer] | None = None) -> Verdict:
     with warnings.catch_warnings():
         # hesskern's own say what the findings say; torch's are about the random models.
         warnings.simplefilter("ignore")
-        return _Judge(case, answers).run()
+        verdict = _Judge(case, answers).run()
+        if case.dtype == torch.float64 or {f.outcome for f in verdict.bad} != {"WRONG"}:
+            return verdict
+        # Rounding may carry a unit over its kink: torch in the same precision is right as well.
+        again = _Judge(replace(case, own_precision=True), answers).run()
+        return verdict if again.bad else again
 
 
 class _Judge:

@@ -31,7 +31,7 @@ __all__ = ["MOST_ROWS", "Loss", "Rows", "resolve_loss"]
 MOST_ROWS = 2**16
 """Exact root rows per sample, each a backward pass, beyond which a loss refuses to give them."""
 
-# The root rows of a batch are made together up to this many bytes, beyond it one at a time.
+# Bytes of a batch's root rows that are made at a time.
 _TOGETHER_BYTES = 2**22
 
 
@@ -232,6 +232,22 @@ def _drawn_rows(count: int, draw: Callable[[], Tensor]) -> Rows:
     return Rows(count, row)
 
 
+def _some_at_a_time(count: int, step: int, together: Callable[[int], Tensor]) -> Rows:
+    """Rows of which ``together(j)`` makes ``step``, from the j-th on: [step, N, ...]."""
+    made: tuple[int, Tensor] | None = None
+
+    def row(index: int) -> Tensor:
+        nonlocal made
+        begin = index - index % step
+        if made is None or made[0] != begin:
+            # The ones before are let go first.
+            made = None
+            made = begin, together(begin)
+        return made[1][index - begin]
+
+    return Rows(count, row)
+
+
 def _same_shape(outputs: Tensor, targets: Any, name: str) -> Tensor:
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets must be a tensor for {name}, got {type(targets).__name__}")
@@ -363,12 +379,17 @@ class _CrossEntropy(Loss):
         inverse = torch.where(tail > 0, 1 / tail.clamp(min=torch.finfo(p.dtype).tiny), 0.0)
         ratio = scale * inverse
 
-        if tokens == 1 and count * p.nbytes <= _TOGETHER_BYTES:
-            rows = -p[:, :, 0] * ratio[:, :count, 0].T.unsqueeze(2)
-            rows *= torch.ones(count, c, dtype=p.dtype, device=p.device).triu(1).unsqueeze(1)
-            rows.diagonal(dim1=0, dim2=2).copy_(scale[:, :count, 0])
-            rows = rows.to(outputs.dtype)
-            return Rows(count, lambda j: rows[j].reshape(outputs.shape))
+        if tokens == 1:
+            step = max(1, _TOGETHER_BYTES // max(1, p.nbytes))
+
+            def together(begin: int) -> Tensor:
+                chosen = slice(begin, min(begin + step, count))
+                rows = p[:, :, 0] * -ratio[:, chosen, 0].T.unsqueeze(2)
+                rows *= rows.new_ones(len(rows), c).triu(begin + 1).unsqueeze(1)
+                rows.diagonal(begin, dim1=0, dim2=2).copy_(scale[:, chosen, 0])
+                return rows.to(outputs.dtype).reshape(len(rows), *outputs.shape)
+
+            return _some_at_a_time(count, step, together)
 
         def row(index: int) -> Tensor:
             token, j = divmod(index, c - 1)

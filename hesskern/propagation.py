@@ -97,7 +97,7 @@ def _metadata(node: Any) -> Any:
 
 def _shape(node: Any) -> tuple[int, ...]:
     """Shape of the node's first output in the forward pass."""
-    return tuple(int(size) for size in _metadata(node).shape)
+    return tuple(map(int, _metadata(node).shape))
 
 
 def _dtype(node: Any) -> torch.dtype:
@@ -260,15 +260,12 @@ class Propagation:
         """
         step, samples = self._block_size(rows, budget)
         for begin in range(0, rows, step):
-            count = min(rows - begin, step)
-            block = self._outputs.new_empty(self._n, count, *self._outputs.shape[1:])
-            for j in range(count):
-                block[:, j] = row(begin + j)
+            block = torch.stack([row(j) for j in range(begin, min(rows, begin + step))], 1)
             for start in range(0, self._n, samples):
                 chosen = slice(start, min(start + samples, self._n))
                 with torch.no_grad():
                     gradients = self._run(block[chosen], chosen)
-                yield Block(chosen, slice(begin, begin + count), gradients)
+                yield Block(chosen, slice(begin, begin + block.shape[1]), gradients)
 
     def _block_size(self, rows: int, budget: int | None) -> tuple[int, int]:
         """Rows and samples of a block."""
@@ -276,9 +273,11 @@ class Propagation:
         step = max(_BLOCK // (largest * self._n), min(_ROWS, _LARGE_BLOCK // largest), 1)
         step = min(rows, step)
         if budget is not None:
-            # Half is for the rows themselves, half for their gradients at every operation.
+            # Half is for the rows themselves, held twice while they are put together, half for
+            # their gradients at every operation.
             half = budget // (2 * self._outputs.element_size())
-            step = max(1, min(step, half // max(1, _product(self._outputs.shape[1:]) * self._n)))
+            row = 2 * self._n * _product(self._outputs.shape[1:])
+            step = max(1, min(step, half // max(1, row)))
         # All blocks of about the same number of rows.
         step = -(-rows // -(-rows // step))
         samples = max(1, _BLOCK // (largest * step))
@@ -326,7 +325,8 @@ class Propagation:
                 if strict and result.shape != (*block.shape[:2], *self._shapes[target]):
                     raise _Unknown
                 # Operands of several dtypes are promoted; each one's gradient has its own.
-                result = result.to(self._dtypes[target])
+                if result.dtype != self._dtypes[target]:
+                    result = result.to(self._dtypes[target])
                 before = arrived.get(target)
                 arrived[target] = result if before is None else before + result
         return [found.get(edge.node) for edge in self._edges]

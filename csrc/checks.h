@@ -260,6 +260,11 @@ inline void check_window_gradients(const char* op, const at::Tensor& out, const 
   TORCH_CHECK_VALUE(out.dim() == 5 && out.size(0) == grad.size(0) && out.size(3) == grad.size(3),
                     op, ": out must be [N, H, W, r, C] for grad ", grad.sizes(), ", got ",
                     out.sizes());
+  for (const at::IntArrayRef values : {kernel_size, stride, padding, dilation}) {
+    TORCH_CHECK_VALUE(values.size() == 2, op,
+                      ": kernel_size, stride, padding and dilation must have 2 entries, got ",
+                      values);
+  }
   TORCH_CHECK_VALUE(out.is_contiguous(), op, ": out must be contiguous");
   check_same(op, "out", out, "grad", grad);
   for (int64_t i = 0; i < 2; ++i) {

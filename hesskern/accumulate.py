@@ -379,7 +379,7 @@ class FactorAccumulator(Portable):
         self._precisions.update(other._precisions)
         self._unfit = {**other._unfit, **self._unfit}
         for name, how in other._evidence.found.items():
-            self._evidence.note(name, how)
+            self._evidence.note(name, [how])
         self._note({**other._reasons, **self._reasons})
 
     def state_dict(self) -> dict[str, Any]:

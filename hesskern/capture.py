@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils import parametrize
 
-from hesskern.checks import as_weights
+from hesskern.checks import as_weights, check_dense
 from hesskern.cuts import Cuts, uncounted
 from hesskern.forward_pass import (
     check_repeatable,
@@ -144,11 +144,16 @@ class Evidence:
     found: dict[str, str] = field(default_factory=dict)
     probed: dict[int, list[Probed]] = field(default_factory=dict)
 
-    def note(self, name: str, how: str) -> None:
-        """The weakest evidence counts; single samples are none."""
-        order = ("single samples", "graph", "probe", "unchecked")
-        before = self.found.get(name, order[0])
-        self.found[name] = max(before, how, key=order.index)
+    def note(self, name: str, calls: Iterable[str]) -> None:
+        """How it is known for a layer's calls in one batch.
+
+        Within a batch the weakest evidence counts. Over batches, too, but for single samples, which
+        leave nothing to be told apart.
+        """
+        within = ("graph", "probe", "single samples", "unchecked")
+        over = ("single samples", "graph", "probe", "unchecked")
+        now = max(calls, key=within.index)
+        self.found[name] = max(self.found.get(name, over[0]), now, key=over.index)
 
 
 def batches(
@@ -271,6 +276,7 @@ def _usable_tensor(tensor: Tensor) -> Tensor:
         raise ValueError(
             f"data must hold values, got a tensor {list(tensor.shape)} on the meta device"
         )
+    check_dense(tensor, "data: inputs, targets and weights")
     # Autograd refuses tensors made under inference_mode; a clone is a normal one.
     return tensor.clone() if tensor.is_inference() else tensor
 
@@ -353,6 +359,7 @@ class Capture:
     _flat: set[Any] = field(default_factory=set)
     _copy: bool = False
     _hooked: bool = False
+    _drew: bool = False
 
     def __enter__(self) -> Capture:
         self._modules = dict(self.model.named_modules())
@@ -471,6 +478,10 @@ class Capture:
             outputs, cuts = self._run(batch)
             found = self._found(outputs)
         targets, calls, others = found
+        if self._drew:
+            check_repeatable(
+                _values(outputs, calls), lambda: self._values_again(batch), batch.index
+            )
         if not len(outputs):
             return outputs, {}
         uses = self._fitting(outputs, calls, others)
@@ -593,14 +604,14 @@ class Capture:
                 # All its rows are zero.
                 found[i] = Arrangement(1, len(outputs), rows[i] // len(outputs))
         open_calls = [i for i, arrangement in enumerate(found) if arrangement is None]
-        for i, (name, _) in enumerate(flat):
-            if found[i] is not None:
-                self.evidence.note(name, "graph")
+        ways = ["graph"] * len(flat)
         if open_calls:
             how, answers = self._looked_into(outputs, flat, rows, open_calls, proved.steady)
             for i, answer in zip(open_calls, answers, strict=True):
-                found[i] = answer
-                self.evidence.note(flat[i][0], how)
+                found[i], ways[i] = answer, how
+        for name in calls:
+            own = [way for way, (other, _) in zip(ways, flat, strict=True) if other == name]
+            self.evidence.note(name, own)
         result: dict[str, list[Arrangement | str]] = {name: [] for name in calls}
         for (name, _), arrangement in zip(flat, found, strict=True):
             assert arrangement is not None
@@ -645,6 +656,11 @@ class Capture:
         self.evidence.probed[route] = probed
         return "probe", [p.answer for p in probed]
 
+    def _values_again(self, batch: Batch) -> list[Tensor]:
+        """Outputs and layers' inputs of another run on the same batch."""
+        outputs, _ = self._run(batch)
+        return _values(outputs, self._found(outputs)[1])
+
     def _note_hook(self) -> None:
         self._hooked = True
 
@@ -661,8 +677,7 @@ class Capture:
             cuts if self.examine else nullcontext(),
         ):
             outputs = run_model(self.model, batch.inputs)
-        with torch.autocast(kind_of_device, dtype, enabled=enabled):
-            check_repeatable(self.model, batch.inputs, outputs, before, batch.index)
+        self._drew = random_state(model_device(self.model)) != before
         return outputs, cuts
 
     def backward(
@@ -791,6 +806,11 @@ def _before_autocast(
         return replace(use, x=x.reshape(use.x.shape))
 
     return {name: [widened(use) for use in uses] for name, uses in calls.items()}
+
+
+def _values(outputs: Tensor, calls: dict[str, list[WeightUse]]) -> list[Tensor]:
+    """Outputs and layers' inputs."""
+    return [outputs.detach(), *(use.x for uses in calls.values() for use in uses)]
 
 
 def _layer_uses(spec: LayerSpec, use: WeightUse, arrangement: Arrangement) -> list[LayerUse]:

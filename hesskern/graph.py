@@ -7,7 +7,15 @@ from typing import Any
 
 from torch.autograd.function import BackwardCFunction
 
-__all__ = ["axis_of", "in_order", "kind", "output_shape", "passes_gradients", "product"]
+__all__ = [
+    "axis_of",
+    "in_order",
+    "kind",
+    "output_shape",
+    "passes_gradients",
+    "per_axis",
+    "product",
+]
 
 
 def kind(node: Any) -> str:
@@ -56,6 +64,12 @@ def axis_of(axis: int, dim: int) -> int:
     if axis >= 2**63:
         axis -= 2**64
     return axis % max(dim, 1)
+
+
+def per_axis(values: Iterable[Any], axes: int) -> tuple[int, ...]:
+    """A value for every axis, of which torch saves a single one where all are alike."""
+    sizes = tuple(int(value) for value in values)
+    return sizes * axes if len(sizes) == 1 else sizes
 
 
 def product(sizes: Iterable[int]) -> int:

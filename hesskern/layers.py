@@ -117,7 +117,10 @@ def select_layers(
     for name, module in modules.items():
         specs, reason = _specify(name, module, bias == "joint")
         known.update((spec.name, spec) for spec in specs)
-        if reason is not None and next(module.parameters(recurse=False), None) is not None:
+        # What a parametrized weight is made of belongs to the layer that holds it.
+        covered = name.partition(".parametrizations.")[0] in known
+        own = next(module.parameters(recurse=False), None)
+        if reason is not None and own is not None and not covered:
             skipped[name] = reason
     if layers is None:
         if not known:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesskern import ops
-from hesskern.capture import batches, check_iterable
+from hesskern.capture import Batch, batches, check_iterable
 from hesskern.checks import Checks
 from hesskern.forward_pass import (
     check_repeatable,
@@ -426,9 +426,7 @@ class AutogradHessian(Portable, CurvatureOperator):
                 self._progress,
                 "Autograd Hessian",
             ):
-                before = random_state(self.device)
-                outputs = run_model(self._model, batch.inputs)
-                check_repeatable(self._model, batch.inputs, outputs, before, batch.index)
+                outputs = self._outputs(batch)
                 targets = checked_targets(self._loss, outputs, batch, checks)
                 losses = self._loss.per_sample(outputs, targets)
                 weight, batch_weight = sample_weights(batch, outputs, self._loss, checks)
@@ -453,6 +451,30 @@ class AutogradHessian(Portable, CurvatureOperator):
         if count == 0:
             raise ValueError("data yielded no samples")
         return total / count
+
+    def _outputs(self, batch: Batch) -> Tensor:
+        """[N, ...] of the model; refused if they or their derivatives are random."""
+        before = random_state(self.device)
+        outputs = run_model(self._model, batch.inputs)
+        if random_state(self.device) != before:
+
+            def values(outputs: Tensor) -> list[Tensor]:
+                first = outputs.detach()
+                if not outputs.requires_grad:
+                    return [first]
+                return [
+                    first,
+                    *torch.autograd.grad(
+                        outputs.sum(), self._parameters, retain_graph=True, materialize_grads=True
+                    ),
+                ]
+
+            check_repeatable(
+                values(outputs),
+                lambda: values(run_model(self._model, batch.inputs)),
+                batch.index,
+            )
+        return outputs
 
     def _again(self, gradient: Tensor, vector: Tensor, keep: bool) -> Tensor:
         """[P] derivative of <gradient, vector>, both [P]."""

@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
+from hesskern.graph import per_axis
+
 __all__ = ["Block", "Propagation"]
 
 _internal = torch.ops.hesskern_internal
@@ -454,7 +456,7 @@ def _convolution(plan: Propagation, node: Any, operands: _Operands, shapes: _Sha
     flat = axes == 1
     size = list(shapes[0][1:])
     stride, padding, dilation = (
-        [int(v) for v in values]
+        list(per_axis(values, axes))
         for values in (node._saved_stride, node._saved_padding, node._saved_dilation)
     )
     if flat:
@@ -486,10 +488,11 @@ def _max_pool(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes
         raise _Unknown
     where = indices.permute(0, 2, 3, 1)
     size = list(shapes[0][1:])
-    kernel = list(node._saved_kernel_size)
-    stride = list(node._saved_stride) or kernel
+    kernel = per_axis(node._saved_kernel_size, 2)
+    stride = per_axis(node._saved_stride, 2) or kernel
     memory = _Memory()
-    window = kernel, stride, list(node._saved_padding), list(node._saved_dilation)
+    padding, dilation = per_axis(node._saved_padding, 2), per_axis(node._saved_dilation, 2)
+    window = kernel, stride, padding, dilation
 
     def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
         factor = _last_axis(factor, len(g), shapes[0])

@@ -534,7 +534,7 @@ def _arranged(
     silent = ~torch.isfinite(size)
     idle = bool((size == 0).any())
     limit = _TOLERANCES.get(plain.dtype, _NARROW_TOLERANCE)
-    floor = torch.finfo(plain.dtype).tiny * 2**16
+    floor = torch.finfo(plain.dtype).tiny
     candidates = [inner for inner in range(1, positions + 1) if positions % inner == 0]
     # Samples first, then samples last, then in between.
     candidates.sort(key=lambda inner: (inner != positions, inner != 1, inner))

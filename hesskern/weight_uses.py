@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from hesskern.graph import axis_of, in_order, kind, output_shape, passes_gradients, product
+from hesskern.graph import (
+    axis_of,
+    in_order,
+    kind,
+    output_shape,
+    passes_gradients,
+    per_axis,
+    product,
+)
 
 __all__ = ["Target", "WeightUse", "find_uses"]
 
@@ -375,15 +383,10 @@ def _convolution_call(
     if node._saved_transposed or shape is None or node._saved_input is None:
         return None
     axes = len(target.shape) - 2
-
-    def per_axis(values: Any) -> tuple[int, ...]:
-        sizes = tuple(int(value) for value in values)
-        return sizes * axes if len(sizes) == 1 else sizes
-
     settings = (
-        per_axis(node._saved_stride),
-        per_axis(node._saved_padding),
-        per_axis(node._saved_dilation),
+        per_axis(node._saved_stride, axes),
+        per_axis(node._saved_padding, axes),
+        per_axis(node._saved_dilation, axes),
     )
     return WeightUse(node, node._saved_input.detach(), shape, None, settings)
 

@@ -202,6 +202,8 @@ def conv_arguments(**changed: Any) -> list[Any]:
         ({"groups": 2}, "groups must fit weight"),
         ({"stride": (0, 1)}, "stride and dilation must be positive"),
         ({"factor": torch.zeros(2, 6, 6, 5)}, r"factor must be \[N, H, W, C\]"),
+        ({"padding": (0,)}, "padding and dilation must have 2 entries"),
+        ({"stride": (1, 1, 1)}, "padding and dilation must have 2 entries"),
     ],
 )
 def test_convolution_errors(changed: dict[str, Any], message: str) -> None:
@@ -244,6 +246,7 @@ def pool_arguments(**changed: Any) -> list[Any]:
             IndexError,
             r"indices must lie in \[0, 36\), got 36",
         ),
+        ({"padding": (0,)}, ValueError, "padding and dilation must have 2 entries"),
         ({"factor": torch.zeros(2, 6, 6)}, ValueError, r"factor must be \[N, H, W, C\]"),
     ],
 )  # fmt: skip

@@ -56,7 +56,7 @@ class Taps(list[tuple[str, Tensor, Tensor]]):
 class _Identity:
     @staticmethod
     def apply(x: Tensor) -> Tensor:
-        return x
+        return x.clone()
 
 
 def _call(function: Callable[..., Any], *args: Any, **_: Any) -> Any:

@@ -9,7 +9,17 @@ import torch
 import torch.nn.utils.prune
 from torch import Tensor, nn
 
-__all__ = ["NAMES", "Conv1D", "Reversed", "SubLinear", "Block", "derivative", "hooked", "replaced", "with_hook"]
+__all__ = [
+    "NAMES",
+    "Block",
+    "Conv1D",
+    "Reversed",
+    "SubLinear",
+    "derivative",
+    "hooked",
+    "replaced",
+    "with_hook",
+]
 
 
 class SubLinear(nn.Linear):

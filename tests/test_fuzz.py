@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from dense import gauss_newton, loss_hessian, relative_error
-from fuzz.builder import PRODUCTIONS
+from fuzz.builder import PRODUCTIONS, Builder
 from fuzz.grammar import Case, draw
+from fuzz.layers import make_linear
 from fuzz.reference import Reference
 from fuzz.runner import Statistics, report
 from fuzz.verdict import judge
@@ -127,11 +129,29 @@ def test_a_seed_is_one_case() -> None:
     assert there.stdout.strip() == draw(17).describe().strip()
 
 
-def test_every_rule_is_drawn() -> None:
-    seen: set[str] = set()
-    for seed in range(1500):
-        seen |= draw(seed).program.features
-    assert PRODUCTIONS.keys() <= seen
+STARTS = {
+    "v": ("x", (4, 4)),
+    "s": ("x", (4, 3, 4)),
+    "f": ("x.transpose(0, 1)", (4, 3, 4)),
+    "t": ("x.reshape(-1, 4)", (4, 3, 4)),
+    "1": ("x", (4, 2, 5)),
+    "2": ("x", (4, 2, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTIONS)
+def test_every_rule_applies_to_all_its_layouts(name: str) -> None:
+    rule = PRODUCTIONS[name]
+    for layout in rule.layouts:
+        expression, shape = STARTS[layout]
+        seeds = iter(range(100))
+        while True:
+            builder = Builder(random.Random(next(seeds)), {"x": torch.ones(shape).double() / 3})
+            value = builder.value(f"{expression}.sin()", layout)
+            make_linear(builder, 4, 4, "module")
+            value = builder.value(f"{value.name}.tanh()", value.layout)
+            if builder.attempt(rule, value) is not None:
+                break
 
 
 def scaled(result: dict[str, Any]) -> dict[str, Any]:

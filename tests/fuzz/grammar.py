@@ -40,7 +40,6 @@ class Case:
         dtype: in which hesskern sees model and data.
         values: seed of the parameters' values.
         one_weight: the weights go as ``sample_weight`` instead of with the batches.
-        own_precision: the reference is torch in ``dtype`` rather than in float64.
     """
 
     seed: int
@@ -52,7 +51,6 @@ class Case:
     dtype: torch.dtype = torch.float64
     values: int = 0
     one_weight: bool = False
-    own_precision: bool = False
 
     def model(self) -> nn.Module:
         """The model that is tested, as it is handed over."""
@@ -61,12 +59,10 @@ class Case:
             parameter.requires_grad_(name not in self.frozen)
         return model.train(self.training)
 
-    def reference(self, taps: Any) -> nn.Module:
-        """The same function in float64, noted by ``taps``, in eval mode."""
+    def reference(self, taps: Any, wide: bool = True) -> nn.Module:
+        """The same function, noted by ``taps``, in eval mode; ``wide``: in float64."""
         model = self._made(lambda: self.program.build_reference(taps))
-        if self.own_precision:
-            return model.requires_grad_(True).eval()
-        return widened(model, self.program).eval()
+        return (widened(model, self.program) if wide else model.requires_grad_()).eval()
 
     def through(self) -> nn.Module:
         """The function with the derivatives that the model leaves out, in float64."""
@@ -95,10 +91,10 @@ class Case:
             return None
         return torch.cat([b.weight for b in self.batches if b.weight is not None])
 
-    def wide_inputs(self, batch: Batch) -> list[Tensor]:
-        """Rounded as hesskern sees them, in float64."""
-        wide = self.dtype if self.own_precision else torch.float64
-        return [_cast(_cast(t, self.dtype), wide).clone() for t in batch.inputs.values()]
+    def inputs(self, batch: Batch, wide: bool = True) -> list[Tensor]:
+        """Rounded as hesskern sees them; ``wide``: in float64."""
+        rounded = [_cast(tensor, self.dtype) for tensor in batch.inputs.values()]
+        return [_cast(t, torch.float64 if wide else self.dtype).clone() for t in rounded]
 
     def describe(self) -> str:
         sizes = [{n: list(t.shape) for n, t in b.inputs.items()} for b in self.batches]

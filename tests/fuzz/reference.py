@@ -76,6 +76,7 @@ class Reference:
     """Derivatives of the mean loss of a case.
 
     Attributes:
+        wide: in float64; False: in the dtype of the case, whatever its errors.
         slices: by weight's name, where its entries stand; tied names have one slice.
         gauss_newton: [P, P] of all weights together.
         scale: its norm; errors far below it are rounding.
@@ -84,6 +85,7 @@ class Reference:
     """
 
     case: Case
+    wide: bool = True
     slices: dict[str, slice] = field(default_factory=dict)
     count: float = 0.0
     layers: dict[str, LayerReference] = field(default_factory=dict)
@@ -92,7 +94,7 @@ class Reference:
         self._sums: dict[str, _Sums] = defaultdict(_Sums)
         self._gradients: dict[bool, list[_Gradient]] = {}
         self._taps = Taps()
-        self._model = self.case.reference(self._taps)
+        self._model = self.case.reference(self._taps, self.wide)
         self._owner = _owners_of_weights(self._model, self.case.program.pruned)
         total: Tensor | None = None
         with plain_torch():
@@ -109,8 +111,8 @@ class Reference:
     def _batch(self, batch: Batch) -> Tensor:
         taps, model = self._taps, self._model
         taps.clear()
-        outputs, weights = _run(model, self.case, batch)
-        names, unique = self._index(weights)
+        outputs, weights = _run(model, self.case, batch, self.wide)
+        unique = self._index(weights)
         flat = outputs.reshape(-1)
         inputs = [*unique, *[z for _, _, z in taps]]
         rows: list[list[Tensor]] = [[] for _ in inputs]
@@ -128,10 +130,9 @@ class Reference:
         self.count += float(shares.sum())
         for (name, x, _), j in zip(taps, jacobians[len(unique) :], strict=True):
             self._layer(name, model, x, j, A, gradient, shares, len(outputs), taps)
-        del names
         return J.T @ A @ J
 
-    def _index(self, weights: dict[str, Tensor]) -> tuple[list[str], list[Tensor]]:
+    def _index(self, weights: dict[str, Tensor]) -> list[Tensor]:
         """Real weights, each once, in a fixed order; fills ``slices``."""
         seen: dict[int, slice] = {}
         unique = []
@@ -144,7 +145,7 @@ class Reference:
                 size += tensor.numel()
                 unique.append(tensor)
             self.slices[name] = seen[id(tensor)]
-        return list(self.slices), unique
+        return unique
 
     def _curvature(self, batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[O, O] Hessian in all outputs, [O] gradient per sample's outputs, [N] weights."""
@@ -332,11 +333,13 @@ def _owners_of_weights(model: nn.Module, pruned: set[str]) -> dict[str, str]:
     return owners
 
 
-def _run(model: nn.Module, case: Case, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def _run(
+    model: nn.Module, case: Case, batch: Batch, wide: bool = True
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Outputs [N, ...] and the weights that made them."""
     with parametrize.cached():
         weights = weights_of(model)
-        outputs = model(*case.wide_inputs(batch))
+        outputs = model(*case.inputs(batch, wide))
     for name in case.program.pruned:
         weights[f"{name}.weight"] = model.get_submodule(name).weight
     return outputs, weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fuzz.builder import Builder, Linear, Rejected, Value, production
-from fuzz.layers import LAST, applied, make_linear
+from fuzz.layers import applied, make_linear
 
 ROWS = "vs12"
 """Layouts with the samples in axis 0."""
@@ -259,11 +259,9 @@ def contrast(b: Builder, h: Value) -> Value:
     return b.value(form.format(h.name), "v")
 
 
-@production(LAST, 0.3, strange=True)
+@production("v", 0.3, strange=True)
 def one_row_for_all(b: Builder, h: Value) -> Value:
     """A layer on the mean over the batch, added to every sample."""
-    if h.layout != "v":
-        raise Rejected("samples only")
     d = b.shape(h)[1]
     layer = make_linear(b, d, d, "module")
     mean = b.value(f"{h.name}.mean(0, keepdim=True)", "v")

@@ -24,7 +24,7 @@ from hesskern.forward_pass import (
     run_model,
 )
 from hesskern.graph import in_order, kind, output_shape, product
-from hesskern.layers import LayerSpec, bias_of, calls_itself, weight_of
+from hesskern.layers import LayerSpec, bias_of, calls_itself, own_parameters, weight_of
 from hesskern.piecewise import layers_followed_by_smooth
 from hesskern.progress import Progress
 from hesskern.propagation import Propagation
@@ -201,6 +201,7 @@ def batches(
                 f"data must yield (inputs, targets) or (inputs, targets, weight); "
                 f"batch {index} is {found}"
             )
+        _mapped(element[0], _dense_input)
         inputs, given = _move(element[0], device), _nearby(element[1], device)
         weight = _nearby(element[2], device) if len(element) == 3 else None
         if sample_weight is not None:
@@ -271,12 +272,16 @@ def _usable(value: Any) -> Any:
     return _mapped(value, _usable_tensor)
 
 
+def _dense_input(tensor: Tensor) -> Tensor:
+    check_dense(tensor, "data: inputs")
+    return tensor
+
+
 def _usable_tensor(tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         raise ValueError(
             f"data must hold values, got a tensor {list(tensor.shape)} on the meta device"
         )
-    check_dense(tensor, "data: inputs, targets and weights")
     # Autograd refuses tensors made under inference_mode; a clone is a normal one.
     return tensor.clone() if tensor.is_inference() else tensor
 
@@ -368,7 +373,7 @@ class Capture:
         trainable: list[Tensor] = []
         for name, spec in self.specs.items():
             module, attribute = weight_of(self._modules, name)
-            leaf = module._parameters.get(attribute)
+            leaf = own_parameters(module).get(attribute)
             if leaf is not None:
                 self._leaves[name] = leaf
                 trainable.append(leaf)
@@ -392,6 +397,9 @@ class Capture:
         self._handles: list[Any] = []
         for name in self.specs:
             module, attribute = weight_of(self._modules, name)
+            if isinstance(module, torch.jit.ScriptModule):
+                # It takes no hooks; its calls are found in the graph.
+                continue
             self._handles += [
                 module.register_forward_pre_hook(self._before(module), prepend=True),
                 module.register_forward_hook(self._behind(name, attribute), prepend=True),

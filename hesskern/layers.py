@@ -15,6 +15,7 @@ __all__ = [
     "LayerSpec",
     "bias_of",
     "calls_itself",
+    "own_parameters",
     "select_layers",
     "shared_weights",
     "skipped_modules",
@@ -160,24 +161,30 @@ def _nothing(modules: Mapping[str, nn.Module], skipped: Mapping[str, str]) -> st
     )
 
 
+def own_parameters(module: nn.Module) -> dict[str, Tensor | None]:
+    """A module's own parameters, by name; None where it has none of a name."""
+    # As a plain dict: that of scripted modules is none.
+    return dict(module._parameters.items())
+
+
 def weight_of(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]:
     """The module that holds a layer's weight, and the attribute's name."""
     module = modules.get(name)
     # A parametrized weight is not asked for: in training mode that may change its buffers.
     if module is not None and (
-        isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) or "weight" in module._parameters
+        isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) or "weight" in own_parameters(module)
     ):
         return module, "weight"
     owner, _, own = name.rpartition(".")
     holder = modules[owner]
-    return holder, own if own in holder._parameters else f"{own}_weight"
+    return holder, own if own in own_parameters(holder) else f"{own}_weight"
 
 
 def bias_of(modules: Mapping[str, nn.Module], spec: LayerSpec) -> Tensor | None:
     """The parameter that is a layer's bias; None where it has none of its own."""
     module, attribute = weight_of(modules, spec.name)
     name = f"{attribute.removesuffix('weight')}bias"
-    return module._parameters.get(name)
+    return own_parameters(module).get(name)
 
 
 def shared_weights(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -187,7 +194,7 @@ def shared_weights(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     shared = {}
     for name in names:
         module, attribute = weight_of(modules, name)
-        weight = module._parameters.get(attribute)
+        weight = own_parameters(module).get(attribute)
         if weight is not None and owners.setdefault(id(weight), name) != name:
             shared[name] = owners[id(weight)]
     return shared
@@ -234,7 +241,7 @@ def warn_left_out(
     weights: dict[int, int] = {}
     for spec in covered:
         module, attribute = weight_of(modules, spec.name)
-        weight = module._parameters.get(attribute)
+        weight = own_parameters(module).get(attribute)
         key = id(module) if weight is None else id(weight)
         weights[key] = spec.outputs * spec.inputs
     text = "; ".join(f"{name!r} {skipped[name]}" for name in left_out)
@@ -277,7 +284,7 @@ def _specify(name: str, module: nn.Module, joint: bool) -> tuple[list[LayerSpec]
     if plain and type(module).__module__.startswith("torch.ao."):
         return [], f"is a {type(module).__name__}; quantized layers are not supported"
     if plain:
-        own = module._parameters.get("weight")
+        own = own_parameters(module).get("weight")
         held = [own] if own is not None else list(module.parameters())
         reason = next(filter(None, (_unusable(p) for p in held)), None)
         if reason or not held:
@@ -294,7 +301,7 @@ def _specify(name: str, module: nn.Module, joint: bool) -> tuple[list[LayerSpec]
     specs = _matrices(name, module, joint)
     if specs:
         return specs, None
-    if any(p is not None and p.is_complex() for p in module._parameters.values()):
+    if any(p is not None and p.is_complex() for p in own_parameters(module).values()):
         return [], "has complex weights, in which a loss has no Hessian of this form"
     return [], (
         f"is a {type(module).__name__}; supported are Linear, Conv1d and Conv2d, and modules that "
@@ -306,7 +313,7 @@ def _matrices(name: str, module: nn.Module, joint: bool) -> list[LayerSpec]:
     """The matrices that a module of another package holds."""
     return [
         _of_matrix(name, module, own, parameter, joint)
-        for own, parameter in module._parameters.items()
+        for own, parameter in own_parameters(module).items()
         if parameter is not None and parameter.dim() == 2 and _unusable(parameter) is None
     ]
 
@@ -332,7 +339,7 @@ def _of_matrix(name: str, module: nn.Module, own: str, parameter: Tensor, joint:
     transposed = type(module).__name__ == "Conv1D"
     first, second = parameter.shape
     m, d = (second, first) if transposed else (first, second)
-    bias = module._parameters.get(f"{own.removesuffix('weight')}bias")
+    bias = own_parameters(module).get(f"{own.removesuffix('weight')}bias")
     joint = joint and own.endswith("weight") and bias is not None and bias.shape == (m,)
     return LayerSpec(key, "linear", m, d + int(joint), joint, transposed=transposed)
 
@@ -343,7 +350,7 @@ def _attention(
     """The input projections; the output projection is a module of its own."""
     specs = []
     for own in ("in_proj", "q_proj", "k_proj", "v_proj"):
-        weight = module._parameters.get(f"{own}_weight")
+        weight = own_parameters(module).get(f"{own}_weight")
         if weight is None:
             continue
         reason = _unusable(weight)
@@ -361,7 +368,7 @@ def _attention(
 def _of_module(name: str, module: nn.Module, joint: bool) -> LayerSpec:
     joint = joint and module.bias is not None
     if isinstance(module, nn.Linear):
-        weight = module._parameters.get("weight")
+        weight = own_parameters(module).get("weight")
         m, d = (module.out_features, module.in_features) if weight is None else weight.shape
         return LayerSpec(name, "linear", m, d + int(joint), joint)
     assert isinstance(module, (nn.Conv1d, nn.Conv2d))

@@ -15,7 +15,7 @@ from hesskern.capture import Batch, Capture, Evidence, batches, halves, model_de
 from hesskern.checks import Checks, as_weights
 from hesskern.factors import Factors, LayerFactors
 from hesskern.layer_sums import LayerSums, bordered, masked
-from hesskern.layers import LayerSpec, select_layers, warn_left_out
+from hesskern.layers import LayerSpec, select_layers, skipped_modules, warn_left_out
 from hesskern.losses import resolve_loss
 from hesskern.memory import budget_for, out_of_memory, release
 from hesskern.portable import Portable
@@ -327,6 +327,7 @@ class FactorAccumulator(Portable):
             reasons = "; ".join(f"{name!r} {reason}" for name, reason in self._reasons.items())
             raise ValueError(f"no layer of the model has factors: {reasons}")
         skipped = {**self._skipped, **self._reasons}
+        skipped = skipped_modules(self._model, skipped, layers)
         if not self._by_name:
             warn_left_out(self._model, [f.spec for f in layers.values()], skipped, stacklevel)
         checked = {name: self._evidence.found.get(name, "graph") for name in layers}

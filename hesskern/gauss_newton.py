@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from hesskern import ops
 from hesskern.capture import Capture, Evidence, batches, check_iterable, model_device
 from hesskern.checks import Checks
-from hesskern.layers import LayerSpec, select_layers, shared_weights, warn_left_out
+from hesskern.layers import (
+    LayerSpec,
+    select_layers,
+    shared_weights,
+    skipped_modules,
+    warn_left_out,
+)
 from hesskern.losses import Loss, resolve_loss
 from hesskern.memory import budget_for, with_less_memory
 from hesskern.operators import CurvatureOperator
@@ -104,6 +110,7 @@ class GaussNewton(CurvatureOperator):
         reached = [spec for name, spec in specs.items() if name not in source.reasons]
         if not reached:
             raise ValueError(f"no layer of the model has curvature: {source.reasons}")
+        self.skipped = skipped_modules(model, self.skipped, [spec.name for spec in reached])
         if layers is None:
             warn_left_out(model, reached, self.skipped, 2)
         self.checked = {s.name: source.evidence.found.get(s.name, "graph") for s in reached}

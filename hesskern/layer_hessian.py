@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hesskern import ops
 from hesskern.capture import Batch, Capture, Evidence, batches, check_iterable, model_device
 from hesskern.checks import Checks
-from hesskern.layers import LayerSpec, select_layers, warn_left_out
+from hesskern.layers import LayerSpec, select_layers, skipped_modules, warn_left_out
 from hesskern.losses import Loss, resolve_loss
 from hesskern.memory import budget_for, with_less_memory
 from hesskern.operators import EigenbasisOperator, KroneckerOperator, LayerOperator
@@ -401,6 +401,7 @@ def layer_hessians(
     if layers is not None:
         return LayerHessians(result, skipped)
     left_out = {**skipped, **{name: r for name, r in reasons.items() if name not in result}}
+    left_out = skipped_modules(model, left_out, result)
     warn_left_out(model, [specs[name] for name in result], left_out, 2)
     return LayerHessians(result, left_out)
 

@@ -17,6 +17,7 @@ __all__ = [
     "calls_itself",
     "select_layers",
     "shared_weights",
+    "skipped_modules",
     "warn_left_out",
     "weight_of",
 ]
@@ -117,10 +118,10 @@ def select_layers(
     for name, module in modules.items():
         specs, reason = _specify(name, module, bias == "joint")
         known.update((spec.name, spec) for spec in specs)
-        # What a parametrized weight is made of belongs to the layer that holds it.
-        covered = name.partition(".parametrizations.")[0] in known
-        own = next(module.parameters(recurse=False), None)
-        if reason is not None and own is not None and not covered:
+        owner = name.partition(".parametrizations.")[0]
+        if owner != name and owner in known:
+            reason = f"makes the weight of {owner!r}, whose block is that of the weight as it acts"
+        if reason is not None and next(module.parameters(recurse=False), None) is not None:
             skipped[name] = reason
     if layers is None:
         if not known:
@@ -192,6 +193,28 @@ def shared_weights(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return shared
 
 
+def skipped_modules(
+    model: nn.Module, skipped: Mapping[str, str], covered: Iterable[str]
+) -> dict[str, str]:
+    """Reasons by layer, and by module where all the matrices that a module holds are left out.
+
+    Args:
+        model: of the result.
+        skipped: reasons by layer or module.
+        covered: the layers that the result has.
+    """
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    complete = dict(skipped)
+    present = {id(weight_of(modules, name)[0]) for name in covered}
+    for name, reason in skipped.items():
+        if name not in modules:
+            holder = weight_of(modules, name)[0]
+            if id(holder) not in present:
+                complete.setdefault(names[id(holder)], f"has {name!r}, which {reason}")
+    return complete
+
+
 def warn_left_out(
     model: nn.Module, covered: Iterable[LayerSpec], skipped: Mapping[str, str], stacklevel: int
 ) -> None:
@@ -204,7 +227,7 @@ def warn_left_out(
         stacklevel: as in ``warnings.warn``, counted from the caller.
     """
     modules = dict(model.named_modules())
-    left_out = [name for name in skipped if _is_linear(modules.get(name), name)]
+    left_out = [name for name in skipped if _is_linear(modules.get(name), name, skipped)]
     if not left_out:
         return
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -223,11 +246,14 @@ def warn_left_out(
     )
 
 
-def _is_linear(module: nn.Module | None, name: str) -> bool:
+def _is_linear(module: nn.Module | None, name: str, skipped: Mapping[str, str]) -> bool:
     """Whether a user would expect a layer of this name to be covered."""
     if module is None:
         # The projections of attention, and matrices that other modules hold.
         return name.endswith("_proj")
+    if isinstance(module, nn.MultiheadAttention):
+        # Its projections are named themselves.
+        return not any(other != name and other.startswith(f"{name}.") for other in skipped)
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
     return isinstance(module, kinds) or type(module).__name__ == "Conv1D"
 

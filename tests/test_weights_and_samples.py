@@ -649,7 +649,9 @@ def test_training_mode_is_not_what_weights_are_looked_at_in() -> None:
     ).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for function in (hk.kronecker_factors, hk.layer_hessians, hk.GaussNewton):
-        assert not function(model, batches(4), CE).skipped
+        skipped = function(model, batches(4), CE).skipped
+        assert list(skipped) == ["0.parametrizations.weight"]
+        assert "makes the weight of '0'" in skipped["0.parametrizations.weight"]
     after = model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 

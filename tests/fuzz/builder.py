@@ -162,7 +162,7 @@ class Builder:
             (program.plain, program.random, program.tolerance),
             list(self.pool),
             list(self.linears),
-            {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.scope.items()},
+            set(self.scope),
             dict(self.scope["self"]._modules),
             dict(self.scope["self"]._parameters),
             dict(self.scope["self"]._buffers),
@@ -202,7 +202,9 @@ class Builder:
             program.plain, program.random, program.tolerance = marks
             self.pool, self.linears, self._names = pool, linears, names
             root = self.scope["self"]
-            self.scope = scope
+            # What an in-place operation has changed may stay: only shapes are asked for.
+            for name in self.scope.keys() - scope:
+                del self.scope[name]
             for store, old in zip(
                 (root._modules, root._parameters, root._buffers), module, strict=True
             ):

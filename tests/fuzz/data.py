@@ -77,6 +77,8 @@ def draw_loss(rng: random.Random, outputs: Tensor, fixed: bool) -> LossCase:
     """
     reduction = rng.choice(("mean", "mean", "sum"))
     kind = rng.choices(("ce", "mse", "bce", "custom"), (6, 2, 1, 1))[0]
+    if outputs.dim() == 1:
+        kind = rng.choice(("mse", "bce"))
     if kind == "ce" and outputs.shape[1] == 1 and rng.random() < 0.9:
         # Of one class cross-entropy has no curvature.
         kind = rng.choice(("mse", "bce"))
@@ -135,7 +137,7 @@ def draw_targets(
         # One sample that counts stays.
         hidden[0] = False
         targets = targets.masked_fill(hidden, case.loss.ignore_index)
-    elif case.loss.ignore_index == 0 and outputs.shape[1] > 1:
+    if case.loss.ignore_index == 0:
         targets[0] = 1
     return targets
 

@@ -20,7 +20,7 @@ from fuzz.data import Batch, LossCase, draw_loss, draw_targets, draw_weights
 from fuzz.layers import applied, make_linear
 from fuzz.program import Program
 
-__all__ = ["Case", "draw"]
+__all__ = ["Case", "draw", "steady"]
 
 STRANGE = 0.45
 """Part of the models that may hold rules which hesskern may refuse."""
@@ -39,6 +39,7 @@ class Case:
         training: whether it is handed over in training mode.
         dtype: in which hesskern sees model and data.
         values: seed of the parameters' values.
+        by_name: the model's arguments go as a dict.
         one_weight: the weights go as ``sample_weight`` instead of with the batches.
     """
 
@@ -51,6 +52,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     values: int = 0
     one_weight: bool = False
+    by_name: bool = False
 
     def model(self) -> nn.Module:
         """The model that is tested, as it is handed over."""
@@ -76,8 +78,9 @@ class Case:
         """Batches as hesskern takes them."""
         elements: list[Any] = []
         for batch in self.batches:
-            inputs = [_cast(tensor, self.dtype) for tensor in batch.inputs.values()]
-            given: Any = inputs[0] if len(inputs) == 1 else tuple(inputs)
+            named = {name: _cast(tensor, self.dtype) for name, tensor in batch.inputs.items()}
+            inputs = tuple(named.values())
+            given: Any = named if self.by_name else inputs[0] if len(inputs) == 1 else inputs
             targets = _cast(batch.targets, self.dtype)
             if batch.weight is None or self.one_weight:
                 elements.append((given, targets))
@@ -106,7 +109,7 @@ class Case:
             f"# seed {self.seed}; {self.dtype}; training={self.training}; "
             f"features: {', '.join(sorted(self.program.features))}",
             f"# batches: {sizes}; targets {[list(b.targets.shape) for b in self.batches]}",
-            f"# loss: {self.loss.describe()}",
+            f"# loss: {self.loss.describe()}" + ("; arguments by name" if self.by_name else ""),
         ]
         if any(b.weight is not None for b in self.batches):
             lines.append(f"# weights: {weights}" + (" as sample_weight" if self.one_weight else ""))
@@ -182,7 +185,9 @@ def _inputs(rng: random.Random) -> tuple[str, list[int], bool]:
     return layout, [rng.randint(1, 5)], rng.random() < 0.25
 
 
-def _batch(layout: str, shape: list[int], mask: bool, n: int, source: torch.Generator) -> Batch:
+def _batch(
+    layout: str, shape: list[int], mask: bool, second: int, n: int, source: torch.Generator
+) -> Batch:
     inputs: dict[str, Tensor] = {}
     if layout == "ids":
         inputs["x"] = torch.randint(0, 5, (n, *shape), generator=source)
@@ -192,6 +197,8 @@ def _batch(layout: str, shape: list[int], mask: bool, n: int, source: torch.Gene
         # Positions behind a length of each sample; the first always stays.
         lengths = torch.randint(1, shape[0] + 1, (n, 1), generator=source)
         inputs["mask"] = torch.arange(shape[0])[None] >= lengths
+    if second:
+        inputs["y"] = torch.randn(n, second, generator=source, dtype=torch.float64)
     return Batch(inputs)
 
 
@@ -214,12 +221,16 @@ def _attempt(rng: random.Random, seed: int) -> Case | None:
         # As many steps as samples: sizes say nothing.
         shape[0] = min(max(sizes), 5)
         sizes = [shape[0] if rng.random() < 0.7 else n for n in sizes]
-    batches = [_batch(layout, shape, mask, n, source) for n in sizes]
+    second = rng.choice((1, 2, 3, 4)) if rng.random() < 0.15 else 0
+    batches = [_batch(layout, shape, mask, second, n, source) for n in sizes]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(rng.getrandbits(31))
         try:
             b = Builder(rng, max(batches, key=lambda batch: len(batch.inputs["x"])).inputs)
             start = _start(b, layout)
+            if second:
+                b.feature("two inputs")
+                b.named("y", "v")
             _grow(b, start, rng.random() < STRANGE)
             case = _finish(b, batches, source, seed)
         except (Rejected, RuntimeError, ValueError, IndexError) as error:
@@ -305,7 +316,44 @@ def _head(b: Builder, value: Value) -> None:
         layer = b.pick(known) if known and b.chance(0.15) else None
         layer = layer or make_linear(b, b.shape(value)[1], classes)
         value = b.value(applied(b, layer, value.name, 2), "v")
-    b.end(value.name)
+    end = value.name
+    if b.shape(value)[1] == 1 and b.chance(0.4):
+        b.feature("outputs [N]")
+        end = f"{end}.squeeze(1)"
+    if b.chance(0.08):
+        b.feature("outputs with logits")
+        end = f"Output({end})"
+    b.end(end)
+
+
+def steady(model: nn.Module, batch: Batch, source: torch.Generator) -> bool:
+    """Whether a model's outputs and gradients stay where its values move by some rounding errors.
+
+    The sign of a sum that is zero but for rounding is nobody's to know.
+    """
+    tensors = [*batch.inputs.values(), *model.parameters()]
+    kept = [tensor.detach().clone() for tensor in tensors]
+    seen = []
+    for step in range(4):
+        for tensor, value in zip(tensors, kept, strict=True):
+            if tensor.is_floating_point():
+                noise = torch.randn(value.shape, generator=source, dtype=torch.float64)
+                tensor.data.copy_(value * (1 + 1e-13 * (step > 0) * noise))
+        out = model(*[t.clone() for t in batch.inputs.values()])
+        out = getattr(out, "logits", out)
+        direction = torch.arange(1.0, out.numel() + 1, dtype=torch.float64).reshape(out.shape)
+        found = [out.detach()]
+        if out.requires_grad:
+            real = [p for p in model.parameters() if not p.is_complex()]
+            found += torch.autograd.grad(
+                (out * direction).sum(), real, allow_unused=True, materialize_grads=True
+            )
+        seen.append(torch.cat([tensor.double().reshape(-1) for tensor in found]))
+    for tensor, value in zip(tensors, kept, strict=True):
+        tensor.data.copy_(value)
+    # Layers in float32 round more than that.
+    limit = 1e-7 if all(p.dtype != torch.float32 for p in model.parameters()) else 1e-2
+    return all(torch.allclose(seen[0], other, rtol=limit, atol=limit) for other in seen[1:])
 
 
 def _finish(b: Builder, batches: list[Batch], source: torch.Generator, seed: int) -> Case | None:
@@ -323,25 +371,33 @@ def _finish(b: Builder, batches: list[Batch], source: torch.Generator, seed: int
     outputs = []
     for batch in batches:
         out = model(*[t.clone() for t in batch.inputs.values()])
+        out = getattr(out, "logits", out)
         if out.requires_grad:
             # Some in-place operations leave nothing that can be differentiated.
             out.sum().backward()
         out = out.detach()
-        if out.dim() < 2 or not bool(torch.isfinite(out).all()) or float(out.abs().max()) > 200:
+        if out.dim() < 1 or not bool(torch.isfinite(out).all()) or float(out.abs().max()) > 200:
             return None
         if out.numel() > 120:
             return None
         outputs.append(out)
+    if not program.random and not all(steady(model, batch, source) for batch in batches):
+        return None
     fixed = len({out.shape[1:] for out in outputs}) == 1
     case = Case(seed, program, batches, draw_loss(rng, outputs[0], fixed), values=values)
     soft = rng.random() < 0.15
     weighted = rng.random() < 0.25
     for batch, out in zip(batches, outputs, strict=True):
         batch.targets = draw_targets(rng, source, case.loss, out, soft)
+        hidden = case.loss.kind == "ce" and not batch.targets.is_floating_point()
+        if batch is not batches[0] and hidden and rng.random() < 0.05:
+            # Nobody in it counts.
+            batch.targets = torch.full_like(batch.targets, case.loss.loss.ignore_index)
         if weighted:
             batch.weight = draw_weights(rng, source, len(out))
     same_rows = all(len(o) == len(c.inputs["x"]) for o, c in zip(outputs, batches, strict=True))
     case.one_weight = weighted and same_rows and rng.random() < 0.3
+    case.by_name = rng.random() < 0.15
     case.training = rng.random() < 0.4
     names = [name for name, _ in model.named_parameters()]
     mode = rng.random()

@@ -180,9 +180,6 @@ def multihead_attention(b: Builder, h: Value) -> Value:
     elif b.chance(0.15):
         options.append(b.pick(("add_bias_kv=True", "add_zero_attn=True")))
     name = b.module("m", f"nn.MultiheadAttention({', '.join([str(d), str(heads), *options])})")
-    if b.scope["self"]._modules[name].in_proj_weight is None:
-        b.program.odd |= {f"{name}.{p}_proj" for p in "qkv"}
-    b.program.odd |= {f"{name}.in_proj", f"{name}.out_proj"}
     call = []
     steps = b.shape(h)[1 if first else 0]
     if "mask" in b.program.arguments and b.scope["mask"].shape[1] == steps and b.chance(0.6):
@@ -216,12 +213,6 @@ def transformer_layer(b: Builder, h: Value) -> Value:
     if stacked:
         layer = f"nn.TransformerEncoder({layer}, {b.pick((1, 2))}, enable_nested_tensor=False)"
     name = b.module("e", layer)
-    inner = b.scope["self"]._modules[name].named_modules(prefix=name)
-    for key, module in inner:
-        if type(module).__name__ == "MultiheadAttention":
-            b.program.odd |= {f"{key}.in_proj", f"{key}.out_proj"}
-        if type(module).__name__ == "Linear":
-            b.program.odd.add(key)
     call = ""
     steps = b.shape(h)[1 if h.layout == "s" else 0]
     if "mask" in b.program.arguments and b.scope["mask"].shape[1] == steps and b.chance(0.6):

@@ -80,6 +80,7 @@ class Reference:
         slices: by weight's name, where its entries stand; tied names have one slice.
         gauss_newton: [P, P] of all weights together.
         scale: its norm; errors far below it are rounding.
+        rarest: smallest probability of a target that the model gives.
         count: weighted number of samples.
         layers: factors by layer.
     """
@@ -87,6 +88,7 @@ class Reference:
     case: Case
     wide: bool = True
     slices: dict[str, slice] = field(default_factory=dict)
+    rarest: float = 1.0
     count: float = 0.0
     layers: dict[str, LayerReference] = field(default_factory=dict)
 
@@ -96,8 +98,9 @@ class Reference:
         self._taps = Taps()
         self._model = self.case.reference(self._taps, self.wide)
         self._owner = _owners_of_weights(self._model, self.case.program.pruned)
+        _tap_inside(self._model, self._taps)
         total: Tensor | None = None
-        with plain_torch():
+        with plain_torch(), _projections_tapped(self._model, self._taps):
             for batch in self.case.batches:
                 part = self._batch(batch)
                 total = part if total is None else total + part
@@ -126,6 +129,7 @@ class Reference:
                 store.append((torch.zeros_like(tensor) if grad is None else grad).double())
         jacobians = [torch.stack(store) for store in rows]
         J = torch.cat([j.reshape(len(flat), -1) for j in jacobians[: len(unique)]], 1)
+        self._note_probabilities(outputs.detach().double())
         A, gradient, shares = self._curvature(batch, outputs.detach())
         self.count += float(shares.sum())
         for (name, x, _), j in zip(taps, jacobians[len(unique) :], strict=True):
@@ -161,6 +165,13 @@ class Reference:
         ]
         return torch.stack(rows), gradient.detach().reshape(-1), shares
 
+    def _note_probabilities(self, outputs: Tensor) -> None:
+        kind = self.case.loss.kind
+        if kind == "ce":
+            self.rarest = min(self.rarest, float(outputs.softmax(1).min()))
+        elif kind == "bce":
+            self.rarest = min(self.rarest, float((-outputs.abs()).sigmoid().min()))
+
     def _losses(self, batch: Batch, outputs: Tensor) -> tuple[Tensor, Tensor]:
         """[N] losses of the samples alone, and [N] their weights: 0 for those that do not count."""
         losses, counts = [], []
@@ -195,7 +206,7 @@ class Reference:
         if alike & self.case.program.odd:
             sums.known = False
             return
-        module = model.get_submodule(name)
+        module = dict(model.named_modules()).get(name)
         columns, vectors = _columns(module, x.double()), _vectors(module, j)
         uses = sum(1 for other, _, _ in taps if other in alike)
         sizes = {z.shape for other, _, z in taps if other in alike}
@@ -330,7 +341,50 @@ def _owners_of_weights(model: nn.Module, pruned: set[str]) -> dict[str, str]:
             owners[name] = first.setdefault(id(weight), name)
         elif name and (hasattr(module, "parametrizations") or name in pruned):
             owners[name] = name
+    for key, weight in _projections(model).items():
+        owners[key] = first.setdefault(id(weight), key)
     return owners
+
+
+def _projections(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of attention that no module applies."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            found[f"{name}.out_proj"] = module.out_proj.weight
+            for part in ("in_proj", "q_proj", "k_proj", "v_proj"):
+                weight = getattr(module, f"{part}_weight")
+                if weight is not None:
+                    found[f"{name}.{part}"] = weight
+    return found
+
+
+@contextmanager
+def _projections_tapped(model: nn.Module, taps: Taps) -> Iterator[None]:
+    """Attention calls ``F.linear`` with its weights; with a part of one it is not noted."""
+    names = {id(weight): key for key, weight in _projections(model).items()}
+    linear = nn.functional.linear
+
+    def noted(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        z = linear(input, weight, bias)
+        return taps(names[id(weight)], input, z) if id(weight) in names else z
+
+    nn.functional.linear = noted
+    try:
+        yield
+    finally:
+        nn.functional.linear = linear
+
+
+def _tap_inside(model: nn.Module, taps: Taps) -> None:
+    """Layers inside of modules, where the program's text has no taps."""
+    for name, module in model.named_modules():
+        if "." in name and type(module) is nn.Linear and "parametrizations" not in name:
+
+            def hook(_: nn.Module, args: tuple[Tensor, ...], z: Tensor, name: str = name) -> Tensor:
+                return taps(name, args[0], z)
+
+            module.register_forward_hook(hook)
 
 
 def _run(
@@ -340,6 +394,7 @@ def _run(
     with parametrize.cached():
         weights = weights_of(model)
         outputs = model(*case.inputs(batch, wide))
+        outputs = getattr(outputs, "logits", outputs)
     for name in case.program.pruned:
         weights[f"{name}.weight"] = model.get_submodule(name).weight
     return outputs, weights
@@ -349,11 +404,11 @@ def _plus(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total + part
 
 
-def _is_conv(module: nn.Module) -> bool:
+def _is_conv(module: nn.Module | None) -> bool:
     return isinstance(module, (nn.Conv1d, nn.Conv2d))
 
 
-def _columns(module: nn.Module, x: Tensor) -> Tensor:
+def _columns(module: nn.Module | None, x: Tensor) -> Tensor:
     """[g, positions, d]: what the weight sees, by groups; positions in the order of the output.
 
     For a convolution by a convolution whose weight is the identity.
@@ -385,7 +440,7 @@ def _columns(module: nn.Module, x: Tensor) -> Tensor:
     return torch.stack(groups)
 
 
-def _vectors(module: nn.Module, j: Tensor) -> Tensor:
+def _vectors(module: nn.Module | None, j: Tensor) -> Tensor:
     """[O, positions, m] of j [O, *z.shape]."""
     if not _is_conv(module):
         return j.reshape(len(j), -1, j.shape[-1])

@@ -53,7 +53,8 @@ class Snapshot:
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
-    return [tensor for item in value for tensor in _tensors(item)]
+    items = value.values() if isinstance(value, dict) else value
+    return [tensor for item in items for tensor in _tensors(item)]
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -249,7 +249,6 @@ def attention_over_the_batch(b: Builder, h: Value) -> Value:
     """A batch-first tensor given to sequence-first attention: the samples attend to each other."""
     d = b.shape(h)[-1]
     name = b.module("m", f"nn.MultiheadAttention({d}, 1)")
-    b.program.odd |= {f"{name}.in_proj", f"{name}.out_proj"}
     return b.value(f"self.{name}({h.name}, {h.name}, {h.name})[0]", "s")
 
 

@@ -15,13 +15,9 @@ def nested(b: Builder, h: Value) -> Value:
     kind = b.pick(("Block", "Sequential", "Sequential"))
     if kind == "Block":
         name = b.module("g", f"Block({d}, {m})")
-        inside = (f"{name}.up", f"{name}.down", f"{name}.steps.1")
     else:
         act = b.pick(("nn.ReLU(inplace=True)", "nn.Tanh()", "nn.GELU()", "nn.Identity()"))
         name = b.module("g", f"nn.Sequential(nn.Linear({d}, {m}), {act}, nn.Linear({m}, {d}))")
-        inside = (f"{name}.0", f"{name}.2")
-    # No tap reaches inside.
-    b.program.odd |= set(inside)
     value = b.value(f"self.{name}({h.name})", h.layout)
     if b.chance(0.15):
         b.feature("reuse")

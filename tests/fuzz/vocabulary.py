@@ -69,6 +69,13 @@ class Cubed(torch.autograd.Function):
         return 3 * x**2 * grads[0]
 
 
+class Output:
+    """What models of transformers return."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
 def replaced(module: nn.Module) -> nn.Module:
     """The module with a wrapper around its forward, as hooks of several libraries put there."""
     inner = module.forward
@@ -135,4 +142,5 @@ NAMES: dict[str, Any] = {
     "hooked": hooked,
     "with_hook": with_hook,
     "Block": Block,
+    "Output": Output,
 }

@@ -82,8 +82,9 @@ class Proved:
 
     Attributes:
         arrangements: for every call, or None where operations are not known to keep samples apart.
-        steady: whether what they do to the samples is the same in all batches; a selection by
-            numbers, or a product with an input, may move other rows in the next one.
+        steady: whether what they do to the samples is the same in all batches. A selection by
+            numbers, or a product with an input, may move other rows in the next one; a sum over
+            samples shows where the gates behind it are open.
     """
 
     arrangements: list[Arrangement | None]
@@ -118,6 +119,7 @@ class _Proof:
             if node in wanted or any(f in needed for f, _ in node.next_functions):
                 needed.add(node)
         self._needed = needed
+        self._mixed = False
         # By node and number of its output: where samples are, or None for what is not known.
         self._axes: dict[tuple[Any, int], _Axis | None] = {
             (outputs.grad_fn, outputs.output_nr): _Axis(0, 1)
@@ -157,6 +159,7 @@ class _Proof:
             # An operation of this name with other attributes than the rule knows.
             return None
         if there is None or not 0 <= there.axis < len(source):
+            self._mixed = True
             return None
         period = there.inner * self._samples
         if not period or source[there.axis] == 0 or source[there.axis] % period:
@@ -164,8 +167,8 @@ class _Proof:
         return there
 
     def steady(self) -> bool:
-        """Whether no operation moves rows by values."""
-        return all(self._is_steady(node) for node in self._needed)
+        """Whether no operation moves rows by values, or mixes samples that gates then keep apart."""
+        return not self._mixed and all(self._is_steady(node) for node in self._needed)
 
     def _is_steady(self, node: Any) -> bool:
         if passes_gradients(node) or node in self._calls:

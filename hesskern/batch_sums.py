@@ -60,6 +60,12 @@ class BatchSums:
             torch.zeros(m, m, dtype=dtype, device=device),
             torch.zeros(spec.groups * d, dtype=dtype, device=device),
         )
+        if roots.weight_root is not None and any(use.ambiguous for use in uses):
+            raise ValueError(
+                f"layer {spec.name!r} sees rows that act on no output in this batch, so that their "
+                "samples, whose weights they need, cannot be told; pass larger batches, or leave "
+                "the layer out with layers=[...]"
+            )
         for use in uses:
             x = roots.inputs(use)
             if spec.kind == "linear":

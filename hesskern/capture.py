@@ -28,7 +28,7 @@ from hesskern.layers import LayerSpec, bias_of, calls_itself, own_parameters, we
 from hesskern.piecewise import layers_followed_by_smooth
 from hesskern.progress import Progress
 from hesskern.propagation import Propagation
-from hesskern.sample_axes import Arrangement, Probed, probe, prove
+from hesskern.sample_axes import Arrangement, Probed, probe, prove, random_rows
 from hesskern.weight_uses import Target, WeightUse, find_uses
 
 __all__ = [
@@ -77,6 +77,7 @@ class LayerUse:
         part: the rows of the weight that the call used; None for all.
         convolution: whether the result is [B, m, (H,) W] rather than rows [..., m].
         index: of a convolution that takes several images of a sample, which one this is.
+        ambiguous: whether only rows that act on an output are known to be where they belong.
     """
 
     x: Tensor
@@ -86,6 +87,7 @@ class LayerUse:
     part: slice | None = None
     convolution: bool = False
     index: int = 0
+    ambiguous: bool = False
 
     def by_sample(self, gradient: Tensor) -> Tensor:
         """[N, m], [N, t, m] or [N, m, (H,) W] of a gradient of the call's result."""
@@ -362,6 +364,7 @@ class Capture:
     _results: list[Any] = field(default_factory=list)
     _given: list[tuple[Any, Tensor]] = field(default_factory=list)
     _flat: set[Any] = field(default_factory=set)
+    _ambiguous: set[Any] = field(default_factory=set)
     _copy: bool = False
     _hooked: bool = False
     _drew: bool = False
@@ -409,7 +412,8 @@ class Capture:
     def __exit__(self, *error: Any) -> None:
         for handle in self._handles:
             handle.remove()
-        self._computed, self._results, self._given, self._flat = {}, [], [], set()
+        self._computed, self._results, self._given = {}, [], []
+        self._flat, self._ambiguous = set(), set()
         self._state.__exit__(*error)
 
     @property
@@ -559,7 +563,8 @@ class Capture:
             result[name] = []
             for use, arrangement in zip(fitting[name], arranged[name], strict=True):
                 assert isinstance(arrangement, Arrangement)
-                result[name] += _layer_uses(spec, use, arrangement)
+                ambiguous = use.node in self._ambiguous
+                result[name] += _layer_uses(spec, use, arrangement, ambiguous)
         self._refuse(found, len(calls) + len(others))
         self._reached.update(result)
         return {name: result[name] for name in self.specs if name in result}
@@ -660,8 +665,11 @@ class Capture:
             if probed[place].idle and rows[i] != samples and flat[i][1].node in self._flat:
                 # The layer was given rows, not samples of several positions.
                 text = "some of them act on no output"
-                probed[place] = Probed(text, True)
-        self.evidence.probed[route] = probed
+                probed[place] = Probed(text, True, False)
+            if probed[place].ambiguous:
+                self._ambiguous.add(flat[i][1].node)
+        if not any(p.ambiguous for p in probed):
+            self.evidence.probed[route] = probed
         return "probe", [p.answer for p in probed]
 
     def _values_again(self, batch: Batch) -> list[Tensor]:
@@ -674,7 +682,8 @@ class Capture:
 
     def _run(self, batch: Batch) -> tuple[Tensor, Cuts]:
         """Outputs [N, ...], and what the model has taken out of the graph, where that counts."""
-        self._computed, self._results, self._given, self._flat = {}, [], [], set()
+        self._computed, self._results, self._given = {}, [], []
+        self._flat, self._ambiguous = set(), set()
         kind_of_device, dtype, enabled = self._autocast
         before = random_state(model_device(self.model))
         cuts = Cuts()
@@ -817,25 +826,36 @@ def _before_autocast(
 
 
 def _values(outputs: Tensor, calls: dict[str, list[WeightUse]]) -> list[Tensor]:
-    """Outputs and layers' inputs."""
-    return [outputs.detach(), *(use.x for uses in calls.values() for use in uses)]
+    """Outputs, layers' inputs, and what comes back to the layers of one random row of outputs."""
+    uses = [use for layer in calls.values() for use in layer]
+    edges = [GradientEdge(use.node, 0) for use in uses]
+    gradients: tuple[Tensor | None, ...] = ()
+    if edges and outputs.grad_fn is not None:
+        gradients = torch.autograd.grad(
+            outputs, edges, random_rows(outputs), retain_graph=True, allow_unused=True
+        )
+    empty = outputs.new_empty(0)
+    returned = [empty if g is None else g.detach() for g in gradients]
+    return [outputs.detach(), *(use.x for use in uses), *returned]
 
 
-def _layer_uses(spec: LayerSpec, use: WeightUse, arrangement: Arrangement) -> list[LayerUse]:
+def _layer_uses(
+    spec: LayerSpec, use: WeightUse, arrangement: Arrangement, ambiguous: bool
+) -> list[LayerUse]:
     """A call as uses that have one input of a sample each."""
     edge = GradientEdge(use.node, 0)
     if use.settings is None:
         x = arrangement.by_sample(use.x.reshape(-1, use.x.shape[-1]))
         if arrangement.positions == 1:
             x = x[:, 0]
-        return [LayerUse(x, edge, arrangement, spec.outputs, use.part)]
+        return [LayerUse(x, edge, arrangement, spec.outputs, use.part, ambiguous=ambiguous)]
     x = use.x
     more = [p - q for p, q in zip(use.settings[1], spec.padding, strict=True)]
     if any(more):
         x = F.pad(x, [amount for axis in reversed(more) for amount in (axis, axis)])
     images = arrangement.by_sample(x)
     return [
-        LayerUse(images[:, i], edge, arrangement, spec.outputs, None, True, i)
+        LayerUse(images[:, i], edge, arrangement, spec.outputs, None, True, i, ambiguous)
         for i in range(arrangement.positions)
     ]
 

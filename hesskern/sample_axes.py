@@ -11,7 +11,7 @@ rounding, and any other gradient is not.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge
 
 from hesskern.graph import axis_of, in_order, kind, output_shape, passes_gradients, product
 
-__all__ = ["Arrangement", "Probed", "Proved", "probe", "prove"]
+__all__ = ["Arrangement", "Probed", "Proved", "probe", "prove", "random_rows"]
 
 # Of a row's gradient: what a coupling must exceed to be seen.
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -167,7 +167,7 @@ class _Proof:
         return there
 
     def steady(self) -> bool:
-        """Whether no operation moves rows by values, or mixes samples that gates then keep apart."""
+        """Whether no operation moves rows by values, or mixes samples behind gates."""
         return not self._mixed and all(self._is_steady(node) for node in self._needed)
 
     def _is_steady(self, node: Any) -> bool:
@@ -288,7 +288,7 @@ def _along(attribute: str) -> _Rule:
 def _reduction(step: _Step) -> _Axis | None:
     """Sums, means, extremes over axes."""
     dim = len(step.source)
-    if not hasattr(step.node, "_saved_dim"):
+    if not hasattr(step.node, "_saved_dim") or step.operand != 0:
         return None
     axes = step.node._saved_dim
     axes = [axes] if isinstance(axes, int) else list(axes or ())
@@ -343,6 +343,23 @@ def _batched_product(step: _Step) -> _Axis | None:
     return None
 
 
+def _added_batched_product(step: _Step) -> _Axis | None:
+    if step.operand == 0:
+        return _elementwise(step)
+    return _batched_product(replace(step, operand=step.operand - 1))
+
+
+def _indexed(step: _Step) -> _Axis | None:
+    """One list of numbers along an axis that is not the samples'."""
+    given = [(axis, t) for axis, t in enumerate(step.node._saved_indices) if t is not None]
+    if len(given) != 1 or len(step.shape) != len(step.source):
+        return None
+    axis, numbers = given[0]
+    if axis == step.here.axis or numbers.dim() != 1 or numbers.dtype == torch.bool:
+        return None
+    return step.at(step.here.axis)
+
+
 def _linear(step: _Step) -> _Axis | None:
     last = len(step.shape) - 1
     return step.at(step.here.axis) if step.operand == 0 and step.here.axis != last else None
@@ -395,6 +412,7 @@ def _over_axes(attribute: str) -> _Rule:
 
 _RULES: dict[str, _Rule] = {
     "Addmm": _row_product,
+    "Baddbmm": _added_batched_product,
     "Bmm": _batched_product,
     "Cat": _concatenation,
     "ConstantPadNd": _padding,
@@ -404,6 +422,8 @@ _RULES: dict[str, _Rule] = {
     "Expand": _elementwise,
     "Flip": _over_axes("_saved_dims"),
     "Glu": _along("_saved_dim"),
+    "Index": _indexed,
+    "IndexSelect": _along("_saved_dim"),
     "Linear": _linear,
     "LogSoftmax": _along("_saved_dim"),
     "Mm": _row_product,
@@ -424,7 +444,15 @@ _RULES: dict[str, _Rule] = {
 }
 _RULES.update(dict.fromkeys(("Permute", "T", "Transpose"), _permuted))
 _RULES.update(dict.fromkeys("ReshapeAlias Squeeze UnsafeView Unsqueeze View".split(), _reshaped))
-_RULES.update(dict.fromkeys("Amax Amin Mean Sum Var".split(), _reduction))
+_RULES.update(
+    dict.fromkeys(
+        (
+            "Amax Amin Kthvalue LinalgVectorNorm Logsumexp Max Mean Median Min Mode Norm Prod Std"
+            " Sum Var"
+        ).split(),
+        _reduction,
+    )
+)
 _RULES.update(
     dict.fromkeys(
         (
@@ -455,22 +483,31 @@ class Probed:
     Attributes:
         answer: its arrangement, or what was found instead.
         idle: whether there are rows that act on no output.
+        ambiguous: whether other arrangements of such rows are as good.
     """
 
     answer: Arrangement | str
     idle: bool
+    ambiguous: bool
 
 
-_PRODUCTS = frozenset(("Addmm", "Bmm", "Linear", "Mm"))
+def random_rows(outputs: Tensor) -> Tensor:
+    """Random numbers as the outputs [N, ...], always the same."""
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
+    return rows.to(outputs.dtype).to(outputs.device)
+
+
+_PRODUCTS = frozenset(("Addmm", "Baddbmm", "Bmm", "Linear", "Mm"))
 
 # What these do to the samples follows from shapes alone, whether or not it keeps them apart.
 _STEADY = frozenset(
     (
         "AsStrided AvgPool3D Col2Im Convolution CopySlices Copy CudnnRnn Cummax Cumprod"
-        " FftC2C FftC2R FftR2C FusedRmsNorm Im2Col LinalgVectorNorm MaxPool3DWithIndices"
-        " MkldnnRnnLayer NativeDropout Norm PixelShuffle PixelUnshuffle Prod Repeat"
+        " FftC2C FftC2R FftR2C FusedRmsNorm Im2Col MaxPool3DWithIndices"
+        " MkldnnRnnLayer NativeDropout PixelShuffle PixelUnshuffle Repeat"
         " ReflectionPad1D ReflectionPad3D ReplicationPad1D ReplicationPad3D SelectScatter"
-        " SliceScatter Std ThnnFusedGruCell ThnnFusedLstmCell Trilinear Unfold UpsampleLinear1D"
+        " SliceScatter ThnnFusedGruCell ThnnFusedLstmCell Trilinear Unfold UpsampleLinear1D"
         " UpsampleNearest1D UpsampleNearest3D UpsampleTrilinear3D WeightNormInterface"
     ).split()
 )
@@ -491,9 +528,7 @@ def probe(outputs: Tensor, edges: list[GradientEdge], rows: list[int]) -> list[P
     samples = len(outputs)
     dtypes = {outputs.dtype, *(edge.node._input_metadata[0].dtype for edge in edges)}
     weights = _digits(samples, dtypes, outputs)
-    generator = torch.Generator().manual_seed(1)
-    random = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
-    random = random.to(outputs.dtype).to(outputs.device)
+    random = random_rows(outputs)
     shape = (-1,) + (1,) * (outputs.dim() - 1)
     passes = [random, *(random * weight.reshape(shape) for weight in weights)]
     gradients = []
@@ -530,7 +565,7 @@ def _arranged(
     positions = rows // samples
     if plain is None or not plain.numel():
         # Nothing comes back at this point: all rows are zero.
-        return Probed(Arrangement(1, samples, positions), True)
+        return Probed(Arrangement(1, samples, positions), True, positions > 1)
     flat = plain.reshape(rows, -1).double()
     size = torch.linalg.vector_norm(flat, dim=1)
     # What is not finite is found and named when the rows themselves are looked at.
@@ -542,12 +577,13 @@ def _arranged(
     # Samples first, then samples last, then in between.
     candidates.sort(key=lambda inner: (inner != positions, inner != 1, inner))
     number = torch.arange(rows, device=plain.device)
+    fitting: list[int] = []
     for inner in candidates:
         owner = number // inner % samples
         fits = True
         for part, weight in zip(scaled, weights, strict=True):
             if part is None:
-                return Probed("the gradients that arrive at it come and go", idle)
+                return Probed("the gradients that arrive at it come and go", idle, False)
             factor = weight[owner].double()
             rest = part.reshape(rows, -1).double() - flat * factor.unsqueeze(1)
             error = torch.linalg.vector_norm(rest, dim=1)
@@ -555,6 +591,11 @@ def _arranged(
                 fits = False
                 break
         if fits:
-            return Probed(Arrangement(positions // inner, samples, inner), idle)
-    text = "rows of its input act on the outputs of several samples, or on those of another one"
-    return Probed(text, idle)
+            fitting.append(inner)
+        if len(fitting) > 1 or (fitting and not idle):
+            break
+    if not fitting:
+        text = "rows of its input act on the outputs of several samples, or on those of another one"
+        return Probed(text, idle, False)
+    found = Arrangement(positions // fitting[0], samples, fitting[0])
+    return Probed(found, idle, len(fitting) > 1)

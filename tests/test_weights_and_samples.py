@@ -190,6 +190,14 @@ def test_random_inputs_of_a_layer_are_refused_though_the_outputs_are_the_same() 
         hk.kronecker_factors(model, batches(6), CE)
 
 
+def test_random_derivatives_are_refused_though_all_values_are_the_same() -> None:
+    model = seeded(
+        Net(lambda m, x: m.b(F.dropout(m.a(x))), a=nn.Linear(4, 5, bias=False), b=nn.Linear(5, 3))
+    )
+    with pytest.raises(ValueError, match="same outputs for the same inputs"):
+        hk.kronecker_factors(model, [(torch.zeros(6, 4).double(), classes(6, c=3))], CE)
+
+
 def test_random_numbers_that_change_nothing_are_no_matter() -> None:
     def run(m: Net, x: Tensor) -> Tensor:
         torch.rand(3)
@@ -372,9 +380,9 @@ def _count_backwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_a_stream_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    # No rule covers prod: autograd does one pass for each of the two root rows.
+    # No rule covers unfold: autograd does one pass for each of the two root rows.
     def run(m: Net, x: Tensor) -> Tensor:
-        return m.b(m.a(x).reshape(len(x), 3, 2).prod(2))
+        return m.b(m.a(x).unfold(1, 2, 2).prod(2))
 
     model = seeded(Net(run, a=nn.Linear(4, 6), b=nn.Linear(3, 3)))
     data = batches(6, 6, 6)
@@ -392,6 +400,33 @@ def test_a_stream_is_probed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 6
 
 
+def test_a_mixing_behind_closed_gates_is_looked_for_again() -> None:
+    def run(m: Net, x: Tensor) -> Tensor:
+        h = m.a(x)
+        return m.b(h + (x[:, :1] > 0) * h.cumsum(0))
+
+    model = seeded(Net(run, a=nn.Linear(4, 5), b=nn.Linear(5, 3)))
+    closed, opened = randn(5, 4), randn(5, 4, seed=1)
+    closed[:, 0], opened[:, 0] = -1.0, 1.0
+    y = classes(5, c=3)
+    check_blocks(model, [(closed, y)], {"a", "b"})
+    with pytest.raises(ValueError, match="layer 'a' sees rows that are no samples"):
+        quietly(hk.layer_hessians, model, [(closed, y), (opened, y)], CE)
+
+
+def test_rows_that_cannot_be_told_apart_have_no_weights() -> None:
+    # Only the last position of two acts, for two samples: which row is the first one's other row?
+    def run(m: Net, x: Tensor) -> Tensor:
+        h = m.a(x.transpose(0, 1)) * x.new_tensor([0.0, 1.0])[:, None, None]
+        return m.b((h * x.new_tensor([0.0, 1.0])[None, :, None]).unfold(2, 6, 6).sum((0, 3)))
+
+    model = seeded(Net(run, a=nn.Linear(4, 6), b=nn.Linear(1, 3)))
+    data = [(randn(2, 2, 4), classes(2, c=3))]
+    check_blocks(model, data, {"a", "b"})
+    with pytest.raises(ValueError, match="layer 'a' sees rows that act on no output"):
+        hk.kronecker_factors(model, data, CE, sample_weight=torch.tensor([1.0, 2.0]))
+
+
 def test_without_the_check_axis_0_counts() -> None:
     model = seeded(Net(COUPLED["neighbour"], a=nn.Linear(4, 6), b=nn.Linear(6, 3)))
     data = batches(6)
@@ -406,7 +441,7 @@ def test_without_the_check_axis_0_counts() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_many_samples_in_narrow_dtypes(dtype: torch.dtype) -> None:
     def run(m: Net, x: Tensor) -> Tensor:
-        return m.b(m.a(x).reshape(len(x), 3, 2).prod(2))
+        return m.b(m.a(x).unfold(1, 2, 2).prod(2))
 
     model = seeded(Net(run, a=nn.Linear(4, 6), b=nn.Linear(3, 3))).to(dtype)
     data = [(x.to(dtype), y) for x, y in batches(300)]

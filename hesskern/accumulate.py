@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.batch_sums import BatchSums
-from hesskern.capture import Batch, Capture, Evidence, batches, halves, model_device
+from hesskern.batches import Batch, batches, halves
+from hesskern.capture import Capture, Evidence
 from hesskern.checks import Checks, as_weights
 from hesskern.factors import Factors, LayerFactors
+from hesskern.forward_pass import model_device
 from hesskern.layer_sums import LayerSums, bordered, masked
 from hesskern.layers import LayerSpec, select_layers, skipped_modules, warn_left_out
 from hesskern.losses import resolve_loss

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hesskern import ops
-from hesskern.capture import LayerUse
 from hesskern.factors import unfolded
 from hesskern.layer_sums import LayerSums
+from hesskern.layer_uses import LayerUse
 from hesskern.layers import LayerSpec
 from hesskern.roots import BatchRoots, accumulator_dtype, positions_last
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils import parametrize
 
-from hesskern.checks import as_weights, check_dense
+from hesskern.batches import Batch
 from hesskern.cuts import Cuts, uncounted
 from hesskern.forward_pass import (
     check_repeatable,
@@ -24,91 +23,14 @@ from hesskern.forward_pass import (
     run_model,
 )
 from hesskern.graph import in_order, kind, output_shape, product
+from hesskern.layer_uses import LayerUse, before_autocast, inputs_by_call, layer_uses
 from hesskern.layers import LayerSpec, bias_of, calls_itself, own_parameters, weight_of
 from hesskern.piecewise import layers_followed_by_smooth
-from hesskern.progress import Progress
 from hesskern.propagation import Propagation
 from hesskern.sample_axes import Arrangement, Probed, probe, prove, random_rows
 from hesskern.weight_uses import Target, WeightUse, find_uses
 
-__all__ = [
-    "Batch",
-    "Capture",
-    "Evidence",
-    "LayerUse",
-    "batches",
-    "check_iterable",
-    "frozen_eval",
-    "halves",
-    "model_device",
-    "run_model",
-]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One element of the data.
-
-    Attributes:
-        index: position in the data, from 0.
-        inputs: tensor, tuple or dict for the model.
-        targets: for the loss.
-        given_targets: the same where they came from: values on the host can be looked at without
-            waiting for a device.
-        weight: [N] sample weights where they came from, or None.
-    """
-
-    index: int
-    inputs: Any
-    targets: Any
-    given_targets: Any
-    weight: Tensor | None
-
-
-@dataclass(frozen=True)
-class LayerUse:
-    """One linear call by a layer's weight in a forward pass.
-
-    Attributes:
-        x: input [N, d], [N, t, d] or [N, C, (H,) W], detached, padded.
-        edge: where the gradient with respect to the call's result arrives.
-        arrangement: which rows of the result belong to which sample.
-        outputs: m.
-        part: the rows of the weight that the call used; None for all.
-        convolution: whether the result is [B, m, (H,) W] rather than rows [..., m].
-        index: of a convolution that takes several images of a sample, which one this is.
-        ambiguous: whether only rows that act on an output are known to be where they belong.
-    """
-
-    x: Tensor
-    edge: GradientEdge
-    arrangement: Arrangement
-    outputs: int
-    part: slice | None = None
-    convolution: bool = False
-    index: int = 0
-    ambiguous: bool = False
-
-    def by_sample(self, gradient: Tensor) -> Tensor:
-        """[N, m], [N, t, m] or [N, m, (H,) W] of a gradient of the call's result."""
-        if self.convolution:
-            return self.arrangement.by_sample(gradient)[:, self.index]
-        rows = self.arrangement.by_sample(gradient.reshape(-1, gradient.shape[-1]))
-        return self._whole(rows[:, 0] if self.arrangement.positions == 1 else rows)
-
-    def in_block(self, gradient: Tensor) -> Tensor:
-        """[n, r, m], [n, r, t, m] or [n, r, m, (H,) W] of [n, r, ...]; samples stand first."""
-        if self.convolution:
-            return gradient if self.arrangement.positions == 1 else gradient[:, :, self.index]
-        if self.arrangement.positions == 1:
-            return self._whole(gradient.flatten(2))
-        return self._whole(gradient.flatten(2, -2))
-
-    def _whole(self, rows: Tensor) -> Tensor:
-        """[..., m] with zeros where the call did not use the weight."""
-        if self.part is None:
-            return rows
-        return F.pad(rows, (self.part.start, self.outputs - self.part.stop))
+__all__ = ["Capture", "Evidence"]
 
 
 class _Root(torch.autograd.Function):
@@ -156,180 +78,6 @@ class Evidence:
         over = ("single samples", "graph", "probe", "unchecked")
         now = max(calls, key=within.index)
         self.found[name] = max(self.found.get(name, over[0]), now, key=over.index)
-
-
-def batches(
-    data: Iterable[Any],
-    device: torch.device,
-    sample_weight: Tensor | None = None,
-    progress: Progress | None = None,
-    description: str = "data",
-) -> Iterator[Batch]:
-    """The data's batches on the model's device.
-
-    Args:
-        data: iterable of (inputs, targets) or (inputs, targets, weight [N]).
-        device: where tensors go.
-        sample_weight: [total samples] weights in iteration order, instead of weights in the data.
-        progress: callback, told after every batch.
-        description: what the progress bar says.
-
-    Raises:
-        TypeError: data is not iterable, or an element is not such a tuple; ``sample_weight`` is not
-            a tensor.
-        ValueError: ``sample_weight`` has another length than the data; before the first batch where
-            the data is a list or tuple.
-    """
-    check_iterable(data)
-    if sample_weight is not None and not isinstance(sample_weight, Tensor):
-        raise TypeError(f"sample_weight must be a tensor, got {type(sample_weight).__name__}")
-    if sample_weight is not None and sample_weight.dim() != 1:
-        raise ValueError(f"sample_weight must be [total samples], got {list(sample_weight.shape)}")
-    total = _length(data)
-    if sample_weight is not None:
-        sample_weight = as_weights(sample_weight)
-        samples = _samples(data)
-        if samples is not None and samples != len(sample_weight):
-            raise _other_length(sample_weight, f"{samples} samples")
-    offset = 0
-    for index, element in enumerate(data):
-        if not isinstance(element, (tuple, list)) or len(element) not in (2, 3):
-            found = (
-                f"a {type(element).__name__} of {len(element)}"
-                if isinstance(element, (tuple, list))
-                else type(element).__name__
-            )
-            raise TypeError(
-                f"data must yield (inputs, targets) or (inputs, targets, weight); "
-                f"batch {index} is {found}"
-            )
-        _mapped(element[0], _dense_input)
-        inputs, given = _move(element[0], device), _nearby(element[1], device)
-        weight = _nearby(element[2], device) if len(element) == 3 else None
-        if sample_weight is not None:
-            count = _leading_size(inputs)
-            weight = sample_weight[offset : offset + count]
-            offset += count
-            if len(weight) != count:
-                raise _other_length(sample_weight, "more samples")
-        yield Batch(index, inputs, _move(given, device), given, weight)
-        if progress is not None:
-            progress(description, index + 1, total)
-    if sample_weight is not None and offset != len(sample_weight):
-        raise _other_length(sample_weight, f"{offset} samples")
-
-
-def _other_length(sample_weight: Tensor, found: str) -> ValueError:
-    return ValueError(f"sample_weight has {len(sample_weight)} entries but the data has {found}")
-
-
-def _samples(data: Iterable[Any]) -> int | None:
-    """Number of samples in a list of batches; None where it is not known without iterating."""
-    if not isinstance(data, (list, tuple)):
-        return None
-    total = 0
-    for element in data:
-        if not isinstance(element, (tuple, list)) or not element:
-            return None
-        try:
-            total += _leading_size(element[0])
-        except (AttributeError, IndexError, TypeError):
-            # No batch at all: the pass over the data says so.
-            return None
-    return total
-
-
-def check_iterable(data: Any) -> None:
-    """Raises TypeError if data cannot be an iterable of batches."""
-    if isinstance(data, Tensor) or not isinstance(data, Iterable):
-        raise TypeError(f"data must be an iterable of (inputs, targets), got {type(data).__name__}")
-
-
-def _length(data: Iterable[Any]) -> int | None:
-    if not isinstance(data, Sized):
-        return None
-    try:
-        return len(data)
-    except TypeError:
-        # A DataLoader over an iterable data set has a length only in name.
-        return None
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    # To the host without waiting, values would be read before they arrive.
-    return _mapped(
-        _usable(value), lambda tensor: tensor.to(device, non_blocking=device.type == "cuda")
-    )
-
-
-def _nearby(value: Any, device: torch.device) -> Any:
-    """The value with tensors on the host or on the device."""
-    return _mapped(
-        _usable(value), lambda t: t if t.device in (device, torch.device("cpu")) else t.to(device)
-    )
-
-
-def _usable(value: Any) -> Any:
-    """The value with tensors that hold values and that autograd takes."""
-    return _mapped(value, _usable_tensor)
-
-
-def _dense_input(tensor: Tensor) -> Tensor:
-    check_dense(tensor, "data: inputs")
-    return tensor
-
-
-def _usable_tensor(tensor: Tensor) -> Tensor:
-    if tensor.is_meta:
-        raise ValueError(
-            f"data must hold values, got a tensor {list(tensor.shape)} on the meta device"
-        )
-    # Autograd refuses tensors made under inference_mode; a clone is a normal one.
-    return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nested tuples, lists and dicts with changed tensors."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _mapped(item, change) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        items = [_mapped(item, change) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
-
-
-def halves(batch: Batch) -> list[Batch]:
-    """The batch in two, or as it is where it has one sample or does not say how many."""
-    try:
-        count = _leading_size(batch.inputs)
-    except (AttributeError, TypeError):
-        return [batch]
-    if count < 2:
-        return [batch]
-
-    def part(value: Any, samples: slice) -> Any:
-        return _mapped(value, lambda t: t[samples] if t.dim() and len(t) == count else t)
-
-    def half(samples: slice) -> Batch:
-        targets = part(batch.targets, samples)
-        same = batch.given_targets is batch.targets
-        given = targets if same else part(batch.given_targets, samples)
-        weight = part(batch.weight, samples)
-        return Batch(batch.index, part(batch.inputs, samples), targets, given, weight)
-
-    return [half(slice(0, count // 2)), half(slice(count // 2, count))]
-
-
-def _leading_size(inputs: Any) -> int:
-    if isinstance(inputs, Tensor):
-        return inputs.shape[0]
-    values = inputs.values() if isinstance(inputs, Mapping) else inputs
-    for value in values:
-        if isinstance(value, Tensor):
-            return value.shape[0]
-    raise TypeError("inputs must contain a tensor whose first axis counts the samples")
 
 
 @dataclass
@@ -404,7 +152,7 @@ class Capture:
                 # It takes no hooks; its calls are found in the graph.
                 continue
             self._handles += [
-                module.register_forward_pre_hook(self._before(module), prepend=True),
+                module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
                 module.register_forward_hook(self._behind(name, attribute), prepend=True),
             ]
         return self
@@ -431,14 +179,15 @@ class Capture:
                 reasons[name] = "was never reached in the forward pass"
         return {**reasons, **self.unfit}
 
-    def _before(self, module: nn.Module) -> Any:
-        def hook(_: nn.Module, args: Any) -> Any:
-            if not self._copy:
-                return None
-            # What is overwritten in place later is then not what the layer has read.
-            return tuple(a.clone() if isinstance(a, Tensor) else a for a in args)
+    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if not self._copy:
+            return None
 
-        return hook
+        def copied(value: Any) -> Any:
+            # What is overwritten in place later is then not what the layer has read.
+            return value.clone() if isinstance(value, Tensor) else value
+
+        return tuple(map(copied, args)), {name: copied(v) for name, v in kwargs.items()}
 
     def _behind(self, name: str, attribute: str) -> Any:
         def hook(module: nn.Module, args: Any, z: Any) -> Tensor | None:
@@ -525,11 +274,11 @@ class Capture:
                 None if bias is None else get_gradient_edge(bias),
             )
         results, self._results = self._results, []
-        given, self._given = _by_call(self._given), []
+        given, self._given = inputs_by_call(self._given), []
         self._flat = {node for node, x in given.items() if x.dim() == 2}
         calls, others = find_uses(outputs, targets, results)
         if self._autocast[2]:
-            calls = _before_autocast(calls, given)
+            calls = before_autocast(calls, given)
         return targets, calls, others
 
     def _fitting(
@@ -564,7 +313,7 @@ class Capture:
             for use, arrangement in zip(fitting[name], arranged[name], strict=True):
                 assert isinstance(arrangement, Arrangement)
                 ambiguous = use.node in self._ambiguous
-                result[name] += _layer_uses(spec, use, arrangement, ambiguous)
+                result[name] += layer_uses(spec, use, arrangement, ambiguous)
         self._refuse(found, len(calls) + len(others))
         self._reached.update(result)
         return {name: result[name] for name in self.specs if name in result}
@@ -800,31 +549,6 @@ class Capture:
                 self.inexact.setdefault(name, "lies in a model that hooks its gradients")
 
 
-def _by_call(given: list[tuple[Any, Tensor]]) -> dict[Any, Tensor]:
-    """Layers' inputs by the calls that they went into, from the nodes of the layers' results."""
-    inputs: dict[Any, Tensor] = {}
-    for node, x in given:
-        # Behind views and the addition of a bias.
-        while node is not None and kind(node) in ("Add", "UnsafeView", "View"):
-            node = node.next_functions[0][0]
-        inputs[node] = x
-    return inputs
-
-
-def _before_autocast(
-    calls: dict[str, list[WeightUse]], given: dict[Any, Tensor]
-) -> dict[str, list[WeightUse]]:
-    """The calls with inputs as the layers were given them, before autocast narrowed them."""
-
-    def widened(use: WeightUse) -> WeightUse:
-        x = given.get(use.node)
-        if x is None or x.numel() != use.x.numel() or not x.is_floating_point():
-            return use
-        return replace(use, x=x.reshape(use.x.shape))
-
-    return {name: [widened(use) for use in uses] for name, uses in calls.items()}
-
-
 def _values(outputs: Tensor, calls: dict[str, list[WeightUse]]) -> list[Tensor]:
     """Outputs, layers' inputs, and what comes back to the layers of one random row of outputs."""
     uses = [use for layer in calls.values() for use in layer]
@@ -837,27 +561,6 @@ def _values(outputs: Tensor, calls: dict[str, list[WeightUse]]) -> list[Tensor]:
     empty = outputs.new_empty(0)
     returned = [empty if g is None else g.detach() for g in gradients]
     return [outputs.detach(), *(use.x for use in uses), *returned]
-
-
-def _layer_uses(
-    spec: LayerSpec, use: WeightUse, arrangement: Arrangement, ambiguous: bool
-) -> list[LayerUse]:
-    """A call as uses that have one input of a sample each."""
-    edge = GradientEdge(use.node, 0)
-    if use.settings is None:
-        x = arrangement.by_sample(use.x.reshape(-1, use.x.shape[-1]))
-        if arrangement.positions == 1:
-            x = x[:, 0]
-        return [LayerUse(x, edge, arrangement, spec.outputs, use.part, ambiguous=ambiguous)]
-    x = use.x
-    more = [p - q for p, q in zip(use.settings[1], spec.padding, strict=True)]
-    if any(more):
-        x = F.pad(x, [amount for axis in reversed(more) for amount in (axis, axis)])
-    images = arrangement.by_sample(x)
-    return [
-        LayerUse(images[:, i], edge, arrangement, spec.outputs, None, True, i, ambiguous)
-        for i in range(arrangement.positions)
-    ]
 
 
 def _route(outputs: Tensor, calls: list[Any]) -> int:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesskern.capture import Capture, batches, model_device
+from hesskern.batches import batches
+from hesskern.capture import Capture
 from hesskern.checks import Checks
+from hesskern.forward_pass import model_device
 from hesskern.layers import select_layers
 from hesskern.losses import resolve_loss
 from hesskern.roots import BatchRoots

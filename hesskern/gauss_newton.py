@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.capture import Capture, Evidence, batches, check_iterable, model_device
+from hesskern.batches import batches, check_iterable
+from hesskern.capture import Capture, Evidence
 from hesskern.checks import Checks
+from hesskern.forward_pass import model_device
 from hesskern.layers import (
     LayerSpec,
     select_layers,

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.capture import Batch, Capture, Evidence, batches, check_iterable, model_device
+from hesskern.batches import Batch, batches, check_iterable
+from hesskern.capture import Capture, Evidence
 from hesskern.checks import Checks
+from hesskern.forward_pass import model_device
 from hesskern.layers import LayerSpec, select_layers, skipped_modules, warn_left_out
 from hesskern.losses import Loss, resolve_loss
 from hesskern.memory import budget_for, with_less_memory

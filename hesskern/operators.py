@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesskern import ops
-from hesskern.capture import Batch, batches, check_iterable
+from hesskern.batches import Batch, batches, check_iterable
 from hesskern.checks import Checks
 from hesskern.forward_pass import (
     check_repeatable,

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesskern.capture import Capture, Evidence, batches, check_iterable, model_device
+from hesskern.batches import batches, check_iterable
+from hesskern.capture import Capture, Evidence
 from hesskern.checks import Checks
+from hesskern.forward_pass import model_device
 from hesskern.layers import LayerSpec, select_layers
 from hesskern.losses import Loss, resolve_loss
 from hesskern.memory import budget_for

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesskern.capture import Batch, Capture, LayerUse
+from hesskern.batches import Batch
+from hesskern.capture import Capture
 from hesskern.checks import Checks, check_dense, first_chosen, on_host
+from hesskern.layer_uses import LayerUse
 from hesskern.layers import LayerSpec
 from hesskern.losses import Loss, Rows
 

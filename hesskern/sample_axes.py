@@ -493,8 +493,8 @@ class Probed:
 
 def random_rows(outputs: Tensor) -> Tensor:
     """Random numbers as the outputs [N, ...], always the same."""
-    generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(outputs.shape, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(1)
+    rows = torch.randn(outputs.shape, generator=generator, dtype=torch.float64, device="cpu")
     return rows.to(outputs.dtype).to(outputs.device)
 
 
@@ -548,7 +548,7 @@ def _digits(samples: int, dtypes: set[torch.dtype], like: Tensor) -> list[Tensor
     """Powers of two [N], as ``like``, that differ in one of them at least for any two samples."""
     base = min(_POWERS.get(dtype, _FEW_POWERS) for dtype in dtypes)
     weights: list[Tensor] = []
-    rest = torch.arange(samples)
+    rest = torch.arange(samples, device="cpu")
     while not weights or int(rest.max()) > 0:
         weights.append(torch.exp2((rest % base - base // 2).double()).to(like))
         rest = rest // base

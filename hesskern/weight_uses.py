@@ -258,7 +258,7 @@ class _Numbers:
     def tensor(self) -> Tensor:
         """Numbers of entries, in the shape of the operand."""
         if self._tensor is None:
-            whole = torch.arange(product(self._shape)).reshape(self._shape)
+            whole = torch.arange(product(self._shape), device="cpu").reshape(self._shape)
             self._tensor = whole.t() if self.plain == "transposed" else whole
         return self._tensor
 
@@ -302,7 +302,7 @@ def _moved(
             return None
         stop = min(stop, tensor.shape[axis])
         return tensor.narrow(axis, begin, max(stop - begin, 0)).index_select(
-            axis, torch.arange(0, max(stop - begin, 0), int(node._saved_step))
+            axis, torch.arange(0, max(stop - begin, 0), int(node._saved_step), device="cpu")
         )
     if name == "Select":
         index = int(node._saved_index)
@@ -328,7 +328,7 @@ def _columns(numbers: _Numbers, target: Target) -> tuple[bool, slice | None]:
     wanted = "same" if target.transposed else "transposed"
     if numbers.plain:
         return numbers.plain == wanted, None
-    whole = torch.arange(product(target.shape)).reshape(target.shape)
+    whole = torch.arange(product(target.shape), device="cpu").reshape(target.shape)
     if target.transposed:
         whole = whole.t()
     m, d = whole.shape

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hesskern.capture import Batch, Capture
+from hesskern.batches import Batch
+from hesskern.capture import Capture
 from hesskern.layers import select_layers
 from hesskern.propagation import Propagation
 

@@ -245,6 +245,11 @@ class Reference:
         inside = torch.nn.functional.one_hot(block, n).T.bool()
         if bool((depends & ~inside).any()) or bool((counts == 0).all()):
             return None
+        strided = torch.arange(n).repeat(positions // n)
+        beside = torch.nn.functional.one_hot(strided, n).T.bool()
+        if positions > n and not bool((depends & ~beside).any()):
+            # Samples one after the other would fit as well.
+            return None
         if bool((depends | ~inside).all(0).any()):
             return shares[block]
         return None

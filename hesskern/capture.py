@@ -27,7 +27,8 @@ from hesskern.layer_uses import LayerUse, before_autocast, inputs_by_call, layer
 from hesskern.layers import LayerSpec, bias_of, calls_itself, own_parameters, weight_of
 from hesskern.piecewise import layers_followed_by_smooth
 from hesskern.propagation import Propagation
-from hesskern.sample_axes import Arrangement, Probed, probe, prove, random_rows
+from hesskern.sample_axes import Arrangement, prove
+from hesskern.sample_probe import Probed, probe, random_rows
 from hesskern.weight_uses import Target, WeightUse, find_uses
 
 __all__ = ["Capture", "Evidence"]

@@ -17,6 +17,7 @@ from hesskern.cuts import Cuts, uncounted
 from hesskern.forward_pass import (
     check_repeatable,
     frozen_eval,
+    grad_fn_of,
     model_device,
     noted_hooks,
     random_state,
@@ -111,7 +112,7 @@ class Capture:
     _computed: dict[str, list[GradientEdge]] = field(default_factory=dict)
     _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _results: list[Any] = field(default_factory=list)
-    _given: list[tuple[Any, Tensor]] = field(default_factory=list)
+    _given: list[tuple[Any, Tensor, int]] = field(default_factory=list)
     _flat: set[Any] = field(default_factory=set)
     _ambiguous: set[Any] = field(default_factory=set)
     _copy: bool = False
@@ -200,15 +201,16 @@ class Capture:
                 weight = getattr(module, attribute)
                 if isinstance(weight, Tensor) and weight.requires_grad:
                     self._shapes[name] = tuple(weight.shape)
-                    self._computed.setdefault(name, []).append(get_gradient_edge(weight))
-            if not isinstance(z, Tensor) or z.grad_fn is None:
+                    with uncounted():
+                        self._computed.setdefault(name, []).append(get_gradient_edge(weight))
+            if not isinstance(z, Tensor) or grad_fn_of(z) is None:
                 return None
             plain = calls_itself(module)
             root = _Root.apply(z) if z._is_view() and plain else None
-            self._results.append((z if root is None else root).grad_fn)
+            self._results.append(grad_fn_of(z if root is None else root))
             if plain and args and isinstance(args[0], Tensor):
                 with uncounted():
-                    self._given.append((z.grad_fn, args[0].detach()))
+                    self._given.append((grad_fn_of(z), args[0].detach(), args[0]._version))
             return root
 
         return hook
@@ -342,10 +344,10 @@ class Capture:
                 "first axis does not count the samples"
             )
         if use.settings is not None:
-            stride, padding, dilation = use.settings
-            same = (stride, dilation) == (spec.stride, spec.dilation)
+            stride, padding, dilation, groups = use.settings
+            same = (stride, dilation, groups[0]) == (spec.stride, spec.dilation, spec.groups)
             if not same or any(p < q for p, q in zip(padding, spec.padding, strict=True)):
-                return "is also used with another stride, padding or dilation than its own"
+                return "is also used with another stride, padding, dilation or groups than its own"
         return None
 
     def _arranged(
@@ -391,8 +393,8 @@ class Capture:
     ) -> tuple[str, list[Arrangement | str]]:
         """How calls were looked into that the graph proves nothing about, and what was found.
 
-        What was found holds for the batches that follow where the graph stays the same and moves
-        rows in no other way there.
+        What was found holds for the batches that follow where the graph and its shapes stay the
+        same and rows cannot be moved in another way there.
         """
         samples = len(outputs)
         first = [Arrangement(1, samples, rows[i] // samples) for i in open_calls]
@@ -403,12 +405,7 @@ class Capture:
         route = _route(outputs, [flat[i][1].node for i in open_calls])
         known = self.evidence.probed.get(route) if steady else None
         if known is not None:
-            again = [
-                p.answer.like(rows[i], samples) if isinstance(p.answer, Arrangement) else p.answer
-                for p, i in zip(known, open_calls, strict=True)
-            ]
-            if None not in again:
-                return "probe", [a for a in again if a is not None]
+            return "probe", [p.answer for p in known]
         edges = [GradientEdge(flat[i][1].node, 0) for i in open_calls]
         probed = probe(outputs, edges, [rows[i] for i in open_calls])
         for place, i in enumerate(open_calls):
@@ -564,15 +561,24 @@ def _values(outputs: Tensor, calls: dict[str, list[WeightUse]]) -> list[Tensor]:
     return [outputs.detach(), *(use.x for use in uses), *returned]
 
 
+_AXES = ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_size", "_saved_stride")
+
+
 def _route(outputs: Tensor, calls: list[Any]) -> int:
-    """A number that tells graphs of other operations, or other calls in them, apart."""
+    """A number that tells graphs of other operations, shapes or calls apart."""
     order = in_order([outputs.grad_fn])
     position = {node: i for i, node in enumerate(order)}
-    shape = tuple(
-        (kind(node), *(position.get(f, -1) for f, _ in node.next_functions)) for node in order
+    operations = tuple(
+        (
+            kind(node),
+            output_shape(node),
+            *(str(getattr(node, name, None)) for name in (*_AXES, "_saved_storage_offset")),
+            *(str(getattr(node, name, None)) for name in ("_saved_start", "_saved_index")),
+            *((position.get(f, -1), number) for f, number in node.next_functions),
+        )
+        for node in order
     )
-    dims = tuple(len(output_shape(node) or ()) for node in calls)
-    return hash((shape, tuple(position[node] for node in calls), dims))
+    return hash((operations, tuple(position[node] for node in calls)))
 
 
 def _versions(inputs: Any) -> list[int]:

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Cuts", "uncounted"]
+__all__ = ["Cuts", "counting_is_paused", "uncounted"]
 
 # Of what they are given they take the shape, dtype or device alone.
 _SHAPE_ALONE = frozenset(
     (
-        "empty_like full_like new_empty new_empty_strided new_full new_ones new_tensor new_zeros"
+        "empty_like full_like new_empty new_empty_strided new_full new_ones new_zeros"
         " ones_like rand_like randint_like randn_like type_as zeros_like __len__ __repr__"
         " __format__ size stride dim numel element_size requires_grad_ retain_grad"
     ).split()
@@ -24,6 +24,8 @@ _SHAPE_ALONE = frozenset(
 _STEPS = frozenset("ceil floor round sign sgn trunc heaviside sign_ floor_ round_ ceil_".split())
 # Functions made of several operations that take something out inside.
 _OPAQUE = frozenset((F.gumbel_softmax,))
+
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 _paused = 0
 
@@ -38,6 +40,11 @@ class uncounted:
     def __exit__(self, *_: Any) -> None:
         global _paused
         _paused -= 1
+
+
+def counting_is_paused() -> bool:
+    """Whether the package's own code runs now."""
+    return _paused > 0
 
 
 class Cuts(TorchFunctionMode):
@@ -61,11 +68,15 @@ class Cuts(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func is _DATA and not _paused:
+            # What is written there, or read from it, leaves no trace.
+            self.unknown = True
         sources = [t for t in _tensors((*args, *kwargs.values())) if t.requires_grad]
         if not sources or _paused or _name(func) in _SHAPE_ALONE:
             return func(*args, **kwargs)
         # Before the call: an operation in place would change what the tensor stands for.
-        edges = [_edge(t) for t in sources]
+        with uncounted():
+            edges = [_edge(t) for t in sources]
         result = func(*args, **kwargs)
         if func in _OPAQUE or _is_cut(func, sources, args, result):
             self.edges += [edge for edge in edges if edge is not None]
@@ -86,6 +97,8 @@ def _is_cut(func: Any, sources: list[Tensor], args: tuple[Any, ...], result: Any
     name = _name(func)
     if name in _STEPS:
         return False
+    if name in ("__setitem__", "copy_") and not args[0].requires_grad:
+        return True
     if name in ("to", "__get__", "__set__") and args and isinstance(args[0], Tensor):
         if name == "to" and not args[0].requires_grad:
             # x.to(weight): only the kind of the weight counts.

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from hesskern.cuts import counting_is_paused, uncounted
+
 __all__ = [
     "check_repeatable",
     "frozen_eval",
+    "grad_fn_of",
     "model_device",
     "noted_hooks",
     "random_state",
@@ -99,12 +102,18 @@ def _plain_checkpoints() -> Iterator[None]:
 
 @contextmanager
 def noted_hooks(note: Callable[[], None]) -> Iterator[None]:
-    """Calls ``note`` whenever this thread puts a hook on a tensor's gradient.
+    """Calls ``note`` whenever this thread puts a hook on a tensor's gradient, or may do so.
 
-    Such a hook changes gradients behind the graph's back.
+    Such a hook changes gradients behind the graph's back. Hooks on a node of the graph leave no
+    trace, so whoever asks a tensor for its node counts as one who puts a hook there.
     """
     original = Tensor.register_hook
     owner = threading.get_ident()
+
+    def grad_fn(self: Tensor) -> Any:
+        if threading.get_ident() == owner and not counting_is_paused():
+            note()
+        return grad_fn_of(self)
 
     def register_hook(self: Tensor, hook: Any) -> Any:
         if threading.get_ident() == owner:
@@ -112,10 +121,19 @@ def noted_hooks(note: Callable[[], None]) -> Iterator[None]:
         return original(self, hook)
 
     setattr(Tensor, "register_hook", register_hook)  # noqa: B010  (a method)
+    setattr(Tensor, "grad_fn", property(grad_fn))  # noqa: B010
     try:
         yield
     finally:
         setattr(Tensor, "register_hook", original)  # noqa: B010  (a method)
+        del Tensor.grad_fn
+
+
+def grad_fn_of(tensor: Tensor) -> Any:
+    """The tensor's node, asked for by this package itself."""
+    descriptor: Any = torch._C.TensorBase.grad_fn
+    with uncounted():
+        return descriptor.__get__(tensor)
 
 
 def model_device(model: nn.Module) -> torch.device:

@@ -63,10 +63,17 @@ class LayerUse:
         return F.pad(rows, (self.part.start, self.outputs - self.part.stop))
 
 
-def inputs_by_call(given: list[tuple[Any, Tensor]]) -> dict[Any, Tensor]:
-    """Layers' inputs by the calls that they went into, from the nodes of the layers' results."""
+def inputs_by_call(given: list[tuple[Any, Tensor, int]]) -> dict[Any, Tensor]:
+    """Layers' inputs by the calls that they went into.
+
+    Args:
+        given: nodes of layers' results, inputs, and the inputs' versions when they were read; what
+            was overwritten since is left out.
+    """
     inputs: dict[Any, Tensor] = {}
-    for node, x in given:
+    for node, x, version in given:
+        if x._version != version:
+            continue
         # Behind views and the addition of a bias.
         while node is not None and kind(node) in ("Add", "UnsafeView", "View"):
             node = node.next_functions[0][0]

@@ -43,19 +43,6 @@ class Arrangement:
             return shaped[0]
         return shaped.transpose(0, 1).flatten(1, 2)
 
-    def like(self, rows: int, samples: int) -> Arrangement | None:
-        """The same order of another number of rows and samples; None where there is none."""
-        if samples < 1 or rows % samples:
-            return None
-        positions = rows // samples
-        if self.outer == 1:
-            return Arrangement(1, samples, positions)
-        if self.inner == 1:
-            return Arrangement(positions, samples, 1)
-        if positions % self.inner:
-            return None
-        return Arrangement(positions // self.inner, samples, self.inner)
-
 
 @dataclass(frozen=True)
 class _Axis:
@@ -156,20 +143,27 @@ class _Proof:
         return there
 
     def steady(self) -> bool:
-        """Whether no operation moves rows by values, or mixes samples behind gates."""
+        """Whether no operation moves or mixes rows by values."""
         return not self._mixed and all(self._is_steady(node) for node in self._needed)
 
     def _is_steady(self, node: Any) -> bool:
         if passes_gradients(node) or node in self._calls:
             return True
-        name = kind(node)
-        if name not in _PRODUCTS:
-            return name in _RULES or name in _STEADY
-        if all(axis is not None for axis in self._after(node)):
+        here = [
+            self._axes[node, number]
+            for number in range(len(node._input_metadata))
+            if (node, number) in self._axes
+        ]
+        if here and None not in here and None not in self._after(node):
             return True
-        # With an operand that is no layer's, which may be another one in the next batch.
-        operands = node.next_functions[-2:]
-        return all(follower in self._needed for follower, _ in operands)
+        if kind(node) in ("Add", "Sub"):
+            shape = output_shape(node)
+            return all(
+                output_shape(follower, number) == shape
+                for follower, number in node.next_functions
+                if follower is not None
+            )
+        return kind(node) in _STEADY
 
     def _after(self, node: Any) -> list[_Axis | None]:
         """Where samples are in the operands that gradients go on to."""
@@ -389,6 +383,17 @@ def _padding(step: _Step) -> _Axis | None:
     return step.at(step.here.axis)
 
 
+def _as_strided(step: _Step) -> _Axis | None:
+    """What torch's pooling to one pixel makes of its mean: the same numbers."""
+    node = step.node
+    pixel = len(step.shape) == 4 and step.shape[2:] == (1, 1) and step.shape == step.source
+    stride = tuple(int(size) for size in node._saved_stride)
+    fresh = kind(node.next_functions[0][0]) == "Mean"
+    if not pixel or not fresh or stride[:2] != (step.shape[1], 1):
+        return None
+    return step.at(step.here.axis) if not int(node._saved_storage_offset or 0) else None
+
+
 def _over_axes(attribute: str) -> _Rule:
     """Flip and roll."""
 
@@ -401,6 +406,7 @@ def _over_axes(attribute: str) -> _Rule:
 
 _RULES: dict[str, _Rule] = {
     "Addmm": _row_product,
+    "AsStrided": _as_strided,
     "Baddbmm": _added_batched_product,
     "Bmm": _batched_product,
     "Cat": _concatenation,
@@ -462,4 +468,16 @@ _RULES.update(
         ).split(),
         _elementwise,
     )
+)
+
+# Where samples are not known to be, these cannot move or mix rows in another way in another batch
+# of the same shapes. All others can: by a mask, a gate, an adjacency, a list of numbers.
+_STEADY = frozenset(
+    (
+        "Abs Alias AsStrided Celu Clamp Clone Convolution CudnnRnn Elu Exp Expand Gelu Hardsigmoid"
+        " Hardswish Hardtanh LeakyRelu LogSigmoid Mean Mish MkldnnRnnLayer NativeLayerNorm Neg"
+        " Permute PixelShuffle PixelUnshuffle Relu ReshapeAlias Select Sigmoid Silu Slice Softplus"
+        " Split SplitWithSizes Squeeze Stack T Tanh ThnnFusedGruCell ThnnFusedLstmCell ToCopy"
+        " Transpose Trilinear Unbind Unfold UnsafeView Unsqueeze View"
+    ).split()
 )

@@ -47,21 +47,6 @@ def random_rows(outputs: Tensor) -> Tensor:
     return rows.to(outputs.dtype).to(outputs.device)
 
 
-_PRODUCTS = frozenset(("Addmm", "Baddbmm", "Bmm", "Linear", "Mm"))
-
-# What these do to the samples follows from shapes alone, whether or not it keeps them apart.
-_STEADY = frozenset(
-    (
-        "AsStrided AvgPool3D Col2Im Convolution CopySlices Copy CudnnRnn Cummax Cumprod"
-        " FftC2C FftC2R FftR2C FusedRmsNorm Im2Col MaxPool3DWithIndices"
-        " MkldnnRnnLayer NativeDropout PixelShuffle PixelUnshuffle Repeat"
-        " ReflectionPad1D ReflectionPad3D ReplicationPad1D ReplicationPad3D SelectScatter"
-        " SliceScatter ThnnFusedGruCell ThnnFusedLstmCell Trilinear Unfold UpsampleLinear1D"
-        " UpsampleNearest1D UpsampleNearest3D UpsampleTrilinear3D WeightNormInterface"
-    ).split()
-)
-
-
 def probe(outputs: Tensor, edges: list[GradientEdge], rows: list[int]) -> list[Probed]:
     """Arrangements found by backward passes through the whole batch.
 

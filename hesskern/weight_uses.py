@@ -63,14 +63,15 @@ class WeightUse:
         x: [..., d] the rows, or [B, C, (H,) W], detached.
         outputs: [..., m] or [B, m, (H,) W], shape of the call's result.
         part: which rows of the weight the call used; None for all.
-        settings: stride, padding and dilation of a convolution; None for a matrix product.
+        settings: stride, padding, dilation and (groups,) of a convolution; None for a matrix
+            product.
     """
 
     node: Any
     x: Tensor
     outputs: tuple[int, ...]
     part: slice | None = None
-    settings: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
+    settings: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass
@@ -214,7 +215,7 @@ class _Uses:
             for parent, operand, arriving in self._parents.get(node, ()):
                 if arriving != number:
                     continue
-                if kind(parent) in _SAME_ORDER:
+                if kind(parent) in ("Alias", "Clone", "ToCopy"):
                     pending.append((parent, 0))
                     continue
                 call = _added_to(parent, operand, calls)
@@ -229,16 +230,23 @@ class _Uses:
 
 
 def _added_to(node: Any, operand: int, calls: set[Any]) -> Any:
-    """The call that a node adds its operand, the bias, to; None if it does another thing."""
+    """The call whose every row a node adds its operand, the bias [m], to; None if there is none."""
     name = kind(node)
     if node in calls and (name, operand) in (("Addmm", 0), ("Linear", 2), ("Convolution", 2)):
-        return node
+        return node if getattr(node, "_saved_beta", 1) == 1 else None
     if name != "Add" or getattr(node, "_saved_alpha", 1) != 1 or len(node.next_functions) != 2:
         return None
-    other = node.next_functions[1 - operand][0]
-    while other is not None and other not in calls and kind(other) in _SAME_ORDER:
+    other, number = node.next_functions[1 - operand]
+    if other is None or output_shape(other, number) != output_shape(node):
+        return None
+    m = (output_shape(node) or (0,))[-1]
+    while other not in calls and kind(other) in ("ReshapeAlias", "UnsafeView", "View", "ToCopy"):
+        # Rows stay rows as long as their axis is the last one.
+        if (output_shape(other) or (0,))[-1] != m:
+            return None
         other = other.next_functions[0][0]
-    return other if other in calls else None
+    fits = other in calls and kind(other) != "Convolution"
+    return other if fits and (output_shape(other) or (0,))[-1] == m else None
 
 
 class _Numbers:
@@ -387,6 +395,7 @@ def _convolution_call(
         per_axis(node._saved_stride, axes),
         per_axis(node._saved_padding, axes),
         per_axis(node._saved_dilation, axes),
+        (int(node._saved_groups),),
     )
     return WeightUse(node, node._saved_input.detach(), shape, None, settings)
 

@@ -704,3 +704,182 @@ def test_pruned_and_doubly_used_parametrized_weights() -> None:
         plain = seeded(Net(run, a=nn.Linear(4, 5), c=nn.Linear(5, 3)))
         plain.a.weight.data.copy_(model.a.weight.detach())
         check_blocks(model, batches(5), {"a", "c"}, plain)
+
+
+# What an adversary would try
+
+
+def answer(model: nn.Module, data: Data, layer: str) -> hk.LayerHessian | str:
+    """The layer's Hessian, or why there is none."""
+    try:
+        found = quietly(hk.layer_hessians, model, data, CE)
+    except ValueError as error:
+        return str(error)
+    return found[layer] if layer in found else f"layer '{layer}' {found.skipped[layer]}"
+
+
+def check_right_or_refused(model: nn.Module, data: Data, layer: str) -> None:
+    """In this order of the batches and in the other."""
+    for order in (data, data[::-1]):
+        found = answer(model, order, layer)
+        if isinstance(found, str):
+            assert f"layer '{layer}' sees rows" in found
+        else:
+            expected = gauss_newton(model, order, sample_loss, layer)
+            assert relative_error(found.to_dense(), expected) <= 1e-10
+
+
+def _times(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous()
+
+
+LENGTHS: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "repeat": lambda m, x: m.a(_times(x)).repeat(1, 1, 2).sum(0),
+    "pad": lambda m, x: F.pad(m.a(_times(x)), (1, 1), mode="reflect").sum(0),
+    "interpolate": lambda m, x: F.interpolate(m.a(_times(x)), 5, mode="linear").sum(0),
+    "unfold": lambda m, x: m.a(_times(x)).unfold(2, 2, 1).sum((0, 3)),
+    "cumprod": lambda m, x: m.a(_times(x)).cumprod(2).sum(0),
+}
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_one_position_says_nothing_about_several(name: str) -> None:
+    model = seeded(Net(LENGTHS[name], a=nn.Linear(4, 4)))
+    data = [(randn(4, t, 4, seed=t), classes(4, c=3, seed=t)) for t in (1, 3)]
+    check_right_or_refused(model, data, "a")
+
+
+HIDDEN_COUPLING: dict[str, Callable[[Net, Tensor, Tensor], Tensor]] = {
+    "weighted sum, then repeat": lambda m, x, A: (m.a(x)[None] * A[:, :, None]).sum(1).repeat(1, 2),
+    "product, then repeat": lambda m, x, A: (A @ m.a(x)).repeat(1, 2),
+    "in place on a part": lambda m, x, A: _added_product(m, x, A),
+    "attention, then repeat": lambda m, x, A: (
+        (m.a(x) @ m.a(x).T).masked_fill(A == 0, -torch.inf).softmax(1) @ x
+    ).repeat(1, 2),
+    "cummax": lambda m, x, A: (m.a(x) + 1e3 * A.sum(1).cumsum(0)[:, None]).cummax(0).values,
+}
+
+
+def _added_product(m: Net, x: Tensor, A: Tensor) -> Tensor:
+    rows = torch.zeros(len(x), 4, dtype=x.dtype)
+    rows[:, :3].addmm_(A, m.a(x))
+    return rows
+
+
+@pytest.mark.parametrize("name", HIDDEN_COUPLING)
+def test_a_coupling_that_the_first_batch_hides(name: str) -> None:
+    model = seeded(Net(HIDDEN_COUPLING[name], a=nn.Linear(4, 3)))
+    eye, dense = torch.eye(4).double(), 0.2 * randn(4, 4, seed=9).abs()
+    data = [((randn(4, 4, seed=i), A), classes(4, c=3, seed=i)) for i, A in enumerate((eye, dense))]
+    check_right_or_refused(model, data, "a")
+
+
+def test_the_axis_of_a_transposition_may_change_between_batches() -> None:
+    def run(m: Net, x: Tensor, axis: Tensor) -> Tensor:
+        h = m.a(x).cumprod(3)
+        return h.transpose(0, int(axis[0, 0])).sum((1, 2))
+
+    model = seeded(Net(run, a=nn.Linear(2, 3)))
+    data = [
+        ((randn(3, 3, 3, 2, seed=i), torch.full((3, 1), i)), classes(3, c=3, seed=i))
+        for i in (1, 2)
+    ]
+    check_right_or_refused(model, data, "a")
+
+
+def test_a_convolution_with_other_groups_is_no_use_of_the_same_layer() -> None:
+    def run(m: Net, x: Tensor) -> Tensor:
+        return F.conv1d(x, m.c.weight, groups=2).mean(-1)
+
+    model = seeded(Net(run, c=nn.Conv1d(2, 4, 3)))
+    data = [(randn(4, 4, 6), classes(4, c=4))]
+    with pytest.raises(ValueError, match="another stride, padding, dilation or groups"):
+        hk.layer_hessians(model, data, CE)
+
+
+@pytest.mark.parametrize("kind", ["hook", "prehook"])
+def test_hooks_on_nodes_are_part_of_the_function(kind: str) -> None:
+    def run(m: Net, x: Tensor) -> Tensor:
+        h = m.a(x).relu()
+        if h.grad_fn is not None:
+            if kind == "hook":
+                h.grad_fn.register_hook(lambda inputs, outputs: (inputs[0] * 0.5,))
+            else:
+                h.grad_fn.register_prehook(lambda outputs: (outputs[0] * 0.5,))
+        return m.b(h)
+
+    model = seeded(Net(run, a=nn.Linear(4, 5), b=nn.Linear(5, 3)))
+    data = batches(6)
+    H = quietly(hk.layer_hessians, model, data, CE)["a"]
+    assert not H.is_exact
+    expected = gauss_newton(model, data, sample_loss, "a")
+    assert relative_error(H.to_dense(), expected) <= 1e-10
+    # The user's class is left as it was.
+    assert "grad_fn" not in vars(torch.Tensor)
+
+
+JOINT: dict[str, Callable[[Net, Tensor], Tensor]] = {
+    "scaled bias": lambda m, x: torch.addmm(m.a.bias, x, m.a.weight.t(), beta=3),
+    "along the samples": lambda m, x: F.linear(x, m.a.weight) + m.a.bias[:, None],
+    "every unit and bias": lambda m, x: (
+        (F.linear(x, m.a.weight)[:, :, None] + m.a.bias).relu().sum(2)
+    ),
+    "rows of one": lambda m, x: (
+        (F.linear(x, m.a.weight).view(-1, 4, 1) + m.a.bias.view(1, 1, 4)).tanh().sum(2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", JOINT)
+def test_biases_that_are_added_otherwise_are_refused(name: str) -> None:
+    model = seeded(Net(JOINT[name], a=nn.Linear(4, 4)))
+    data = [(randn(4, 4), classes(4, c=4))]
+    with pytest.raises(ValueError, match="has a bias that acts through"):
+        hk.layer_hessians(model, data, CE, bias="joint")
+
+
+def test_a_bias_along_the_columns_of_an_image_is_refused() -> None:
+    model = seeded(Net(lambda m, x: (m.c(x) + m.c.bias).relu().mean((2, 3)), c=nn.Conv2d(1, 4, 2)))
+    with pytest.raises(ValueError, match="has a bias that acts through Add"):
+        hk.layer_hessians(model, [(randn(4, 1, 3, 5), classes(4, c=4))], CE, bias="joint")
+
+
+def test_inputs_that_autocast_narrowed_and_forward_overwrote() -> None:
+    def run(m: Net, x: Tensor, in_place: bool) -> Tensor:
+        h = x * 1.0
+        z = m.b(h)
+        if in_place:
+            h.mul_(7.0)
+        return z
+
+    x, y = randn(6, 4).float(), classes(6, c=3)
+    found = []
+    for in_place in (False, True):
+        model = seeded(Net(lambda m, x, p=in_place: run(m, x, p), b=nn.Linear(4, 3))).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(hk.kronecker_factors(model, [(x, y)], CE)["b"].input_covariance)
+    assert relative_error(found[1], found[0]) <= 1e-2
+
+
+TAKEN_OUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "new_tensor": lambda h: h * h.detach().new_tensor(h.tolist()),
+    "written under no_grad": lambda h: h * _written(h, False),
+    "written to .data": lambda h: h * _written(h, True),
+}
+
+
+def _written(h: Tensor, data: bool) -> Tensor:
+    buffer = torch.zeros(h.shape, dtype=h.dtype)
+    if data:
+        buffer.data[:] = h.detach()
+        return buffer
+    with torch.no_grad():
+        buffer[:] = h
+    return buffer
+
+
+@pytest.mark.parametrize("name", TAKEN_OUT)
+def test_values_taken_out_of_the_graph_make_nothing_exact(name: str) -> None:
+    take = TAKEN_OUT[name]
+    model = seeded(Net(lambda m, x: m.b(take(m.a(x))), a=nn.Linear(4, 5), b=nn.Linear(5, 3)))
+    assert not quietly(hk.layer_hessians, model, batches(5), CE)["a"].is_exact

@@ -324,10 +324,10 @@ def kronecker_factors(
         memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
             on a GPU for a sixteenth of its free memory.
         check: whether it is found out which rows of a layer belong to which samples. Mostly the
-            graph proves it; where it does not, the first batch of two or more samples that takes
-            a route through the model runs backwards two to four times more. A layer whose rows
-            are no samples, or act on several, is then left out with the reason. False takes the
-            first axis for the samples there.
+            graph proves it; where it does not, a batch of two or more samples runs backwards two to
+            four times more: the first of its shapes and its route through the model, and each one
+            where values could move or mix rows. A layer whose rows are no samples, or act on
+            several, is then left out with the reason. False takes the first axis for the samples.
         progress: True for a bar with the time left, or a callback (description, done, total).
         group: reserved for torch.distributed; must be None.
 

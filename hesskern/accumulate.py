@@ -17,7 +17,7 @@ from hesskern.checks import Checks, as_weights
 from hesskern.factors import Factors, LayerFactors
 from hesskern.forward_pass import model_device
 from hesskern.layer_sums import LayerSums, bordered, masked
-from hesskern.layers import LayerSpec, select_layers, skipped_modules, warn_left_out
+from hesskern.layers import LayerSpec, left_out, select_layers
 from hesskern.losses import resolve_loss
 from hesskern.memory import budget_for, out_of_memory, release
 from hesskern.portable import Portable
@@ -328,10 +328,12 @@ class FactorAccumulator(Portable):
         if not layers:
             reasons = "; ".join(f"{name!r} {reason}" for name, reason in self._reasons.items())
             raise ValueError(f"no layer of the model has factors: {reasons}")
-        skipped = {**self._skipped, **self._reasons}
-        skipped = skipped_modules(self._model, skipped, layers)
-        if not self._by_name:
-            warn_left_out(self._model, [f.spec for f in layers.values()], skipped, stacklevel)
+        skipped = left_out(
+            self._model,
+            {**self._skipped, **self._reasons},
+            [f.spec for f in layers.values()],
+            None if self._by_name else stacklevel,
+        )
         checked = {name: self._evidence.found.get(name, "graph") for name in layers}
         settings = {
             **self._settings,

@@ -23,7 +23,7 @@ from hesskern.forward_pass import (
     random_state,
     run_model,
 )
-from hesskern.graph import in_order, kind, output_shape, product
+from hesskern.graph import behind, in_order, kind, output_shape, product
 from hesskern.layer_uses import LayerUse, before_autocast, inputs_by_call, layer_uses
 from hesskern.layers import LayerSpec, bias_of, calls_itself, own_parameters, weight_of
 from hesskern.piecewise import layers_followed_by_smooth
@@ -61,8 +61,8 @@ class Evidence:
     Attributes:
         check: whether rows are looked into at all where the graph proves nothing; otherwise the
             first axis counts the samples.
-        found: by layer, "graph" (proved), "probe", "single samples" (nothing to tell apart yet)
-            or "unchecked".
+        found: by layer, "graph" (proved), "probe", "not checked" (nothing to tell apart yet)
+            or "switched off".
         probed: arrangements by the graph that they were found in, and by call.
     """
 
@@ -76,8 +76,8 @@ class Evidence:
         Within a batch the weakest evidence counts. Over batches, too, but for single samples, which
         leave nothing to be told apart.
         """
-        within = ("graph", "probe", "single samples", "unchecked")
-        over = ("single samples", "graph", "probe", "unchecked")
+        within = ("graph", "probe", "not checked", "switched off")
+        over = ("not checked", "graph", "probe", "switched off")
         now = max(calls, key=within.index)
         self.found[name] = max(self.found.get(name, over[0]), now, key=over.index)
 
@@ -241,22 +241,22 @@ class Capture:
             self._copy = True
             outputs, cuts = self._run(batch)
             found = self._found(outputs)
-        targets, calls, others = found
+        targets, alive, calls, others = found
         if self._drew:
             check_repeatable(
                 _values(outputs, calls), lambda: self._values_again(batch), batch.index
             )
         if not len(outputs):
             return outputs, {}
-        uses = self._fitting(outputs, calls, others)
+        uses = self._fitting(outputs, alive, calls, others)
         if self.examine:
             self._examine(outputs, uses, targets, cuts)
         return outputs, uses
 
     def _found(
         self, outputs: Tensor
-    ) -> tuple[dict[str, Target], dict[str, list[WeightUse]], dict[str, str]]:
-        """The layers' weights, their linear calls, and the other operations they act through."""
+    ) -> tuple[dict[str, Target], list[Any], dict[str, list[WeightUse]], dict[str, str]]:
+        """The layers' weights, the graph, their linear calls, and what else they act through."""
         targets = {}
         for name, spec in self.specs.items():
             if name in self.unfit:
@@ -279,13 +279,18 @@ class Capture:
         results, self._results = self._results, []
         given, self._given = inputs_by_call(self._given), []
         self._flat = {node for node, x in given.items() if x.dim() == 2}
-        calls, others = find_uses(outputs, targets, results)
+        alive = behind(outputs)
+        calls, others = find_uses(alive, targets, results)
         if self._autocast[2]:
             calls = before_autocast(calls, given)
-        return targets, calls, others
+        return targets, alive, calls, others
 
     def _fitting(
-        self, outputs: Tensor, calls: dict[str, list[WeightUse]], others: dict[str, str]
+        self,
+        outputs: Tensor,
+        alive: list[Any],
+        calls: dict[str, list[WeightUse]],
+        others: dict[str, str],
     ) -> dict[str, list[LayerUse]]:
         """Uses of the layers that have a block, and why the other layers have none.
 
@@ -304,7 +309,7 @@ class Capture:
                 fitting[name] = uses
             else:
                 found[name] = problem
-        arranged = self._arranged(outputs, fitting)
+        arranged = self._arranged(outputs, alive, fitting)
         result: dict[str, list[LayerUse]] = {}
         for name in fitting:
             texts = [a for a in arranged[name] if isinstance(a, str)]
@@ -351,7 +356,7 @@ class Capture:
         return None
 
     def _arranged(
-        self, outputs: Tensor, calls: dict[str, list[WeightUse]]
+        self, outputs: Tensor, alive: list[Any], calls: dict[str, list[WeightUse]]
     ) -> dict[str, list[Arrangement | str]]:
         """Which rows belong to which sample, for every call; texts where that cannot be."""
         flat = [(name, use) for name, uses in calls.items() for use in uses]
@@ -361,17 +366,17 @@ class Capture:
             use.outputs[0] if use.settings is not None else product(use.outputs[:-1])
             for _, use in flat
         ]
-        proved = prove(outputs, [use.node for _, use in flat])
+        proved = prove(outputs, alive, [use.node for _, use in flat])
         found: list[Arrangement | str | None] = [*proved.arrangements]
-        alive = set(in_order([outputs.grad_fn] if outputs.grad_fn is not None else []))
+        living = set(alive)
         for i, (_, use) in enumerate(flat):
-            if use.node not in alive:
+            if use.node not in living:
                 # All its rows are zero.
                 found[i] = Arrangement(1, len(outputs), rows[i] // len(outputs))
         open_calls = [i for i, arrangement in enumerate(found) if arrangement is None]
         ways = ["graph"] * len(flat)
         if open_calls:
-            how, answers = self._looked_into(outputs, flat, rows, open_calls, proved.steady)
+            how, answers = self._looked_into(outputs, alive, flat, rows, open_calls, proved.steady)
             for i, answer in zip(open_calls, answers, strict=True):
                 found[i], ways[i] = answer, how
         for name in calls:
@@ -386,6 +391,7 @@ class Capture:
     def _looked_into(
         self,
         outputs: Tensor,
+        alive: list[Any],
         flat: list[tuple[str, WeightUse]],
         rows: list[int],
         open_calls: list[int],
@@ -399,10 +405,10 @@ class Capture:
         samples = len(outputs)
         first = [Arrangement(1, samples, rows[i] // samples) for i in open_calls]
         if samples == 1:
-            return "single samples", [*first]
+            return "not checked", [*first]
         if not self.evidence.check:
-            return "unchecked", [*first]
-        route = _route(outputs, [flat[i][1].node for i in open_calls])
+            return "switched off", [*first]
+        route = _route(alive, [flat[i][1].node for i in open_calls])
         known = self.evidence.probed.get(route) if steady else None
         if known is not None:
             return "probe", [p.answer for p in known]
@@ -422,7 +428,7 @@ class Capture:
     def _values_again(self, batch: Batch) -> list[Tensor]:
         """Outputs and layers' inputs of another run on the same batch."""
         outputs, _ = self._run(batch)
-        return _values(outputs, self._found(outputs)[1])
+        return _values(outputs, self._found(outputs)[2])
 
     def _note_hook(self) -> None:
         self._hooked = True
@@ -564,10 +570,9 @@ def _values(outputs: Tensor, calls: dict[str, list[WeightUse]]) -> list[Tensor]:
 _AXES = ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_size", "_saved_stride")
 
 
-def _route(outputs: Tensor, calls: list[Any]) -> int:
+def _route(alive: list[Any], calls: list[Any]) -> int:
     """A number that tells graphs of other operations, shapes or calls apart."""
-    order = in_order([outputs.grad_fn])
-    position = {node: i for i, node in enumerate(order)}
+    position = {node: i for i, node in enumerate(alive)}
     operations = tuple(
         (
             kind(node),
@@ -576,7 +581,7 @@ def _route(outputs: Tensor, calls: list[Any]) -> int:
             *(str(getattr(node, name, None)) for name in ("_saved_start", "_saved_index")),
             *((position.get(f, -1), number) for f, number in node.next_functions),
         )
-        for node in order
+        for node in alive
     )
     return hash((operations, tuple(position[node] for node in calls)))
 

@@ -25,7 +25,7 @@ _STEPS = frozenset("ceil floor round sign sgn trunc heaviside sign_ floor_ round
 # Functions made of several operations that take something out inside.
 _OPAQUE = frozenset((F.gumbel_softmax,))
 
-_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_data: Any = Tensor.data
 
 _paused = 0
 
@@ -68,7 +68,8 @@ class Cuts(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is _DATA and not _paused:
+        # Equal, not the same: torch makes such a method anew whenever it is asked for.
+        if func == _data.__get__ and not _paused:
             # What is written there, or read from it, leaves no trace.
             self.unknown = True
         sources = [t for t in _tensors((*args, *kwargs.values())) if t.requires_grad]

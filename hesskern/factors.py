@@ -137,8 +137,8 @@ class Factors(Mapping[str, LayerFactors]):
             ``precision``: which one the rows had, e.g. "float64", "bfloat16 model, sums in
             float32", "float32, convolutions in TF32"), and under "checked", by layer, how it is
             known which rows belong to which samples: "graph" (proved), "probe" (found by backward
-            passes), "single samples" (not checked: never two in a batch, so nothing was to be told
-            apart) or "unchecked" (``check=False``).
+            passes), "not checked" (never two samples in a batch: nothing was to be told apart)
+            or "switched off" (``check=False``).
     """
 
     def __init__(
@@ -324,9 +324,10 @@ def kronecker_factors(
         memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
             on a GPU for a sixteenth of its free memory.
         check: whether it is found out which rows of a layer belong to which samples. Mostly the
-            graph proves it; where it does not, a batch of two or more samples runs backwards two to
-            four times more: the first of its shapes and its route through the model, and each one
-            where values could move or mix rows. A layer whose rows are no samples, or act on
+            graph proves it; where it does not, a batch of two or more samples runs backwards a few
+            times more (in float32 twice up to 64 samples, three times up to 4,096): the first of
+            its shapes and its route through the model, and each one where values could move or mix
+            rows. A layer whose rows are no samples, or act on
             several, is then left out with the reason. False takes the first axis for the samples.
         progress: True for a bar with the time left, or a callback (description, done, total).
         group: reserved for torch.distributed; must be None.

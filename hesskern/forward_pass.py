@@ -79,25 +79,33 @@ def frozen_eval(model: nn.Module, trainable: Iterable[Tensor] = ()) -> Iterator[
 
 
 @contextmanager
-def _plain_checkpoints() -> Iterator[None]:
-    """Re-entrant checkpoints of this thread call their function and keep its graph."""
-    original = CheckpointFunction.__dict__.get("apply")
-    inherited = CheckpointFunction.apply
-    owner = threading.get_ident()
-
-    def apply(function: Any, preserve_rng_state: Any, *args: Any) -> Any:
-        if threading.get_ident() != owner:
-            return inherited(function, preserve_rng_state, *args)
-        return function(*args)
-
-    setattr(CheckpointFunction, "apply", staticmethod(apply))  # noqa: B010  (a method)
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """A class with another attribute, for the time of the block."""
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        if original is None:
-            del CheckpointFunction.apply
+        if own is None:
+            # It was inherited.
+            delattr(owner, name)
         else:
-            setattr(CheckpointFunction, "apply", original)  # noqa: B010  (a method)
+            setattr(owner, name, own)
+
+
+@contextmanager
+def _plain_checkpoints() -> Iterator[None]:
+    """Re-entrant checkpoints of this thread call their function and keep its graph."""
+    inherited = CheckpointFunction.apply
+    thread = threading.get_ident()
+
+    def apply(function: Any, preserve_rng_state: Any, *args: Any) -> Any:
+        if threading.get_ident() != thread:
+            return inherited(function, preserve_rng_state, *args)
+        return function(*args)
+
+    with _replaced(CheckpointFunction, "apply", staticmethod(apply)):
+        yield
 
 
 @contextmanager
@@ -108,25 +116,23 @@ def noted_hooks(note: Callable[[], None]) -> Iterator[None]:
     trace, so whoever asks a tensor for its node counts as one who puts a hook there.
     """
     original = Tensor.register_hook
-    owner = threading.get_ident()
+    thread = threading.get_ident()
 
     def grad_fn(self: Tensor) -> Any:
-        if threading.get_ident() == owner and not counting_is_paused():
+        if threading.get_ident() == thread and not counting_is_paused():
             note()
         return grad_fn_of(self)
 
     def register_hook(self: Tensor, hook: Any) -> Any:
-        if threading.get_ident() == owner:
+        if threading.get_ident() == thread:
             note()
         return original(self, hook)
 
-    setattr(Tensor, "register_hook", register_hook)  # noqa: B010  (a method)
-    setattr(Tensor, "grad_fn", property(grad_fn))  # noqa: B010
-    try:
+    with (
+        _replaced(Tensor, "register_hook", register_hook),
+        _replaced(Tensor, "grad_fn", property(grad_fn)),
+    ):
         yield
-    finally:
-        setattr(Tensor, "register_hook", original)  # noqa: B010  (a method)
-        del Tensor.grad_fn
 
 
 def grad_fn_of(tensor: Tensor) -> Any:

@@ -17,10 +17,9 @@ from hesskern.checks import Checks
 from hesskern.forward_pass import model_device
 from hesskern.layers import (
     LayerSpec,
+    left_out,
     select_layers,
     shared_weights,
-    skipped_modules,
-    warn_left_out,
 )
 from hesskern.losses import Loss, resolve_loss
 from hesskern.memory import budget_for, with_less_memory
@@ -112,9 +111,7 @@ class GaussNewton(CurvatureOperator):
         reached = [spec for name, spec in specs.items() if name not in source.reasons]
         if not reached:
             raise ValueError(f"no layer of the model has curvature: {source.reasons}")
-        self.skipped = skipped_modules(model, self.skipped, [spec.name for spec in reached])
-        if layers is None:
-            warn_left_out(model, reached, self.skipped, 2)
+        self.skipped = left_out(model, self.skipped, reached, 2 if layers is None else None)
         self.checked = {s.name: source.evidence.found.get(s.name, "graph") for s in reached}
         self.layer_shapes = {spec.name: spec.shape for spec in reached}
         self._transposed = [spec.name for spec in reached if spec.transposed]
@@ -317,9 +314,6 @@ class _Pass(ModelRun):
         self.input_means: dict[str, Tensor] = {}
         self.dtype = torch.float32
         self.remember()
-
-    def _given(self) -> dict[str, Any]:
-        return {"model": self.model, "data": self.data, "loss": self.loss}
 
     def _about(self) -> str:
         return (

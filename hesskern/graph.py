@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 __all__ = [
     "axis_of",
+    "behind",
     "in_order",
     "kind",
     "output_shape",
@@ -36,6 +38,11 @@ def output_shape(node: Any, number: int = 0) -> tuple[int, ...] | None:
     if number >= len(metadata):
         return None
     return tuple(int(size) for size in metadata[number].shape)
+
+
+def behind(outputs: Tensor) -> list[Any]:
+    """All nodes that the outputs depend on, each behind every node that it leads to."""
+    return [] if outputs.grad_fn is None else in_order([outputs.grad_fn])
 
 
 def in_order(roots: Iterable[Any]) -> list[Any]:

@@ -16,7 +16,7 @@ from hesskern.batches import Batch, batches, check_iterable
 from hesskern.capture import Capture, Evidence
 from hesskern.checks import Checks
 from hesskern.forward_pass import model_device
-from hesskern.layers import LayerSpec, select_layers, skipped_modules, warn_left_out
+from hesskern.layers import LayerSpec, left_out, select_layers
 from hesskern.losses import Loss, resolve_loss
 from hesskern.memory import budget_for, with_less_memory
 from hesskern.operators import EigenbasisOperator, KroneckerOperator, LayerOperator
@@ -54,8 +54,8 @@ class LayerHessian(LayerOperator):
         num_samples: weighted number of samples.
         cached: whether the samples are stored; False: every product runs the model again.
         checked: how it is known which rows belong to which samples: "graph" (proved), "probe"
-            (found by backward passes), "single samples" (never two in a batch: nothing was to be
-            told apart) or "unchecked" (``check=False``).
+            (found by backward passes), "not checked" (never two samples in a batch: nothing was
+            to be told apart) or "switched off" (``check=False``).
     """
 
     def __init__(
@@ -402,10 +402,8 @@ def layer_hessians(
         )
     if layers is not None:
         return LayerHessians(result, skipped)
-    left_out = {**skipped, **{name: r for name, r in reasons.items() if name not in result}}
-    left_out = skipped_modules(model, left_out, result)
-    warn_left_out(model, [specs[name] for name in result], left_out, 2)
-    return LayerHessians(result, left_out)
+    covered = [specs[name] for name in result]
+    return LayerHessians(result, left_out(model, {**skipped, **reasons}, covered, 2))
 
 
 @dataclass(frozen=True)
@@ -504,9 +502,6 @@ class _Rerun(ModelRun):
         # A layer that was fit before is not to be skipped in silence.
         self.spec = replace(self.spec, required=True)
         self.remember()
-
-    def _given(self) -> dict[str, Any]:
-        return {"model": self.model, "data": self.data, "loss": self.loss}
 
     def _about(self) -> str:
         return (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,11 +15,10 @@ __all__ = [
     "LayerSpec",
     "bias_of",
     "calls_itself",
+    "left_out",
     "own_parameters",
     "select_layers",
     "shared_weights",
-    "skipped_modules",
-    "warn_left_out",
     "weight_of",
 ]
 
@@ -70,10 +69,6 @@ class LayerSpec:
     def weight_inputs(self) -> int:
         """d without the bias."""
         return self.inputs - int(self.joint)
-
-    @property
-    def spatial_axes(self) -> int:
-        return len(self.kernel_size)
 
 
 def select_layers(
@@ -200,57 +195,56 @@ def shared_weights(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return shared
 
 
-def skipped_modules(
-    model: nn.Module, skipped: Mapping[str, str], covered: Iterable[str]
+def left_out(
+    model: nn.Module,
+    skipped: Mapping[str, str],
+    covered: Collection[LayerSpec],
+    stacklevel: int | None,
 ) -> dict[str, str]:
-    """Reasons by layer, and by module where all the matrices that a module holds are left out.
+    """What a result lacks: every module that holds parameters, with the reason.
 
     Args:
         model: of the result.
         skipped: reasons by layer or module.
         covered: the layers that the result has.
+        stacklevel: as in ``warnings.warn``, counted from the caller, of a warning that names linear
+            layers and convolutions; None for none.
+
+    Returns:
+        reasons by layer, and by module where all the matrices that a module holds are left out.
     """
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
     complete = dict(skipped)
-    present = {id(weight_of(modules, name)[0]) for name in covered}
+    present = {id(weight_of(modules, spec.name)[0]) for spec in covered}
     for name, reason in skipped.items():
         if name not in modules:
             holder = weight_of(modules, name)[0]
             if id(holder) not in present:
                 complete.setdefault(names[id(holder)], f"has {name!r}, which {reason}")
+    missed = [name for name in complete if _is_linear(modules.get(name), name, complete)]
+    if stacklevel is not None and missed:
+        text = "; ".join(f"{name!r} {complete[name]}" for name in missed)
+        warnings.warn(
+            f"left out: {text}. What is returned covers {_share(model, modules, covered):.1%} of "
+            "the model's parameters.",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
     return complete
 
 
-def warn_left_out(
-    model: nn.Module, covered: Iterable[LayerSpec], skipped: Mapping[str, str], stacklevel: int
-) -> None:
-    """Warns once of linear layers and convolutions that a result over all layers lacks.
-
-    Args:
-        model: of the result.
-        covered: layers that it has.
-        skipped: reasons by name.
-        stacklevel: as in ``warnings.warn``, counted from the caller.
-    """
-    modules = dict(model.named_modules())
-    left_out = [name for name in skipped if _is_linear(modules.get(name), name, skipped)]
-    if not left_out:
-        return
+def _share(
+    model: nn.Module, modules: Mapping[str, nn.Module], covered: Collection[LayerSpec]
+) -> float:
+    """Part of the model's parameters that layers cover."""
     total = sum(parameter.numel() for parameter in model.parameters())
     weights: dict[int, int] = {}
     for spec in covered:
         module, attribute = weight_of(modules, spec.name)
         weight = own_parameters(module).get(attribute)
-        key = id(module) if weight is None else id(weight)
-        weights[key] = spec.outputs * spec.inputs
-    text = "; ".join(f"{name!r} {skipped[name]}" for name in left_out)
-    warnings.warn(
-        f"left out: {text}. What is returned covers {sum(weights.values()) / max(total, 1):.1%} of "
-        "the model's parameters.",
-        UserWarning,
-        stacklevel=stacklevel + 1,
-    )
+        weights[id(module) if weight is None else id(weight)] = spec.outputs * spec.inputs
+    return sum(weights.values()) / max(total, 1)
 
 
 def _is_linear(module: nn.Module | None, name: str, skipped: Mapping[str, str]) -> bool:

@@ -346,10 +346,14 @@ class AutogradHessian(Portable, CurvatureOperator):
         data: re-iterable of (inputs, targets) or (inputs, targets, weight [N]).
         loss: as in :func:`hesskern.kronecker_factors`; an object with ``output_root`` also needs
             ``per_sample(outputs, targets) -> [N]``.
-        params: names from ``model.named_parameters()``; None for all. P counts their entries,
-            concatenated in this order.
+        params: names from ``model.named_parameters()``; None for all real ones. P counts their
+            entries, concatenated in this order.
         sample_weight: [total samples].
         progress: True for a bar per product, or a callback.
+
+    Attributes:
+        params: the names that P counts.
+        skipped: complex parameters and those of integers, with the reason.
 
     Raises:
         TypeError: ``model`` is not a module, or ``data`` not iterable.
@@ -375,7 +379,12 @@ class AutogradHessian(Portable, CurvatureOperator):
         known = dict(model.named_parameters())
         if isinstance(params, str):
             params = [params]
-        self.params = list(known) if params is None else list(params)
+        real = [name for name, parameter in known.items() if parameter.is_floating_point()]
+        self.params = real if params is None else list(params)
+        self.skipped = {
+            name: f"is {known[name].dtype}, in which a loss has no Hessian of this form"
+            for name in known.keys() - set(real)
+        }
         for name in self.params:
             if name not in known:
                 raise ValueError(

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
+from hesskern.graph import kind
+
 __all__ = ["layers_followed_by_smooth"]
 
 # Operations that are linear or piecewise linear in all their differentiable operands together. The
@@ -50,11 +52,6 @@ _BILINEAR = frozenset(
 _LINEAR_IN_FIRST = frozenset(("Div", "GridSampler2D", "GridSampler3D"))
 
 
-def _kind(node: Any) -> str:
-    name = type(node).__name__
-    return name.rstrip("0123456789").removesuffix("Backward")
-
-
 def _takes_complex(node: Any) -> bool:
     """Whether an operand is complex: its absolute value is no piecewise linear function."""
     return any(
@@ -79,15 +76,15 @@ def _curved(node: Any, operands: list[int]) -> int:
         # A torch.autograd.Function says so itself; its name says nothing.
         function = getattr(node, "_forward_cls", None)
         return 0 if getattr(function, "piecewise_linear", False) else everything
-    kind = _kind(node)
-    if kind in ("Abs", "Sgn") and _takes_complex(node):
+    name = kind(node)
+    if name in ("Abs", "Sgn") and _takes_complex(node):
         return everything
-    if kind in _LINEAR:
+    if name in _LINEAR:
         return 0
     # In training mode it normalizes by statistics of the data itself (so does instance norm).
-    if kind not in _BILINEAR or getattr(node, "_saved_training", False):
+    if name not in _BILINEAR or getattr(node, "_saved_training", False):
         return everything
-    if kind in _LINEAR_IN_FIRST:
+    if name in _LINEAR_IN_FIRST:
         for mask in operands[1:]:
             several |= mask
     return several
@@ -134,6 +131,6 @@ def layers_followed_by_smooth(
         rest = _curved(node, operands)
         while rest:
             lowest = rest & -rest
-            curved.setdefault(lowest, _kind(node))
+            curved.setdefault(lowest, kind(node))
             rest ^= lowest
     return {names[bit.bit_length() - 1]: operation for bit, operation in curved.items()}

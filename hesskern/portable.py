@@ -71,9 +71,16 @@ class ModelRun(Portable):
 
     Attributes:
         model: whose tensors :meth:`remember` looks at.
+        data, loss: what it runs with.
     """
 
     model: nn.Module
+
+    data: Any
+    loss: Any
+
+    def _given(self) -> dict[str, Any]:
+        return {"model": self.model, "data": self.data, "loss": self.loss}
 
     def remember(self) -> None:
         """From now on, a change of the model's tensors is one."""

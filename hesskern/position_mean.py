@@ -216,9 +216,6 @@ class _Pass(ModelRun):
         self.evidence = Evidence()
         self.remember()
 
-    def _given(self) -> dict[str, Any]:
-        return {"model": self.model, "data": self.data, "loss": self.loss}
-
     def _about(self) -> str:
         return (
             f"the operator of layer {self.spec.name!r}, which exceeds memory_budget and runs the "

@@ -36,8 +36,10 @@ def precision_of(model_dtype: torch.dtype, device: torch.device) -> str:
         return f"{name} model, sums in float32"
     if model_dtype != torch.float32 or kind != "cuda":
         return name
+    # torch's stubs do not know the newer flags.
+    cudnn: Any = torch.backends.cudnn
     backends: tuple[tuple[str, Any], ...] = (
-        ("convolutions", getattr(torch.backends.cudnn, "conv")),  # noqa: B009 (torch's stubs)
+        ("convolutions", cudnn.conv),
         ("matrix products", torch.backends.cuda.matmul),
     )
     rounded = [

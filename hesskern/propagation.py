@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge
 
-from hesskern.graph import per_axis
+from hesskern.graph import axis_of, kind, passes_gradients, per_axis, product
 
 __all__ = ["Block", "Propagation"]
 
@@ -85,10 +85,6 @@ class _Rule:
     factor: Callable[[slice], Tensor] | None = None
 
 
-def _kind(node: Any) -> str:
-    return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
-
-
 def _metadata(node: Any) -> Any:
     """Of the node's first output in the forward pass."""
     metadata = node._input_metadata
@@ -135,7 +131,7 @@ class Propagation:
             for operand in self._rules[node].operands:
                 following = node.next_functions[operand][0]
                 self._arrivals[following] = self._arrivals.get(following, 0) + 1
-        sizes = [_product(shape) for shape in self._shapes.values()]
+        sizes = [product(shape) for shape in self._shapes.values()]
         self._largest, self._total = max(sizes, default=1), sum(sizes)
         self._outputs = outputs.new_empty(0, *outputs.shape[1:])
         self._try()
@@ -217,25 +213,25 @@ class Propagation:
         )
         if not operands:
             return _Rule(())
-        kind = _kind(node)
+        name = kind(node)
         if isinstance(node, BackwardCFunction):
             # The name of a torch.autograd.Function says nothing.
-            if not getattr(getattr(node, "_forward_cls", None), "passes_gradients", False):
+            if not passes_gradients(node):
                 raise _Unknown
-            kind = "Alias"
+            name = "Alias"
         shapes = [self._shapes[following[i][0]] for i in operands]
-        if kind in _ELEMENTWISE:
+        if name in _ELEMENTWISE:
             self.check_same(node, shapes)
             return _Rule(operands, factor=self._derivative(node))
-        if kind in _SAME_VALUES:
+        if name in _SAME_VALUES:
             return _Rule(operands, lambda g, _, factor: [_times(_view(g, shapes[0]), factor)])
-        make = _RULES.get(kind)
+        make = _RULES.get(name)
         if make is None:
             raise _Unknown
         return make(self, node, operands, shapes)
 
     def _derivative(self, node: Any) -> Callable[[slice], Tensor]:
-        if _kind(node) == "Relu":
+        if kind(node) == "Relu":
             result = self.by_sample(node._saved_result.detach())
             return lambda samples: (result[samples] > 0).to(result.dtype)
         metadata = node._input_metadata[0]
@@ -278,7 +274,7 @@ class Propagation:
             # Half is for the rows themselves, held twice while they are put together, half for
             # their gradients at every operation.
             half = budget // (2 * self._outputs.element_size())
-            row = 2 * self._n * _product(self._outputs.shape[1:])
+            row = 2 * self._n * product(self._outputs.shape[1:])
             step = max(1, min(step, half // max(1, row)))
         # All blocks of about the same number of rows.
         step = -(-rows // -(-rows // step))
@@ -360,7 +356,7 @@ class _Memory:
 
     def take(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         """A tensor of this shape, of the dtype and device of ``like``, with any values."""
-        size = _product(shape)
+        size = product(shape)
         if self._tensor is None or len(self._tensor) < size:
             self._tensor = like.new_empty(size)
         return self._tensor[:size].view(shape)
@@ -369,13 +365,6 @@ class _Memory:
 def _samples(factor: Tensor) -> Callable[[slice], Tensor]:
     """The samples' part of a factor [N, ...], or a factor [1, ...] of all."""
     return lambda samples: factor if factor.shape[0] == 1 else factor[samples]
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _view(g: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -421,7 +410,7 @@ def _matmul(matrix: Tensor) -> Callable[[Tensor, slice, Tensor | None], list[Ten
 
 
 def _linear(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
-    left = 1 if _kind(node) == "Addmm" else 0
+    left = 1 if kind(node) == "Addmm" else 0
     if operands != (left,) or len(shapes[0]) != len(plan.sample_shape(node)):
         raise _Unknown
     if getattr(node, "_saved_alpha", 1) != 1:
@@ -547,12 +536,12 @@ def _reduction(plan: Propagation, node: Any, operands: _Operands, shapes: _Shape
     full = tuple(int(size) for size in getattr(node, "_saved_self_sym_sizes", ()))
     if not full or full[0] != plan.samples or not hasattr(node, "_saved_dim"):
         raise _Unknown
-    axes = sorted(_axis(axis, len(full)) for axis in (node._saved_dim or ()))
+    axes = sorted(axis_of(axis, len(full)) for axis in (node._saved_dim or ()))
     if not axes or axes[0] == 0:
         raise _Unknown
     scale = 1.0
-    if _kind(node) == "Mean":
-        scale = 1.0 / _product(tuple(full[axis] for axis in axes))
+    if kind(node) == "Mean":
+        scale = 1.0 / product(tuple(full[axis] for axis in axes))
     keep = bool(node._saved_keepdim)
 
     def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
@@ -563,18 +552,10 @@ def _reduction(plan: Propagation, node: Any, operands: _Operands, shapes: _Shape
     return _Rule(operands, apply)
 
 
-def _axis(axis: int, dim: int) -> int:
-    # Autograd keeps axes as unsigned 64-bit numbers.
-    axis = int(axis)
-    if axis >= 2**63:
-        axis -= 2**64
-    return axis % dim
-
-
 def _sum(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
     """a + alpha b and a - alpha b of equal shapes."""
     plan.check_same(node, shapes)
-    sign = 1.0 if _kind(node) == "Add" else -1.0
+    sign = 1.0 if kind(node) == "Add" else -1.0
     scales = [1.0 if i == 0 else sign * float(node._saved_alpha) for i in operands]
 
     def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
@@ -586,7 +567,7 @@ def _sum(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> 
 def _multiplication(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
     """a b and a / b, each factor constant or of the same shape."""
     plan.check_same(node, shapes)
-    if _kind(node) == "Div" and (operands != (0,) or hasattr(node, "_saved_rounding_mode")):
+    if kind(node) == "Div" and (operands != (0,) or hasattr(node, "_saved_rounding_mode")):
         raise _Unknown
     others = [node._saved_other if i == 0 else node._saved_self for i in operands]
     if any(not isinstance(other, Tensor) for other in others):
@@ -594,7 +575,7 @@ def _multiplication(plan: Propagation, node: Any, operands: _Operands, shapes: _
     # Masks and whole numbers as what the operation promotes them to, since products of the narrow
     # ones overflow. Python's numbers get an axis: their reciprocal without one is in float32.
     others = [torch.atleast_1d(other.detach().to(_dtype(node))) for other in others]
-    if _kind(node) == "Div":
+    if kind(node) == "Div":
         others = [other.reciprocal() for other in others]
     factors = [plan.by_sample(other.expand(plan.shape(node))) for other in others]
     if len(factors) == 1:
@@ -619,7 +600,7 @@ def _batch_norm(plan: Propagation, node: Any, operands: _Operands, shapes: _Shap
 
 
 def _concatenation(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
-    axis = _axis(node._saved_dim, len(plan.shape(node)))
+    axis = axis_of(node._saved_dim, len(plan.shape(node)))
     if len(operands) != len(node.next_functions) or axis == 0 or plan.merged(node):
         raise _Unknown
     sizes = [shape[axis - 1] for shape in shapes]
@@ -633,11 +614,11 @@ def _concatenation(plan: Propagation, node: Any, operands: _Operands, shapes: _S
 def _permutation(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
     dim = len(plan.shape(node))
     order = list(range(dim))
-    if _kind(node) == "Transpose":
-        a, b = _axis(node._saved_dim0, dim), _axis(node._saved_dim1, dim)
+    if kind(node) == "Transpose":
+        a, b = axis_of(node._saved_dim0, dim), axis_of(node._saved_dim1, dim)
         order[a], order[b] = b, a
     else:
-        order = [_axis(axis, dim) for axis in node._saved_dims]
+        order = [axis_of(axis, dim) for axis in node._saved_dims]
     if order[0] != 0 or plan.merged(node):
         raise _Unknown
     back = [0, 1, *(order.index(axis) + 1 for axis in range(1, dim))]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesskern.graph import axis_of, in_order, kind, output_shape, passes_gradients, product
+from hesskern.graph import axis_of, kind, output_shape, passes_gradients, product
 
 __all__ = ["Arrangement", "Proved", "prove"]
 
@@ -67,40 +67,40 @@ class Proved:
     steady: bool
 
 
-def prove(outputs: Tensor, calls: list[Any]) -> Proved:
+def prove(outputs: Tensor, alive: list[Any], calls: list[Any]) -> Proved:
     """Arrangements that the graph proves.
 
     Args:
         outputs: [N, ...] with N >= 1.
+        alive: the nodes that they depend on, by :func:`hesskern.graph.behind`.
         calls: nodes of the graph with one result each, rows in front: [..., m], or [B, m, ...] for
             convolutions.
 
     Returns:
         :class:`Proved`.
     """
-    if outputs.grad_fn is None:
+    if not alive:
         return Proved([None] * len(calls), True)
-    proof = _Proof(outputs, calls)
+    proof = _Proof(outputs, alive, calls)
     return Proved(proof.arrangements(), proof.steady())
 
 
 class _Proof:
-    def __init__(self, outputs: Tensor, calls: list[Any]) -> None:
+    def __init__(self, outputs: Tensor, alive: list[Any], calls: list[Any]) -> None:
         self._samples = len(outputs)
         self._calls = calls
-        order = in_order([outputs.grad_fn])
         wanted = set(calls)
         needed: set[Any] = set()
-        for node in order:
+        for node in alive:
             if node in wanted or any(f in needed for f, _ in node.next_functions):
                 needed.add(node)
         self._needed = needed
         self._mixed = False
         # By node and number of its output: where samples are, or None for what is not known.
         self._axes: dict[tuple[Any, int], _Axis | None] = {
-            (outputs.grad_fn, outputs.output_nr): _Axis(0, 1)
+            (alive[-1], outputs.output_nr): _Axis(0, 1)
         }
-        for node in reversed(order):
+        for node in reversed(alive):
             if node in needed:
                 self._pass_on(node)
 
@@ -134,13 +134,12 @@ class _Proof:
         except (AttributeError, IndexError, TypeError):
             # An operation of this name with other attributes than the rule knows.
             return None
-        if there is None or not 0 <= there.axis < len(source):
-            self._mixed = True
-            return None
-        period = there.inner * self._samples
-        if not period or source[there.axis] == 0 or source[there.axis] % period:
-            return None
-        return there
+        if there is not None and 0 <= there.axis < len(source):
+            period = there.inner * self._samples
+            if period and source[there.axis] and source[there.axis] % period == 0:
+                return there
+        self._mixed = True
+        return None
 
     def steady(self) -> bool:
         """Whether no operation moves or mixes rows by values."""

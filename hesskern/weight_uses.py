@@ -29,9 +29,7 @@ from hesskern.graph import (
 
 __all__ = ["Target", "WeightUse", "find_uses"]
 
-_SAME_ORDER = frozenset(
-    "Alias Clone Copy ReshapeAlias Squeeze ToCopy UnsafeView Unsqueeze View".split()
-)
+_SAME_ORDER = frozenset("Alias Clone ReshapeAlias Squeeze ToCopy UnsafeView Unsqueeze View".split())
 
 
 @dataclass(frozen=True)
@@ -88,12 +86,12 @@ class _Found:
 
 
 def find_uses(
-    outputs: Tensor, targets: dict[str, Target], beside: Iterable[Any] = ()
+    alive: list[Any], targets: dict[str, Target], beside: Iterable[Any] = ()
 ) -> tuple[dict[str, list[WeightUse]], dict[str, str]]:
     """The calls through which the outputs depend on each weight.
 
     Args:
-        outputs: [N, ...] of a model, with their graph.
+        alive: the nodes that the outputs depend on, by :func:`hesskern.graph.behind`.
         targets: by name.
         beside: nodes of results that the outputs may not depend on; the calls behind them are found
             as well, and other operations there do not matter.
@@ -106,8 +104,7 @@ def find_uses(
     Raises:
         RuntimeError: torch's, where an input was overwritten in place after it had been used.
     """
-    alive = [] if outputs.grad_fn is None else in_order([outputs.grad_fn])
-    order = in_order([*([outputs.grad_fn] if alive else []), *beside])
+    order = in_order([*alive[-1:], *beside])
     position = {node: i for i, node in enumerate(order)}
     parents: dict[Any, list[tuple[Any, int, int]]] = {}
     wanted = _descendants(order, position, targets)
@@ -177,13 +174,13 @@ class _Uses:
             numbers = _Numbers(shape)
             for parent, operand, number in self._parents.get(edge.node, ()):
                 if number == edge.output_nr:
-                    self._follow(parent, operand, edge.node, number, numbers)
+                    self._follow(parent, operand, numbers)
         if self._target.bias is not None and not self._found.other:
             self._check_bias(self._target.bias)
         return self._found
 
-    def _follow(self, node: Any, operand: int, child: Any, number: int, numbers: _Numbers) -> None:
-        """Goes on from a child's output to the node that takes it as an operand."""
+    def _follow(self, node: Any, operand: int, numbers: _Numbers) -> None:
+        """Goes on to a node that takes what the numbers tell as an operand."""
         if kind(node) in _CHAIN or passes_gradients(node):
             for result in range(len(node._input_metadata)):
                 seen = numbers.through(node, result)
@@ -192,7 +189,7 @@ class _Uses:
                     return
                 for parent, place, arriving in self._parents.get(node, ()):
                     if arriving == result:
-                        self._follow(parent, place, node, result, seen)
+                        self._follow(parent, place, seen)
             return
         use = _CALLS.get(kind(node), _no_call)(node, operand, numbers, self._target)
         if use is None:
@@ -273,7 +270,7 @@ class _Numbers:
     def through(self, node: Any, number: int) -> _Numbers | None:
         """The same behind a node of the graph; None where that is not known."""
         name = kind(node)
-        if name in ("ToCopy", "Clone", "Alias", "Copy") or passes_gradients(node):
+        if name in ("ToCopy", "Clone", "Alias") or passes_gradients(node):
             return self
         if name == "T" and len(self._shape) == 2 and self.plain:
             flipped = "transposed" if self.plain == "same" else "same"

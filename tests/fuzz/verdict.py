@@ -162,8 +162,11 @@ class _Judge:
         if rng.random() < 0.1:
             self._call("layer_hessians in parts", blocks("in parts"), memory_budget=1)
         if rng.random() < 0.1:
-            see = lambda result: self._see_matrix("GaussNewton in parts", result)  # noqa: E731
-            self._call("GaussNewton in parts", see, memory_budget=1)
+            self._call(
+                "GaussNewton in parts",
+                lambda result: self._see_matrix("GaussNewton in parts", result),
+                memory_budget=1,
+            )
         if rng.random() < 0.15 and "Conv1D" not in self.case.program.features:
             self._call("layer_hessians joint", blocks("joint", True), bias="joint")
         if rng.random() < 0.1:

@@ -83,7 +83,7 @@ def replaced(module: nn.Module) -> nn.Module:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return inner(*args, **kwargs)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     return module
 
 

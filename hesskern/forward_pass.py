@@ -110,12 +110,11 @@ def _plain_checkpoints() -> Iterator[None]:
 
 @contextmanager
 def noted_hooks(note: Callable[[], None]) -> Iterator[None]:
-    """Calls ``note`` whenever this thread puts a hook on a tensor's gradient, or may do so.
+    """Calls ``note`` whenever this thread puts a hook on a gradient, or may do so.
 
-    Such a hook changes gradients behind the graph's back. Hooks on a node of the graph leave no
-    trace, so whoever asks a tensor for its node counts as one who puts a hook there.
+    Such a hook changes gradients behind the graph's back and leaves no trace in it. Whoever puts
+    one there asks a tensor for its node, as ``Tensor.register_hook`` does itself.
     """
-    original = Tensor.register_hook
     thread = threading.get_ident()
 
     def grad_fn(self: Tensor) -> Any:
@@ -123,15 +122,7 @@ def noted_hooks(note: Callable[[], None]) -> Iterator[None]:
             note()
         return grad_fn_of(self)
 
-    def register_hook(self: Tensor, hook: Any) -> Any:
-        if threading.get_ident() == thread:
-            note()
-        return original(self, hook)
-
-    with (
-        _replaced(Tensor, "register_hook", register_hook),
-        _replaced(Tensor, "grad_fn", property(grad_fn)),
-    ):
+    with _replaced(Tensor, "grad_fn", property(grad_fn)):
         yield
 
 

@@ -127,6 +127,16 @@ def test_the_field_goes_with_the_rows() -> None:
     assert [(c.stored, len(c.x)) for c in joined] == [(True, 5), (False, 10), (True, 5)]
 
 
+def test_pieces_are_joined_as_far_as_they_may_be_held_twice() -> None:
+    pieces = [SampleRows(randn(4, 3, seed=i).float(), randn(4, 2, 5).float()) for i in range(6)]
+    size = pieces[0].nbytes
+    assert [len(c.x) for c in join(list(pieces), 2 * size)] == [8, 8, 8]
+    assert [len(c.x) for c in join(list(pieces), 0)] == [4] * 6
+    whole = join(list(pieces), 2**25)
+    assert [len(c.x) for c in whole] == [24]
+    assert torch.equal(whole[0].x, torch.cat([c.x for c in pieces]))
+
+
 def test_layers_that_come_both_ways_have_a_bound() -> None:
     """Sequences in one batch, single inputs in another: two kinds of rows of one layer."""
     stored = SampleRows(torch.ones(5, 1).double(), randn(5, 2, 6), stored=True)

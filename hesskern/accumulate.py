@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from hesskern import ops
 from hesskern.batch_sums import BatchSums
 from hesskern.batches import Batch, batches, halves
-from hesskern.capture import Capture, Evidence
+from hesskern.capture import Capture
 from hesskern.checks import Checks, as_weights
+from hesskern.evidence import Evidence
 from hesskern.factors import Factors, LayerFactors
 from hesskern.forward_pass import model_device
 from hesskern.layer_sums import LayerSums, bordered, masked

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from hesskern.batches import Batch
 from hesskern.cuts import Cuts, uncounted
+from hesskern.evidence import Evidence
 from hesskern.forward_pass import (
     check_repeatable,
     frozen_eval,
@@ -23,16 +24,15 @@ from hesskern.forward_pass import (
     random_state,
     run_model,
 )
-from hesskern.graph import behind, in_order, kind, output_shape, product
+from hesskern.graph import behind, in_order
 from hesskern.layer_uses import LayerUse, before_autocast, inputs_by_call, layer_uses
 from hesskern.layers import LayerSpec, bias_of, calls_itself, own_parameters, weight_of
 from hesskern.piecewise import layers_followed_by_smooth
 from hesskern.propagation import Propagation
-from hesskern.sample_axes import Arrangement, prove
-from hesskern.sample_probe import Probed, probe, random_rows
+from hesskern.sample_probe import random_rows
 from hesskern.weight_uses import Target, WeightUse, find_uses
 
-__all__ = ["Capture", "Evidence"]
+__all__ = ["Capture"]
 
 
 class _Root(torch.autograd.Function):
@@ -52,34 +52,6 @@ class _Root(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0]
-
-
-@dataclass
-class Evidence:
-    """How it is known which rows belong to which samples; serves several passes of one model.
-
-    Attributes:
-        check: whether rows are looked into at all where the graph proves nothing; otherwise the
-            first axis counts the samples.
-        found: by layer, "graph" (proved), "probe", "not checked" (nothing to tell apart yet)
-            or "switched off".
-        probed: arrangements by the graph that they were found in, and by call.
-    """
-
-    check: bool = True
-    found: dict[str, str] = field(default_factory=dict)
-    probed: dict[int, list[Probed]] = field(default_factory=dict)
-
-    def note(self, name: str, calls: Iterable[str]) -> None:
-        """How it is known for a layer's calls in one batch.
-
-        Within a batch the weakest evidence counts. Over batches, too, but for single samples, which
-        leave nothing to be told apart.
-        """
-        within = ("graph", "probe", "not checked", "switched off")
-        over = ("not checked", "graph", "probe", "switched off")
-        now = max(calls, key=within.index)
-        self.found[name] = max(self.found.get(name, over[0]), now, key=over.index)
 
 
 @dataclass
@@ -114,7 +86,6 @@ class Capture:
     _results: list[Any] = field(default_factory=list)
     _given: list[tuple[Any, Tensor, int]] = field(default_factory=list)
     _flat: set[Any] = field(default_factory=set)
-    _ambiguous: set[Any] = field(default_factory=set)
     _copy: bool = False
     _hooked: bool = False
     _drew: bool = False
@@ -163,7 +134,7 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._computed, self._results, self._given = {}, [], []
-        self._flat, self._ambiguous = set(), set()
+        self._flat = set()
         self._state.__exit__(*error)
 
     @property
@@ -309,19 +280,19 @@ class Capture:
                 fitting[name] = uses
             else:
                 found[name] = problem
-        arranged = self._arranged(outputs, alive, fitting)
+        arranged = self.evidence.arrange(outputs, alive, fitting, self._flat)
         result: dict[str, list[LayerUse]] = {}
         for name in fitting:
-            texts = [a for a in arranged[name] if isinstance(a, str)]
-            if texts:
-                found[name] = f"sees rows that are no samples: {texts[0]}"
+            text = next((a.problem for a in arranged[name] if a.problem), None)
+            if text is not None:
+                found[name] = f"sees rows that are no samples: {text}"
                 continue
             spec = self.specs[name]
-            result[name] = []
-            for use, arrangement in zip(fitting[name], arranged[name], strict=True):
-                assert isinstance(arrangement, Arrangement)
-                ambiguous = use.node in self._ambiguous
-                result[name] += layer_uses(spec, use, arrangement, ambiguous)
+            result[name] = [
+                use
+                for call, arranged_call in zip(fitting[name], arranged[name], strict=True)
+                for use in layer_uses(spec, call, arranged_call)
+            ]
         self._refuse(found, len(calls) + len(others))
         self._reached.update(result)
         return {name: result[name] for name in self.specs if name in result}
@@ -342,8 +313,7 @@ class Capture:
     def _misfit(self, name: str, use: WeightUse, samples: int) -> str | None:
         """Why a call has no place in the layer's block, before its samples are looked for."""
         spec = self.specs[name]
-        rows = use.outputs[0] if use.settings is not None else product(use.outputs[:-1])
-        if rows % samples:
+        if use.rows % samples:
             return (
                 f"sees inputs {list(use.x.shape)} while the model returns {samples} samples; its "
                 "first axis does not count the samples"
@@ -354,76 +324,6 @@ class Capture:
             if not same or any(p < q for p, q in zip(padding, spec.padding, strict=True)):
                 return "is also used with another stride, padding, dilation or groups than its own"
         return None
-
-    def _arranged(
-        self, outputs: Tensor, alive: list[Any], calls: dict[str, list[WeightUse]]
-    ) -> dict[str, list[Arrangement | str]]:
-        """Which rows belong to which sample, for every call; texts where that cannot be."""
-        flat = [(name, use) for name, uses in calls.items() for use in uses]
-        if not flat:
-            return {}
-        rows = [
-            use.outputs[0] if use.settings is not None else product(use.outputs[:-1])
-            for _, use in flat
-        ]
-        proved = prove(outputs, alive, [use.node for _, use in flat])
-        found: list[Arrangement | str | None] = [*proved.arrangements]
-        living = set(alive)
-        for i, (_, use) in enumerate(flat):
-            if use.node not in living:
-                # All its rows are zero.
-                found[i] = Arrangement(1, len(outputs), rows[i] // len(outputs))
-        open_calls = [i for i, arrangement in enumerate(found) if arrangement is None]
-        ways = ["graph"] * len(flat)
-        if open_calls:
-            how, answers = self._looked_into(outputs, alive, flat, rows, open_calls, proved.steady)
-            for i, answer in zip(open_calls, answers, strict=True):
-                found[i], ways[i] = answer, how
-        for name in calls:
-            own = [way for way, (other, _) in zip(ways, flat, strict=True) if other == name]
-            self.evidence.note(name, own)
-        result: dict[str, list[Arrangement | str]] = {name: [] for name in calls}
-        for (name, _), arrangement in zip(flat, found, strict=True):
-            assert arrangement is not None
-            result[name].append(arrangement)
-        return result
-
-    def _looked_into(
-        self,
-        outputs: Tensor,
-        alive: list[Any],
-        flat: list[tuple[str, WeightUse]],
-        rows: list[int],
-        open_calls: list[int],
-        steady: bool,
-    ) -> tuple[str, list[Arrangement | str]]:
-        """How calls were looked into that the graph proves nothing about, and what was found.
-
-        What was found holds for the batches that follow where the graph and its shapes stay the
-        same and rows cannot be moved in another way there.
-        """
-        samples = len(outputs)
-        first = [Arrangement(1, samples, rows[i] // samples) for i in open_calls]
-        if samples == 1:
-            return "not checked", [*first]
-        if not self.evidence.check:
-            return "switched off", [*first]
-        route = _route(alive, [flat[i][1].node for i in open_calls])
-        known = self.evidence.probed.get(route) if steady else None
-        if known is not None:
-            return "probe", [p.answer for p in known]
-        edges = [GradientEdge(flat[i][1].node, 0) for i in open_calls]
-        probed = probe(outputs, edges, [rows[i] for i in open_calls])
-        for place, i in enumerate(open_calls):
-            if probed[place].idle and rows[i] != samples and flat[i][1].node in self._flat:
-                # The layer was given rows, not samples of several positions.
-                text = "some of them act on no output"
-                probed[place] = Probed(text, True, False)
-            if probed[place].ambiguous:
-                self._ambiguous.add(flat[i][1].node)
-        if not any(p.ambiguous for p in probed):
-            self.evidence.probed[route] = probed
-        return "probe", [p.answer for p in probed]
 
     def _values_again(self, batch: Batch) -> list[Tensor]:
         """Outputs and layers' inputs of another run on the same batch."""
@@ -436,7 +336,7 @@ class Capture:
     def _run(self, batch: Batch) -> tuple[Tensor, Cuts]:
         """Outputs [N, ...], and what the model has taken out of the graph, where that counts."""
         self._computed, self._results, self._given = {}, [], []
-        self._flat, self._ambiguous = set(), set()
+        self._flat = set()
         kind_of_device, dtype, enabled = self._autocast
         before = random_state(model_device(self.model))
         cuts = Cuts()
@@ -565,25 +465,6 @@ def _values(outputs: Tensor, calls: dict[str, list[WeightUse]]) -> list[Tensor]:
     empty = outputs.new_empty(0)
     returned = [empty if g is None else g.detach() for g in gradients]
     return [outputs.detach(), *(use.x for use in uses), *returned]
-
-
-_AXES = ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_size", "_saved_stride")
-
-
-def _route(alive: list[Any], calls: list[Any]) -> int:
-    """A number that tells graphs of other operations, shapes or calls apart."""
-    position = {node: i for i, node in enumerate(alive)}
-    operations = tuple(
-        (
-            kind(node),
-            output_shape(node),
-            *(str(getattr(node, name, None)) for name in (*_AXES, "_saved_storage_offset")),
-            *(str(getattr(node, name, None)) for name in ("_saved_start", "_saved_index")),
-            *((position.get(f, -1), number) for f, number in node.next_functions),
-        )
-        for node in alive
-    )
-    return hash((operations, tuple(position[node] for node in calls)))
 
 
 def _versions(inputs: Any) -> list[int]:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.batches import batches, check_iterable
-from hesskern.capture import Capture, Evidence
+from hesskern.capture import Capture
 from hesskern.checks import Checks
+from hesskern.evidence import Evidence
 from hesskern.forward_pass import model_device
 from hesskern.layers import (
     LayerSpec,

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.batches import Batch, batches, check_iterable
-from hesskern.capture import Capture, Evidence
+from hesskern.capture import Capture
 from hesskern.checks import Checks
+from hesskern.evidence import Evidence
 from hesskern.forward_pass import model_device
 from hesskern.layers import LayerSpec, left_out, select_layers
 from hesskern.losses import Loss, resolve_loss

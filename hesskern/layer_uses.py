@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from hesskern.evidence import ArrangedCall
 from hesskern.graph import kind
 from hesskern.layers import LayerSpec
 from hesskern.sample_axes import Arrangement
@@ -95,11 +96,9 @@ def before_autocast(
     return {name: [widened(use) for use in uses] for name, uses in calls.items()}
 
 
-def layer_uses(
-    spec: LayerSpec, use: WeightUse, arrangement: Arrangement, ambiguous: bool
-) -> list[LayerUse]:
+def layer_uses(spec: LayerSpec, use: WeightUse, call: ArrangedCall) -> list[LayerUse]:
     """A call as uses that have one input of a sample each."""
-    edge = GradientEdge(use.node, 0)
+    edge, arrangement, ambiguous = GradientEdge(use.node, 0), call.arrangement, call.ambiguous
     if use.settings is None:
         x = arrangement.by_sample(use.x.reshape(-1, use.x.shape[-1]))
         if arrangement.positions == 1:

@@ -71,6 +71,11 @@ class WeightUse:
     part: slice | None = None
     settings: tuple[tuple[int, ...], ...] | None = None
 
+    @property
+    def rows(self) -> int:
+        """How many rows the call has; of a convolution, how many images."""
+        return self.outputs[0] if self.settings is not None else product(self.outputs[:-1])
+
 
 @dataclass
 class _Found:

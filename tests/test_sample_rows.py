@@ -206,6 +206,21 @@ def test_rows_that_cannot_be_told_apart_have_no_weights() -> None:
         hk.kronecker_factors(model, data, CE, sample_weight=torch.tensor([1.0, 2.0]))
 
 
+def test_a_layer_beside_the_outputs_has_rows_of_unknown_samples() -> None:
+    def run(m: Net, x: Tensor) -> Tensor:
+        m.a(x.transpose(0, 1))
+        return m.b(x.mean(1))
+
+    model = seeded(Net(run, a=nn.Linear(4, 2), b=nn.Linear(4, 3)))
+    data = [(randn(3, 2, 4), classes(3, c=3))]
+    # Without weights it does not matter whose they are.
+    factors = hk.kronecker_factors(model, data, CE)
+    rows = data[0][0].flatten(0, 1)
+    assert relative_error(factors["a"].input_covariance, rows.T @ rows / 3) <= 1e-12
+    with pytest.raises(ValueError, match="layer 'a' sees rows that act on no output"):
+        hk.kronecker_factors(model, data, CE, sample_weight=torch.tensor([1.0, 2.0, 3.0]))
+
+
 @pytest.mark.parametrize(
     ("dtype", "samples", "passes"),
     [

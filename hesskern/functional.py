@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from hesskern.layer_hessian import layer_hessians
+from hesskern.layers import parameter_of
 from hesskern.metrics import DecouplingError, decoupling_error
 from hesskern.operators import AutogradHessian
 
@@ -48,5 +49,5 @@ def functional_share(
         # That the block is not the Hessian is the point here.
         warnings.simplefilter("ignore", UserWarning)
         block = layer_hessians(model, data, loss, [layer], memory_budget=memory_budget)[layer]
-    whole = AutogradHessian(model, data, loss, params=[f"{layer}.weight" if layer else "weight"])
+    whole = AutogradHessian(model, data, loss, params=[parameter_of(model, layer)])
     return decoupling_error(whole, block, probes=probes, seed=seed, dense_below=dense_below)

@@ -17,6 +17,7 @@ __all__ = [
     "calls_itself",
     "left_out",
     "own_parameters",
+    "parameter_of",
     "select_layers",
     "shared_weights",
     "weight_of",
@@ -173,6 +174,20 @@ def weight_of(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, s
     owner, _, own = name.rpartition(".")
     holder = modules[owner]
     return holder, own if own in own_parameters(holder) else f"{own}_weight"
+
+
+def parameter_of(model: nn.Module, layer: str) -> str:
+    """Name in ``model.named_parameters()`` of a layer's weight.
+
+    Raises:
+        ValueError: the weight is no parameter, but computed from others.
+    """
+    module, attribute = weight_of(dict(model.named_modules()), layer)
+    weight = own_parameters(module).get(attribute)
+    for name, parameter in model.named_parameters():
+        if parameter is weight:
+            return name
+    raise ValueError(f"layer {layer!r} has no weight parameter: its weight is computed from others")
 
 
 def bias_of(modules: Mapping[str, nn.Module], spec: LayerSpec) -> Tensor | None:

@@ -229,6 +229,30 @@ def test_models_that_cannot_carry_a_posterior_are_refused():
         slots_of(nn.Sequential(nn.Linear(3, 2), nn.Flatten(0)), torch.randn(2, 3))
 
 
+def test_matrices_that_no_module_calls_keep_the_weights_they_have():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.matrix = nn.Parameter(torch.randn(6, 6))
+
+        def forward(self, x):
+            return self.last((self.first(x).relu() @ self.matrix.t()).relu())
+
+    assert list(slots_of(Own(), torch.randn(5, 4))) == ["first", "last"]
+    with pytest.raises(ValueError, match="no Linear, Conv1d or Conv2d that is called as it is"):
+        slots_of(OnlyMatrix(), torch.randn(5, 4))
+
+
+class OnlyMatrix(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x):
+        return x @ self.matrix.t()
+
+
 def test_what_moved_outside_the_posterior_is_an_error():
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).eval()
     prior = state_of(model)

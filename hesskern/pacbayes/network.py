@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hesskern.layers import LayerSpec, select_layers
+from hesskern.layers import LayerSpec, calls_itself, select_layers
 
 __all__ = ["Slot", "check_fixed", "evaluating", "replaced", "slots_of", "state_of"]
 
@@ -91,8 +91,19 @@ def slots_of(model: nn.Module, inputs: Tensor) -> dict[str, Slot]:
                 f"model: batch norm {name!r} is in train mode, which couples the samples of a "
                 "batch; call model.eval()"
             )
-    specs, _ = select_layers(model, None, "joint")
+    known, skipped = select_layers(model, None, "joint")
     modules = dict(model.named_modules())
+    # Noise goes where a module is called: other uses of a matrix keep the weights they have.
+    specs = {
+        name: spec
+        for name, spec in known.items()
+        if name in modules and calls_itself(modules[name])
+    }
+    if not specs:
+        raise ValueError(
+            "model has no Linear, Conv1d or Conv2d that is called as it is; it has "
+            f"{', '.join([*known, *skipped])}"
+        )
     _check_untied(modules, specs)
     uses: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in specs}
     with ExitStack() as stack, torch.no_grad():

@@ -17,6 +17,7 @@ from hesskern.factors import kronecker_factors
 from hesskern.functional import functional_share
 from hesskern.gauss_newton import GaussNewton
 from hesskern.layer_hessian import layer_hessians
+from hesskern.layers import parameter_of
 from hesskern.metrics import decoupling_error, input_autocorrelation, subspace_overlap
 from hesskern.nearest import nearest_kronecker
 from hesskern.operators import AutogradHessian
@@ -286,7 +287,8 @@ def functional_terms(lab: Lab, networks: Sequence[Network]) -> Outcome:
                 entry["frobenius"].append(share.frobenius)
                 lab.progress(f"{network.name}: functional term of {name}", 1, 1)
             G = GaussNewton(model, batches, LOSS, memory_budget=lab.memory_budget)
-            H = AutogradHessian(model, batches, LOSS, [f"{name}.weight" for name in G.slices])
+            params = [parameter_of(model, name) for name in G.slices]
+            H = AutogradHessian(model, batches, LOSS, params)
             whole = decoupling_error(H, G)
             entry = shares.setdefault("all layers", {"spectral": [], "frobenius": []})
             entry["spectral"].append(whole.spectral)

@@ -18,7 +18,7 @@ import fuzz.values  # noqa: F401  (their rules register themselves)
 from fuzz.builder import PRODUCTIONS, Builder, Rejected, Value
 from fuzz.data import Batch, LossCase, draw_loss, draw_targets, draw_weights
 from fuzz.layers import applied, make_linear
-from fuzz.program import Program
+from fuzz.program import Program, Taps
 
 __all__ = ["Case", "draw", "steady"]
 
@@ -327,10 +327,13 @@ def _head(b: Builder, value: Value) -> None:
     b.end(end)
 
 
-def steady(model: nn.Module, batch: Batch, source: torch.Generator) -> bool:
+def steady(
+    model: nn.Module, batch: Batch, source: torch.Generator, taps: Taps | None = None
+) -> bool:
     """Whether a model's outputs and gradients stay where its values move by some rounding errors.
 
-    The sign of a sum that is zero but for rounding is nobody's to know.
+    The sign of a sum that is zero but for rounding is nobody's to know, nor which of two positions
+    is larger that are equal but for rounding: that shows in the gradients at what ``taps`` notes.
     """
     tensors = [*batch.inputs.values(), *model.parameters()]
     kept = [tensor.detach().clone() for tensor in tensors]
@@ -340,12 +343,15 @@ def steady(model: nn.Module, batch: Batch, source: torch.Generator) -> bool:
             if tensor.is_floating_point():
                 noise = torch.randn(value.shape, generator=source, dtype=torch.float64)
                 tensor.data.copy_(value * (1 + 1e-13 * (step > 0) * noise))
+        noted = Taps() if taps is None else taps
+        noted.clear()
         out = model(*[t.clone() for t in batch.inputs.values()])
         out = getattr(out, "logits", out)
         direction = torch.arange(1.0, out.numel() + 1, dtype=torch.float64).reshape(out.shape)
         found = [out.detach()]
         if out.requires_grad:
             real = [p for p in model.parameters() if not p.is_complex()]
+            real += [z for _, _, z in noted if not z.is_complex()]
             found += torch.autograd.grad(
                 (out * direction).sum(), real, allow_unused=True, materialize_grads=True
             )
@@ -364,11 +370,12 @@ def _finish(b: Builder, batches: list[Batch], source: torch.Generator, seed: int
         return None
     if not b.scope["self"]._parameters and not list(b.scope["self"].parameters()):
         return None
-    values = rng.getrandbits(31)
-    model = filled(
-        lambda: program.build_reference(lambda name, x, z: z), program, values, torch.float64
-    )
+    values, taps = rng.getrandbits(31), Taps()
+    model = filled(lambda: program.build_reference(taps), program, values, torch.float64)
     model.eval()
+    # What torch refuses to run with checkpoints is no model of anybody.
+    tested = filled(program.build, program, values, torch.float64).eval()
+    tested(*[t.clone() for t in batches[0].inputs.values()])
     outputs = []
     for batch in batches:
         out = model(*[t.clone() for t in batch.inputs.values()])
@@ -382,7 +389,7 @@ def _finish(b: Builder, batches: list[Batch], source: torch.Generator, seed: int
         if out.numel() > 120:
             return None
         outputs.append(out)
-    if not program.random and not all(steady(model, batch, source) for batch in batches):
+    if not program.random and not all(steady(model, batch, source, taps) for batch in batches):
         return None
     fixed = len({out.shape[1:] for out in outputs}) == 1
     case = Case(seed, program, batches, draw_loss(rng, outputs[0], fixed), values=values)

@@ -91,7 +91,8 @@ def hooked(x: Tensor) -> Tensor:
     """x with half its gradient, by a hook on the tensor."""
     y = x * 1.0
     if y.requires_grad:
-        y.register_hook(lambda gradient: gradient * 0.5)
+        # None is what a second derivative may bring.
+        y.register_hook(lambda gradient: None if gradient is None else gradient * 0.5)
     return y
 
 

@@ -373,9 +373,13 @@ def _finish(b: Builder, batches: list[Batch], source: torch.Generator, seed: int
     values, taps = rng.getrandbits(31), Taps()
     model = filled(lambda: program.build_reference(taps), program, values, torch.float64)
     model.eval()
-    # What torch refuses to run with checkpoints is no model of anybody.
+    # What torch itself cannot differentiate, in place or with checkpoints, is nobody's model.
     tested = filled(program.build, program, values, torch.float64).eval()
-    tested(*[t.clone() for t in batches[0].inputs.values()])
+    for batch in batches:
+        out = tested(*[t.clone() for t in batch.inputs.values()])
+        out = getattr(out, "logits", out)
+        if out.requires_grad:
+            out.sum().backward()
     outputs = []
     for batch in batches:
         out = model(*[t.clone() for t in batch.inputs.values()])

@@ -131,7 +131,8 @@ def norm(b: Builder, h: Value) -> Value | None:
     forms = [f"nn.LayerNorm({shape[-1]})"] if last else [f"nn.LayerNorm({list(shape[1:])})"]
     if last:
         forms += [
-            f"nn.RMSNorm({shape[-1]})",
+            # By default its epsilon, and so the function, depends on the dtype.
+            f"nn.RMSNorm({shape[-1]}, eps=1e-6)",
             f"nn.LayerNorm({shape[-1]}, elementwise_affine=False)",
         ]
     if layout in "vt1":

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 
-from hesskern import propagation
+from hesskern import graph, propagation
 from hesskern.propagation import Propagation
 
 CASES = 500
@@ -272,7 +272,7 @@ def test_random_chains() -> None:
         try:
             if compared(outputs, edges, shapes):
                 planned += 1
-                kinds.update(propagation._kind(node) for node in _nodes(outputs))
+                kinds.update(graph.kind(node) for node in _nodes(outputs))
         except AssertionError as error:
             raise AssertionError(f"seed {seed}, samples {chain.n}") from error
     # The comparison has something to compare, of every rule.

@@ -159,7 +159,7 @@ def extension(torch):
     sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").glob("*.cpp")]
     if with_cuda:
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures(torch._C._cuda_getArchFlags() or "")
-        sources += [p for p in (ROOT / "csrc" / "cuda").glob("*") if p.suffix in (".cpp", ".cu")]
+        sources += [p for p in (ROOT / "csrc" / "cuda").rglob("*") if p.suffix in (".cpp", ".cu")]
         options["nvcc"] = ["-O3", "--Werror", "all-warnings"]
         if sys.platform.startswith("linux"):
             options["nvcc"].append("-Xcompiler=-fvisibility=hidden")

@@ -13,8 +13,12 @@ info = hesskern.build_info()
 assert info["cuda"] == torch.version.cuda, info
 assert info["cuda_architectures"], info
 
-bindings = (Path(hesskern.__file__).parents[1] / "csrc" / "cuda" / "bindings.cpp").read_text()
-registered = re.findall(r'm\.impl\("(\w+)"', bindings)
+cuda = Path(hesskern.__file__).parents[1] / "csrc" / "cuda"
+registered = [
+    name
+    for binding in cuda.glob("*_binding.cpp")
+    for name in re.findall(r'm\.impl\("(\w+)"', binding.read_text())
+]
 contract = (Path(hesskern.__file__).parents[1] / "csrc" / "ops.cpp").read_text()
 public = contract[: contract.index("TORCH_LIBRARY(hesskern_internal")]
 operators = re.findall(r'"(\w+)\(Tensor', public)

@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("architectures", nargs="+", help="e.g. 80 90")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))
     if not sources:
         raise SystemExit("csrc/cuda holds no .cu file")
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:

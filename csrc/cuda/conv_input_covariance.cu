@@ -9,9 +9,9 @@
 
 #include "conv_input_covariance.h"
 #include "conv_lags.h"
-#include "elements.h"
-#include "stage.h"
-#include "symmetric.h"
+#include "core/elements.h"
+#include "core/stage.h"
+#include "core/symmetric.h"
 
 namespace hesskern::cuda {
 
@@ -56,31 +56,16 @@ constexpr int kDepth = 16;
 }  // namespace
 
 template <typename In, typename T>
-int64_t ConvInputCovariance<In, T>::workspace() const {
+Work<T> ConvInputCovariance<In, T>::plan() const {
   if constexpr (std::is_same_v<T, float>) {
     const ConvLags<In> lags{*this};
-    if (lags.pays()) return lags.workspace();
-  }
-  return with_symmetric_tile<In, kDepth>(sum.order, tf32, [&](auto tag) {
-    using Tile = typename decltype(tag)::Type;
-    return symmetric_workspace<Tile>(
-        plan_symmetric<Tile>(sum.groups, sum.order, samples * out_h * out_w), sum.groups);
-  });
-}
-
-template <typename In, typename T>
-cudaError_t ConvInputCovariance<In, T>::run(T* workspace, cudaStream_t stream) const {
-  if constexpr (std::is_same_v<T, float>) {
-    const ConvLags<In> lags{*this};
-    if (lags.pays()) return lags.run(workspace, stream);
+    if (lags.pays()) return lags.plan();
   }
   return with_symmetric_tile<In, kDepth>(sum.order, tf32, [&](auto tag) {
     using Tile = typename decltype(tag)::Type;
     using Source = Patches<In, T>;
-    const int64_t rows = samples * out_h * out_w;
-    return update_symmetric<Tile, Stage<Source, Tile::kRows, Tile::kDepth>, Order::kAlongK>(
-        Source{*this}, true, rows, plan_symmetric<Tile>(sum.groups, sum.order, rows), sum,
-        workspace, stream);
+    return plan_update<Tile, Stage<Source, Tile::kRows, Tile::kDepth>, Order::kAlongK>(
+        Source{*this}, true, samples * out_h * out_w, sum);
   });
 }
 

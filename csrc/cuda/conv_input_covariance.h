@@ -1,6 +1,7 @@
 #pragma once
 
-#include "axis.h"
+#include "core/axis.h"
+#include "core/work.h"
 
 namespace hesskern::cuda {
 
@@ -16,8 +17,7 @@ struct ConvInputCovariance {
   bool tf32;
   SymmetricSum<T> sum;
 
-  int64_t workspace() const;
-  cudaError_t run(T* workspace, cudaStream_t stream) const;
+  Work<T> plan() const;
 };
 
 }  // namespace hesskern::cuda

@@ -15,10 +15,11 @@
 
 #include "conv_lags.h"
 #include "conv_plan.h"
-#include "launch.h"
-#include "products.h"
-#include "triangle.h"
-#include "warp.h"
+#include "core/launch.h"
+#include "core/products.h"
+#include "core/splits.h"
+#include "core/triangle.h"
+#include "core/warp.h"
 
 namespace hesskern::cuda {
 
@@ -294,11 +295,6 @@ int64_t padded(int64_t elements) {
   return ceil_div(elements, 4) * 4;
 }
 
-unsigned block_count(int64_t elements) {
-  return static_cast<unsigned>(
-      std::clamp<int64_t>(ceil_div(elements, kThreads), 1, 16 * multiprocessors()));
-}
-
 // Where everything lies in the workspace, and how the products are cut, for so many samples.
 template <typename In>
 struct Layout {
@@ -320,16 +316,11 @@ struct Layout {
       }
     }
     const int64_t rows = plan.families[0].inner(samples);
-    // In rows: what it costs a block to write its sums.
+    // In rows.
     constexpr int64_t kWrite = 128, kFewest = 512;
-    const int64_t slots = 2 * multiprocessors();
-    const int64_t most = std::clamp<int64_t>(rows / kFewest, 1, kMostSplits);
-    int64_t best_cost = 0;
-    splits = 1;
-    for (int64_t count = 1; count <= most; ++count) {
-      const int64_t cost = ceil_div(tiles * count, slots) * (ceil_div(rows, count) + kWrite);
-      if (best_cost == 0 || cost < best_cost) splits = count, best_cost = cost;
-    }
+    splits = plan_splits(tiles, rows, 2 * current_device().processors, kWrite, 1,
+                         std::min(rows / kFewest, kMostSplits))
+                 .count;
     size = 0;
     for (int f = 0; f < 4; ++f) {
       packed[f] = size;
@@ -432,6 +423,43 @@ cudaError_t store(const std::vector<int32_t>& values, int32_t* out, cudaStream_t
   return cudaSuccess;
 }
 
+// workspace: what plan() asks for.
+template <typename In>
+cudaError_t run(const ConvInputCovariance<In, float>& call, float* workspace, cudaStream_t stream) {
+  const Plan& plan = plan_of(call);
+  const int64_t step = chunk_samples(call, plan);
+  for (int64_t first = 0; first < call.samples; first += step) {
+    ConvInputCovariance<In, float> some = call;
+    some.samples = std::min(step, call.samples - first);
+    some.x += first * call.sample_stride;
+    const Layout<In> layout(some, plan, some.samples);
+    cudaError_t error = pack(some, layout, workspace, stream);
+    if (error != cudaSuccess) return error;
+    // Numbers of 8 and 11 bits are tf32 numbers: one term is exact.
+    error = multiply_all(layout.products(workspace), call.tf32 || sizeof(In) == 2, stream);
+    if (error != cudaSuccess) return error;
+    float* sums = workspace + layout.sums;
+    const int64_t splits = layout.used_splits(), rows = layout.groups * layout.channels;
+    if (splits > 1) {
+      const int64_t count = plan.whole_blocks * layout.packed_channels;
+      error = launch(add_up_kernel, grid_for(rows * count), dim3(kThreads), 0, stream, sums, splits,
+                     rows, layout.columns, count);
+      if (error != cudaSuccess) return error;
+    }
+    int32_t* starts = reinterpret_cast<int32_t*>(workspace + layout.table);
+    int32_t* entries = starts + plan.starts.size();
+    error = store(plan.starts, starts, stream);
+    if (error == cudaSuccess) error = store(plan.entries, entries, stream);
+    if (error != cudaSuccess) return error;
+    error = launch(assemble_kernel, grid_for(call.sum.groups * call.sum.order * call.sum.order),
+                   dim3(kThreads), 0, stream, call.sum, plan.h.taps * plan.w.taps, plan.blocks,
+                   layout.channels, layout.packed_channels, static_cast<const float*>(sums),
+                   static_cast<const int32_t*>(starts), static_cast<const int32_t*>(entries));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
 }  // namespace
 
 template <typename In>
@@ -456,47 +484,13 @@ bool ConvLags<In>::pays() const {
 }
 
 template <typename In>
-int64_t ConvLags<In>::workspace() const {
+Work<float> ConvLags<In>::plan() const {
   const Plan& plan = plan_of(call);
   const int64_t step = chunk_samples(call, plan), last = (call.samples - 1) % step + 1;
-  return std::max(Layout<In>(call, plan, step).size, Layout<In>(call, plan, last).size);
-}
-
-template <typename In>
-cudaError_t ConvLags<In>::run(float* workspace, cudaStream_t stream) const {
-  const Plan& plan = plan_of(call);
-  const int64_t step = chunk_samples(call, plan);
-  for (int64_t first = 0; first < call.samples; first += step) {
-    ConvInputCovariance<In, float> some = call;
-    some.samples = std::min(step, call.samples - first);
-    some.x += first * call.sample_stride;
-    const Layout<In> layout(some, plan, some.samples);
-    cudaError_t error = pack(some, layout, workspace, stream);
-    if (error != cudaSuccess) return error;
-    // Numbers of 8 and 11 bits are tf32 numbers: one term is exact.
-    error = multiply_all(layout.products(workspace), call.tf32 || sizeof(In) == 2, stream);
-    if (error != cudaSuccess) return error;
-    float* sums = workspace + layout.sums;
-    const int64_t splits = layout.used_splits(), rows = layout.groups * layout.channels;
-    if (splits > 1) {
-      const int64_t count = plan.whole_blocks * layout.packed_channels;
-      error = launch(add_up_kernel, dim3(block_count(rows * count)), dim3(kThreads), 0, stream,
-                     sums, splits, rows, layout.columns, count);
-      if (error != cudaSuccess) return error;
-    }
-    int32_t* starts = reinterpret_cast<int32_t*>(workspace + layout.table);
-    int32_t* entries = starts + plan.starts.size();
-    error = store(plan.starts, starts, stream);
-    if (error == cudaSuccess) error = store(plan.entries, entries, stream);
-    if (error != cudaSuccess) return error;
-    error = launch(assemble_kernel,
-                   dim3(block_count(call.sum.groups * call.sum.order * call.sum.order)),
-                   dim3(kThreads), 0, stream, call.sum, plan.h.taps * plan.w.taps, plan.blocks,
-                   layout.channels, layout.packed_channels, static_cast<const float*>(sums),
-                   static_cast<const int32_t*>(starts), static_cast<const int32_t*>(entries));
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  const int64_t workspace =
+      std::max(Layout<In>(call, plan, step).size, Layout<In>(call, plan, last).size);
+  return {workspace,
+          [call = call](float* memory, cudaStream_t stream) { return run(call, memory, stream); }};
 }
 
 template struct ConvLags<float>;

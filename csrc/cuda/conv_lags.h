@@ -13,9 +13,7 @@ struct ConvLags {
 
   // Whether this takes less time than unfolding on the way.
   bool pays() const;
-  // Elements of float that run() needs, at an address that is a multiple of 16.
-  int64_t workspace() const;
-  cudaError_t run(float* workspace, cudaStream_t stream) const;
+  Work<float> plan() const;
 };
 
 }  // namespace hesskern::cuda

@@ -5,10 +5,10 @@
 // tf32 numbers, and N d elements of memory once per row of tiles: bound by the tensor cores for
 // d >= 128, by memory below. Rows whose elements lie side by side at multiples of 16 bytes are
 // copied to shared memory three steps ahead; others, and those with ones, go through registers.
-#include "elements.h"
+#include "core/elements.h"
+#include "core/stage.h"
+#include "core/symmetric.h"
 #include "input_covariance.h"
-#include "stage.h"
-#include "symmetric.h"
 
 namespace hesskern::cuda {
 
@@ -64,33 +64,23 @@ auto with_tile(const InputCovariance<In, T>& call, Visit visit) {
 }  // namespace
 
 template <typename In, typename T>
-int64_t InputCovariance<In, T>::workspace() const {
-  return with_tile(*this, [&](auto tag) {
-    using Tile = typename decltype(tag)::Type;
-    return symmetric_workspace<Tile>(plan_symmetric<Tile>(1, sum.order, rows), 1);
-  });
-}
-
-template <typename In, typename T>
-cudaError_t InputCovariance<In, T>::run(T* workspace, cudaStream_t stream) const {
+Work<T> InputCovariance<In, T>::plan() const {
   return with_tile(*this, [&](auto tag) {
     using Tile = typename decltype(tag)::Type;
     constexpr bool kHalf = sizeof(In) == 2, kCopiedHalf = kHalf && Tile::kDepth == kCopiedHalfDepth;
-    const SymmetricPlan plan = plan_symmetric<Tile>(1, sum.order, rows);
     const Elements<In> elements{x, row_axis, column_axis, rows, columns};
     if constexpr (kCopiedHalf || sizeof(In) == 4) {
       if (kCopiedHalf || copied(*this)) {
         using Copies = CopyStage<In, Tile::kRows, Tile::kDepth>;
-        return along_k(*this) ? update_symmetric<Tile, Copies, Order::kAlongK>(
-                                    elements, true, rows, plan, sum, workspace, stream)
-                              : update_symmetric<Tile, Copies, Order::kAlongI>(
-                                    elements, false, rows, plan, sum, workspace, stream);
+        return along_k(*this)
+                   ? plan_update<Tile, Copies, Order::kAlongK>(elements, true, rows, sum)
+                   : plan_update<Tile, Copies, Order::kAlongI>(elements, false, rows, sum);
       }
     }
     if constexpr (!kCopiedHalf) {
       using Source = RowsWithOnes<In>;
-      return update_symmetric<Tile, Stage<Source, Tile::kRows, Tile::kDepth>, Order::kEither>(
-          Source{elements, ones}, along_k(*this), rows, plan, sum, workspace, stream);
+      return plan_update<Tile, Stage<Source, Tile::kRows, Tile::kDepth>, Order::kEither>(
+          Source{elements, ones}, along_k(*this), rows, sum);
     }
   });
 }

@@ -3,9 +3,11 @@
 // Two products a layer, or four with the scaling in the second one's write; the same step of all
 // layers is one launch (products.cu). The vectors of a block are rows of one matrix when multiplied
 // from the right, columns when multiplied from the left.
+#include <utility>
+
+#include "core/launch.h"
+#include "core/products.h"
 #include "kron_matmul.h"
-#include "launch.h"
-#include "products.h"
 
 namespace hesskern::cuda {
 
@@ -107,18 +109,17 @@ Pass<T> back(const KronLayer<T>& layer) {
   return {layer.back_left, layer.back_right, layer.vectors};
 }
 
-}  // namespace
-
+// Elements of the workspace that a layer needs.
 template <typename T>
-int64_t KronLayer<T>::workspace() const {
-  const int64_t size = into(*this).between_size();
-  if (scale.data == nullptr) return size;
-  return size + into(*this).out_size() + back(*this).between_size();
+int64_t layer_size(const KronLayer<T>& layer) {
+  const int64_t size = into(layer).between_size();
+  if (layer.scale.data == nullptr) return size;
+  return size + into(layer).out_size() + back(layer).between_size();
 }
 
 template <typename T>
-cudaError_t kron_matmul(const std::vector<KronLayer<T>>& layers, bool tf32, T* workspace,
-                        cudaStream_t stream) {
+cudaError_t run(const std::vector<KronLayer<T>>& layers, bool tf32, T* workspace,
+                cudaStream_t stream) {
   std::vector<Product<T>> first, second, third, fourth;
   for (const KronLayer<T>& layer : layers) {
     const Pass<T> forward = into(layer);
@@ -134,7 +135,7 @@ cudaError_t kron_matmul(const std::vector<KronLayer<T>>& layers, bool tf32, T* w
       third.push_back(backward.first(scaled, unscaled));
       fourth.push_back(backward.second(unscaled, layer.out));
     }
-    workspace += layer.workspace();
+    workspace += layer_size(layer);
   }
   for (const auto* products : {&first, &second, &third, &fourth}) {
     if (products->empty()) continue;
@@ -144,10 +145,18 @@ cudaError_t kron_matmul(const std::vector<KronLayer<T>>& layers, bool tf32, T* w
   return cudaSuccess;
 }
 
-template struct KronLayer<float>;
-template struct KronLayer<double>;
-template cudaError_t kron_matmul(const std::vector<KronLayer<float>>&, bool, float*, cudaStream_t);
-template cudaError_t kron_matmul(const std::vector<KronLayer<double>>&, bool, double*,
-                                 cudaStream_t);
+}  // namespace
+
+template <typename T>
+Work<T> plan_kron_matmul(std::vector<KronLayer<T>> layers, bool tf32) {
+  int64_t size = 0;
+  for (const KronLayer<T>& layer : layers) size += layer_size(layer);
+  return {size, [layers = std::move(layers), tf32](T* memory, cudaStream_t stream) {
+            return run(layers, tf32, memory, stream);
+          }};
+}
+
+template Work<float> plan_kron_matmul(std::vector<KronLayer<float>>, bool);
+template Work<double> plan_kron_matmul(std::vector<KronLayer<double>>, bool);
 
 }  // namespace hesskern::cuda

@@ -3,7 +3,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "axis.h"
+#include "core/axis.h"
+#include "core/work.h"
 
 namespace hesskern::cuda {
 
@@ -20,14 +21,10 @@ struct KronLayer {
   const T* x;
   T* out;
   int64_t vectors;
-
-  // Elements of T that kron_matmul() needs as workspace for this layer.
-  int64_t workspace() const;
 };
 
 // All layers, a few launches in all. T is float or double.
 template <typename T>
-cudaError_t kron_matmul(const std::vector<KronLayer<T>>& layers, bool tf32, T* workspace,
-                        cudaStream_t stream);
+Work<T> plan_kron_matmul(std::vector<KronLayer<T>> layers, bool tf32);
 
 }  // namespace hesskern::cuda

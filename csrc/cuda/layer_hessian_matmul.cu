@@ -6,10 +6,11 @@
 // of S, and two of X.
 #include <algorithm>
 
-#include "launch.h"
+#include "core/launch.h"
+#include "core/products.h"
+#include "core/splits.h"
+#include "core/warp.h"
 #include "layer_hessian_matmul.h"
-#include "products.h"
-#include "warp.h"
 
 namespace hesskern::cuda {
 
@@ -27,22 +28,15 @@ int64_t chunk_samples(const LayerHessianProduct<T>& call) {
 
 // Splits of a chunk's rows, so that the tiles of the second product fill the device.
 template <typename T>
-int64_t split_count(const LayerHessianProduct<T>& call) {
+Splits plan_chunk(const LayerHessianProduct<T>& call) {
   const int64_t rows = chunk_samples(call) * call.positions;
-  const int64_t size = call.vector_count * call.outputs * call.inputs;
-  const int64_t tiles =
-      ceil_div(call.vector_count * call.outputs, 128) * ceil_div(call.inputs, 128);
+  const int64_t columns = call.vector_count * call.outputs;
+  const int64_t tiles = ceil_div(columns, 128) * ceil_div(call.inputs, 128);
+  // In rows.
+  constexpr int64_t kWrite = 128, kFewest = 256;
   const int64_t most =
-      std::max<int64_t>(std::min({kMostSplits, rows / 256, kSplitElements / size}), 1);
-  // In rows: what it costs a block to write its sums.
-  constexpr int64_t kWrite = 128;
-  int64_t best = 1, best_cost = 0;
-  for (int64_t splits = 1; splits <= most; ++splits) {
-    const int64_t waves = ceil_div(tiles * splits, multiprocessors());
-    const int64_t cost = waves * (ceil_div(rows, splits) + kWrite);
-    if (best_cost == 0 || cost < best_cost) best = splits, best_cost = cost;
-  }
-  return best;
+      std::min({kMostSplits, rows / kFewest, kSplitElements / (columns * call.inputs)});
+  return plan_splits(tiles, rows, current_device().processors, kWrite, 1, most);
 }
 
 // visit(output, position) of a sample's elements: neighbouring threads take neighbours in s, from
@@ -112,79 +106,84 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-}  // namespace
-
+// memory: what plan() asks for.
 template <typename T>
-int64_t LayerHessianProduct<T>::workspace() const {
-  return chunk_samples(*this) * (positions * vector_count * outputs + classes) +
-         split_count(*this) * vector_count * outputs * inputs;
-}
-
-template <typename T>
-cudaError_t LayerHessianProduct<T>::run(T* workspace, cudaStream_t stream) const {
-  const int64_t step = chunk_samples(*this), splits = split_count(*this);
-  const int64_t columns = vector_count * outputs, size = columns * inputs;
-  T *partial = workspace, *y = partial + splits * size;
-  T* coefficients = y + step * positions * columns;
+cudaError_t run(const LayerHessianProduct<T>& call, const Splits& splits, T* memory,
+                cudaStream_t stream) {
+  const int64_t step = chunk_samples(call), columns = call.vector_count * call.outputs;
+  const int64_t size = columns * call.inputs;
+  T *partial = memory, *y = partial + splits.count * size;
+  T* coefficients = y + step * call.positions * columns;
   const auto rows_of = [&](int64_t sample_stride, int64_t position_stride) {
-    if (positions == 1 || sample_stride == positions * position_stride) {
-      return Axis{positions == 1 ? sample_stride : position_stride};
+    if (call.positions == 1 || sample_stride == call.positions * position_stride) {
+      return Axis{call.positions == 1 ? sample_stride : position_stride};
     }
-    return Axis{position_stride, positions, sample_stride};
+    return Axis{position_stride, call.positions, sample_stride};
   };
-  for (int64_t start = 0; start < samples; start += step) {
-    const int64_t count = std::min(step, samples - start), rows = count * positions;
-    const T* inputs_of_chunk = x + start * x_sample;
+  for (int64_t start = 0; start < call.samples; start += step) {
+    const int64_t count = std::min(step, call.samples - start), rows = count * call.positions;
+    const T* inputs_of_chunk = call.x + start * call.x_sample;
 
     Product<T> forward{};
     forward.a = inputs_of_chunk;
-    forward.a_row = rows_of(x_sample, x_position);
-    forward.a_k = {x_input};
-    forward.b = vectors;
+    forward.a_row = rows_of(call.x_sample, call.x_position);
+    forward.a_k = {call.x_input};
+    forward.b = call.vectors;
     forward.b_k = {1};
-    forward.b_column = {inputs};
+    forward.b_column = {call.inputs};
     forward.c = y;
     forward.c_row = {columns};
     forward.c_column = {1};
     forward.m = rows;
     forward.n = columns;
-    forward.k_end = inputs;
-    cudaError_t error = multiply_all<T>({forward}, tf32, stream);
+    forward.k_end = call.inputs;
+    cudaError_t error = multiply_all<T>({forward}, call.tf32, stream);
     if (error != cudaSuccess) return error;
 
     error = launch(coefficient_kernel<T>, dim3(static_cast<unsigned>(count)), dim3(kThreads), 0,
-                   stream, *this, start, y, coefficients);
+                   stream, call, start, y, coefficients);
     if (error != cudaSuccess) return error;
 
     std::vector<Product<T>> backward;
-    const int64_t share = ceil_div(rows, splits);
+    const int64_t share = ceil_div(rows, splits.count);
     for (int64_t begin = 0; begin < rows; begin += share) {
       Product<T> part{};
       part.a = y;
       part.a_row = {1};
       part.a_k = {columns};
       part.b = inputs_of_chunk;
-      part.b_k = rows_of(x_sample, x_position);
-      part.b_column = {x_input};
+      part.b_k = rows_of(call.x_sample, call.x_position);
+      part.b_column = {call.x_input};
       part.c = partial + static_cast<int64_t>(backward.size()) * size;
-      part.c_row = {inputs};
+      part.c_row = {call.inputs};
       part.c_column = {1};
       part.m = columns;
-      part.n = inputs;
+      part.n = call.inputs;
       part.k_begin = begin;
       part.k_end = std::min(begin + share, rows);
       backward.push_back(part);
     }
-    error = multiply_all(backward, tf32, stream);
+    error = multiply_all(backward, call.tf32, stream);
     if (error != cudaSuccess) return error;
 
-    const int64_t blocks = std::min<int64_t>(ceil_div(size, kThreads), 16 * multiprocessors());
-    error = launch(add_splits_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
-                   stream, out, static_cast<const T*>(partial),
-                   static_cast<int64_t>(backward.size()), size, alpha, start == 0);
+    error = launch(add_splits_kernel<T>, grid_for(size), dim3(kThreads), 0, stream, call.out,
+                   static_cast<const T*>(partial), static_cast<int64_t>(backward.size()), size,
+                   call.alpha, start == 0);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+}  // namespace
+
+template <typename T>
+Work<T> LayerHessianProduct<T>::plan() const {
+  const Splits splits = plan_chunk(*this);
+  const int64_t workspace = chunk_samples(*this) * (positions * vector_count * outputs + classes) +
+                            splits.count * vector_count * outputs * inputs;
+  return {workspace, [call = *this, splits](T* memory, cudaStream_t stream) {
+            return run(call, splits, memory, stream);
+          }};
 }
 
 template struct LayerHessianProduct<float>;

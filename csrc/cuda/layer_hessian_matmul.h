@@ -1,6 +1,7 @@
 #pragma once
 
-#include "axis.h"
+#include "core/axis.h"
+#include "core/work.h"
 
 namespace hesskern::cuda {
 
@@ -21,8 +22,7 @@ struct LayerHessianProduct {
   // Elements of V x_n of all samples of a chunk: 16 MB of float32, which stay in the L2 cache.
   int64_t chunk_elements = 1 << 22;
 
-  int64_t workspace() const;
-  cudaError_t run(T* workspace, cudaStream_t stream) const;
+  Work<T> plan() const;
 };
 
 }  // namespace hesskern::cuda

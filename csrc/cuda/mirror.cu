@@ -1,9 +1,9 @@
 #include <algorithm>
 #include <limits>
 
-#include "launch.h"
+#include "core/launch.h"
+#include "core/triangle.h"
 #include "mirror.h"
-#include "triangle.h"
 
 namespace hesskern::cuda {
 

@@ -9,11 +9,11 @@
 // three times on tensor cores.
 #include <cmath>
 
-#include "elements.h"
+#include "core/elements.h"
+#include "core/stage.h"
+#include "core/symmetric.h"
 #include "input_covariance.h"
 #include "output_hessian.h"
-#include "stage.h"
-#include "symmetric.h"
 
 namespace hesskern::cuda {
 
@@ -145,7 +145,7 @@ auto with_tile(const OutputHessian<float>& call, Visit visit) {
   return with_symmetric_tile<float, kSampleDepth>(call.outputs, call.tf32, [&](auto tag) {
     using Tile = typename decltype(tag)::Type;
     using Small = TensorTile<Tile::kTerms, 64, 64, kSampleDepth>;
-    if (CentredMemory<Tile>::kBytes > most_shared_bytes()) return visit(Tag<Small>());
+    if (CentredMemory<Tile>::kBytes > current_device().shared) return visit(Tag<Small>());
     return visit(tag);
   });
 }
@@ -186,64 +186,50 @@ struct CentredSamples {
 };
 
 template <typename T>
-int64_t covariance_workspace(const OutputHessian<T>& call, const CentredSamples<T>& part) {
-  const int64_t last = (call.samples - 1) % part.samples + 1;
-  return std::max(part.covariance(call, nullptr, part.samples).workspace(),
-                  part.covariance(call, nullptr, last).workspace());
-}
-
-template <typename T>
-cudaError_t run_centred(const OutputHessian<T>& call, T* workspace, cudaStream_t stream) {
+Work<T> plan_centred(const OutputHessian<T>& call) {
   const CentredSamples<T> part(call);
-  for (int64_t first = 0; first < call.samples; first += part.samples) {
-    OutputHessian<T> some = call;
-    some.samples = std::min(part.samples, call.samples - first);
-    some.jacobian += first * call.sample_stride;
-    some.probabilities += first * call.classes;
-    const int64_t count = some.samples * call.positions * call.outputs;
-    const int64_t blocks = std::min<int64_t>(ceil_div(count, kThreads), 16 * multiprocessors());
-    cudaError_t error =
-        launch(centre_kernel<T>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, stream,
-               some, part.along_positions, part.pitch, workspace);
-    if (error == cudaSuccess) {
-      error = part.covariance(call, workspace, some.samples).run(workspace + part.size, stream);
-    }
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  const int64_t last = (call.samples - 1) % part.samples + 1;
+  const auto covariance = [=](const T* rows, int64_t count) {
+    return part.covariance(call, rows, count).plan();
+  };
+  const int64_t workspace = part.size + std::max(covariance(nullptr, part.samples).workspace,
+                                                 covariance(nullptr, last).workspace);
+  return {workspace, [=](T* memory, cudaStream_t stream) {
+            for (int64_t first = 0; first < call.samples; first += part.samples) {
+              OutputHessian<T> some = call;
+              some.samples = std::min(part.samples, call.samples - first);
+              some.jacobian += first * call.sample_stride;
+              some.probabilities += first * call.classes;
+              cudaError_t error =
+                  launch(centre_kernel<T>, grid_for(some.samples * call.positions * call.outputs),
+                         dim3(kThreads), 0, stream, some, part.along_positions, part.pitch, memory);
+              if (error == cudaSuccess) {
+                error = covariance(memory, some.samples).run(memory + part.size, stream);
+              }
+              if (error != cudaSuccess) return error;
+            }
+            return cudaSuccess;
+          }};
 }
 
 }  // namespace
 
 template <typename T>
-int64_t OutputHessian<T>::workspace() const {
-  if constexpr (sizeof(T) == 4) {
-    if (rows_are_copied(*this)) {
-      return with_tile(*this, [&](auto tag) {
-        using Tile = typename decltype(tag)::Type;
-        return symmetric_workspace<Tile>(plan_symmetric<Tile>(1, outputs, tile_rows(*this)), 1);
-      });
-    }
-  }
-  const CentredSamples<T> part(*this);
-  return part.size + covariance_workspace(*this, part);
-}
-
-template <typename T>
-cudaError_t OutputHessian<T>::run(T* workspace, cudaStream_t stream) const {
+Work<T> OutputHessian<T>::plan() const {
   if constexpr (sizeof(T) == 4) {
     if (rows_are_copied(*this)) {
       return with_tile(*this, [&](auto tag) {
         using Tile = typename decltype(tag)::Type;
         const int64_t rows = tile_rows(*this);
         const SymmetricPlan plan = plan_symmetric<Tile>(1, outputs, rows);
-        return launch_symmetric<Tile>(
-            centred_kernel<Tile>, CentredMemory<Tile>::kBytes, plan, sum, workspace, stream,
-            [&](auto start, float* partial) { return start(*this, rows, plan, partial); });
+        return symmetric_work<Tile>(centred_kernel<Tile>, CentredMemory<Tile>::kBytes, plan, sum,
+                                    [=, call = *this](auto start, float* partial) {
+                                      return start(call, rows, plan, partial);
+                                    });
       });
     }
   }
-  return run_centred(*this, workspace, stream);
+  return plan_centred(*this);
 }
 
 template struct OutputHessian<float>;

@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "axis.h"
-#include "elements.h"
+#include "core/axis.h"
+#include "core/elements.h"
 #include "emulation.h"
 
 namespace hesskern::cuda::check {

@@ -1,9 +1,9 @@
 // kron_matmul.cu and layer_hessian_matmul.cu (and products.cu with them) on the CPU.
 #include "check.h"
 #include "checks.h"
+#include "core/products.h"
 #include "kron_matmul.h"
 #include "layer_hessian_matmul.h"
-#include "products.h"
 
 namespace hesskern::cuda::check {
 
@@ -70,7 +70,6 @@ void kron(const char* type, const std::vector<Sizes>& sizes, bool eigen, bool tf
   std::vector<std::unique_ptr<Memory<T>>> outs;
   std::vector<KronLayer<T>> layers;
   std::vector<Values> expected;
-  int64_t workspace = 0;
   const auto matrix = [&](int64_t rows, int64_t columns) -> const Matrix<T>& {
     matrices.push_back(std::make_unique<Matrix<T>>(rows, columns, matrices.size() % 2 == 1));
     return *matrices.back();
@@ -94,7 +93,6 @@ void kron(const char* type, const std::vector<Sizes>& sizes, bool eigen, bool tf
     layer.out = outs.back()->data();
     layer.vectors = s.vectors;
     layers.push_back(layer);
-    workspace += layer.workspace();
     Values all;
     for (int64_t vector = 0; vector < s.vectors; ++vector) {
       Values one;
@@ -112,12 +110,13 @@ void kron(const char* type, const std::vector<Sizes>& sizes, bool eigen, bool tf
     }
     expected.push_back(all);
   }
-  const Memory<T> memory(workspace);
+  const Work<T> work = plan_kron_matmul(layers, tf32);
+  const Memory<T> memory(work.workspace);
   const std::string name = std::string(eigen ? "kron_eigen_matmul " : "kron_matmul ") + type +
                            " of " + std::to_string(layers.size()) + " layers, first " +
                            std::to_string(sizes[0].vectors) + " x [" + std::to_string(sizes[0].m) +
                            ", " + std::to_string(sizes[0].d) + "]" + (tf32 ? " tf32" : "");
-  if (kron_matmul(layers, tf32, memory.data(), nullptr) != cudaSuccess) {
+  if (work.run(memory.data(), nullptr) != cudaSuccess) {
     return report(name + ": not launched", 1, 0);
   }
   double worst = 0;
@@ -189,13 +188,14 @@ void hessian(const char* type, const HessianSizes& z, bool positions_last, bool 
       }
     }
   }
-  const Memory<T> workspace(call.workspace());
+  const Work<T> work = call.plan();
+  const Memory<T> workspace(work.workspace);
   const std::string name = std::string("layer_hessian_matmul ") + type + " n " +
                            std::to_string(z.n) + " c " + std::to_string(z.c) + " m " +
                            std::to_string(z.m) + " d " + std::to_string(z.d) + " t " +
                            std::to_string(z.t) + " k " + std::to_string(z.vectors) +
                            (positions_last ? " positions last" : "") + (tf32 ? " tf32" : "");
-  if (call.run(workspace.data(), nullptr) != cudaSuccess) {
+  if (work.run(workspace.data(), nullptr) != cudaSuccess) {
     return report(name + ": not launched", 1, 0);
   }
   report(name,

@@ -5,10 +5,10 @@
 #include "checks.h"
 #include "conv_input_covariance.h"
 #include "conv_lags.h"
+#include "core/warp.h"
 #include "input_covariance.h"
 #include "mirror.h"
 #include "output_hessian.h"
-#include "warp.h"
 
 namespace hesskern::cuda::check {
 
@@ -63,8 +63,9 @@ class Accumulator {
 
 template <class Call, typename T>
 void run(const Call& call, Accumulator<T>& acc, const std::string& name, double limit) {
-  const Memory<T> workspace(call.workspace());
-  if (call.run(workspace.data(), nullptr) != cudaSuccess) {
+  const auto work = call.plan();
+  const Memory<T> workspace(work.workspace);
+  if (work.run(workspace.data(), nullptr) != cudaSuccess) {
     return report(name + ": not launched", 1, 0);
   }
   report(name, acc.error(), limit);
@@ -138,8 +139,9 @@ void not_a_number(float bad, bool tf32) {
   x[7 * d + at] = bad;
   Accumulator<float> acc(1, d, d, 1.0f);
   const InputCovariance<float, float> call{x.data(), {d}, {1}, n, d, false, tf32, acc.sum};
-  const Memory<float> workspace(call.workspace());
-  bool good = call.run(workspace.data(), nullptr) == cudaSuccess;
+  const Work<float> work = call.plan();
+  const Memory<float> workspace(work.workspace);
+  bool good = work.run(workspace.data(), nullptr) == cudaSuccess;
   for (int64_t i = 0; i < d; ++i) {
     for (int64_t j = i; j < d; ++j) {
       good = good && std::isfinite(acc.at(0, i, j)) == (i != at && j != at);
@@ -388,9 +390,9 @@ void check_output_hessian(bool few) {
   output<float>("float", 4, 33, 100, 2, false, true, 2);
   output<float>("float", 6, 7, 40, 1, false, true, 2);
   // A device with less shared memory takes smaller tiles.
-  emulation::most_shared() = 99 << 10;
+  emulation::device().most_shared = 99 << 10;
   output<float>("float", 15, 3, 128, 1, false, false, 1);
-  emulation::most_shared() = emulation::kMostShared;
+  emulation::device().most_shared = emulation::Properties().most_shared;
   output<double>("double", 40, 10, 70, 2, true, false, 2);
   output<double>("double", 6, 35, 30, 1, false, false, 2);
 }

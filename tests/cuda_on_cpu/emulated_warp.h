@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "axis.h"
+#include "core/axis.h"
 #include "emulation.h"
 
 namespace hesskern::cuda {
@@ -51,13 +51,26 @@ inline double operand(float value) {
   return float_of(bits_of(value) & 0xffffe000u);
 }
 
-// Tensor cores cut off what does not fit instead of rounding it.
-inline float cut_off(double value) {
-  float rounded = static_cast<float>(value);
-  if (std::isfinite(rounded) && std::fabs(static_cast<double>(rounded)) > std::fabs(value)) {
-    rounded = std::nextafter(rounded, 0.0f);
+// c plus products, as tensor cores add: every addend is cut, toward zero, to multiples of 2^-26 of
+// the power of two above the largest, and the sum to 24 bits. Measured on an H200: the biases of
+// long sums come out to two digits.
+template <int Count>
+float truncated_sum(float c, const double (&products)[Count]) {
+  double largest = std::fabs(static_cast<double>(c)), plain = c;
+  for (const double product : products) {
+    largest = std::fmax(largest, std::fabs(product));
+    plain += product;
   }
-  return rounded;
+  if (!std::isfinite(plain) || largest == 0) return static_cast<float>(plain);
+  int exponent;
+  std::frexp(largest, &exponent);
+  const double unit = std::ldexp(1.0, exponent - 26);
+  double total = std::trunc(c / unit);
+  for (const double product : products) total += std::trunc(product / unit);
+  int size;
+  const double fraction = std::frexp(total, &size);
+  const double cut = std::trunc(std::ldexp(fraction, 24));
+  return static_cast<float>(std::ldexp(cut, size - 24 + exponent - 26));
 }
 
 }  // namespace emulated
@@ -72,13 +85,13 @@ inline void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2
   for (int part = 0; part < 4; ++part) {
     // Element (row, column) of c; a's element (row, k) and b's (k, column) lie with these lanes.
     const int row = g + part / 2 * 8, column = 2 * t + part % 2;
-    double total = c[part];
+    double products[8];
     for (int k = 0; k < 8; ++k) {
       const float left = lanes[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2];
       const float right = lanes[column * 4 + k % 4].b[k / 4];
-      total += emulated::operand(left) * emulated::operand(right);
+      products[k] = emulated::operand(left) * emulated::operand(right);
     }
-    c[part] = emulated::cut_off(total);
+    c[part] = emulated::truncated_sum(c[part], products);
   }
   emulation::warp_barrier();
 }
@@ -96,13 +109,13 @@ void multiply_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b, In)
   };
   for (int part = 0; part < 4; ++part) {
     const int row = g + part / 2 * 8, column = 2 * t + part % 2;
-    double total = c[part];
+    double products[16];
     for (int k = 0; k < 16; ++k) {
       const uint32_t left = lanes[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
       const uint32_t right = lanes[column * 4 + k % 8 / 2].b[k / 8];
-      total += half_of(left, k) * half_of(right, k);
+      products[k] = half_of(left, k) * half_of(right, k);
     }
-    c[part] = emulated::cut_off(total);
+    c[part] = emulated::truncated_sum(c[part], products);
   }
   emulation::warp_barrier();
 }
@@ -148,6 +161,29 @@ T from_lane_xor(T value, int mask) {
   const T other = lanes[emulation::lane() ^ mask];
   emulation::warp_barrier();
   return other;
+}
+
+inline uint32_t warp_max(uint32_t value) {
+  const auto* lanes = static_cast<const uint32_t*>(emulation::warp_exchange(&value, sizeof(value)));
+  uint32_t most = 0;
+  for (int lane = 0; lane < 32; ++lane) most = lanes[lane] > most ? lanes[lane] : most;
+  emulation::warp_barrier();
+  return most;
+}
+
+inline void warp_barrier() {
+  emulation::warp_barrier();
+}
+
+inline uint32_t float16_pair(float low, float high) {
+  const _Float16 values[2] = {static_cast<_Float16>(low), static_cast<_Float16>(high)};
+  uint32_t word;
+  std::memcpy(&word, values, sizeof(word));
+  return word;
+}
+inline void floats_of_pair(uint32_t word, float& low, float& high) {
+  low = to_float(Float16{static_cast<uint16_t>(word)});
+  high = to_float(Float16{static_cast<uint16_t>(word >> 16)});
 }
 
 }  // namespace hesskern::cuda

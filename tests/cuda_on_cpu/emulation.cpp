@@ -340,14 +340,123 @@ std::set<const void*>& launched() {
   return kernels;
 }
 
-int& multiprocessor_count() {
-  static int count = 2;
-  return count;
+Properties& device() {
+  static Properties properties;
+  return properties;
 }
 
-int& most_shared() {
-  static int bytes = kMostShared;
-  return bytes;
+int device_ordinal() {
+  static std::map<Properties, int> ordinals;
+  return ordinals.emplace(device(), static_cast<int>(ordinals.size())).first->second;
+}
+
+namespace {
+
+struct BulkCopy {
+  std::vector<Piece> pieces;
+  int bytes;
+};
+
+struct BarrierState {
+  int arrivals = 0, pending = 0, bytes = 0;
+  unsigned phase = 0;
+  std::vector<BulkCopy> copies;
+};
+
+// By address; of the block that runs.
+std::map<void*, BarrierState> barrier_states;
+
+#ifdef HESSKERN_EMULATE_THREADS
+std::mutex barrier_mutex;
+std::condition_variable barrier_changed;
+using BarrierGuard = std::unique_lock<std::mutex>;
+BarrierGuard guard_barriers() {
+  return BarrierGuard(barrier_mutex);
+}
+#else
+struct BarrierGuard {
+  ~BarrierGuard() {}
+};
+BarrierGuard guard_barriers() {
+  return {};
+}
+#endif
+
+BarrierState& state_of(void* barrier) {
+  const auto found = barrier_states.find(barrier);
+  if (found == barrier_states.end()) fail("a barrier in shared memory was not initialized");
+  return found->second;
+}
+
+void end_phase_if_complete(BarrierState& state) {
+  if (state.pending > 0 || state.bytes != 0) return;
+  state.pending = state.arrivals;
+  ++state.phase;
+#ifdef HESSKERN_EMULATE_THREADS
+  barrier_changed.notify_all();
+#else
+  ++progress;
+#endif
+}
+
+bool look(BarrierState& state, unsigned parity) {
+  for (const BulkCopy& copy : state.copies) {
+    for (const Piece& piece : copy.pieces) {
+      std::memset(piece.shared, 0, static_cast<size_t>(piece.size));
+      if (piece.bytes > 0) {
+        std::memcpy(piece.shared, piece.global, static_cast<size_t>(piece.bytes));
+      }
+    }
+    state.bytes -= copy.bytes;
+  }
+  if (!state.copies.empty()) {
+    state.copies.clear();
+    end_phase_if_complete(state);
+  }
+  return state.phase % 2 != parity;
+}
+
+}  // namespace
+
+void barrier_init(void* barrier, int arrivals) {
+  if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0) fail("a barrier is not aligned");
+  [[maybe_unused]] const BarrierGuard guard = guard_barriers();
+  barrier_states[barrier] = {arrivals, arrivals, 0, 0, {}};
+}
+
+void barrier_arrive(void* barrier, int bytes) {
+  [[maybe_unused]] const BarrierGuard guard = guard_barriers();
+  BarrierState& state = state_of(barrier);
+  if (state.pending == 0) fail("more threads arrive at a barrier than it counts");
+  state.bytes += bytes;
+  --state.pending;
+  end_phase_if_complete(state);
+}
+
+bool barrier_passed(void* barrier, unsigned parity) {
+  [[maybe_unused]] const BarrierGuard guard = guard_barriers();
+  return look(state_of(barrier), parity);
+}
+
+void barrier_wait(void* barrier, unsigned parity) {
+#ifdef HESSKERN_EMULATE_THREADS
+  BarrierGuard guard = guard_barriers();
+  while (!look(state_of(barrier), parity)) barrier_changed.wait(guard);
+#else
+  while (!barrier_passed(barrier, parity)) yield();
+#endif
+}
+
+void start_bulk_copy(std::vector<Piece> pieces, int bytes, void* barrier) {
+  [[maybe_unused]] const BarrierGuard guard = guard_barriers();
+  for (const Piece& piece : pieces) {
+    std::memset(piece.shared, 0xff, static_cast<size_t>(piece.size));
+  }
+  state_of(barrier).copies.push_back({std::move(pieces), bytes});
+#ifdef HESSKERN_EMULATE_THREADS
+  // Whoever waits does the copying.
+  barrier_changed.notify_all();
+#endif
 }
 
 cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& body) {
@@ -356,14 +465,18 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& b
   const unsigned long long blocks = 1ull * config.gridDim.x * config.gridDim.y * config.gridDim.z;
   if (threads == 0 || threads > kMostThreads || blocks == 0 || config.gridDim.y > 65535 ||
       config.gridDim.z > 65535 || config.gridDim.x > 0x7fffffffu ||
-      config.dynamicSmemBytes > static_cast<size_t>(most_shared())) {
+      config.dynamicSmemBytes > static_cast<size_t>(device().most_shared)) {
     return cudaErrorInvalidConfiguration;
   }
   static Block storage;
   block = &storage;
   for (unsigned long long i = 0; i < blocks; ++i) {
     prepare(storage, config, static_cast<unsigned>(i));
+    barrier_states.clear();
     run_block(storage, body);
+    for (const auto& [barrier, state] : barrier_states) {
+      if (!state.copies.empty()) fail("a block ends with bulk copies under way");
+    }
   }
   current = nullptr;
   block = nullptr;

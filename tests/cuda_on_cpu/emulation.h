@@ -12,6 +12,7 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #define __host__
 #define __device__
@@ -34,7 +35,12 @@ struct dim3 {
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor
+};
 using cudaStream_t = void*;
 
 struct cudaLaunchConfig_t {
@@ -83,10 +89,42 @@ size_t& shared_limit(const void* kernel);
 // Kernels launched so far.
 std::set<const void*>& launched();
 
-// What multiprocessor counts and limits of shared memory are answered with.
-int& multiprocessor_count();
-int& most_shared();
-constexpr int kMostShared = 227 << 10;
+// The device that launchers find. Other properties are another device, so that what a launcher
+// remembers of one is not taken for the other's.
+struct Properties {
+  int processors = 2;
+  int most_shared = 227 << 10;
+  // 10 * major + minor.
+  int capability = 90;
+
+  bool operator<(const Properties& other) const {
+    return std::tie(processors, most_shared, capability) <
+           std::tie(other.processors, other.most_shared, other.capability);
+  }
+};
+Properties& device();
+int device_ordinal();
+
+// Barriers in shared memory that count arrivals and bytes (mbarrier): a phase ends when all
+// arrivals and all bytes that they announced are there.
+void barrier_init(void* barrier, int arrivals);
+// The thread arrives and announces bytes.
+void barrier_arrive(void* barrier, int bytes);
+// Whether the phase of that parity is over; true of a fresh barrier with parity 1.
+bool barrier_passed(void* barrier, unsigned parity);
+// Returns when it is.
+void barrier_wait(void* barrier, unsigned parity);
+
+// A piece of shared memory that the copy engine fills.
+struct Piece {
+  void* shared;
+  const void* global;
+  // The first of them come from global, zeros behind.
+  int bytes, size;
+};
+// Pieces that count as so many bytes on the barrier. They are copied when a thread next looks at
+// the barrier, as late as may be; until then their places hold NaN.
+void start_bulk_copy(std::vector<Piece> pieces, int bytes, void* barrier);
 
 template <auto Get>
 constexpr Coordinates coordinates() {
@@ -104,10 +142,17 @@ inline constexpr auto blockDim =
 inline constexpr auto gridDim =
     hesskern::cuda::emulation::coordinates<hesskern::cuda::emulation::grid_size>();
 
-template <typename... Parameters>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
-  hesskern::cuda::emulation::shared_limit(reinterpret_cast<const void*>(kernel)) =
-      static_cast<size_t>(bytes);
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  hesskern::cuda::emulation::shared_limit(kernel) = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
+
+// As shared memory and threads allow, registers aside.
+inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*,
+                                                                 int threads, size_t shared) {
+  const int most = hesskern::cuda::emulation::device().most_shared;
+  const int by_memory = most / static_cast<int>(shared > 1024 ? shared : 1024);
+  *blocks = by_memory < 2048 / threads ? by_memory : 2048 / threads;
   return cudaSuccess;
 }
 
@@ -125,13 +170,15 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = hesskern::cuda::emulation::device_ordinal();
   return cudaSuccess;
 }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  namespace emulation = hesskern::cuda::emulation;
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emulation::multiprocessor_count()
-                                                       : emulation::most_shared();
+  const hesskern::cuda::emulation::Properties& device = hesskern::cuda::emulation::device();
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? device.processors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? device.most_shared
+           : attribute == cudaDevAttrComputeCapabilityMajor       ? device.capability / 10
+                                                                  : device.capability % 10;
   return cudaSuccess;
 }

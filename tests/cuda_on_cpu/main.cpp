@@ -13,7 +13,7 @@
 namespace hesskern::cuda::check {
 
 void multiprocessor_count_is(int count) {
-  emulation::multiprocessor_count() = count;
+  emulation::device().processors = count;
 }
 
 }  // namespace hesskern::cuda::check

@@ -151,7 +151,7 @@ bool large_tiles(const std::vector<Product<T>>& products) {
     small += ceil_div(product.m, 64) * ceil_div(product.n, 64);
     large += ceil_div(product.m, 128) * ceil_div(product.n, 128);
   }
-  return large >= multiprocessors() && 3 * small >= 8 * large;
+  return large >= current_device().processors && 3 * small >= 8 * large;
 }
 
 }  // namespace

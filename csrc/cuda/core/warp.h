@@ -135,6 +135,28 @@ __device__ inline T from_lane_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// The largest of the lanes' values (redux), in every lane.
+__device__ inline uint32_t warp_max(uint32_t value) {
+  return __reduce_max_sync(0xffffffffu, value);
+}
+
+// The lanes' writes to shared memory before are seen by all lanes after.
+__device__ inline void warp_barrier() {
+  __syncwarp();
+}
+
+// Two float16, rounded to nearest: low in the lower half of the word.
+__device__ inline uint32_t float16_pair(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+__device__ inline void floats_of_pair(uint32_t word, float& low, float& high) {
+  asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+      : "=f"(low), "=f"(high)
+      : "r"(word));
+}
+
 #endif
 
 // value rounded to the nearest tf32 number, ties away from zero; NaN may become anything, so that

@@ -12,8 +12,10 @@
 #include "axis.h"
 #include "launch.h"
 #include "product.h"
+#include "splits.h"
 #include "tile.h"
 #include "triangle.h"
+#include "work.h"
 
 namespace hesskern::cuda {
 
@@ -70,25 +72,14 @@ constexpr int64_t kLongestSplit = 1 << 17;
 template <class Tile>
 SymmetricPlan plan_symmetric(int64_t groups, int64_t order, int64_t rows) {
   constexpr int64_t depth = Tile::kDepth;
-  const int64_t slots = multiprocessors() * blocks_per_processor<Tile>();
-  const int64_t tiles = triangle_size(ceil_div(order, Tile::kRows)), blocks = groups * tiles;
-  const int64_t steps = std::max<int64_t>(ceil_div(rows, depth), 1);
-  // In steps of the product: what it costs a block to write its sums and have them added.
+  const int64_t slots = current_device().processors * blocks_per_processor<Tile>();
+  const int64_t tiles = triangle_size(ceil_div(order, Tile::kRows));
+  const int64_t steps = ceil_div(rows, depth);
   constexpr int64_t kWrite = 8, kFewest = 16, kMost = 64;
   const int64_t least = ceil_div(rows, kLongestSplit);
-  const int64_t most = std::max(least, std::min(kMost, steps / kFewest));
-  SymmetricPlan best{tiles, 1, 0};
-  int64_t best_cost = 0;
-  for (int64_t splits = std::max<int64_t>(least, 1); splits <= std::max<int64_t>(most, 1);
-       ++splits) {
-    const int64_t share = ceil_div(steps, splits), used = ceil_div(steps, share);
-    const int64_t cost = ceil_div(blocks * used, slots) * (share + (used > 1 ? kWrite : 0));
-    if (best.split_rows == 0 || cost < best_cost) {
-      best = {tiles, used, share * depth};
-      best_cost = cost;
-    }
-  }
-  return best;
+  const Splits splits =
+      plan_splits(groups * tiles, steps, slots, kWrite, least, std::min(kMost, steps / kFewest));
+  return {tiles, splits.count, splits.share * depth};
 }
 
 // What one block does of a plan: a tile of one group's sum, over some rows.
@@ -154,43 +145,41 @@ __global__ void __launch_bounds__(kThreads)
          place.column * Side + element % Side, total);
 }
 
-// Elements of the workspace that update_symmetric needs.
-template <class Tile>
-int64_t symmetric_workspace(const SymmetricPlan& plan, int64_t groups) {
-  return plan.splits == 1 ? 0 : groups * plan.tiles * plan.splits * Tile::kRows * Tile::kColumns;
-}
-
-// Starts a kernel with one block per tile and split, by start(launcher, partial), and adds up what
-// it leaves in the workspace.
+// Work of a kernel with one block per tile and split, which start(launcher, partial) starts: what
+// the splits leave in the workspace is added up.
 template <class Tile, class Kernel, class Start>
-cudaError_t launch_symmetric(Kernel kernel, size_t shared_bytes, const SymmetricPlan& plan,
-                             const SymmetricSum<typename Tile::Sum>& sum,
-                             typename Tile::Sum* workspace, cudaStream_t stream, Start start) {
+Work<typename Tile::Sum> symmetric_work(Kernel kernel, size_t shared_bytes,
+                                        const SymmetricPlan& plan,
+                                        const SymmetricSum<typename Tile::Sum>& sum, Start start) {
   using Sum = typename Tile::Sum;
-  const int64_t tiles = sum.groups * plan.tiles;
-  Sum* partial = plan.splits == 1 ? nullptr : workspace;
-  const cudaError_t error = start(
-      [&](const auto&... arguments) {
-        return launch(kernel, dim3(static_cast<unsigned>(tiles * plan.splits)), dim3(kThreads),
-                      shared_bytes, stream, arguments...);
-      },
-      partial);
-  if (error != cudaSuccess || partial == nullptr) return error;
   constexpr int kSide = Tile::kRows;
-  return launch(add_partial_kernel<Sum, kSide>,
-                dim3(static_cast<unsigned>(tiles * ceil_div(kSide * kSide, kThreads))),
-                dim3(kThreads), 0, stream, plan, sum, partial);
+  const int64_t tiles = sum.groups * plan.tiles;
+  const int64_t workspace = plan.splits == 1 ? 0 : tiles * plan.splits * kSide * kSide;
+  return {workspace, [=](Sum* memory, cudaStream_t stream) {
+            Sum* partial = plan.splits == 1 ? nullptr : memory;
+            const cudaError_t error = start(
+                [&](const auto&... arguments) {
+                  return launch(kernel, dim3(static_cast<unsigned>(tiles * plan.splits)),
+                                dim3(kThreads), shared_bytes, stream, arguments...);
+                },
+                partial);
+            if (error != cudaSuccess || partial == nullptr) return error;
+            return launch(add_partial_kernel<Sum, kSide>,
+                          dim3(static_cast<unsigned>(tiles * ceil_div(kSide * kSide, kThreads))),
+                          dim3(kThreads), 0, stream, plan, sum, partial);
+          }};
 }
 
+// sum += alpha times the products of the source's rows.
 template <class Tile, class StageType, Order kOrder, class Source>
-cudaError_t update_symmetric(const Source& source, bool along_k, int64_t rows,
-                             const SymmetricPlan& plan, const SymmetricSum<typename Tile::Sum>& sum,
-                             typename Tile::Sum* workspace, cudaStream_t stream) {
-  return launch_symmetric<Tile>(symmetric_kernel<Tile, StageType, kOrder, Source>,
-                                ProductMemory<StageType, StageType>::kBytes, plan, sum, workspace,
-                                stream, [&](auto start, typename Tile::Sum* partial) {
-                                  return start(source, along_k, rows, plan, sum, partial);
-                                });
+Work<typename Tile::Sum> plan_update(const Source& source, bool along_k, int64_t rows,
+                                     const SymmetricSum<typename Tile::Sum>& sum) {
+  const SymmetricPlan plan = plan_symmetric<Tile>(sum.groups, sum.order, rows);
+  return symmetric_work<Tile>(symmetric_kernel<Tile, StageType, kOrder, Source>,
+                              ProductMemory<StageType, StageType>::kBytes, plan, sum,
+                              [=](auto start, typename Tile::Sum* partial) {
+                                return start(source, along_k, rows, plan, sum, partial);
+                              });
 }
 
 }  // namespace hesskern::cuda

@@ -1,0 +1,48 @@
+// float32 numbers as the sum of two float16 (hi/lo): products of float32 accuracy on 16-bit tensor
+// cores.
+//
+// v scaled by a power of two s with |s v| < 2^16 is high + low, high = float16(s v) and
+// low = float16(s v - high), to 2^-24 of itself and never worse than 2^-40 of the largest value
+// under the same scale. Of the four products of two such numbers three are taken; low times low is
+// below 2^-24. Against three products of tf32 numbers that is half the tensor cores' time and half
+// the shared memory. The scale belongs to what is multiplied together and is undone in float32
+// arithmetic, so that the range of float16 is no limit.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "warp.h"
+
+namespace hesskern::cuda {
+
+// Two scaled values to a word of high and a word of low parts, x in the lower halves.
+__device__ inline void split_pair(float x, float y, uint32_t& high, uint32_t& low) {
+  high = float16_pair(x, y);
+  float high_x, high_y;
+  floats_of_pair(high, high_x, high_y);
+  low = float16_pair(x - high_x, y - high_y);
+}
+
+// Two powers of two whose product is one: values times to_half fit float16.
+struct Scale {
+  float to_half, back;
+};
+
+// A scale for all values of a warp whose magnitudes are at most largest_of_lane in each lane, or
+// differences of two such values: they become at most 2^15. Not more than 2^63, so that back^2 is
+// a normal number: smaller values have no squares in float32. A NaN stays where it is; under an
+// infinity the others vanish, and back is NaN so that nothing of this tile looks right.
+__device__ inline Scale scale_for(float largest_of_lane) {
+  constexpr int kOne = 127, kTop = 13, kMost = 63;
+  const int exponent = static_cast<int>(warp_max(bits_of(largest_of_lane)) >> 23);
+  const int down = exponent - kTop > kOne - kMost ? exponent - kTop : kOne - kMost;
+  Scale scale;
+  scale.to_half = float_of(static_cast<uint32_t>(2 * kOne - down) << 23);
+  scale.back =
+      exponent == 255 ? float_of(0x7fffffffu) : float_of(static_cast<uint32_t>(down) << 23);
+  return scale;
+}
+
+}  // namespace hesskern::cuda

@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CUDA_VENV ?= .venv-cuda
 # What `make cuda-compile` compiles for; nvcc alone, no torch.
-CUDA_ARCHITECTURES ?= 80 90
+CUDA_ARCHITECTURES ?= 80 90a
 # More arguments for pytest, e.g. PYTEST_ARGS="-k eigsh".
 PYTEST_ARGS ?=
 

@@ -114,6 +114,17 @@ def cuda_architectures(torch_flags: str) -> str:
     return ";".join(f"{a}.{b}{'+PTX' if kind == 'compute' else ''}" for kind, a, b in fit)
 
 
+def for_hopper(flags: list[str]) -> list[str]:
+    """nvcc's architecture flags with code for 9.0 built as sm_90a, and the macro that says so.
+
+    The kernels for compute capability 9.0 use instructions of sm_90a, which runs on 9.0 alone, as
+    sm_90 does; PTX stays compute_90, which later cards can run.
+    """
+    plain, own = "-gencode=arch=compute_90,code=sm_90", "-gencode=arch=compute_90a,code=sm_90a"
+    flags = list(dict.fromkeys(own if flag == plain else flag for flag in flags))
+    return [*flags, "-DHESSKERN_SM90A"] if own in flags else flags
+
+
 def compiler_flags(platform: str, torch_root: Path, sanitize: bool) -> tuple[list[str], list[str]]:
     """Compiler and linker flags of the C++ sources.
 
@@ -160,7 +171,12 @@ def extension(torch):
     if with_cuda:
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures(torch._C._cuda_getArchFlags() or "")
         sources += [p for p in (ROOT / "csrc" / "cuda").rglob("*") if p.suffix in (".cpp", ".cu")]
-        options["nvcc"] = ["-O3", "--Werror", "all-warnings"]
+        from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+        # Given flags with an architecture, torch adds none of its own.
+        architectures = for_hopper(_get_cuda_arch_flags())
+        options["nvcc"] = ["-O3", "--Werror", "all-warnings", *architectures]
+        cxx += [flag for flag in architectures if flag.startswith("-D")]
         if sys.platform.startswith("linux"):
             options["nvcc"].append("-Xcompiler=-fvisibility=hidden")
             # A bare toolkit lacks the libraries' headers (cuBLAS); torch's wheels depend on them.

@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
+# What a file with warpgroup products includes.
+WARPGROUP = '#include "wgmma.h"'
 SHARED = re.compile(r"(\d+) bytes smem")
 
 
@@ -28,11 +30,24 @@ def compile_one(source: Path, output: Path, architectures: list[str]) -> str:
     command += ["-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v", "-I", str(ROOT / "csrc")]
     for architecture in architectures:
         command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-    command += ["-c", str(source), "-o", str(output / f"{source.stem}.o")]
+    if "90a" in architectures:
+        command.append("-DHESSKERN_SM90A")
+    compiled = output / "-".join(source.relative_to(ROOT / "csrc" / "cuda").with_suffix(".o").parts)
+    command += ["-c", str(source), "-o", str(compiled)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{source.relative_to(ROOT)}:\n{done.stdout}{done.stderr}")
+    if "90a" in architectures and WARPGROUP in source.read_text():
+        check_warpgroups(source, compiled)
     return done.stderr
+
+
+def check_warpgroups(source: Path, compiled: Path) -> None:
+    """The kernels with warpgroup products for 9.0 became such instructions (HGMMA)."""
+    command = ["cuobjdump", "-sass", "-arch", "sm_90a", str(compiled)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    if "HGMMA" not in shown:
+        raise SystemExit(f"{source.relative_to(ROOT)}: no HGMMA among the instructions for sm_90a")
 
 
 def kernels(messages: str) -> list[tuple[str, str, int, int, int]]:
@@ -65,7 +80,7 @@ def readable(names: list[str]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for the object files")
-    parser.add_argument("architectures", nargs="+", help="e.g. 80 90")
+    parser.add_argument("architectures", nargs="+", help="e.g. 80 90a")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
     sources = sorted((ROOT / "csrc" / "cuda").rglob("*.cu"))

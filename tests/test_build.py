@@ -168,6 +168,61 @@ class TestArchitectures:
             build.cuda_architectures("")
 
 
+def gencode(architecture: str, code: str) -> str:
+    return f"-gencode=arch={architecture},code={code}"
+
+
+class TestHopper:
+    """9.0 is built as sm_90a; what later cards need stays."""
+
+    @pytest.mark.parametrize(
+        ("given", "expected", "macro"),
+        [
+            ([("compute_80", "sm_80")], [("compute_80", "sm_80")], False),
+            ([("compute_90", "sm_90")], [("compute_90a", "sm_90a")], True),
+            (
+                [("compute_80", "sm_80"), ("compute_90", "compute_90"), ("compute_90", "sm_90")],
+                [("compute_80", "sm_80"), ("compute_90", "compute_90"), ("compute_90a", "sm_90a")],
+                True,
+            ),
+            (
+                [("compute_90", "sm_90"), ("compute_90a", "sm_90a")],
+                [("compute_90a", "sm_90a")],
+                True,
+            ),
+            # PTX alone for 9.0: the driver makes sm_90 of it.
+            ([("compute_90", "compute_90")], [("compute_90", "compute_90")], False),
+        ],
+        ids=["8.0", "9.0", "8.0;9.0+PTX", "9.0;9.0a", "PTX alone"],
+    )
+    def test_list(
+        self,
+        build: SimpleNamespace,
+        given: list[tuple[str, str]],
+        expected: list[tuple[str, str]],
+        macro: bool,
+    ) -> None:
+        flags = build.for_hopper([gencode(*pair) for pair in given])
+        wanted = [gencode(*pair) for pair in expected]
+        assert flags == wanted + (["-DHESSKERN_SM90A"] if macro else [])
+
+    @pytest.mark.parametrize("architectures", ["9.0", "8.0;9.0+PTX", "Hopper", "9.0a 8.6"])
+    def test_torchs_own_flags(
+        self, build: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, architectures: str
+    ) -> None:
+        from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", architectures)
+        flags = build.for_hopper(_get_cuda_arch_flags())
+        assert gencode("compute_90a", "sm_90a") in flags
+        assert gencode("compute_90", "sm_90") not in flags
+        assert (gencode("compute_90", "compute_90") in flags) == (
+            "PTX" in architectures or architectures == "Hopper"
+        )
+        # torch takes these for all architectures, and adds none.
+        assert _get_cuda_arch_flags(flags) == []
+
+
 class TestFlags:
     @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
     def test_binary_is_portable(

@@ -7,6 +7,7 @@
 // N P d^2 operations on one triangle (three times on tensor cores): bound by these.
 #include <type_traits>
 
+#include "conv_few_channels.h"
 #include "conv_input_covariance.h"
 #include "conv_lags.h"
 #include "core/elements.h"
@@ -58,6 +59,8 @@ constexpr int kDepth = 16;
 template <typename In, typename T>
 Work<T> ConvInputCovariance<In, T>::plan() const {
   if constexpr (std::is_same_v<T, float>) {
+    const ConvFewChannels<In> few{*this};
+    if (few.fits()) return few.plan();
     const ConvLags<In> lags{*this};
     if (lags.pays()) return lags.plan();
   }

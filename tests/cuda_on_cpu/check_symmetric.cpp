@@ -336,6 +336,32 @@ void check_conv_input_covariance(bool few) {
   convolution<double, double>("double", {2, 8, 6, 5, 2, 3, 3, 2, 2, 1, 1, 1, 1}, false, false, 2);
 }
 
+void check_conv_few_channels(bool few) {
+  // Every number of channels and kernel, with rows that are multiples of 16 bytes and others.
+  convolution<float, float>("float", {2, 3, 6, 8, 1, 3, 3, 1, 1, 1, 1, 1, 1}, false, false, 1);
+  if (few) return;
+  for (const int64_t channels : {1, 2, 3}) {
+    for (const int64_t k : {3, 5, 7}) {
+      for (const int64_t width : {int64_t{20}, 2 * k + 1}) {
+        const int64_t padding = k / 2;
+        convolution<float, float>(
+            "float", {2, channels, 2 * k, width, 1, k, k, 1, 1, padding, padding, 1, 1}, false,
+            false, 1);
+      }
+    }
+  }
+  // Rows in several tiles, several blocks, samples that share a block's strips, no padding and as
+  // much as the kernel reaches, other types and strides, an image that begins anywhere.
+  convolution<float, float>("float", {3, 1, 40, 12, 1, 3, 3, 1, 1, 0, 0, 1, 1}, false, false, 4);
+  convolution<float, float>("float", {2, 1, 40, 36, 1, 5, 5, 1, 1, 4, 4, 1, 1}, false, false, 1);
+  convolution<float, float>("float", {19, 1, 7, 8, 1, 3, 3, 1, 1, 0, 0, 1, 1}, false, false, 1);
+  convolution<float, float>("float", {70, 2, 6, 7, 1, 3, 3, 1, 1, 1, 1, 1, 1}, false, false, 2);
+  convolution<float, float>("float", {2, 3, 9, 8, 1, 3, 3, 1, 1, 1, 1, 1, 1}, true, false, 2);
+  convolution<BFloat16, float>("bfloat16", {2, 3, 9, 8, 1, 3, 3, 1, 1, 1, 1, 1, 1}, false, false,
+                               2);
+  convolution<Float16, float>("float16", {2, 2, 9, 7, 1, 3, 3, 1, 1, 2, 2, 1, 1}, true, false, 2);
+}
+
 void check_conv_lags(bool few) {
   convolution<float, float>("float", {2, 3, 7, 6, 1, 3, 3, 1, 1, 1, 1, 1, 1}, false, false, 1,
                             true);

@@ -8,6 +8,7 @@ void multiprocessor_count_is(int count);
 
 void check_input_covariance(bool few);
 void check_conv_input_covariance(bool few);
+void check_conv_few_channels(bool few);
 void check_conv_lags(bool few);
 void check_output_hessian(bool few);
 void check_mirror(bool few);

@@ -24,6 +24,7 @@ int main(int count, char** arguments) {
       {"mirror", check::check_mirror},
       {"input_covariance", check::check_input_covariance},
       {"conv_input_covariance", check::check_conv_input_covariance},
+      {"conv_few_channels", check::check_conv_few_channels},
       {"conv_lags", check::check_conv_lags},
       {"output_hessian", check::check_output_hessian},
       {"products", check::check_products},

@@ -38,4 +38,13 @@ struct SymmetricSum {
   T alpha;
 };
 
+// sum.acc of that group += alpha value, where the place is one of the upper triangle.
+template <typename T>
+__device__ inline void add_to(const SymmetricSum<T>& sum, int64_t group, int64_t row,
+                              int64_t column, T value) {
+  if (row > column || column >= sum.order) return;
+  sum.acc[group * sum.group_stride + row * sum.row_stride + column * sum.column_stride] +=
+      sum.alpha * value;
+}
+
 }  // namespace hesskern::cuda

@@ -19,14 +19,6 @@
 
 namespace hesskern::cuda {
 
-template <typename T>
-__device__ inline void add_to(const SymmetricSum<T>& sum, int64_t group, int64_t row,
-                              int64_t column, T value) {
-  if (row > column || column >= sum.order) return;
-  sum.acc[group * sum.group_stride + row * sum.row_stride + column * sum.column_stride] +=
-      sum.alpha * value;
-}
-
 template <class T>
 struct Tag {
   using Type = T;

@@ -2,9 +2,12 @@
 
     python benchmarks/gpu.py --output FOLDER [--device cuda] [--part 1.0]
 
-Writes gpu.json and gpu.md, anew after every problem. Times are medians of rounds in which all
-contenders of a problem take turns, the device synchronized before and after each; "over" is a
-contender's time over hesskern's. A contender that fails is named with its error.
+Writes gpu.json and gpu.md, anew after every problem. Three times of every contender, medians all:
+"rested", single calls after a pause, in rounds in which all contenders of a problem take turns;
+"busy", the later half of calls without a pause, when a card's power may limit it; "graph", calls
+back to back in a captured graph, without the host's part. "over" is a contender's rested time over
+hesskern's, and "target" what that is to be on an H200. A contender that fails is named with its
+error. On a CPU there are rested times alone.
 """
 
 from __future__ import annotations
@@ -29,7 +32,13 @@ from hesskern import build_info, ops
 from hesskern.bench.machine import facts
 
 Contenders = dict[str, Callable[[], Any]]
-Problem = tuple[str, Contenders]
+# Name, contenders, and by contender how many times hesskern's time its own is to be.
+Problem = tuple[str, Contenders, dict[str, float]]
+
+PAUSE = 0.15
+BUSY = 0.2
+CALLS = 5
+IN_GRAPH = 10
 
 
 class Problems:
@@ -49,12 +58,14 @@ class Problems:
         yield from self._covariance()
         yield from self._convolution()
         yield from self._output_hessian()
+        yield from self._positions()
         yield from self._layer_hessian()
         yield from self._kronecker()
 
     def _covariance(self) -> Iterator[Problem]:
         n = self._size(65536)
-        for d in (self._size(512), self._size(2048), self._size(4096)):
+        for full, target, narrow_target in ((512, 2.5, 1.0), (2048, 6.5, 1.3), (4096, 7.5, 1.5)):
+            d = self._size(full)
             x, acc = self._normal(n, d), torch.zeros(d, d, device=self._device)
             narrow = x.bfloat16()
             yield (
@@ -66,6 +77,7 @@ class Problems:
                     "three TF32 torch.mm": lambda x=x: _split_product(x),
                     "two TF32 torch.mm and a transpose": lambda x=x: _split_product(x, True),
                 },
+                {"torch.mm": target},
             )
             yield (
                 f"input covariance [{n}, {d}], bfloat16",
@@ -73,10 +85,15 @@ class Problems:
                     "hesskern": lambda acc=acc, x=narrow: ops.input_covariance_(acc.zero_(), x),
                     "torch.mm in bfloat16": lambda x=narrow: x.T @ x,
                 },
+                {"torch.mm in bfloat16": narrow_target},
             )
 
     def _convolution(self) -> Iterator[Problem]:
-        for n, c, side, k in ((64, 64, 32, 3), (64, 256, 16, 3), (64, 3, 224, 7)):
+        for n, c, side, k, target in (
+            (64, 64, 32, 3, 8.0),
+            (64, 256, 16, 3, 15.0),
+            (64, 3, 224, 7, 40.0),
+        ):
             n = self._size(n)
             x = self._normal(n, c, side, side)
             d = c * k * k
@@ -95,10 +112,16 @@ class Problems:
                     ),
                     "unfold + torch.mm": unfolded,
                 },
+                {"unfold + torch.mm": target},
             )
 
     def _output_hessian(self) -> Iterator[Problem]:
-        for n, c, m in ((65536, 10, 64), (65536, 10, 200), (16384, 10, 1024), (4096, 100, 512)):
+        for n, c, m, target in (
+            (65536, 10, 64, 5.5),
+            (65536, 10, 200, 5.5),
+            (16384, 10, 1024, 4.0),
+            (4096, 100, 512, 3.5),
+        ):
             n = self._size(n)
             g = self._normal(n, c, m)
             p = torch.softmax(self._normal(n, c), 1)
@@ -116,6 +139,27 @@ class Problems:
                     "torch": composed,
                     "one read (sum)": lambda g=g: g.sum(),
                 },
+                {"torch": target},
+            )
+
+    def _positions(self) -> Iterator[Problem]:
+        for n, m, t in ((4096, 6, 784), (1024, 64, 1024)):
+            n = self._size(n)
+            g = self._normal(n, 1, m, t)
+            acc = torch.zeros(m, m, device=self._device)
+
+            def composed(g: Tensor = g, m: int = m) -> Tensor:
+                rows = g.permute(0, 1, 3, 2).reshape(-1, m)
+                return rows.T @ rows
+
+            yield (
+                f"root rows with positions [{n}, {m}, {t}]",
+                {
+                    "hesskern": lambda acc=acc, g=g: ops.output_hessian_(acc.zero_(), g),
+                    "torch": composed,
+                    "one read (sum)": lambda g=g: g.sum(),
+                },
+                {"torch": 6.0},
             )
 
     def _layer_hessian(self) -> Iterator[Problem]:
@@ -152,6 +196,16 @@ class Problems:
                     _with_tf32, lambda: compiled(weight, V)
                 ),
             },
+            {"jvp of grad, compiled": 8.0, "jvp of grad, compiled, TF32 allowed": 3.0},
+        )
+        block = self._normal(8, m, d)
+        yield (
+            f"layer Hessian, fc1 of F-200^2, {n} samples, 8 vectors",
+            {
+                "hesskern": partial(ops.layer_hessian_matmul, x, s, block, 1 / n),
+                "one by one": lambda: [ops.layer_hessian_matmul(x, s, v, 1 / n) for v in block],
+            },
+            {},
         )
 
     def _kronecker(self) -> Iterator[Problem]:
@@ -162,7 +216,10 @@ class Problems:
             for width, out, count in stages
             for shape in [(width, out), (width, 9 * width), (out, width)] * count
         ]
-        for name, shapes in (("48 small layers", small), ("ResNet-50's layers", large)):
+        for name, shapes, target in (
+            ("48 small layers", small, 1.0),
+            ("ResNet-50's layers", large, 2.5),
+        ):
             A = [self._normal(m, m) for m, _ in shapes]
             B = [self._normal(d, d) for _, d in shapes]
             X = [self._normal(m, d) for m, d in shapes]
@@ -176,6 +233,7 @@ class Problems:
                         a @ x @ b.T for a, b, x in zip(A, B, X, strict=True)
                     ],
                 },
+                {"a loop of torch products": target},
             )
 
 
@@ -200,28 +258,101 @@ def _split_product(x: Tensor, two: bool = False) -> Tensor:
     return _with_tf32(products)
 
 
+class Times:
+    """Seconds of one contender's calls."""
+
+    def __init__(self, call: Callable[[], Any], device: torch.device) -> None:
+        self._call, self._cuda = call, device.type == "cuda"
+        self.rested: list[float] = []
+        self.busy: list[float] = []
+        self.graph: float | None = None
+
+    def rest(self) -> None:
+        """Some calls after a pause."""
+        if not self._cuda:
+            begin = time.perf_counter()
+            self._call()
+            self.rested.append(time.perf_counter() - begin)
+            return
+        time.sleep(PAUSE)
+        self.rested += self._timed(CALLS)
+
+    def work(self) -> None:
+        """Calls without a pause, and in a graph where that can be."""
+        if not self._cuda:
+            return
+        count = min(max(int(BUSY / statistics.median(self.rested)), 10), 2000)
+        self.busy = self._timed(count)[count // 2 :]
+        try:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(IN_GRAPH):
+                    self._call()
+        except RuntimeError:
+            # What waits for the device cannot be captured.
+            torch.cuda.synchronize()
+            return
+        replays = Times(graph.replay, torch.device("cuda"))
+        self.graph = statistics.median(replays._timed(5)) / IN_GRAPH
+
+    def _timed(self, count: int) -> list[float]:
+        torch.cuda.synchronize()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * count)]
+        for begin, end in zip(events[::2], events[1::2], strict=True):
+            begin.record()
+            self._call()
+            end.record()
+        torch.cuda.synchronize()
+        pairs = zip(events[::2], events[1::2], strict=True)
+        return [begin.elapsed_time(end) / 1e3 for begin, end in pairs]
+
+    def medians(self) -> dict[str, float | None]:
+        return {
+            "rested": statistics.median(self.rested),
+            "busy": statistics.median(self.busy) if self.busy else None,
+            "graph": self.graph,
+        }
+
+
 def measure(
     contenders: Contenders, device: torch.device, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of every contender in every round, and the errors of those that failed."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    times: dict[str, list[float]] = {}
+) -> tuple[dict[str, Times], dict[str, str]]:
+    """Every contender's times, and the errors of those that failed."""
+    times: dict[str, Times] = {}
     errors: dict[str, str] = {}
     for name, call in contenders.items():
         try:
             call()
-            synchronize()
-            times[name] = []
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name] = Times(call, device)
         except Exception as error:
             errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     for _ in range(rounds):
-        for name, seconds in times.items():
-            synchronize()
-            begin = time.perf_counter()
-            contenders[name]()
-            synchronize()
-            seconds.append(time.perf_counter() - begin)
+        for one in times.values():
+            one.rest()
+    for one in times.values():
+        one.work()
     return times, errors
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds * 1e3:.3f}"
+
+
+def rows_of(
+    name: str, times: dict[str, Times], errors: dict[str, str], targets: dict[str, float]
+) -> list[str]:
+    """Lines of the table for one problem."""
+    medians = {key: one.medians() for key, one in times.items()}
+    lines = []
+    for key, median in medians.items():
+        ours = medians["hesskern"]["rested"] if "hesskern" in medians else None
+        over = f"{median['rested'] / ours:.2f}x" if ours and median["rested"] else "–"
+        target = f"{targets[key]:g}x" if key in targets else ""
+        shown = " | ".join(_milliseconds(median[kind]) for kind in ("rested", "busy", "graph"))
+        lines.append(f"| {name} | {key} | {shown} | {over} | {target} |")
+    return lines + [f"| {name} | {key} | {e} | | | | |" for key, e in errors.items()]
 
 
 def main() -> None:
@@ -229,7 +360,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--part", type=float, default=1.0, help="of every problem's size (1)")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=2, help="of calls after a pause (2)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -239,17 +370,23 @@ def main() -> None:
         "build": build_info(),
         "part": arguments.part,
     }
-    lines = ["| problem | contender | median | over hesskern |", "|---|---|---:|---:|"]
+    lines = [
+        "| problem | contender | rested, ms | busy, ms | graph, ms | over | target |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
     problems: list[dict[str, Any]] = []
-    for name, contenders in Problems(device, arguments.part):
+    for name, contenders, targets in Problems(device, arguments.part):
         times, errors = measure(contenders, device, arguments.rounds)
-        medians = {key: statistics.median(seconds) for key, seconds in times.items()}
-        problems.append({"problem": name, "seconds": times, "medians": medians, "errors": errors})
-        new = []
-        for key, median in medians.items():
-            ratio = f"{median / medians['hesskern']:.2f}x" if "hesskern" in medians else "–"
-            new.append(f"| {name} | {key} | {median * 1e3:.3f} ms | {ratio} |")
-        new += [f"| {name} | {key} | {error} | – |" for key, error in errors.items()]
+        problems.append(
+            {
+                "problem": name,
+                "rested": {key: one.rested for key, one in times.items()},
+                "medians": {key: one.medians() for key, one in times.items()},
+                "targets": targets,
+                "errors": errors,
+            }
+        )
+        new = rows_of(name, times, errors, targets)
         print("\n".join(new), flush=True)
         lines += new
         write(arguments.output, about, problems, lines)

@@ -3,13 +3,15 @@
 // Samples in chunks whose products V x_n stay in the L2 cache: Y = X V^T, then every sample's
 // coefficients a = S_n y_n and its row S_n^T a in the place of y_n, then out += Y^T X. 4 N t d m
 // operations a vector in the two products (three times on tensor cores), which bound it; one read
-// of S, and two of X.
+// of S (of short rows; else one or two a vector), and two of X.
 #include <algorithm>
+#include <type_traits>
 
 #include "core/launch.h"
 #include "core/products.h"
 #include "core/splits.h"
 #include "core/warp.h"
+#include "layer_hessian_coefficients.h"
 #include "layer_hessian_matmul.h"
 
 namespace hesskern::cuda {
@@ -56,8 +58,17 @@ __device__ void walk(const LayerHessianProduct<T>& call, int slow, int slow_step
   }
 }
 
+// Whether a warp can keep rows of S in registers (layer_hessian_coefficients.cu).
+template <typename T>
+bool has_short_rows(const LayerHessianProduct<T>& call) {
+  return std::is_same_v<T, float> && call.positions == 1 &&
+         (call.s_output == 1 || call.outputs == 1) &&
+         call.outputs <= LayerHessianCoefficients::kMostOutputs;
+}
+
 // y [samples, t, k m] in place: of every sample and vector, y := sum_c <s_c, y> s_c with
-// s_c [m, t]. One block a sample; first: the chunk's first sample; coefficients [samples, c].
+// s_c [m, t], of any layout. One block a sample; first: the chunk's first sample; coefficients
+// [samples, c].
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     coefficient_kernel(LayerHessianProduct<T> call, int64_t first, T* y, T* coefficients) {
@@ -92,6 +103,27 @@ __global__ void __launch_bounds__(kThreads)
     }
     __syncthreads();
   }
+}
+
+// The same of a chunk of count samples from start on.
+template <typename T>
+cudaError_t replace_by_rows(const LayerHessianProduct<T>& call, int64_t start, int64_t count, T* y,
+                            T* coefficients, cudaStream_t stream) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (has_short_rows(call)) {
+      return LayerHessianCoefficients{call.s + start * call.s_sample,
+                                      call.s_sample,
+                                      call.s_class,
+                                      y,
+                                      count,
+                                      call.classes,
+                                      call.outputs,
+                                      call.vector_count}
+          .run(stream);
+    }
+  }
+  return launch(coefficient_kernel<T>, dim3(static_cast<unsigned>(count)), dim3(kThreads), 0,
+                stream, call, start, y, coefficients);
 }
 
 // out [size] (+)= alpha sum over splits of partial [splits, size], in their order.
@@ -140,8 +172,7 @@ cudaError_t run(const LayerHessianProduct<T>& call, const Splits& splits, T* mem
     cudaError_t error = multiply_all<T>({forward}, call.tf32, stream);
     if (error != cudaSuccess) return error;
 
-    error = launch(coefficient_kernel<T>, dim3(static_cast<unsigned>(count)), dim3(kThreads), 0,
-                   stream, call, start, y, coefficients);
+    error = replace_by_rows(call, start, count, y, coefficients, stream);
     if (error != cudaSuccess) return error;
 
     std::vector<Product<T>> backward;
@@ -179,8 +210,10 @@ cudaError_t run(const LayerHessianProduct<T>& call, const Splits& splits, T* mem
 template <typename T>
 Work<T> LayerHessianProduct<T>::plan() const {
   const Splits splits = plan_chunk(*this);
-  const int64_t workspace = chunk_samples(*this) * (positions * vector_count * outputs + classes) +
-                            splits.count * vector_count * outputs * inputs;
+  const int64_t coefficients = has_short_rows(*this) ? 0 : classes;
+  const int64_t workspace =
+      chunk_samples(*this) * (positions * vector_count * outputs + coefficients) +
+      splits.count * vector_count * outputs * inputs;
   return {workspace, [call = *this, splits](T* memory, cudaStream_t stream) {
             return run(call, splits, memory, stream);
           }};

@@ -15,5 +15,6 @@ void check_mirror(bool few);
 void check_products(bool few);
 void check_kron_matmul(bool few);
 void check_layer_hessian_matmul(bool few);
+void check_layer_hessian_coefficients(bool few);
 
 }  // namespace hesskern::cuda::check

@@ -30,6 +30,7 @@ int main(int count, char** arguments) {
       {"products", check::check_products},
       {"kron_matmul", check::check_kron_matmul},
       {"layer_hessian_matmul", check::check_layer_hessian_matmul},
+      {"layer_hessian_coefficients", check::check_layer_hessian_coefficients},
   };
   bool few = false;
   const char* kernels = nullptr;

@@ -15,6 +15,7 @@
 
 #include "conv_few_channels.h"
 #include "core/device.h"
+#include "core/four.h"
 #include "core/launch.h"
 #include "core/warp.h"
 
@@ -110,7 +111,9 @@ __global__ void __launch_bounds__(32 * (kLag + 1), 1) lag_kernel(Image image, fl
       float one[kChannels][4];
 #pragma unroll
       for (int a = 0; a < kChannels; ++a) {
-        load_four(one[a], place + a * kLines * pitch);
+        const Four four = load_four(place + a * kLines * pitch);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) one[a][e] = four.value[e];
       }
       if (4 * f < image.border || 4 * f + 4 > image.width - image.border) {
 #pragma unroll
@@ -130,10 +133,9 @@ __global__ void __launch_bounds__(32 * (kLag + 1), 1) lag_kernel(Image image, fl
         for (int i = 0; i < (2 * kPad + 4) / 4; ++i) {
           // Words that no lag reaches are not read.
           if (4 * i + 3 < kPad - kLag || 4 * i > kPad + kLag + 3) continue;
-          float four[4];
-          load_four(four, from + 4 * i);
+          const Four four = load_four(from + 4 * i);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) window[4 * i + e] = four[e];
+          for (int e = 0; e < 4; ++e) window[4 * i + e] = four.value[e];
         }
 #pragma unroll
         for (int a = 0; a < kChannels; ++a) {

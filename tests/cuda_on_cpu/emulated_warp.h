@@ -163,11 +163,6 @@ T from_lane_xor(T value, int mask) {
   return other;
 }
 
-inline void load_four(float (&out)[4], const float* from) {
-  emulation::check_aligned(from, 16);
-  std::memcpy(out, from, sizeof(out));
-}
-
 inline uint32_t warp_max(uint32_t value) {
   const auto* lanes = static_cast<const uint32_t*>(emulation::warp_exchange(&value, sizeof(value)));
   uint32_t most = 0;

@@ -306,10 +306,6 @@ const void* warp_exchange(const void* value, size_t size) {
   return current->warp->slots;
 }
 
-void check_aligned(const void* address, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) fail("an access is not aligned");
-}
-
 void start_copy(void* shared, const void* global, int bytes, int size) {
   const uintptr_t places =
       reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global);

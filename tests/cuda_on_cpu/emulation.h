@@ -73,9 +73,6 @@ void warp_barrier();
 // warp's next barrier.
 const void* warp_exchange(const void* value, size_t size);
 
-// Ends the program if the address is no multiple of so many bytes.
-void check_aligned(const void* address, size_t bytes);
-
 // Copies size bytes (4 or 16) to shared memory, the first bytes of them from global and zeros
 // behind: not before the thread waits for the group that the copy belongs to.
 void start_copy(void* shared, const void* global, int bytes, int size);

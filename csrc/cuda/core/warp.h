@@ -135,15 +135,6 @@ __device__ inline T from_lane_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
-// Four floats at a multiple of 16 bytes.
-__device__ inline void load_four(float (&out)[4], const float* from) {
-  const float4 four = *reinterpret_cast<const float4*>(from);
-  out[0] = four.x;
-  out[1] = four.y;
-  out[2] = four.z;
-  out[3] = four.w;
-}
-
 // The largest of the lanes' values (redux), in every lane.
 __device__ inline uint32_t warp_max(uint32_t value) {
   return __reduce_max_sync(0xffffffffu, value);

@@ -5,36 +5,16 @@
 // tf32 numbers, and N d elements of memory once per row of tiles: bound by the tensor cores for
 // d >= 128, by memory below. Rows whose elements lie side by side at multiples of 16 bytes are
 // copied to shared memory three steps ahead; others, and those with ones, go through registers.
+// On compute capability 9.0 larger sums are products of core/parts_product.h.
 #include "core/elements.h"
 #include "core/stage.h"
 #include "core/symmetric.h"
+#include "core/symmetric_parts.h"
 #include "input_covariance.h"
 
 namespace hesskern::cuda {
 
 namespace {
-
-// x [K, I] of In with one more column, of ones.
-template <typename In>
-struct RowsWithOnes {
-  using Value = In;
-  Elements<In> x;
-  bool ones;
-
-  using Row = typename Elements<In>::Row;
-  struct Column {
-    Row x;
-    bool one;
-  };
-
-  __device__ void select(int64_t) {}
-  __device__ Row row(int64_t k) const { return x.row(k); }
-  __device__ Column column(int64_t i) const { return {x.column(i), ones && i == x.i_end}; }
-  __device__ Value load(const Row& row, const Column& column) const {
-    if (column.one && row.inside) return one<Value>();
-    return x.load(row, column.x);
-  }
-};
 
 // Rows of a tile: more of 16-bit elements, unless registers have to hold them.
 constexpr int kDepth = 16, kCopiedHalfDepth = 32;
@@ -51,6 +31,16 @@ bool copied(const InputCovariance<In, T>& call) {
                        : copies_in_pieces(call.x, call.column_axis, call.row_axis);
 }
 
+// Whether products of 16-bit parts are faster: packing and multiplying are up to five launches,
+// about 15 microseconds before anything is done, as long as the tiles below take for so much work.
+template <typename In, typename T>
+bool as_parts(const InputCovariance<In, T>& call) {
+  constexpr double kLeast = 1 << 30;
+  const double order = static_cast<double>(call.sum.order);
+  return sizeof(T) == 4 && call.sum.groups == 1 && call.sum.order > 64 &&
+         order * order * static_cast<double>(call.rows) >= kLeast && parts_products_available();
+}
+
 template <typename In, typename T, class Visit>
 auto with_tile(const InputCovariance<In, T>& call, Visit visit) {
   if constexpr (sizeof(In) == 2) {
@@ -65,6 +55,21 @@ auto with_tile(const InputCovariance<In, T>& call, Visit visit) {
 
 template <typename In, typename T>
 Work<T> InputCovariance<In, T>::plan() const {
+  if constexpr (sizeof(T) == 4) {
+    if (as_parts(*this)) {
+      if constexpr (sizeof(In) == 2) {
+        if (!ones && rows_are_parts(x, row_axis, column_axis, rows, columns)) {
+          return plan_symmetric_parts(x, row_axis.step, rows, sum);
+        }
+      }
+      const RowsWithOnes<In> source =
+          RowsWithOnes<In>{{x, row_axis, column_axis, rows, columns}, ones}.with_alignment();
+      if constexpr (sizeof(In) == 4) {
+        if (!tf32) return plan_packed_symmetric<2>(source, along_k(*this), rows, sum);
+      }
+      return plan_packed_symmetric<1>(source, along_k(*this), rows, sum);
+    }
+  }
   return with_tile(*this, [&](auto tag) {
     using Tile = typename decltype(tag)::Type;
     constexpr bool kHalf = sizeof(In) == 2, kCopiedHalf = kHalf && Tile::kDepth == kCopiedHalfDepth;

@@ -6,6 +6,7 @@ namespace hesskern::cuda::check {
 // Processors that the planners see from here on.
 void multiprocessor_count_is(int count);
 
+void check_core(bool few);
 void check_input_covariance(bool few);
 void check_conv_input_covariance(bool few);
 void check_conv_few_channels(bool few);

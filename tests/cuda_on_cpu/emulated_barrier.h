@@ -7,6 +7,9 @@
 
 namespace hesskern::cuda {
 
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(pointer));
+}
 inline void barrier_init(uint64_t* barrier, int arrivals) {
   emulation::barrier_init(barrier, arrivals);
 }

@@ -56,21 +56,40 @@ inline double operand(float value) {
 // long sums come out to two digits.
 template <int Count>
 float truncated_sum(float c, const double (&products)[Count]) {
-  double largest = std::fabs(static_cast<double>(c)), plain = c;
+  const auto magnitude = [](double value) {
+    uint64_t bits;
+    std::memcpy(&bits, &value, sizeof(bits));
+    return bits & 0x7fffffffffffffffu;
+  };
+  // Bits are ordered as magnitudes are, infinities and NaN last.
+  constexpr uint64_t kInfinity = 0x7ff0000000000000u;
+  uint64_t largest = magnitude(c);
   for (const double product : products) {
-    largest = std::fmax(largest, std::fabs(product));
-    plain += product;
+    const uint64_t bits = magnitude(product);
+    largest = bits > largest ? bits : largest;
   }
-  if (!std::isfinite(plain) || largest == 0) return static_cast<float>(plain);
-  int exponent;
-  std::frexp(largest, &exponent);
-  const double unit = std::ldexp(1.0, exponent - 26);
-  double total = std::trunc(c / unit);
-  for (const double product : products) total += std::trunc(product / unit);
-  int size;
-  const double fraction = std::frexp(total, &size);
-  const double cut = std::trunc(std::ldexp(fraction, 24));
-  return static_cast<float>(std::ldexp(cut, size - 24 + exponent - 26));
+  if (largest == 0 || largest >= kInfinity) {
+    double plain = c;
+    for (const double product : products) plain += product;
+    return static_cast<float>(plain);
+  }
+  // The largest lies in [2^(exponent - 1), 2^exponent); floats' products are normal doubles.
+  const int exponent = static_cast<int>(largest >> 52) - 1022;
+  const auto power_of_two = [](int e) {
+    const uint64_t bits = static_cast<uint64_t>(e + 1023) << 52;
+    double power;
+    std::memcpy(&power, &bits, sizeof(power));
+    return power;
+  };
+  const double to_units = power_of_two(26 - exponent), unit = power_of_two(exponent - 26);
+  int64_t total = static_cast<int64_t>(c * to_units);
+  for (const double product : products) total += static_cast<int64_t>(product * to_units);
+  uint64_t size = static_cast<uint64_t>(total < 0 ? -total : total);
+  int cut = 0;
+  while (size >> cut >= 1u << 24) ++cut;
+  size = size >> cut << cut;
+  const double result = static_cast<double>(size) * unit;
+  return static_cast<float>(total < 0 ? -result : result);
 }
 
 }  // namespace emulated
@@ -146,6 +165,12 @@ inline void copy_word(float* shared, const float* global, bool inside) {
 // A unit off, as the device's may be.
 inline float square_root(float value) {
   return value == 0.0f ? 0.0f : std::nextafter(std::sqrt(value), 2.0f * value + 1.0f);
+}
+inline int read_only(const int* pointer) {
+  return *pointer;
+}
+inline void raise_flag(int* flag) {
+  __atomic_store_n(flag, 1, __ATOMIC_RELAXED);
 }
 inline void close_copies() {
   emulation::close_copies();

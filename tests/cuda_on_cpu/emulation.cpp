@@ -21,17 +21,17 @@
 
 namespace hesskern::cuda::emulation {
 
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "CUDA on CPU: %s\n", what);
+  std::abort();
+}
+
 namespace {
 
 constexpr size_t kLargestExchange = 64;
 constexpr unsigned kMostThreads = 1024;
 // What a block gets without asking, and at most (sm_90).
 constexpr size_t kDefaultShared = 48 << 10;
-
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "CUDA on CPU: %s\n", what);
-  std::abort();
-}
 
 struct Warp;
 
@@ -41,12 +41,25 @@ struct Copy {
   int bytes, size;
 };
 
+struct WarpgroupProduct {
+  float* sums;
+  std::function<void(float*)> run;
+};
+
 struct Thread {
   uint3 index;
   int lane;
   Warp* warp;
   // The last group is open.
   std::deque<std::vector<Copy>> copies;
+  std::deque<std::vector<WarpgroupProduct>> products;
+  // Of sums that products under way add to: what they will be, and how many products are left.
+  struct Sums {
+    std::vector<float> values;
+    int left;
+  };
+  std::map<float*, Sums> sums;
+  bool fenced = false;
 #ifndef HESSKERN_EMULATE_THREADS
   ucontext_t context;
   std::unique_ptr<char[]> stack;
@@ -147,6 +160,9 @@ void prepare(Block& b, const cudaLaunchConfig_t& config, unsigned linear) {
     b.threads[i].lane = static_cast<int>(i % 32);
     b.threads[i].warp = b.warps[i / 32].get();
     b.threads[i].copies.assign(1, {});
+    b.threads[i].products.assign(1, {});
+    b.threads[i].sums.clear();
+    b.threads[i].fenced = false;
   }
 }
 
@@ -155,6 +171,7 @@ void check_copies_ended() {
   for (const std::vector<Copy>& group : current->copies) {
     if (!group.empty()) fail("a thread ends with copies under way");
   }
+  if (!current->sums.empty()) fail("a thread ends with products under way");
 }
 
 #ifdef HESSKERN_EMULATE_THREADS
@@ -328,6 +345,41 @@ void wait_for_copies(int latest_groups_left) {
     }
     groups.pop_front();
   }
+}
+
+void issue_product(float* sums, int count, std::function<void(float*)> product) {
+  if (!current->fenced) fail("a product without a fence since the last wait");
+  Thread::Sums& known = current->sums[sums];
+  if (known.left == 0) known.values.assign(sums, sums + count);
+  ++known.left;
+  std::memset(sums, 0xff, static_cast<size_t>(count) * sizeof(float));
+  current->products.back().push_back({sums, std::move(product)});
+}
+
+void fence_products() {
+  current->fenced = true;
+}
+
+void close_products() {
+  current->products.emplace_back();
+  warp_barrier();
+}
+
+void wait_for_products(int latest_groups_left) {
+  auto& groups = current->products;
+  while (groups.size() > static_cast<size_t>(latest_groups_left) + 1) {
+    for (const WarpgroupProduct& product : groups.front()) {
+      Thread::Sums& known = current->sums[product.sums];
+      product.run(known.values.data());
+      if (--known.left > 0) continue;
+      std::memcpy(product.sums, known.values.data(), known.values.size() * sizeof(float));
+      current->sums.erase(product.sums);
+    }
+    groups.pop_front();
+  }
+  current->fenced = false;
+  // The lanes go on together.
+  warp_barrier();
 }
 
 size_t& shared_limit(const void* kernel) {

@@ -33,7 +33,7 @@ struct dim3 {
   constexpr dim3(unsigned x_, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount,
@@ -60,6 +60,9 @@ struct Coordinates {
   Coordinate x, y, z;
 };
 
+// Ends the program with what a kernel did that no device allows.
+[[noreturn]] void fail(const char* what);
+
 uint3 thread_index();
 uint3 block_index();
 dim3 block_size();
@@ -78,6 +81,15 @@ const void* warp_exchange(const void* value, size_t size);
 void start_copy(void* shared, const void* global, int bytes, int size);
 void close_copies();
 void wait_for_copies(int latest_groups_left);
+
+// A product of the thread's warpgroup (wgmma) that adds to its count sums: issued it changes
+// nothing but that the sums hold NaN, and it is done, reading shared memory then, when the thread
+// waits for the group that it belongs to.
+void issue_product(float* sums, int count, std::function<void(float*)> product);
+// Sums may be products' from here to the thread's next wait.
+void fence_products();
+void close_products();
+void wait_for_products(int latest_groups_left);
 
 // Runs body once for every thread of every block. An error, if the launch is one that a device
 // would refuse.

@@ -22,6 +22,7 @@ int main(int count, char** arguments) {
   namespace check = hesskern::cuda::check;
   const std::vector<std::pair<std::string, void (*)(bool)>> all = {
       {"mirror", check::check_mirror},
+      {"core", check::check_core},
       {"input_covariance", check::check_input_covariance},
       {"conv_input_covariance", check::check_conv_input_covariance},
       {"conv_few_channels", check::check_conv_few_channels},

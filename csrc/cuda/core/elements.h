@@ -44,4 +44,42 @@ struct Elements {
   }
 };
 
+// x [K, I] with one more column, of ones.
+template <typename T>
+struct RowsWithOnes {
+  using Value = T;
+  Elements<T> x;
+  bool ones;
+
+  using Row = typename Elements<T>::Row;
+  struct Column {
+    Row x;
+    bool one;
+  };
+
+  __device__ void select(int64_t) {}
+  __device__ Row row(int64_t k) const { return x.row(k); }
+  __device__ Column column(int64_t i) const { return {x.column(i), ones && i == x.i_end}; }
+  __device__ T load(const Row& row, const Column& column) const {
+    if (column.one && row.inside) return one<T>();
+    return x.load(row, column.x);
+  }
+  // Where eight columns begin, an offset of row() before, if they lie side by side at a multiple of
+  // 16 bytes, all in x; null elsewhere.
+  __device__ const T* eight(int64_t first) const {
+    return aligned && first + 8 <= x.i_end ? x.data + first : nullptr;
+  }
+  // Rows and their elements' neighbours lie at multiples of 16 bytes; set by with_alignment().
+  bool aligned = false;
+
+  RowsWithOnes with_alignment() const {
+    constexpr int64_t piece = 16 / sizeof(T);
+    RowsWithOnes known = *this;
+    known.aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.i_axis.step == 1 &&
+                    x.i_axis.inner == 0 && x.k_axis.step % piece == 0 &&
+                    x.k_axis.outer % piece == 0;
+    return known;
+  }
+};
+
 }  // namespace hesskern::cuda

@@ -130,6 +130,16 @@ __device__ inline void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Groups) : "memory");
 }
 
+// What no thread writes while the kernel runs: may be read before earlier writes.
+__device__ inline int read_only(const int* pointer) {
+  return __ldg(pointer);
+}
+
+// *flag = 1, by any number of threads.
+__device__ inline void raise_flag(int* flag) {
+  *flag = 1;
+}
+
 template <typename T>
 __device__ inline T from_lane_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);

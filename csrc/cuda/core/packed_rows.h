@@ -1,0 +1,290 @@
+// Rows of any source to the 16-bit matrices that parts_product.h multiplies: bfloat16 and float16
+// as they are, float32 as two float16 (hi/lo) or, with TF32 allowed, as one.
+//
+// With s = 2^e such that the largest |x s| of a column is in [2^14, 2^15), hi = float16(x s) and
+// lo = float16(x s - hi): at the top of float16's range lo keeps its 11 bits down to values 2^-17
+// of the column's largest, and below that what is lost is 2^-40 of the largest. To read the rows
+// once, the largest is guessed from some of them: it comes to lie in [2^8, 2^9), so that 2^7 times
+// the guess still fits. Columns with values that do not fit are packed once more, by a kernel that
+// else does nothing. Bound by memory: one read of the rows, one write of the parts.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "elements.h"
+#include "float16_parts.h"
+#include "launch.h"
+#include "warp.h"
+
+namespace hesskern::cuda {
+
+// Columns that share a flag.
+constexpr int kPackedBlock = 32;
+
+// Where packed rows go: parts [parts, rows, padded] of 16-bit elements; of float32 also exponents
+// [padded] and flags [padded / kPackedBlock, rounded up], which say whose exponents were too large.
+struct PackedRows {
+  uint16_t* parts;
+  int64_t rows, columns;
+  int* exponents;
+  int* flags;
+
+  __host__ __device__ int64_t padded() const { return (columns + 7) / 8 * 8; }
+  __host__ __device__ int64_t part_step() const { return rows * padded(); }
+};
+
+// Of columns whose largest magnitude has these bits: 2^exponent times it is below 2^(15 - room).
+// With room it is a guess from some rows: where they are zero, others must show.
+__device__ inline int packed_exponent(uint32_t bits, int room) {
+  if (bits == 0) return room == 0 ? 0 : 150;
+  if (bits >= 0x7f800000u) return 0;
+  const int biased = static_cast<int>(bits >> 23);
+  if (biased > 0) return 14 - room - (biased - 127);
+  int size = 0;
+  while (bits >> size != 0) ++size;
+  return 14 - room - (size - 150);
+}
+
+// Powers of two; those beyond float's range come in two factors.
+struct EightScales {
+  float first[8], second[8];
+
+  // Null: all are one.
+  __device__ explicit EightScales(const int* exponents) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int e = exponents == nullptr ? 0 : exponents[i];
+      const int near = e < -126 ? -126 : e > 126 ? 126 : e;
+      first[i] = float_of(static_cast<uint32_t>(near + 127) << 23);
+      second[i] = float_of(static_cast<uint32_t>(e - near + 127) << 23);
+    }
+  }
+  __device__ float scaled(int i, float value) const { return value * first[i] * second[i]; }
+};
+
+// Eight columns of a source.
+template <class Source>
+struct EightColumns {
+  using Value = typename Source::Value;
+  struct alignas(16) Piece {
+    Value values[16 / sizeof(Value)];
+  };
+  typename Source::Column columns[8];
+  // Null: one by one.
+  const Value* side_by_side;
+
+  __device__ EightColumns(const Source& source, int64_t first) : side_by_side(source.eight(first)) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) columns[i] = source.column(first + i);
+  }
+
+  template <bool SideBySide>
+  __device__ void load(const Source& source, int64_t row, Value (&values)[8]) const {
+    constexpr int kPiece = 16 / sizeof(Value);
+    const typename Source::Row at = source.row(row);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if constexpr (!SideBySide) {
+        values[i] = source.load(at, columns[i]);
+      } else if (i % kPiece == 0) {
+        const Piece piece = *reinterpret_cast<const Piece*>(side_by_side + at.offset + i);
+#pragma unroll
+        for (int j = 0; j < kPiece; ++j) values[i + j] = piece.values[j];
+      }
+    }
+  }
+};
+
+struct alignas(16) EightHalves {
+  uint32_t words[4];
+};
+
+// Eight columns of a row to their places; whether all of them fit float16.
+template <int Parts>
+__device__ inline bool put_eight(const float (&values)[8], const EightScales& scales, uint16_t* to,
+                                 int64_t part_step) {
+  EightHalves high, low;
+  bool fits = true;
+#pragma unroll
+  for (int i = 0; i < 8; i += 2) {
+    const float x = scales.scaled(i, values[i]), y = scales.scaled(i + 1, values[i + 1]);
+    fits = fits && fabsf(x) < 65504.0f && fabsf(y) < 65504.0f;
+    if constexpr (Parts == 2) {
+      split_pair(x, y, high.words[i / 2], low.words[i / 2]);
+    } else {
+      high.words[i / 2] = float16_pair(x, y);
+    }
+  }
+  *reinterpret_cast<EightHalves*>(to) = high;
+  if constexpr (Parts == 2) *reinterpret_cast<EightHalves*>(to + part_step) = low;
+  return fits;
+}
+template <int Parts, typename T>
+__device__ inline bool put_eight(const T (&values)[8], const EightScales&, uint16_t* to, int64_t) {
+  static_assert(Parts == 1 && sizeof(T) == 2);
+  EightHalves words;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    words.words[i] = values[2 * i].bits | static_cast<uint32_t>(values[2 * i + 1].bits) << 16;
+  }
+  *reinterpret_cast<EightHalves*>(to) = words;
+  return true;
+}
+
+// Rows row, row + step, ... of eight columns, from a source's rows first_row on; row < end. Whether
+// all values fit.
+template <int Parts, bool SideBySide, class Source>
+__device__ inline bool pack_eight(const Source& source, int64_t first_row, int64_t column,
+                                  const EightColumns<Source>& at, const EightScales& scales,
+                                  int64_t row, int64_t step, int64_t end, const PackedRows& to) {
+  // Rows that are read before any is written: the compiler must assume that writing changes them.
+  constexpr int kBatch = 4;
+  uint16_t* const out = to.parts + column;
+  bool fits = true;
+  typename Source::Value values[kBatch][8];
+  for (; row + (kBatch - 1) * step < end; row += kBatch * step) {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      at.template load<SideBySide>(source, first_row + row + i * step, values[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      fits &=
+          put_eight<Parts>(values[i], scales, out + (row + i * step) * to.padded(), to.part_step());
+    }
+  }
+  for (; row < end; row += step) {
+    at.template load<SideBySide>(source, first_row + row, values[0]);
+    fits &= put_eight<Parts>(values[0], scales, out + row * to.padded(), to.part_step());
+  }
+  return fits;
+}
+
+// The same from columns that may lie side by side.
+template <int Parts, class Source>
+__device__ inline bool pack_eight(const Source& source, int64_t first_row, int64_t column,
+                                  int64_t row, int64_t step, int64_t end, const PackedRows& to) {
+  const EightColumns<Source> at(source, column);
+  const EightScales scales(to.exponents == nullptr ? nullptr : to.exponents + column);
+  return at.side_by_side != nullptr
+             ? pack_eight<Parts, true>(source, first_row, column, at, scales, row, step, end, to)
+             : pack_eight<Parts, false>(source, first_row, column, at, scales, row, step, end, to);
+}
+
+constexpr int kGuessThreads = 1024, kFlaggedThreads = 512;
+
+// The largest magnitude's bits of each of 32 columns, of every step'th row; thread t gets column
+// t % 32's.
+template <int Threads, class Source>
+__device__ inline uint32_t largest_of_columns(const Source& source, int64_t first_row, int64_t rows,
+                                              int64_t step, int64_t column) {
+  constexpr int kDown = Threads / kPackedBlock;
+  __shared__ uint32_t all[kDown][kPackedBlock];
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto at = source.column(column);
+  uint32_t largest = 0;
+#pragma unroll 8
+  for (int64_t row = thread / kPackedBlock * step; row < rows; row += kDown * step) {
+    const uint32_t bits = bits_of(source.load(source.row(first_row + row), at)) & 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  all[thread / kPackedBlock][thread % kPackedBlock] = largest;
+  __syncthreads();
+  for (int i = 0; i < kDown; ++i) {
+    const uint32_t bits = all[i][thread % kPackedBlock];
+    largest = bits > largest ? bits : largest;
+  }
+  return largest;
+}
+
+// Exponents from every step'th row. A block: 32 columns.
+template <class Source>
+__global__ void __launch_bounds__(kGuessThreads)
+    guess_exponents_kernel(Source source, int64_t first_row, int64_t step, PackedRows to) {
+  constexpr int kRoom = 6;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kPackedBlock + thread % kPackedBlock;
+  const uint32_t largest =
+      largest_of_columns<kGuessThreads>(source, first_row, to.rows, step, column);
+  if (thread == 0) to.flags[blockIdx.x] = 0;
+  if (thread < kPackedBlock && column < to.padded()) {
+    to.exponents[column] = packed_exponent(largest, kRoom);
+  }
+}
+
+// Packs all rows; flags what does not fit. A thread takes eight columns of many rows: neighbours
+// take the next eight columns of the same row, across of them, or the next rows where these lie
+// side by side in memory.
+template <class Source, int Parts>
+__global__ void __launch_bounds__(kThreads)
+    pack_kernel(Source source, int64_t first_row, int across, bool along_rows, int64_t share,
+                PackedRows to) {
+  const int thread = static_cast<int>(threadIdx.x), down = kThreads / across;
+  const int group = along_rows ? thread / down : thread % across;
+  const int row0 = along_rows ? thread % down : thread / across;
+  const int64_t column = (static_cast<int64_t>(blockIdx.x) * across + group) * 8;
+  if (column >= to.padded()) return;
+  const int64_t begin = blockIdx.y * share;
+  const int64_t end = begin + share < to.rows ? begin + share : to.rows;
+  const bool fits = pack_eight<Parts>(source, first_row, column, begin + row0, down, end, to);
+  if (!fits) raise_flag(to.flags + column / kPackedBlock);
+}
+
+// Packs 32 columns once more, with exponents from all rows, where they are flagged.
+template <class Source, int Parts>
+__global__ void __launch_bounds__(kFlaggedThreads)
+    pack_flagged_kernel(Source source, int64_t first_row, PackedRows to) {
+  if (to.flags[blockIdx.x] == 0) return;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kPackedBlock;
+  const int64_t own = first + thread % kPackedBlock;
+  const uint32_t largest = largest_of_columns<kFlaggedThreads>(source, first_row, to.rows, 1, own);
+  if (thread < kPackedBlock && own < to.padded()) to.exponents[own] = packed_exponent(largest, 0);
+  __syncthreads();
+  constexpr int kAcross = kPackedBlock / 8;
+  const int64_t column = first + thread % kAcross * 8;
+  if (column >= to.padded()) return;
+  pack_eight<Parts>(source, first_row, column, thread / kAcross, kFlaggedThreads / kAcross, to.rows,
+                    to);
+}
+
+// Rows first_row, ... of the source, to.rows of them. along_rows: rows lie side by side in memory.
+template <int Parts, class Source>
+cudaError_t pack_rows(const Source& source, int64_t first_row, bool along_rows,
+                      const PackedRows& to, cudaStream_t stream) {
+  constexpr bool kFloat = sizeof(typename Source::Value) == 4;
+  static_assert(kFloat || Parts == 1);
+  const int64_t groups = to.padded() / 8;
+  int across = along_rows ? 8 : kThreads;
+  while (across > 1 && across / 2 >= groups) across /= 2;
+  // Threads that would stay idle take other rows instead.
+  while (across > 8 && groups % across != 0 && groups % across <= across / 2) across /= 2;
+  const int64_t wide = ceil_div(groups, across), down = kThreads / across;
+  const int64_t blocks = std::max<int64_t>(16 * current_device().processors / wide, 1);
+  const int64_t share = std::max(ceil_div(to.rows, blocks), 4 * down);
+  const dim3 grid(static_cast<unsigned>(wide), static_cast<unsigned>(ceil_div(to.rows, share)));
+  if constexpr (!kFloat) {
+    return launch(pack_kernel<Source, 1>, grid, dim3(kThreads), 0, stream, source, first_row,
+                  across, along_rows, share, to);
+  } else {
+    // A thousand rows or so say enough of a column.
+    constexpr int64_t kEvery = 32, kSampled = 1024;
+    const int64_t step = std::max(kEvery, to.rows / kSampled);
+    const dim3 columns(static_cast<unsigned>(ceil_div(to.padded(), kPackedBlock)));
+    cudaError_t error = launch(guess_exponents_kernel<Source>, columns, dim3(kGuessThreads), 0,
+                               stream, source, first_row, step, to);
+    if (error == cudaSuccess) {
+      error = launch(pack_kernel<Source, Parts>, grid, dim3(kThreads), 0, stream, source, first_row,
+                     across, along_rows, share, to);
+    }
+    if (error != cudaSuccess) return error;
+    return launch(pack_flagged_kernel<Source, Parts>, columns, dim3(kFlaggedThreads), 0, stream,
+                  source, first_row, to);
+  }
+}
+
+}  // namespace hesskern::cuda

@@ -1,0 +1,553 @@
+// A block is one producer thread, which has boxes of both operands copied to a ring of stages in
+// shared memory, and two warpgroups, each with half of a tile of 128 x N in registers. One block a
+// multiprocessor takes items: whole tiles, as many as fill all multiprocessors some times over, and
+// splits of k (split-K) of the tiles that are left, whose sums a second kernel adds in fixed order.
+// All blocks walk along the same rows, so that these come from memory once a wave of tiles.
+//
+// Tensor cores cut their sums off: with non-negative data every sixteen rows lose about 10^-8 of
+// the sum, all in one direction. So sums run over 64 rows (128 of one product) only and are then
+// added, rounded, to others (flushed). Both do not fit into registers for a tile of 128 x 256: a
+// warpgroup multiplies the left and the right half of its 64 x 256 in turn, with a chunk of stages
+// that stay until both are done, and needs 128 + 64 registers. While it flushes, the other one
+// multiplies.
+//
+// Floor: 2 m n k operations, three times for two float16, at the rate of 16-bit products, which the
+// card's power sets; shared memory: of its 128 bytes a cycle the instructions' reads take 96 and
+// the copies' writes 32 with three products of 128 x 256 (43 of 128 x 128), 48 (64) with one.
+#include <algorithm>
+#include <type_traits>
+
+#include "barrier.h"
+#include "device.h"
+#include "launch.h"
+#include "parts_product.h"
+#include "splits.h"
+#include "tensor_map.h"
+#include "warp.h"
+#include "wgmma.h"
+
+namespace hesskern::cuda {
+
+// Not without a name: where the kernel's body is left out, much of it would be unused.
+namespace parts {
+
+constexpr int kTileRows = 128;
+
+// T: of the elements. Parts: 1 or 2, with 1 or 3 products. Columns: of a block's tile. Rows: of k
+// in a stage. Chunk: stages that are multiplied before their sums are flushed.
+template <typename T_, int Parts, bool AlongK, int Columns, int Rows, int Chunk>
+struct Config {
+  using T = T_;
+  static constexpr int kParts = Parts, kColumns = Columns, kRows = Rows, kChunk = Chunk;
+  static constexpr bool kAlongK = AlongK;
+  static constexpr int kWide = 128, kHalves = Columns / kWide, kThreads = 384;
+  static constexpr int kProducts = Parts == 1 ? 1 : 3;
+  static constexpr int kLine = 2 * kBoxColumns;
+  // Across k: boxes of 64 columns of the tile, all parts of them. Along k: 64 of k, one part.
+  static constexpr int kBox = kLine * Rows * Parts;
+  static constexpr int kBoxesA = kTileRows / kBoxColumns, kBoxesB = Columns / kBoxColumns;
+  static constexpr int kBytesA = 2 * kTileRows * Rows * Parts, kBytesB = 2 * Columns * Rows * Parts;
+  static constexpr int kStage = kBytesA + kBytesB;
+  // What a block may have, less the barriers and what it takes to begin at a multiple of 1024.
+  static constexpr int kStages = (227 * 1024 - 2048) / kStage / Chunk * Chunk;
+  static constexpr size_t kShared = kStages * kStage + 1024;
+  static_assert(Columns % kWide == 0 && kHalves <= 2 && kStages >= 2 * Chunk);
+  static_assert(kBox % 1024 == 0 && kBytesA % 1024 == 0);
+  static_assert(!AlongK || Rows == kBoxColumns);
+
+  // What wgmma is told about an operand, 64 bits: 0-13, address / 16; 16-29, "leading" and 32-45,
+  // "stride" distance / 16; 62-63, swizzle: 1, of 128 bytes.
+  // Across k (neighbours in memory along M or N): eight k are 1024 bytes, a row of 128 bytes (64
+  // columns) each, whose 16-byte piece i is at i ^ k % 8; "stride": to the next eight k; "leading":
+  // to the next 64 columns. Sixteen k on, the address is 2048 larger.
+  // Along k: eight rows of 128 bytes, piece i of row r at i ^ r % 8; "stride": to the next eight
+  // rows; "leading" is not used. Sixteen k on, the address is 32 larger.
+  // The copies write the same exchange of pieces; it goes by address bits: every stage begins at a
+  // multiple of 1024.
+  static constexpr uint32_t kDescriptorHigh = 1u << 30 | 1024 / 16;
+  static constexpr uint32_t kDescriptorLow = (AlongK ? 1u : kBox / 16u) << 16;
+  // Bytes from one part, 16 of k, 64 rows of A, and kWide columns of B to the next.
+  static constexpr int kPartA = AlongK ? kTileRows * kLine : Rows * kLine;
+  static constexpr int kPartB = AlongK ? Columns * kLine : Rows * kLine;
+  static constexpr int kStep = AlongK ? 32 : 16 * kLine;
+  static constexpr int kGroupA = AlongK ? 64 * kLine : kBox;
+  static constexpr int kGroupB = AlongK ? kWide * kLine : kWide / kBoxColumns * kBox;
+
+  // Small products first, low by high: the sums that tensor cores cut off are small then.
+  __host__ __device__ static constexpr int part_a(int product) {
+    return kParts == 2 && product == 0 ? 1 : 0;
+  }
+  __host__ __device__ static constexpr int part_b(int product) {
+    return kParts == 2 && product == 1 ? 1 : 0;
+  }
+};
+
+template <typename T, int Columns>
+using OneProduct = Config<T, 1, false, Columns, 64, 2>;
+template <int Columns>
+using ThreeProducts = Config<Float16, 2, false, Columns, 32, 2>;
+template <int Columns>
+using ThreeAlongK = Config<Float16, 2, true, Columns, 64, 1>;
+
+struct alignas(8) Two {
+  float x, y;
+};
+struct alignas(16) Four {
+  float x, y, z, w;
+};
+
+struct Target {
+  PartsTarget to;
+  const int *exponents_a, *exponents_b;
+  int m, n;
+  bool triangle;
+  // The same exponent for all rows, for all columns.
+  bool together;
+
+  __device__ float* place(int row, int column) const {
+    return to.c + row * to.row_step + column * to.column_step;
+  }
+  __device__ bool wanted(int row, int column) const {
+    return row < m && column < n && !(triangle && row > column);
+  }
+  // Both this element and the next in the row are wanted, and lie side by side at a multiple of 8
+  // bytes.
+  __device__ bool pair(int row, int column) const {
+    return to.column_step == 1 && wanted(row, column) && column + 1 < n &&
+           reinterpret_cast<uintptr_t>(place(row, column)) % 8 == 0;
+  }
+  __device__ int exponent_a(int row) const {
+    return exponents_a != nullptr && row < m ? read_only(exponents_a + (together ? 0 : row)) : 0;
+  }
+  __device__ int exponent_b(int column) const {
+    return exponents_b != nullptr && column < n ? read_only(exponents_b + (together ? 0 : column))
+                                                : 0;
+  }
+};
+
+// value 2^e, to within float's range for |e| <= 252.
+__device__ inline float scaled(float value, int e) {
+  const auto within = [](int x) { return x < -126 ? -126 : x > 126 ? 126 : x; };
+  const int first = within(e), second = within(e - first);
+  return value * float_of(static_cast<uint32_t>(first + 127) << 23) *
+         float_of(static_cast<uint32_t>(second + 127) << 23);
+}
+
+// values(j), j < Count, of a thread: elements (row, column + 8 j), the next in the row, and the
+// two in row + 8. What several j need of memory is read before anything is written: the compiler
+// must assume that one changes the other, and would wait for each.
+template <int Count, class Values>
+__device__ inline void put_rows(const Target& target, int row, int column, Values values) {
+  constexpr int kGroup = Count < 4 ? Count : 4;
+  static_assert(Count % kGroup == 0);
+  const int down[2] = {target.exponent_a(row), target.exponent_a(row + 8)};
+#pragma unroll
+  for (int first = 0; first < Count; first += kGroup) {
+    int across[kGroup][2];
+    Two old[kGroup][2];
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const int at = column + 8 * (first + i);
+      across[i][0] = target.exponent_b(at);
+      across[i][1] = target.exponent_b(at + 1);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        old[i][r] = {0.0f, 0.0f};
+        if (target.to.add && target.pair(row + 8 * r, at)) {
+          old[i][r] = *reinterpret_cast<const Two*>(target.place(row + 8 * r, at));
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+      const int at = column + 8 * (first + i);
+      const Four sum = values(first + i);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float left = r == 0 ? sum.x : sum.z, right = r == 0 ? sum.y : sum.w;
+        if (target.exponents_a != nullptr) {
+          left = scaled(left, -down[r] - across[i][0]);
+          right = scaled(right, -down[r] - across[i][1]);
+        }
+        left *= target.to.alpha;
+        right *= target.to.alpha;
+        const int here = row + 8 * r;
+        float* c = target.place(here, at);
+        if (target.pair(here, at)) {
+          *reinterpret_cast<Two*>(c) = {old[i][r].x + left, old[i][r].y + right};
+        } else {
+          if (target.wanted(here, at)) *c = target.to.add ? *c + left : left;
+          c += target.to.column_step;
+          if (target.wanted(here, at + 1)) *c = target.to.add ? *c + right : right;
+        }
+      }
+    }
+  }
+}
+
+// Tiles in bands of eight rows of tiles, column by column: a wave reads few columns.
+__device__ inline void place(const PartsSchedule& schedule, int tile, int& row, int& column) {
+  constexpr int kBand = 8;
+  for (int first = 0; first < schedule.row_tiles; first += kBand) {
+    for (column = 0; column < schedule.column_tiles; ++column) {
+      int rows = schedule.rows_of(column) - first;
+      if (rows > kBand) rows = kBand;
+      if (rows <= 0) continue;
+      if (tile < rows) {
+        row = first + tile;
+        return;
+      }
+      tile -= rows;
+    }
+  }
+  row = column = 0;
+}
+
+// What a block does at a time: chunks begin, ..., end - 1 of a tile; part: where the sums go among
+// the partial ones, -1: to the target.
+struct Item {
+  int row, column, begin, end, part;
+};
+
+__device__ inline Item item_of(const PartsSchedule& schedule, int index) {
+  Item item;
+  int tile = index;
+  item.begin = 0;
+  item.end = schedule.chunks;
+  item.part = -1;
+  if (index >= schedule.whole) {
+    const int rest = schedule.tiles - schedule.whole, split = (index - schedule.whole) / rest;
+    tile = schedule.whole + (index - schedule.whole) % rest;
+    item.begin = split * schedule.split_chunks;
+    item.end = item.begin + schedule.split_chunks;
+    if (item.end > schedule.chunks) item.end = schedule.chunks;
+    if (schedule.splits > 1) item.part = (tile - schedule.whole) * schedule.splits + split;
+  }
+  place(schedule, tile, item.row, item.column);
+  return item;
+}
+
+// partial [tiles of splits, splits, column / 8, threads, 4]
+template <class C>
+__global__ void __launch_bounds__(C::kThreads, 1)
+    parts_product_kernel(const __grid_constant__ TensorMap map_a,
+                         const __grid_constant__ TensorMap map_b,
+                         const __grid_constant__ PartsSchedule schedule,
+                         const __grid_constant__ Target target, float* partial, int shift) {
+#ifdef HESSKERN_WGMMA
+  __shared__ uint64_t full[C::kStages], empty[C::kStages], turns[2];
+  unsigned char* const stages =
+      dynamic_shared() + ((1024 - shared_address(dynamic_shared()) % 1024) & 1023);
+  const int first = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < C::kStages; ++stage) {
+      barrier_init(full + stage, 1);
+      // The eight warps that multiply.
+      barrier_init(empty + stage, 8);
+    }
+    barrier_init(turns, 4);
+    barrier_init(turns + 1, 4);
+    barriers_are_ready();
+  }
+  __syncthreads();
+
+  if (threadIdx.x < 128) {
+    give_up_registers<24>();
+    if (threadIdx.x != 0) return;
+    int stage = 0;
+    uint32_t parity = 1;
+    for (int index = first; index < schedule.items(); index += blocks) {
+      const Item item = item_of(schedule, index);
+      const int row0 = item.row * kTileRows, column0 = item.column * C::kColumns;
+      for (int step = item.begin * C::kChunk; step < item.end * C::kChunk; ++step) {
+        const int k = step * C::kRows;
+        uint64_t* const here = full + stage;
+        unsigned char* const to = stages + stage * C::kStage;
+        barrier_wait(empty + stage, parity);
+        barrier_expect(here, C::kStage);
+        if constexpr (C::kAlongK) {
+#pragma unroll
+          for (int part = 0; part < C::kParts; ++part) {
+            copy_box(to + part * C::kPartA, map_a, here, k, row0, part);
+            copy_box(to + C::kBytesA + part * C::kPartB, map_b, here, k, column0, part);
+          }
+        } else {
+#pragma unroll
+          for (int box = 0; box < C::kBoxesA; ++box) {
+            copy_box(to + box * C::kBox, map_a, here, row0 + kBoxColumns * box, k, 0);
+          }
+#pragma unroll
+          for (int box = 0; box < C::kBoxesB; ++box) {
+            copy_box(to + C::kBytesA + box * C::kBox, map_b, here, column0 + kBoxColumns * box,
+                     k + shift, 0);
+          }
+        }
+        if (++stage == C::kStages) stage = 0, parity ^= 1;
+      }
+    }
+    return;
+  }
+
+  take_registers<240>();
+  const int thread = static_cast<int>(threadIdx.x) - 128;
+  const int group = thread / 128, lane = thread % 32;
+  // The lower halves of the descriptors: addresses within the block in units of 16 bytes.
+  const uint32_t local = shared_address(stages) & 0x3ffff;
+  const uint32_t place_a = C::kDescriptorLow + ((local + group * C::kGroupA) >> 4);
+  const uint32_t place_b = C::kDescriptorLow + ((local + C::kBytesA) >> 4);
+  const auto descriptor = [](uint32_t low) {
+    return static_cast<uint64_t>(C::kDescriptorHigh) << 32 | low;
+  };
+  float recent[C::kWide / 2];
+  float sums[C::kHalves][C::kWide / 2];
+  int stage = 0;
+  uint32_t parity = 0;
+  // The warpgroups take turns to multiply: flushing at once would leave the tensor cores idle.
+  // Named barriers would do, but with them the compiler spills.
+  uint32_t turn = group == 0 ? 1 : 0;
+
+  for (int index = first; index < schedule.items(); index += blocks) {
+    const Item item = item_of(schedule, index);
+#pragma unroll
+    for (int half = 0; half < C::kHalves; ++half) {
+#pragma unroll
+      for (int i = 0; i < C::kWide / 2; ++i) sums[half][i] = 0.0f;
+    }
+    // So that they are dead while the last tile was written, for the compiler.
+#pragma unroll
+    for (int i = 0; i < C::kWide / 2; ++i) recent[i] = 0.0f;
+    for (int chunk = item.begin; chunk < item.end; ++chunk) {
+#pragma unroll
+      for (int half = 0; half < C::kHalves; ++half) {
+        if (half == 0) {
+#pragma unroll
+          for (int s = 0; s < C::kChunk; ++s) barrier_wait(full + stage + s, parity);
+        }
+        barrier_wait(turns + group, turn);
+        turn ^= 1;
+        pin(recent);
+        wgmma_fence();
+        const uint32_t start = stage * (C::kStage >> 4);
+#pragma unroll
+        for (int product = 0; product < C::kProducts; ++product) {
+#pragma unroll
+          for (int s = 0; s < C::kChunk; ++s) {
+#pragma unroll
+            for (int k = 0; k < C::kRows / 16; ++k) {
+              const int offset = s * C::kStage + k * C::kStep;
+              const int offset_a = offset + C::part_a(product) * C::kPartA;
+              const int offset_b = offset + C::part_b(product) * C::kPartB + half * C::kGroupB;
+              const int keep = product == 0 && s == 0 && k == 0 ? 0 : 1;
+              wgmma<typename C::T, C::kWide, !C::kAlongK>(
+                  recent, descriptor(place_a + start + (offset_a >> 4)),
+                  descriptor(place_b + start + (offset_b >> 4)), keep);
+            }
+          }
+        }
+        wgmma_commit();
+        if (lane == 0) barrier_arrive(turns + 1 - group);
+        wgmma_wait<0>();
+        if (half == C::kHalves - 1) {
+#pragma unroll
+          for (int s = 0; s < C::kChunk; ++s) {
+            if (lane == 0) barrier_arrive(empty + stage + s);
+          }
+        }
+        pin(recent);
+#pragma unroll
+        for (int i = 0; i < C::kWide / 2; ++i) sums[half][i] += recent[i];
+      }
+      stage += C::kChunk;
+      if (stage == C::kStages) stage = 0, parity ^= 1;
+    }
+
+    constexpr int kPieces = C::kWide / 8;
+    const auto values = [&](int half, int j) {
+      const float* sum = sums[half] + 4 * j;
+      return Four{sum[0], sum[1], sum[2], sum[3]};
+    };
+    if (item.part >= 0) {
+      Four* to = reinterpret_cast<Four*>(partial + static_cast<int64_t>(item.part) *
+                                                       (kTileRows * C::kColumns)) +
+                 thread;
+#pragma unroll
+      for (int half = 0; half < C::kHalves; ++half) {
+#pragma unroll
+        for (int j = 0; j < kPieces; ++j) to[(half * kPieces + j) * 256] = values(half, j);
+      }
+    } else {
+      const int row = item.row * kTileRows + thread / 32 * 16 + lane / 4;
+      const int column = item.column * C::kColumns + 2 * (lane % 4);
+#pragma unroll
+      for (int half = 0; half < C::kHalves; ++half) {
+        put_rows<kPieces>(target, row, column + half * C::kWide,
+                          [&](int j) { return values(half, j); });
+      }
+    }
+  }
+#endif
+}
+
+// Adds the splits of every tile in their order. One block: eight columns of a tile.
+template <int Columns>
+__global__ void __launch_bounds__(kThreads)
+    add_splits_kernel(const PartsSchedule schedule, const Target target, const float* partial) {
+  constexpr int kPieces = Columns / 8;
+  const int piece = static_cast<int>(blockIdx.x) % kPieces;
+  const int tile = static_cast<int>(blockIdx.x) / kPieces;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  constexpr int64_t kTile = kTileRows * Columns / 4;
+  const Four* from = reinterpret_cast<const Four*>(partial) +
+                     static_cast<int64_t>(tile) * schedule.splits * kTile + piece * kThreads +
+                     thread;
+  Four total = from[0];
+#pragma unroll 4
+  for (int split = 1; split < schedule.splits; ++split) {
+    const Four value = from[split * kTile];
+    total.x += value.x;
+    total.y += value.y;
+    total.z += value.z;
+    total.w += value.w;
+  }
+  int tile_row, tile_column;
+  place(schedule, schedule.whole + tile, tile_row, tile_column);
+  const int row = tile_row * kTileRows + thread / 32 * 16 + lane / 4;
+  const int column = tile_column * Columns + piece * 8 + 2 * (lane % 4);
+  put_rows<1>(target, row, column, [&](int) { return total; });
+}
+
+template <class C>
+PartsSchedule schedule_of(int64_t m, int64_t n, int64_t k, bool triangle) {
+  const int64_t slots = resident_blocks(reinterpret_cast<const void*>(parts_product_kernel<C>),
+                                        C::kThreads, C::kShared);
+  PartsSchedule schedule{};
+  schedule.m = static_cast<int>(m);
+  schedule.n = static_cast<int>(n);
+  schedule.column_tile = C::kColumns;
+  schedule.row_tiles = static_cast<int>(ceil_div(m, kTileRows));
+  schedule.column_tiles = static_cast<int>(ceil_div(n, C::kColumns));
+  schedule.triangle = triangle;
+  for (int column = 0; column < schedule.column_tiles; ++column) {
+    schedule.tiles += schedule.rows_of(column);
+  }
+  const int64_t chunks = std::max<int64_t>(ceil_div(k, C::kRows * C::kChunk), 1);
+  schedule.chunks = static_cast<int>(chunks);
+  schedule.whole = static_cast<int>(schedule.tiles / slots * slots);
+  const int64_t rest = schedule.tiles - schedule.whole;
+  // In microseconds, from what an H200 took: a chunk (operations at its rate, more where shared
+  // memory holds them up), a block's writing of its sums, and their way to memory and back.
+  constexpr double kHeldUp =
+      C::kProducts == 1 ? (C::kHalves == 2 ? 1.2 : 1.35) : (C::kHalves == 2 ? 1.0 : 1.03);
+  constexpr int kTile = kTileRows * C::kColumns;
+  constexpr double kChunkTime = 2.0 * kTile * C::kRows * C::kChunk * C::kProducts * kHeldUp / 5.5e6;
+  constexpr double kWriteTime = 5;
+  const double traffic = static_cast<double>(rest) * kTile * 4 / 3e6;
+  // Partial sums of 64 MB at most.
+  constexpr int64_t kMostPartial = 1 << 24, kMost = 512;
+  const int64_t most =
+      rest == 0 ? 1 : std::min({chunks, kMost, std::max<int64_t>(kMostPartial / kTile / rest, 1)});
+  const Splits splits =
+      plan_splits(rest, chunks, slots, static_cast<int64_t>(kWriteTime / kChunkTime + 0.5), 1, most,
+                  static_cast<int64_t>(traffic / kChunkTime + 0.5));
+  schedule.splits = static_cast<int>(splits.count);
+  schedule.split_chunks = static_cast<int>(splits.share);
+  const auto waves = [&](int64_t blocks, int64_t share) {
+    return static_cast<double>(ceil_div(blocks, slots)) *
+           (static_cast<double>(share) * kChunkTime + kWriteTime);
+  };
+  schedule.cost = waves(schedule.whole, chunks) + waves(rest * splits.count, splits.share) +
+                  (splits.count > 1 ? traffic * static_cast<double>(splits.count) : 0.0);
+  return schedule;
+}
+
+// visit(Config) of the kernel.
+template <class C>
+struct ConfigTag {
+  using Type = C;
+};
+template <class Visit>
+auto with_config(PartsType type, bool along_k, int columns, Visit visit) {
+  const bool wide = columns == 256;
+  if (along_k) {
+    return wide ? visit(ConfigTag<ThreeAlongK<256>>()) : visit(ConfigTag<ThreeAlongK<128>>());
+  }
+  switch (type) {
+    case PartsType::kBFloat16:
+      return wide ? visit(ConfigTag<OneProduct<BFloat16, 256>>())
+                  : visit(ConfigTag<OneProduct<BFloat16, 128>>());
+    case PartsType::kFloat16:
+      return wide ? visit(ConfigTag<OneProduct<Float16, 256>>())
+                  : visit(ConfigTag<OneProduct<Float16, 128>>());
+    default:
+      return wide ? visit(ConfigTag<ThreeProducts<256>>()) : visit(ConfigTag<ThreeProducts<128>>());
+  }
+}
+
+template <class C>
+cudaError_t run_product(const PartsSchedule& schedule, const PartsMatrix& a, const PartsMatrix& b,
+                        int64_t shift, const PartsTarget& to, float* workspace,
+                        cudaStream_t stream) {
+  const auto boxed = [](const PartsMatrix& matrix) {
+    return BoxedParts{matrix.data, matrix.columns,  matrix.rows,
+                      C::kParts,   matrix.row_step, matrix.part_step};
+  };
+  TensorMap map_a, map_b;
+  constexpr int kParts = C::kAlongK ? 1 : C::kParts;
+  if (!encode<typename C::T>(map_a, boxed(a), C::kAlongK ? kTileRows : C::kRows, kParts) ||
+      !encode<typename C::T>(map_b, boxed(b), C::kAlongK ? C::kColumns : C::kRows, kParts)) {
+    return cudaErrorInvalidValue;
+  }
+  const Target target{to,         a.exponents,       b.exponents, schedule.m,
+                      schedule.n, schedule.triangle, C::kAlongK};
+  const int64_t slots = resident_blocks(reinterpret_cast<const void*>(parts_product_kernel<C>),
+                                        C::kThreads, C::kShared);
+  const int64_t blocks = std::min<int64_t>(slots, schedule.items());
+  cudaError_t error = launch(parts_product_kernel<C>, dim3(static_cast<unsigned>(blocks)),
+                             dim3(C::kThreads), C::kShared, stream, map_a, map_b, schedule, target,
+                             workspace, static_cast<int>(shift));
+  if (error == cudaSuccess && schedule.splits > 1) {
+    const int pieces = (schedule.tiles - schedule.whole) * (C::kColumns / 8);
+    error = launch(add_splits_kernel<C::kColumns>, dim3(static_cast<unsigned>(pieces)),
+                   dim3(kThreads), 0, stream, schedule, target, workspace);
+  }
+  return error;
+}
+
+}  // namespace parts
+
+bool parts_products_available() {
+  return current_device().hopper() && tensor_maps_available();
+}
+
+PartsProduct::PartsProduct(PartsType type, bool along_k, int64_t m, int64_t n, int64_t k,
+                           bool triangle, int column_tile)
+    : type_(type), along_k_(along_k) {
+  const auto schedule = [&](int columns) {
+    return parts::with_config(type, along_k, columns, [&](auto tag) {
+      return parts::schedule_of<typename decltype(tag)::Type>(m, n, k, triangle);
+    });
+  };
+  if (column_tile != 0) {
+    schedule_ = schedule(column_tile);
+  } else {
+    const PartsSchedule wide = schedule(256), narrow = schedule(128);
+    schedule_ = wide.cost <= narrow.cost ? wide : narrow;
+  }
+}
+
+int64_t PartsProduct::workspace() const {
+  if (schedule_.splits == 1) return 0;
+  return static_cast<int64_t>(schedule_.tiles - schedule_.whole) * schedule_.splits *
+         (parts::kTileRows * schedule_.column_tile);
+}
+
+cudaError_t PartsProduct::run(const PartsMatrix& a, const PartsMatrix& b, int64_t shift,
+                              const PartsTarget& target, float* workspace,
+                              cudaStream_t stream) const {
+  return parts::with_config(type_, along_k_, schedule_.column_tile, [&](auto tag) {
+    return parts::run_product<typename decltype(tag)::Type>(schedule_, a, b, shift, target,
+                                                            workspace, stream);
+  });
+}
+
+}  // namespace hesskern::cuda

@@ -5,10 +5,14 @@
 // tf32 numbers, and N d elements of memory once per row of tiles: bound by the tensor cores for
 // d >= 128, by memory below. Rows whose elements lie side by side at multiples of 16 bytes are
 // copied to shared memory three steps ahead; others, and those with ones, go through registers.
+// Contiguous rows of few columns have a kernel of their own (narrow_rows.cu).
+#include <type_traits>
+
 #include "core/elements.h"
 #include "core/stage.h"
 #include "core/symmetric.h"
 #include "input_covariance.h"
+#include "narrow_rows.h"
 
 namespace hesskern::cuda {
 
@@ -51,6 +55,15 @@ bool copied(const InputCovariance<In, T>& call) {
                        : copies_in_pieces(call.x, call.column_axis, call.row_axis);
 }
 
+// Whether the rows are one piece of memory.
+template <typename In, typename T>
+bool contiguous(const InputCovariance<In, T>& call) {
+  const bool columns =
+      call.columns == 1 || (call.column_axis.inner == 0 && call.column_axis.step == 1);
+  const bool rows = call.row_axis.inner == 0 && call.row_axis.step == call.columns;
+  return columns && (call.rows == 1 || rows);
+}
+
 template <typename In, typename T, class Visit>
 auto with_tile(const InputCovariance<In, T>& call, Visit visit) {
   if constexpr (sizeof(In) == 2) {
@@ -65,6 +78,12 @@ auto with_tile(const InputCovariance<In, T>& call, Visit visit) {
 
 template <typename In, typename T>
 Work<T> InputCovariance<In, T>::plan() const {
+  if constexpr (std::is_same_v<T, float>) {
+    if (!ones && contiguous(*this)) {
+      const NarrowRows<In> narrow{x, rows, columns, nullptr, 1, sum};
+      if (narrow.fits()) return narrow.plan();
+    }
+  }
   return with_tile(*this, [&](auto tag) {
     using Tile = typename decltype(tag)::Type;
     constexpr bool kHalf = sizeof(In) == 2, kCopiedHalf = kHalf && Tile::kDepth == kCopiedHalfDepth;

@@ -6,11 +6,15 @@
 // d >= 128, by memory below. Rows whose elements lie side by side at multiples of 16 bytes are
 // copied to shared memory three steps ahead; others, and those with ones, go through registers.
 // On compute capability 9.0 larger sums are products of core/parts_product.h.
+// Contiguous rows of few columns have a kernel of their own (narrow_rows.cu).
+#include <type_traits>
+
 #include "core/elements.h"
 #include "core/stage.h"
 #include "core/symmetric.h"
 #include "core/symmetric_parts.h"
 #include "input_covariance.h"
+#include "narrow_rows.h"
 
 namespace hesskern::cuda {
 
@@ -41,6 +45,15 @@ bool as_parts(const InputCovariance<In, T>& call) {
          order * order * static_cast<double>(call.rows) >= kLeast && parts_products_available();
 }
 
+// Whether the rows are one piece of memory.
+template <typename In, typename T>
+bool contiguous(const InputCovariance<In, T>& call) {
+  const bool columns =
+      call.columns == 1 || (call.column_axis.inner == 0 && call.column_axis.step == 1);
+  const bool rows = call.row_axis.inner == 0 && call.row_axis.step == call.columns;
+  return columns && (call.rows == 1 || rows);
+}
+
 template <typename In, typename T, class Visit>
 auto with_tile(const InputCovariance<In, T>& call, Visit visit) {
   if constexpr (sizeof(In) == 2) {
@@ -56,6 +69,10 @@ auto with_tile(const InputCovariance<In, T>& call, Visit visit) {
 template <typename In, typename T>
 Work<T> InputCovariance<In, T>::plan() const {
   if constexpr (sizeof(T) == 4) {
+    if (!ones && contiguous(*this)) {
+      const NarrowRows<In> narrow{x, rows, columns, nullptr, 1, sum};
+      if (narrow.fits()) return narrow.plan();
+    }
     if (as_parts(*this)) {
       if constexpr (sizeof(In) == 2) {
         if (!ones && rows_are_parts(x, row_axis, column_axis, rows, columns)) {

@@ -1,18 +1,21 @@
 // Output Hessian of softmax cross-entropy: acc += alpha sum (rows of Q G)^T (rows of Q G) with
 // Q G = sqrt(p_c) (g_c - sum_c' p_c' g_c').
 //
-// Up to 32 classes, rows of G at multiples of 16 bytes: a tile of 128 x 128 (or 64 x 64) takes up
-// to 32 rows, whole samples, which are copied to shared memory three tiles ahead and centred and
-// scaled there, so that G is read once per row of tiles: once in all for m <= 128, which memory
-// bounds. More classes, or another layout: some samples at a time are centred into a workspace,
-// whose covariance follows (input_covariance.cu). N t (c m (m + 1)) operations on one triangle,
-// three times on tensor cores.
+// Contiguous rows of few columns have a kernel of their own (narrow_rows.cu). Up to 32 classes,
+// rows of G at multiples of 16 bytes: a tile of 128 x 128 (or 64 x 64) takes up to 32 rows, whole
+// samples, which are copied to shared memory three tiles ahead and centred and scaled there, so
+// that G is read once per row of tiles: once in all for m <= 128, which memory bounds. More
+// classes, or another layout: some samples at a time are centred into a workspace, whose covariance
+// follows (input_covariance.cu). N t (c m (m + 1)) operations on one triangle, three times on
+// tensor cores.
 #include <cmath>
+#include <type_traits>
 
 #include "core/elements.h"
 #include "core/stage.h"
 #include "core/symmetric.h"
 #include "input_covariance.h"
+#include "narrow_rows.h"
 #include "output_hessian.h"
 
 namespace hesskern::cuda {
@@ -212,11 +215,33 @@ Work<T> plan_centred(const OutputHessian<T>& call) {
           }};
 }
 
+// The call for the narrow rows' kernel; without rows if that cannot take its layout.
+template <typename In>
+NarrowRows<In> narrow_rows(const OutputHessian<In, float>& call) {
+  const bool columns = call.outputs == 1 || call.output_stride == 1;
+  const bool rows = call.class_stride == call.outputs;
+  const bool samples = call.samples == 1 || call.sample_stride == call.classes * call.outputs;
+  const bool contiguous = call.positions == 1 && columns && rows && samples;
+  return {call.jacobian, contiguous ? call.samples * call.classes : 0,
+          call.outputs,  call.probabilities,
+          call.classes,  call.sum};
+}
+
 }  // namespace
 
-template <typename T>
-Work<T> OutputHessian<T>::plan() const {
-  if constexpr (sizeof(T) == 4) {
+template <typename In, typename T>
+bool OutputHessian<In, T>::readable() const {
+  if constexpr (!std::is_same_v<In, T>) return narrow_rows(*this).fits();
+  return true;
+}
+
+template <typename In, typename T>
+Work<T> OutputHessian<In, T>::plan() const {
+  if constexpr (std::is_same_v<T, float>) {
+    const NarrowRows<In> narrow = narrow_rows(*this);
+    if (!std::is_same_v<In, T> || narrow.fits()) return narrow.plan();
+  }
+  if constexpr (std::is_same_v<In, float>) {
     if (rows_are_copied(*this)) {
       return with_tile(*this, [&](auto tag) {
         using Tile = typename decltype(tag)::Type;
@@ -229,10 +254,12 @@ Work<T> OutputHessian<T>::plan() const {
       });
     }
   }
-  return plan_centred(*this);
+  if constexpr (std::is_same_v<In, T>) return plan_centred(*this);
 }
 
 template struct OutputHessian<float>;
+template struct OutputHessian<BFloat16, float>;
+template struct OutputHessian<Float16, float>;
 template struct OutputHessian<double>;
 
 }  // namespace hesskern::cuda

@@ -1,65 +1,66 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <type_traits>
 
 #include "checks.h"
 #include "core/binding.h"
-#include "input_covariance.h"
 #include "output_hessian.h"
+#include "root_rows.h"
 
 namespace hesskern::cuda {
 
 namespace {
 
-// acc [d, d] or [d + 1, d + 1] += alpha rows^T rows, rows [count, d] by axes into x
-void add_rows(const at::Tensor& acc, const at::Tensor& x, Axis rows, Axis columns, int64_t count,
-              int64_t d, double alpha, bool ones) {
-  AT_DISPATCH_FLOATING_TYPES(acc.scalar_type(), "input_covariance_", [&] {
-    with_input<scalar_t>(x, [&](auto* data) {
+// The sizes and strides of a jacobian [N, c, m] or [N, c, m, t] for a call that adds to acc [m, m].
+template <class Call>
+Call call_of(const at::Tensor& acc, const at::Tensor& jacobian, double alpha) {
+  const bool positions = jacobian.dim() == 4;
+  Call call{};
+  call.samples = jacobian.size(0);
+  call.classes = jacobian.size(1);
+  call.outputs = jacobian.size(2);
+  call.positions = positions ? jacobian.size(3) : 1;
+  call.sample_stride = jacobian.stride(0);
+  call.class_stride = jacobian.stride(1);
+  call.output_stride = jacobian.stride(2);
+  call.position_stride = positions ? jacobian.stride(3) : 0;
+  call.tf32 = tf32_allowed();
+  call.sum =
+      sum_into<std::remove_const_t<std::remove_pointer_t<decltype(call.sum.acc)>>>(acc, alpha);
+  return call;
+}
+
+// acc [m, m] += alpha sum of the rows of jacobian [N, c, m] or [N, c, m, t]
+void add_root_rows(const at::Tensor& acc, const at::Tensor& jacobian, double alpha) {
+  AT_DISPATCH_FLOATING_TYPES(acc.scalar_type(), "output_hessian_", [&] {
+    with_input<scalar_t>(jacobian, [&](auto* data) {
       using In = std::decay_t<decltype(*data)>;
-      const InputCovariance<In, scalar_t> call{
-          data, rows, columns, count, d, ones, tf32_allowed(), sum_into<scalar_t>(acc, alpha)};
+      auto call = call_of<RootRows<In, scalar_t>>(acc, jacobian, alpha);
+      if (!call.readable()) return add_root_rows(acc, jacobian.contiguous(), alpha);
+      call.jacobian = data;
       run_work(call.plan(), acc.options());
     });
   });
 }
 
-// acc [m, m] += alpha sum of the rows of jacobian [N, c, m] or [N, c, m, t]
-void add_root_rows(const at::Tensor& acc, const at::Tensor& jacobian, double alpha) {
-  const int64_t n = jacobian.size(0), c = jacobian.size(1), m = jacobian.size(2);
-  const int64_t t = jacobian.dim() == 4 ? jacobian.size(3) : 1;
-  const bool joins = n == 1 || c == 1 || jacobian.stride(0) == c * jacobian.stride(1);
-  const int64_t joined = c == 1 ? jacobian.stride(0) : jacobian.stride(1);
-  Axis rows{joined};
-  if (t > 1) {
-    if (!joins) return add_root_rows(acc, jacobian.contiguous(), alpha);
-    rows = {jacobian.stride(3), t, joined};
-  } else if (!joins) {
-    rows = {jacobian.stride(1), c, jacobian.stride(0)};
-  }
-  add_rows(acc, jacobian, rows, {jacobian.stride(2)}, n * c * t, m, alpha, false);
-}
-
-// acc [m, m], jacobian [N, c, m] or [N, c, m, t] of its dtype, p [N, c] contiguous of its dtype
-void add_softmax_rows(const at::Tensor& acc, const at::Tensor& jacobian, const at::Tensor& p,
+// Whether jacobian [N, c, m] or [N, c, m, t] and p [N, c], contiguous of acc's dtype, were added to
+// acc [m, m]: not where the jacobian has to be converted to acc's dtype first.
+bool add_softmax_rows(const at::Tensor& acc, const at::Tensor& jacobian, const at::Tensor& p,
                       double alpha) {
-  const bool positions = jacobian.dim() == 4;
+  if (!read_directly(acc, jacobian)) return false;
+  bool added = false;
   AT_DISPATCH_FLOATING_TYPES(acc.scalar_type(), "output_hessian_", [&] {
-    OutputHessian<scalar_t> call{};
-    call.classes = jacobian.size(1);
-    call.outputs = jacobian.size(2);
-    call.positions = positions ? jacobian.size(3) : 1;
-    call.sample_stride = jacobian.stride(0);
-    call.class_stride = jacobian.stride(1);
-    call.output_stride = jacobian.stride(2);
-    call.position_stride = positions ? jacobian.stride(3) : 0;
-    call.tf32 = tf32_allowed();
-    call.sum = sum_into<scalar_t>(acc, alpha);
-    call.samples = jacobian.size(0);
-    call.jacobian = jacobian.const_data_ptr<scalar_t>();
-    call.probabilities = p.const_data_ptr<scalar_t>();
-    run_work(call.plan(), acc.options());
+    with_input<scalar_t>(jacobian, [&](auto* data) {
+      using In = std::decay_t<decltype(*data)>;
+      auto call = call_of<OutputHessian<In, scalar_t>>(acc, jacobian, alpha);
+      call.jacobian = data;
+      call.probabilities = p.const_data_ptr<scalar_t>();
+      added = call.readable();
+      if (added) run_work(call.plan(), acc.options());
+    });
   });
+  return added;
 }
 
 // acc [m, m], jacobian [N, c, m] or [N, c, m, t], probabilities [N, c]
@@ -76,9 +77,9 @@ void output_hessian_(at::Tensor& acc, const at::Tensor& jacobian,
   }
   const auto dtype = acc.scalar_type();
   const at::Tensor p = probabilities->to(dtype).contiguous();
+  if (add_softmax_rows(acc, jacobian, p, alpha)) return;
   const int64_t n = jacobian.size(0);
-  const bool direct = jacobian.scalar_type() == dtype;
-  const int64_t step = direct ? n : std::clamp<int64_t>(kConvert / (jacobian.numel() / n), 1, n);
+  const int64_t step = std::clamp<int64_t>(kConvert / (jacobian.numel() / n), 1, n);
   for (int64_t first = 0; first < n; first += step) {
     const int64_t count = std::min(step, n - first);
     add_softmax_rows(acc, jacobian.narrow(0, first, count).to(dtype), p.narrow(0, first, count),

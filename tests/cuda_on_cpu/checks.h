@@ -12,6 +12,8 @@ void check_conv_input_covariance(bool few);
 void check_conv_few_channels(bool few);
 void check_conv_lags(bool few);
 void check_output_hessian(bool few);
+void check_narrow_rows(bool few);
+void check_root_rows(bool few);
 void check_mirror(bool few);
 void check_products(bool few);
 void check_kron_matmul(bool few);

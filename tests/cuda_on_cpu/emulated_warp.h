@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #include "core/axis.h"
@@ -139,6 +140,15 @@ void multiply_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b, In)
   emulation::warp_barrier();
 }
 
+template <typename In>
+void multiply_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                   const float (&c)[4], In type) {
+  float sums[4];
+  std::memcpy(sums, c, sizeof(sums));
+  multiply_half(sums, a, b, type);
+  std::memcpy(d, sums, sizeof(sums));
+}
+
 inline void load_matrices(uint32_t (&words)[4], const void* row, bool transposed) {
   const auto* rows =
       static_cast<const uint16_t* const*>(emulation::warp_exchange(&row, sizeof(row)));
@@ -159,6 +169,9 @@ inline void load_matrices(uint32_t (&words)[4], const void* row, bool transposed
 inline void copy_piece(void* shared, const void* global, int bytes) {
   emulation::start_copy(shared, global, bytes, 16);
 }
+inline void copy_two_words(void* shared, const void* global, bool inside) {
+  emulation::start_copy(shared, global, inside ? 8 : 0, 8);
+}
 inline void copy_word(float* shared, const float* global, bool inside) {
   emulation::start_copy(shared, global, inside ? 4 : 0, 4);
 }
@@ -178,6 +191,12 @@ inline void close_copies() {
 template <int Groups>
 void wait_for_copies() {
   emulation::wait_for_copies(Groups);
+}
+
+template <int Count>
+void read_once(float (&values)[Count], const float* from) {
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(values) != 0) std::abort();
+  std::memcpy(values, from, sizeof(values));
 }
 
 template <typename T>

@@ -76,7 +76,7 @@ void warp_barrier();
 // warp's next barrier.
 const void* warp_exchange(const void* value, size_t size);
 
-// Copies size bytes (4 or 16) to shared memory, the first bytes of them from global and zeros
+// Copies size bytes (4, 8 or 16) to shared memory, the first bytes of them from global and zeros
 // behind: not before the thread waits for the group that the copy belongs to.
 void start_copy(void* shared, const void* global, int bytes, int size);
 void close_copies();

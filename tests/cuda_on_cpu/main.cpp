@@ -28,6 +28,8 @@ int main(int count, char** arguments) {
       {"conv_few_channels", check::check_conv_few_channels},
       {"conv_lags", check::check_conv_lags},
       {"output_hessian", check::check_output_hessian},
+      {"narrow_rows", check::check_narrow_rows},
+      {"root_rows", check::check_root_rows},
       {"products", check::check_products},
       {"kron_matmul", check::check_kron_matmul},
       {"layer_hessian_matmul", check::check_layer_hessian_matmul},

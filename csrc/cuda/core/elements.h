@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -20,6 +21,22 @@ __host__ __device__ inline T one() {
   } else {
     return T(1);
   }
+}
+
+inline bool is_aligned(const void* pointer, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+// Four neighbours that are read and written at once.
+template <typename T>
+struct alignas(4 * sizeof(T)) Four {
+  T value[4];
+};
+
+// Two 16-bit elements as an operand's word of tensor-core products.
+template <typename T>
+__device__ inline uint32_t pair_of(T low, T high) {
+  return static_cast<uint32_t>(low.bits) | static_cast<uint32_t>(high.bits) << 16;
 }
 
 // data [K, I]; zeros outside.

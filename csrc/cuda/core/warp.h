@@ -77,6 +77,24 @@ __device__ inline void multiply_half(float (&c)[4], const uint32_t (&a)[4], cons
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// d = a b + c, which leaves c as it is.
+__device__ inline void multiply_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                     const float (&c)[4], BFloat16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
+}
+__device__ inline void multiply_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                     const float (&c)[4], Float16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]),
+        "f"(c[2]), "f"(c[3]));
+}
+
 // Four matrices [8, 8] of 16-bit elements in shared memory. row: where row lane % 8 of matrix
 // lane / 8 begins, at a multiple of 16 bytes. With g and t as above a lane gets of matrix i the
 // word words[i]: elements (g, 2 t) and (g, 2 t + 1); transposed: (2 t, g) and (2 t + 1, g).
@@ -101,6 +119,15 @@ __device__ inline void copy_piece(void* shared, const void* global, int bytes) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
                "r"(bytes)
+               : "memory");
+}
+
+// Starts to copy 8 bytes from global to shared memory, or zeros where not inside. Both addresses
+// are multiples of 8.
+__device__ inline void copy_two_words(void* shared, const void* global, bool inside) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(address), "l"(global),
+               "r"(inside ? 8 : 0)
                : "memory");
 }
 
@@ -138,6 +165,19 @@ __device__ inline int read_only(const int* pointer) {
 // *flag = 1, by any number of threads.
 __device__ inline void raise_flag(int* flag) {
   *flag = 1;
+}
+
+// Count neighbouring floats (1 or 4) that are read once: caches need not keep them. Aligned to all
+// of them.
+template <int Count>
+__device__ inline void read_once(float (&values)[Count], const float* from) {
+  static_assert(Count == 1 || Count == 4);
+  if constexpr (Count == 4) {
+    const float4 four = __ldcs(reinterpret_cast<const float4*>(from));
+    values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+  } else {
+    values[0] = __ldcs(from);
+  }
 }
 
 template <typename T>

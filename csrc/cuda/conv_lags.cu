@@ -3,239 +3,36 @@
 // conv_plan.h writes the covariance in products of signals with themselves, shifted: whole images,
 // border rows, border columns, corner pixels. Samples are packed with channels last and zeros
 // between lines, so that a shift of two axes is one of a flat array [K, C], and neighbouring shifts
-// are columns beside each other: a product of products.cu is [C, K] by [K, shifts C]. The sums go
-// to their blocks in the end.
+// are columns beside each other: a product is [C, K] by [K, shifts C], whose rows overlap in
+// memory. Whole images are packed as 16-bit parts and multiplied by core/parts_product.h where the
+// device can and there are channels enough; else, as borders are, in float32 by core/products.h.
+// The sums go to their blocks in the end.
 // ((2 k - 1)^2 + 1) / 2 blocks [C, C] of 2 N H W operations each where unfolding takes
-// k^2 (k^2 + 1) / 2 (3 x 3: 13 instead of 45), three times on tensor cores with float32; one read
+// k^2 (k^2 + 1) / 2 (3 x 3: 13 instead of 45), three times on tensor cores with float32; two reads
 // and one write of the images to pack them.
 #include <algorithm>
-#include <array>
-#include <map>
-#include <tuple>
+#include <vector>
 
 #include "conv_lags.h"
-#include "conv_plan.h"
+#include "conv_lags_pack.h"
+#include "conv_lags_plan.h"
 #include "core/launch.h"
+#include "core/parts_product.h"
 #include "core/products.h"
 #include "core/splits.h"
 #include "core/triangle.h"
-#include "core/warp.h"
 
 namespace hesskern::cuda {
 
 namespace {
 
-constexpr int kSide = 32, kLines = 8;
-// Border lines of an axis, table entries in all and in one launch.
-constexpr size_t kMostBorders = 64, kMostEntries = 1 << 16, kEntriesPerLaunch = 4096;
+// Table entries in one launch.
+constexpr size_t kEntriesPerLaunch = 4096;
 // Elements of images that are packed at a time: 256 MB.
 constexpr int64_t kPacked = 1 << 26;
 constexpr int64_t kMostSplits = 32;
 // How much longer the same operations take where images are unfolded on the way.
 constexpr double kUnfolding = 2.5;
-
-// Signals of one kind: whole images, border rows, border columns or corner pixels; a flat array
-// puts zeros behind every line and lines of zeros behind every sample.
-struct Family {
-  bool border_h, border_w;
-  int64_t signals, lines, pitch, margin;
-
-  // Rows of a signal's flat array, between its margins and with them.
-  int64_t inner(int64_t samples) const { return samples * lines * pitch; }
-  int64_t rows(int64_t samples) const { return inner(samples) + 2 * margin; }
-};
-
-// A signal by another at several shifts, one after the other; first: place of its first block.
-struct Run {
-  int family;
-  int64_t a, b, shift, count, first;
-};
-
-// All that depends on the geometry of one layer alone.
-struct Plan {
-  ConvAxis h, w;
-  bool fits = false;  // within the limits above; only then there is more than the axes
-  Family families[4];
-  std::vector<Run> runs;
-  int64_t blocks = 0;        // [C, C] each
-  int64_t whole_blocks = 0;  // the first of them, of whole images
-  // Of pair (o, p) of kernel entries, block * 4 + 2 (transposed) + 1 (subtracted), between
-  // starts[o taps + p] and the next.
-  std::vector<int32_t> starts, entries;
-};
-
-using Geometry = std::array<int64_t, 10>;
-
-std::vector<std::vector<std::pair<size_t, int>>> parts_of_terms(
-    const ConvAxis& axis, const std::vector<AxisProduct>& list) {
-  std::vector<std::vector<std::pair<size_t, int>>> parts(static_cast<size_t>(axis.terms));
-  for (size_t i = 0; i < list.size(); ++i) {
-    for (const auto& [term, sign] : list[i].terms) {
-      parts[static_cast<size_t>(term)].emplace_back(i, sign);
-    }
-  }
-  // Every term holds those before it in its chain.
-  for (size_t t = 0; t < parts.size(); ++t) {
-    if (axis.previous[t] < 0) continue;
-    const auto& before = parts[static_cast<size_t>(axis.previous[t])];
-    parts[t].insert(parts[t].end(), before.begin(), before.end());
-  }
-  return parts;
-}
-
-// Parts of all pairs of an axis.
-size_t parts_of_pairs(const ConvAxis& axis,
-                      const std::vector<std::vector<std::pair<size_t, int>>>& parts) {
-  size_t total = 0;
-  for (const int64_t term : axis.term_of_pair) total += parts[static_cast<size_t>(term)].size();
-  return total;
-}
-
-Plan make_plan(const Geometry& g) {
-  Plan plan;
-  plan.h = make_axis(g[0], g[2], 1, g[4], g[6], g[8]);
-  plan.w = make_axis(g[1], g[3], 1, g[5], g[7], g[9]);
-  const ConvAxis &h = plan.h, &w = plan.w;
-  const auto list_h = axis_products(h), list_w = axis_products(w);
-  if (h.span <= 0 || w.span <= 0 || h.borders.size() > kMostBorders ||
-      w.borders.size() > kMostBorders) {
-    return plan;
-  }
-  const auto parts_h = parts_of_terms(h, list_h), parts_w = parts_of_terms(w, list_w);
-  if (parts_of_pairs(h, parts_h) * parts_of_pairs(w, parts_w) > kMostEntries) return plan;
-  plan.fits = true;
-  for (int f = 0; f < 4; ++f) {
-    Family& family = plan.families[f];
-    family.border_h = (f & 1) != 0;
-    family.border_w = (f & 2) != 0;
-    family.signals = static_cast<int64_t>((family.border_h ? h.borders.size() : 1) *
-                                          (family.border_w ? w.borders.size() : 1));
-    family.lines = family.border_h ? 1 : h.span + h.max_lag;
-    family.pitch = family.border_w ? 1 : w.span + w.max_lag;
-    family.margin =
-        (family.border_h ? 0 : h.max_lag * family.pitch) + (family.border_w ? 0 : w.max_lag);
-  }
-
-  const auto other_h = exchanged(list_h), other_w = exchanged(list_w);
-  const auto number = [&](int64_t i, int64_t j) {
-    return static_cast<size_t>(i) * list_w.size() + static_cast<size_t>(j);
-  };
-  // Family, signals, shift and number of every product; of two that are each other's transpose one.
-  using Key = std::tuple<int, int64_t, int64_t, int64_t, size_t>;
-  std::vector<Key> keys;
-  for (size_t i = 0; i < list_h.size(); ++i) {
-    for (size_t j = 0; j < list_w.size(); ++j) {
-      const AxisProduct &ph = list_h[i], &pw = list_w[j];
-      const size_t index = i * list_w.size() + j;
-      if (number(other_h[i], other_w[j]) < index) continue;
-      const int f = (ph.single ? 1 : 0) + (pw.single ? 2 : 0);
-      const int64_t across = pw.single ? static_cast<int64_t>(w.borders.size()) : 1;
-      keys.emplace_back(f, (ph.single ? ph.a : 0) * across + (pw.single ? pw.a : 0),
-                        (ph.single ? ph.b : 0) * across + (pw.single ? pw.b : 0),
-                        ph.lag * plan.families[f].pitch + pw.lag, index);
-    }
-  }
-  std::sort(keys.begin(), keys.end());
-  std::vector<int32_t> block_of(list_h.size() * list_w.size(), -1);
-  for (const auto& [f, a, b, shift, index] : keys) {
-    Run* last = plan.runs.empty() ? nullptr : &plan.runs.back();
-    if (last == nullptr || last->family != f || last->a != a || last->b != b ||
-        last->shift + last->count != shift) {
-      plan.runs.push_back({f, a, b, shift, 0, plan.blocks});
-      last = &plan.runs.back();
-    }
-    ++last->count;
-    block_of[index] = static_cast<int32_t>(plan.blocks++);
-    if (f == 0) plan.whole_blocks = plan.blocks;
-  }
-
-  const int64_t taps = h.taps * w.taps;
-  for (int64_t pair = 0; pair < taps * taps; ++pair) {
-    plan.starts.push_back(static_cast<int32_t>(plan.entries.size()));
-    const int64_t o = pair / taps, p = pair % taps;
-    const int64_t term_h = h.term_of_pair[static_cast<size_t>(o / w.taps * h.taps + p / w.taps)];
-    const int64_t term_w = w.term_of_pair[static_cast<size_t>(o % w.taps * w.taps + p % w.taps)];
-    for (const auto& [i, sign_h] : parts_h[static_cast<size_t>(term_h)]) {
-      for (const auto& [j, sign_w] : parts_w[static_cast<size_t>(term_w)]) {
-        const int32_t own = block_of[i * list_w.size() + j];
-        const int32_t block = own >= 0 ? own : block_of[number(other_h[i], other_w[j])];
-        plan.entries.push_back(4 * block + (own < 0 ? 2 : 0) + (sign_h * sign_w < 0 ? 1 : 0));
-      }
-    }
-  }
-  plan.starts.push_back(static_cast<int32_t>(plan.entries.size()));
-  return plan;
-}
-
-// The plans of the layers that came last.
-template <typename In>
-const Plan& plan_of(const ConvInputCovariance<In, float>& call) {
-  thread_local std::map<Geometry, Plan> plans;
-  constexpr size_t kMost = 256;
-  const Geometry key{call.height,    call.width,     call.kernel_h,   call.kernel_w,
-                     call.padding_h, call.padding_w, call.dilation_h, call.dilation_w,
-                     call.out_h,     call.out_w};
-  const auto found = plans.find(key);
-  if (found != plans.end()) return found->second;
-  if (plans.size() >= kMost) plans.clear();
-  return plans.emplace(key, make_plan(key)).first->second;
-}
-
-struct Borders {
-  int32_t h[kMostBorders], w[kMostBorders];
-};
-
-// One family's signals, packed [groups, signals, rows, channels] with channels rounded up.
-template <typename In>
-struct Packing {
-  ConvInputCovariance<In, float> call;
-  Family family;
-  int64_t rows, groups, packed_channels, borders_w;
-  // Of the axes, the positions v in [low, high) that are not zero; pixel v - padding.
-  int64_t first_h, low_h, high_h, first_w, low_w, high_w;
-};
-
-// A block takes a tile of 32 rows and 32 channels through shared memory: it reads along the
-// positions of an image and writes along its channels.
-template <typename In>
-__global__ void __launch_bounds__(kSide* kLines)
-    pack_kernel(const __grid_constant__ Packing<In> packing,
-                const __grid_constant__ Borders borders, float* out) {
-  __shared__ float tile[kSide][kSide + 1];
-  const ConvInputCovariance<In, float>& call = packing.call;
-  const Family& family = packing.family;
-  const int64_t row_tiles = ceil_div(packing.rows, kSide);
-  const int64_t channel_tiles = ceil_div(packing.packed_channels, kSide);
-  const int64_t row0 = blockIdx.x % row_tiles * kSide;
-  const int64_t channel0 = blockIdx.x / row_tiles % channel_tiles * kSide;
-  const int64_t signal = blockIdx.x / row_tiles / channel_tiles;  // group and signal
-  const int64_t group = signal / family.signals, own = signal % family.signals;
-  const int x = static_cast<int>(threadIdx.x), y0 = static_cast<int>(threadIdx.y);
-
-  const int64_t row = row0 + x - family.margin;
-  const int64_t line = row / family.pitch, column = row % family.pitch;
-  const int64_t n = line / family.lines;
-  const int64_t v =
-      family.border_h ? borders.h[own / packing.borders_w] : packing.first_h + line % family.lines;
-  const int64_t u = family.border_w ? borders.w[own % packing.borders_w] : packing.first_w + column;
-  const bool inside = row >= 0 && n < call.samples && v >= packing.low_h && v < packing.high_h &&
-                      u >= packing.low_w && u < packing.high_w;
-  const In* from = call.x + n * call.sample_stride + (v - call.padding_h) * call.row_stride +
-                   (u - call.padding_w) * call.column_stride;
-  for (int y = y0; y < kSide; y += kLines) {
-    const int64_t channel = channel0 + y;
-    tile[y][x] = inside && channel < call.group_channels
-                     ? to_float(from[(group * call.group_channels + channel) * call.channel_stride])
-                     : 0.0f;
-  }
-  __syncthreads();
-  for (int y = y0; y < kSide; y += kLines) {
-    const int64_t target = row0 + y, channel = channel0 + x;
-    if (target < packing.rows && channel < packing.packed_channels) {
-      out[(signal * packing.rows + target) * packing.packed_channels + channel] = tile[x][y];
-    }
-  }
-}
 
 // Numbers that travel as a parameter, so that a captured graph keeps them.
 struct Numbers {
@@ -291,51 +88,116 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-int64_t padded(int64_t elements) {
-  return ceil_div(elements, 4) * 4;
+int64_t padded(int64_t elements, int64_t to = 4) {
+  return ceil_div(elements, to) * to;
+}
+
+// Whether whole images are multiplied in parts: what a launch for every run and group costs is
+// little then, and tiles of 128 channels are not mostly empty.
+template <typename In>
+bool multiplies_parts(const ConvLags<In>& lags, const LagPlan& plan, int64_t samples) {
+  constexpr int64_t kFewestChannels = 32, kMostGroups = 4;
+  const ConvInputCovariance<In, float>& call = lags.call;
+  return call.group_channels >= kFewestChannels && call.sum.groups <= kMostGroups &&
+         plan.families[0].inner(samples) >= lags.fewest_part_rows && parts_products_available();
 }
 
 // Where everything lies in the workspace, and how the products are cut, for so many samples.
 template <typename In>
 struct Layout {
-  const Plan& plan;
-  int64_t groups, channels, packed_channels, samples, splits, columns;
-  int64_t packed[4], sums, table, size;
+  static constexpr PartsType kType = parts_type_of<In>();
+  static constexpr int kParts = sizeof(In) == 4 ? 2 : 1;
 
-  Layout(const ConvInputCovariance<In, float>& call, const Plan& plan_, int64_t samples_)
+  const LagPlan& plan;
+  bool in_parts;
+  int64_t most_rows, groups, channels, packed_channels, samples, splits, columns;
+  // Shifts of the longest run of whole images.
+  int64_t repeats = 0;
+  int64_t packed[4], sums, table, largest, exponents, scratch, size;
+
+  Layout(const ConvLags<In>& lags, const LagPlan& plan_, int64_t samples_)
       : plan(plan_),
-        groups(call.sum.groups),
-        channels(call.group_channels),
-        packed_channels(padded(channels)),
+        in_parts(multiplies_parts(lags, plan_, samples_)),
+        most_rows(lags.most_part_rows),
+        groups(lags.call.sum.groups),
+        channels(lags.call.group_channels),
+        packed_channels(padded(channels, in_parts ? 8 : 4)),
         samples(samples_),
         columns(plan_.blocks * packed_channels) {
-    int64_t tiles = 0;
-    for (const Run& run : plan.runs) {
-      if (run.family == 0) {
-        tiles += groups * ceil_div(channels, 64) * ceil_div(run.count * packed_channels, 64);
-      }
+    splits = in_parts ? 1 : splits_of_whole_images();
+    for (const LagRun& run : plan.runs) {
+      if (run.family == 0) repeats = std::max(repeats, run.count);
     }
-    const int64_t rows = plan.families[0].inner(samples);
-    // In rows.
-    constexpr int64_t kWrite = 128, kFewest = 512;
-    splits = plan_splits(tiles, rows, 2 * current_device().processors, kWrite, 1,
-                         std::min(rows / kFewest, kMostSplits))
-                 .count;
     size = 0;
     for (int f = 0; f < 4; ++f) {
-      packed[f] = size;
-      size += groups * plan.families[f].signals * plan.families[f].rows(samples) * packed_channels;
+      const LagFamily& family = plan.families[f];
+      const int64_t elements = groups * family.signals * family.rows(samples) * packed_channels;
+      packed[f] = take(f == 0 && in_parts ? elements * kParts / 2 : elements);
     }
-    sums = size;
-    size += padded(splits * groups * channels * columns);
-    table = size;
-    size += static_cast<int64_t>(plan.starts.size() + plan.entries.size());
+    sums = take(splits * groups * channels * columns);
+    table = take(static_cast<int64_t>(plan.starts.size() + plan.entries.size()));
+    const bool scaled = in_parts && sizeof(In) == 4;
+    largest = take(scaled ? kLargestParts * groups * channels : 0);
+    exponents = take(scaled ? groups * repeats * packed_channels : 0);
+    scratch = take(in_parts ? product_scratch() : 0);
   }
 
+  // Signals of whole images, rows along k, from the first shift of a run on.
+  int64_t whole_rows() const { return plan.families[0].inner(samples); }
+
+  // visit(run, first row, rows) of the products in parts, one group's.
+  template <class Visit>
+  cudaError_t each_part(Visit visit) const {
+    for (const LagRun& run : plan.runs) {
+      if (run.family != 0) continue;
+      for (int64_t first = 0; first < whole_rows(); first += most_rows) {
+        const cudaError_t error = visit(run, first, std::min(most_rows, whole_rows() - first));
+        if (error != cudaSuccess) return error;
+      }
+    }
+    return cudaSuccess;
+  }
+  PartsProduct part_product(const LagRun& run, int64_t rows) const {
+    return {kType, false, channels, run.count * packed_channels, rows, false};
+  }
+
+  // Sums of whole images from their parts.
+  cudaError_t multiply_parts(float* workspace, cudaStream_t stream) const {
+    const LagFamily& family = plan.families[0];
+    const int64_t signal = family.rows(samples) * packed_channels;
+    const auto* parts = reinterpret_cast<const uint16_t*>(workspace + packed[0]);
+    const auto* scales =
+        sizeof(In) == 4 ? reinterpret_cast<const int*>(workspace + exponents) : nullptr;
+    for (int64_t group = 0; group < groups; ++group) {
+      const uint16_t* const own = parts + group * signal + family.margin * packed_channels;
+      const int* const scale =
+          scales == nullptr ? nullptr : scales + group * repeats * packed_channels;
+      const cudaError_t error = each_part([&](const LagRun& run, int64_t first, int64_t rows) {
+        const int64_t part_step = groups * signal;
+        const PartsMatrix a{
+            own + first * packed_channels, rows, channels, packed_channels, part_step, scale};
+        const PartsMatrix b{own + (first + run.shift) * packed_channels,
+                            rows,
+                            run.count * packed_channels,
+                            packed_channels,
+                            part_step,
+                            scale};
+        const PartsTarget to{
+            workspace + sums + group * channels * columns + run.first * packed_channels, columns, 1,
+            1.0f, first > 0};
+        return part_product(run, rows).run(a, b, 0, to, workspace + scratch, stream);
+      });
+      if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+  }
+
+  // Products of float32 signals.
   std::vector<Product<float>> products(float* workspace) const {
     std::vector<Product<float>> list;
-    for (const Run& run : plan.runs) {
-      const Family& family = plan.families[run.family];
+    for (const LagRun& run : plan.runs) {
+      if (run.family == 0 && in_parts) continue;
+      const LagFamily& family = plan.families[run.family];
       const int64_t rows = family.rows(samples), inner = family.inner(samples);
       const int64_t share = run.family == 0 ? ceil_div(inner, splits) : inner;
       for (int64_t group = 0; group < groups; ++group) {
@@ -367,19 +229,76 @@ struct Layout {
     const int64_t inner = plan.families[0].inner(samples);
     return ceil_div(inner, ceil_div(inner, splits));
   }
+
+ private:
+  int64_t take(int64_t elements) {
+    const int64_t place = size;
+    size += padded(elements);
+    return place;
+  }
+  int64_t splits_of_whole_images() const {
+    int64_t tiles = 0;
+    for (const LagRun& run : plan.runs) {
+      if (run.family == 0) {
+        tiles += groups * ceil_div(channels, 64) * ceil_div(run.count * packed_channels, 64);
+      }
+    }
+    // In rows.
+    constexpr int64_t kWrite = 128, kFewest = 512;
+    return plan_splits(tiles, whole_rows(), 2 * current_device().processors, kWrite, 1,
+                       std::min(whole_rows() / kFewest, kMostSplits))
+        .count;
+  }
+  int64_t product_scratch() const {
+    int64_t most = 0;
+    each_part([&](const LagRun& run, int64_t, int64_t rows) {
+      most = std::max(most, part_product(run, rows).workspace());
+      return cudaSuccess;
+    });
+    return most;
+  }
 };
 
 template <typename In>
-int64_t chunk_samples(const ConvInputCovariance<In, float>& call, const Plan& plan) {
+int64_t chunk_samples(const ConvInputCovariance<In, float>& call, const LagPlan& plan) {
   const int64_t sample = plan.families[0].inner(1) * padded(call.group_channels) * call.sum.groups;
   return std::clamp<int64_t>(kPacked / std::max<int64_t>(sample, 1), 1, call.samples);
+}
+
+// Parts of whole images.
+template <typename In>
+cudaError_t pack_parts(const ConvInputCovariance<In, float>& call, const Layout<In>& layout,
+                       const LagPacking<In>& packing, float* workspace, cudaStream_t stream) {
+  int* const exponents = reinterpret_cast<int*>(workspace + layout.exponents);
+  const int64_t pitch = layout.repeats * layout.packed_channels;
+  if constexpr (sizeof(In) == 4) {
+    auto* const largest = reinterpret_cast<uint32_t*>(workspace + layout.largest);
+    const int64_t channels = layout.groups * layout.channels;
+    const int parts = static_cast<int>(std::min<int64_t>(kLargestParts, call.samples));
+    cudaError_t error =
+        launch(largest_of_channels_kernel<In>,
+               dim3(static_cast<unsigned>(ceil_div(channels, 32)), static_cast<unsigned>(parts)),
+               dim3(kThreads), 0, stream, call, largest);
+    if (error == cudaSuccess) {
+      const int64_t count = layout.groups * layout.packed_channels;
+      error =
+          launch(channel_exponents_kernel, dim3(static_cast<unsigned>(ceil_div(count, kThreads))),
+                 dim3(kThreads), 0, stream, static_cast<const uint32_t*>(largest), parts,
+                 layout.channels, layout.groups, layout.packed_channels, layout.repeats, exponents);
+    }
+    if (error != cudaSuccess) return error;
+  }
+  const int64_t part_words = layout.groups * packing.rows * layout.packed_channels / 2;
+  return launch(pack_parts_kernel<In>, dim3(static_cast<unsigned>(packing.tiles())),
+                dim3(kPackSide, kPackLines), 0, stream, packing, static_cast<const int*>(exponents),
+                pitch, part_words, reinterpret_cast<uint32_t*>(workspace + layout.packed[0]));
 }
 
 template <typename In>
 cudaError_t pack(const ConvInputCovariance<In, float>& call, const Layout<In>& layout,
                  float* workspace, cudaStream_t stream) {
   const ConvAxis &h = layout.plan.h, &w = layout.plan.w;
-  Borders borders{};
+  LagBorders borders{};
   for (size_t i = 0; i < h.borders.size(); ++i) {
     borders.h[i] = static_cast<int32_t>(h.borders[i].position);
   }
@@ -387,25 +306,14 @@ cudaError_t pack(const ConvInputCovariance<In, float>& call, const Layout<In>& l
     borders.w[i] = static_cast<int32_t>(w.borders[i].position);
   }
   for (int f = 0; f < 4; ++f) {
-    const Family& family = layout.plan.families[f];
-    if (family.signals == 0) continue;
-    const Packing<In> packing{call,
-                              family,
-                              family.rows(layout.samples),
-                              layout.groups,
-                              layout.packed_channels,
-                              family.border_w ? static_cast<int64_t>(w.borders.size()) : 1,
-                              h.first,
-                              h.low[0],
-                              h.high[0],
-                              w.first,
-                              w.low[0],
-                              w.high[0]};
-    const int64_t tiles = layout.groups * family.signals * ceil_div(packing.rows, kSide) *
-                          ceil_div(layout.packed_channels, kSide);
+    if (layout.plan.families[f].signals == 0) continue;
+    const LagPacking<In> packing(call, layout.plan, f, layout.packed_channels);
     const cudaError_t error =
-        launch(pack_kernel<In>, dim3(static_cast<unsigned>(tiles)), dim3(kSide, kLines), 0, stream,
-               packing, borders, workspace + layout.packed[f]);
+        f == 0 && layout.in_parts
+            ? pack_parts(call, layout, packing, workspace, stream)
+            : launch(pack_signals_kernel<In>, dim3(static_cast<unsigned>(packing.tiles())),
+                     dim3(kPackSide, kPackLines), 0, stream, packing, borders,
+                     workspace + layout.packed[f]);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -425,15 +333,17 @@ cudaError_t store(const std::vector<int32_t>& values, int32_t* out, cudaStream_t
 
 // workspace: what plan() asks for.
 template <typename In>
-cudaError_t run(const ConvInputCovariance<In, float>& call, float* workspace, cudaStream_t stream) {
-  const Plan& plan = plan_of(call);
+cudaError_t run(const ConvLags<In>& lags, float* workspace, cudaStream_t stream) {
+  const ConvInputCovariance<In, float>& call = lags.call;
+  const LagPlan& plan = lag_plan(geometry_of(call));
   const int64_t step = chunk_samples(call, plan);
   for (int64_t first = 0; first < call.samples; first += step) {
     ConvInputCovariance<In, float> some = call;
     some.samples = std::min(step, call.samples - first);
     some.x += first * call.sample_stride;
-    const Layout<In> layout(some, plan, some.samples);
+    const Layout<In> layout(lags, plan, some.samples);
     cudaError_t error = pack(some, layout, workspace, stream);
+    if (error == cudaSuccess && layout.in_parts) error = layout.multiply_parts(workspace, stream);
     if (error != cudaSuccess) return error;
     // Numbers of 8 and 11 bits are tf32 numbers: one term is exact.
     error = multiply_all(layout.products(workspace), call.tf32 || sizeof(In) == 2, stream);
@@ -469,12 +379,12 @@ bool ConvLags<In>::pays() const {
       call.group_channels < kFewestChannels) {
     return false;
   }
-  const Plan& plan = plan_of(call);
+  const LagPlan& plan = lag_plan(geometry_of(call));
   if (!plan.fits) return false;
   // Multiplications of a sample, tiles that are not full included.
   const int64_t packed_channels = padded(call.group_channels);
   double lags = 0;
-  for (const Run& run : plan.runs) {
+  for (const LagRun& run : plan.runs) {
     lags +=
         static_cast<double>(plan.families[run.family].inner(1) * ceil_div(call.group_channels, 64) *
                             ceil_div(run.count * packed_channels, 64) * (64 * 64));
@@ -485,12 +395,12 @@ bool ConvLags<In>::pays() const {
 
 template <typename In>
 Work<float> ConvLags<In>::plan() const {
-  const Plan& plan = plan_of(call);
+  const LagPlan& plan = lag_plan(geometry_of(call));
   const int64_t step = chunk_samples(call, plan), last = (call.samples - 1) % step + 1;
   const int64_t workspace =
-      std::max(Layout<In>(call, plan, step).size, Layout<In>(call, plan, last).size);
+      std::max(Layout<In>(*this, plan, step).size, Layout<In>(*this, plan, last).size);
   return {workspace,
-          [call = call](float* memory, cudaStream_t stream) { return run(call, memory, stream); }};
+          [lags = *this](float* memory, cudaStream_t stream) { return run(lags, memory, stream); }};
 }
 
 template struct ConvLags<float>;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "conv_input_covariance.h"
+#include "core/parts_product.h"
 
 namespace hesskern::cuda {
 
@@ -10,6 +11,10 @@ namespace hesskern::cuda {
 template <typename In>
 struct ConvLags {
   ConvInputCovariance<In, float> call;
+  // Rows of packed images from which on they are multiplied in 16-bit parts.
+  int64_t fewest_part_rows = 4096;
+  // Of these rows a launch takes at most so many.
+  int64_t most_part_rows = kLongestPartsSum;
 
   // Whether this takes less time than unfolding on the way.
   bool pays() const;

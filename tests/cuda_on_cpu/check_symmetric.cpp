@@ -149,7 +149,7 @@ void convolution(const char* type, const Shape& s, bool channels_last, bool tf32
                            std::to_string(s.groups) + (channels_last ? " channels last" : "") +
                            (tf32 ? " tf32" : "");
   if constexpr (std::is_same_v<T, float>) {
-    if (by_lags) return run(ConvLags<In>{call}, acc, name, limit_of<T>(tf32));
+    if (by_lags) return run(ConvLags<In>{call, 1, 50}, acc, name, limit_of<T>(tf32));
   }
   run(call, acc, name, limit_of<T>(tf32));
 }
@@ -327,6 +327,20 @@ void check_conv_lags(bool few) {
                                true);
   convolution<Float16, float>("float16", {2, 6, 5, 6, 1, 3, 3, 1, 1, 1, 1, 1, 1}, false, false, 2,
                               true);
+  // Channels enough for whole images in 16-bit parts: channels last, groups, more rows than a sum.
+  convolution<float, float>("float", {2, 33, 5, 4, 1, 3, 3, 1, 1, 1, 1, 1, 1}, false, false, 2,
+                            true);
+  convolution<float, float>("float", {2, 72, 4, 4, 2, 3, 2, 1, 1, 1, 0, 1, 1}, true, false, 2,
+                            true);
+  convolution<BFloat16, float>("bfloat16", {3, 34, 4, 4, 1, 3, 3, 1, 1, 1, 1, 1, 1}, true, false, 2,
+                               true);
+  convolution<Float16, float>("float16", {2, 32, 4, 5, 1, 3, 3, 1, 1, 0, 0, 1, 1}, false, false, 2,
+                              true);
+  // Other devices.
+  emulation::device().capability = 80;
+  convolution<float, float>("float", {2, 33, 5, 4, 1, 3, 3, 1, 1, 1, 1, 1, 1}, false, false, 2,
+                            true);
+  emulation::device().capability = emulation::Properties().capability;
   ConvInputCovariance<float, float> layer{};
   layer.samples = 64, layer.height = layer.width = layer.out_h = layer.out_w = 32;
   layer.kernel_h = layer.kernel_w = 3, layer.padding_h = layer.padding_w = 1;

@@ -25,6 +25,19 @@ __device__ inline void split_pair(float x, float y, uint32_t& high, uint32_t& lo
   low = float16_pair(x - high_x, y - high_y);
 }
 
+// A power of two for |exponent| <= 252, beyond float's range in two factors.
+struct PowerOfTwo {
+  float first = 1.0f, second = 1.0f;
+
+  PowerOfTwo() = default;
+  __device__ explicit PowerOfTwo(int exponent) {
+    const int near = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
+    first = float_of(static_cast<uint32_t>(near + 127) << 23);
+    second = float_of(static_cast<uint32_t>(exponent - near + 127) << 23);
+  }
+  __device__ float times(float value) const { return value * first * second; }
+};
+
 // Two powers of two whose product is one: values times to_half fit float16.
 struct Scale {
   float to_half, back;

@@ -96,7 +96,7 @@ struct RandomParts {
 
   RandomParts(int part_count, int64_t row_count, int64_t column_count, bool is_along_k)
       : memory(part_count * row_count * ((column_count + 7) / 8 * 8 + 8)),
-        exponents(is_along_k ? 1 : column_count),
+        exponents(is_along_k ? row_count : column_count),
         rows(row_count),
         columns(column_count),
         step((column_count + 7) / 8 * 8 + 8),
@@ -120,7 +120,7 @@ struct RandomParts {
     if (i < 0 || i >= rows) return 0;
     double total = 0;
     for (int64_t p = 0; p < parts; ++p) total += value_of(memory[(p * rows + i) * step + j]);
-    return parts == 1 ? total : std::ldexp(total, -exponents[along_k ? 0 : j]);
+    return parts == 1 ? total : std::ldexp(total, -exponents[along_k ? i : j]);
   }
   PartsMatrix matrix() const {
     return {memory.data(), rows,        columns,

@@ -25,6 +25,14 @@ __device__ inline void split_pair(float x, float y, uint32_t& high, uint32_t& lo
   low = float16_pair(x - high_x, y - high_y);
 }
 
+// value 2^e, to within float's range for |e| <= 252; beyond, as for 252.
+__device__ inline float times_power(float value, int e) {
+  const auto within = [](int x) { return x < -126 ? -126 : x > 126 ? 126 : x; };
+  const int first = within(e), second = within(e - first);
+  return value * float_of(static_cast<uint32_t>(first + 127) << 23) *
+         float_of(static_cast<uint32_t>(second + 127) << 23);
+}
+
 // Two powers of two whose product is one: values times to_half fit float16.
 struct Scale {
   float to_half, back;

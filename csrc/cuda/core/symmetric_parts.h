@@ -30,7 +30,9 @@ struct SymmetricPartsBlocks {
       : rows(all),
         block(std::min(all, most)),
         whole(type, false, order, order, block, true, column_tile),
-        last(type, false, order, order, (all - 1) % block + 1, true, column_tile) {}
+        last(all % block == 0
+                 ? whole
+                 : PartsProduct(type, false, order, order, all % block, true, column_tile)) {}
 
   // Elements of float, a multiple of four.
   int64_t workspace() const { return (std::max(whole.workspace(), last.workspace()) + 3) / 4 * 4; }

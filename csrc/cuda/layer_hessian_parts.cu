@@ -26,44 +26,11 @@ struct Chunk {
                  count * call.positions, false) {}
 };
 
-int64_t quarters(int64_t elements) {
-  return ceil_div(elements, 4) * 4;
-}
-
-// Places in the workspace, in elements of float: packed rows of so many columns.
-struct PackedPlace {
-  int64_t rows, columns, scales, exponents, flags, parts, end;
-
-  // scales: how many exponents.
-  PackedPlace(int64_t begin, int64_t row_count, int64_t column_count, int64_t exponent_count)
-      : rows(row_count), columns(column_count), scales(exponent_count), exponents(begin) {
-    flags = exponents + quarters(scales);
-    parts = flags + quarters(ceil_div(columns, kPackedBlock));
-    // Two parts of two bytes.
-    end = parts + rows * ceil_div(columns, 8) * 8;
-  }
-  PackedRows in(float* workspace, int64_t used_rows) const {
-    return {reinterpret_cast<uint16_t*>(workspace + parts), used_rows, columns,
-            reinterpret_cast<int*>(workspace + exponents),
-            reinterpret_cast<int*>(workspace + flags)};
-  }
-};
-
-PartsMatrix matrix_of(const PackedRows& packed, const int* exponents) {
-  return {packed.parts,    packed.rows,        packed.columns,
-          packed.padded(), packed.part_step(), exponents};
-}
-
 int64_t chunk_samples(const LayerHessianParts& parts) {
   const int64_t row_bytes = 4 * (ceil_div(parts.call.inputs, 8) * 8);
   const int64_t rows =
       std::min(std::max(parts.bytes / row_bytes, parts.least_rows), parts.most_rows);
   return std::clamp<int64_t>(rows / parts.call.positions, 1, parts.call.samples);
-}
-
-RowsWithOnes<float> rows_from(const float* data, const Axis& row, const Axis& column, int64_t rows,
-                              int64_t columns) {
-  return RowsWithOnes<float>{{data, row, column, rows, columns}, false}.with_alignment();
 }
 
 }  // namespace
@@ -86,10 +53,10 @@ Work<float> LayerHessianParts::plan() const {
   const Chunk whole(call, step), last = left == 0 ? whole : Chunk(call, left);
   const int64_t sums = std::max({whole.forward.workspace(), whole.backward.workspace(),
                                  last.forward.workspace(), last.backward.workspace()});
-  const PackedPlace x(quarters(sums), rows, call.inputs, ceil_div(call.inputs, 8) * 8);
-  const PackedPlace v(x.end, columns, call.inputs, columns);
-  const PackedPlace y_parts(v.end, rows, columns, ceil_div(columns, 8) * 8);
-  const int64_t y = y_parts.end, coefficients = y + quarters(rows * columns);
+  const PackedPlace x(whole_pieces(sums), 2, rows, call.inputs);
+  const PackedPlace v(x.end, 2, columns, call.inputs, true);
+  const PackedPlace y_parts(v.end, 2, rows, columns);
+  const int64_t y = y_parts.end, coefficients = y + whole_pieces(rows * columns);
   const bool in_order = call.positions == 1 || call.x_sample == call.positions * call.x_position;
   const Axis row = !in_order             ? Axis{call.x_position, call.positions, call.x_sample}
                    : call.positions == 1 ? Axis{call.x_sample}
@@ -99,7 +66,7 @@ Work<float> LayerHessianParts::plan() const {
       const Chunk& chunk = call.samples - first >= step ? whole : last;
       const int64_t count = chunk.samples * call.positions;
       const auto source =
-          rows_from(call.x + first * call.x_sample, row, {call.x_input}, count, call.inputs);
+          rows_by_axes(call.x + first * call.x_sample, row, {call.x_input}, count, call.inputs);
       const PackedRows packed_x = x.in(memory, count);
       const bool along_rows = row.step == 1 && call.x_input != 1;
       cudaError_t error = pack_rows<2>(source, 0, along_rows, packed_x, stream);
@@ -107,9 +74,7 @@ Work<float> LayerHessianParts::plan() const {
 
       // Anew for every chunk, whose columns have their own exponents.
       const PackedRows packed_v = v.in(memory, columns);
-      error = launch(pack_along_k_kernel<kThreads>, dim3(static_cast<unsigned>(columns)),
-                     dim3(kThreads), 0, stream, call.vectors, call.inputs, int64_t{1},
-                     static_cast<const int*>(packed_x.exponents), packed_v);
+      error = pack_along_k(call.vectors, call.inputs, 1, packed_x.exponents, packed_v, stream);
       if (error != cudaSuccess) return error;
       error =
           chunk.forward.run(matrix_of(packed_x, nullptr), matrix_of(packed_v, packed_v.exponents),
@@ -120,7 +85,7 @@ Work<float> LayerHessianParts::plan() const {
       if (error != cudaSuccess) return error;
 
       const PackedRows packed_y = y_parts.in(memory, count);
-      error = pack_rows<2>(rows_from(memory + y, {columns}, {1}, count, columns), 0, false,
+      error = pack_rows<2>(rows_by_axes(memory + y, {columns}, {1}, count, columns), 0, false,
                            packed_y, stream);
       if (error != cudaSuccess) return error;
       error = chunk.backward.run(matrix_of(packed_y, packed_y.exponents),

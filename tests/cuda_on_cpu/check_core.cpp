@@ -222,8 +222,7 @@ Work<float> work_of(const In* x, const Axis& row, const Axis& column, const Symm
       return plan_symmetric_parts(x, row.step, s.rows, sum, s.limits);
     }
   }
-  const RowsWithOnes<In> source =
-      RowsWithOnes<In>{{x, row, column, s.rows, s.columns}, s.ones}.with_alignment();
+  const auto source = rows_by_axes(x, row, column, s.rows, s.columns, s.ones);
   if constexpr (sizeof(In) == 4) {
     if (!s.tf32) return plan_packed_symmetric<2>(source, s.transposed, s.rows, sum, s.limits);
   }

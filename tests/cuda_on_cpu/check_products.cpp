@@ -1,6 +1,7 @@
 // kron_matmul.cu and layer_hessian_matmul.cu (and products.cu with them) on the CPU.
 #include "check.h"
 #include "checks.h"
+#include "core/large_products.h"
 #include "core/products.h"
 #include "kron_matmul.h"
 #include "layer_hessian_matmul.h"
@@ -64,8 +65,8 @@ struct Sizes {
 
 // Layers of these sizes in one call; eigen: with scaling and the way back.
 template <typename T>
-void kron(const char* type, const std::vector<Sizes>& sizes, bool eigen, bool tf32,
-          int processors) {
+void kron(const char* type, const std::vector<Sizes>& sizes, bool eigen, bool tf32, int processors,
+          const LargeFrom& from = {}) {
   multiprocessor_count_is(processors);
   std::vector<std::unique_ptr<Matrix<T>>> matrices;
   std::vector<std::unique_ptr<Memory<T>>> outs;
@@ -111,7 +112,7 @@ void kron(const char* type, const std::vector<Sizes>& sizes, bool eigen, bool tf
     }
     expected.push_back(all);
   }
-  const Work<T> work = plan_kron_matmul(layers, tf32);
+  const Work<T> work = plan_kron_matmul(layers, tf32, from);
   const Memory<T> memory(work.workspace);
   const std::string name = std::string(eigen ? "kron_eigen_matmul " : "kron_matmul ") + type +
                            " of " + std::to_string(layers.size()) + " layers, first " +
@@ -249,18 +250,24 @@ void product(int64_t m, int64_t n, int64_t k, bool a_along_k, bool b_along_k, bo
                            (a_along_k ? "along" : "across") + " [" + std::to_string(k) + ", " +
                            std::to_string(n) + "] " + (b_along_k ? "along" : "across") +
                            (tf32 ? " tf32" : "");
-  if (multiply_all<float>({one}, tf32, nullptr) != cudaSuccess) {
-    return report(name + ": not launched", 1, 0);
-  }
-  report(name,
-         relative_error(
-             m * n, [&](int64_t e) { return c[e]; },
-             [&](int64_t e) {
-               double total = 0;
-               for (int64_t j = 0; j < k; ++j) total += a(e / n, j) * b(j, e % n);
-               return total;
-             }),
-         limit_of<float>(tf32));
+  const auto compare = [&](const std::string& way, cudaError_t error) {
+    if (error != cudaSuccess) return report(name + way + ": not launched", 1, 0);
+    report(name + way,
+           relative_error(
+               m * n, [&](int64_t e) { return c[e]; },
+               [&](int64_t e) {
+                 double total = 0;
+                 for (int64_t j = 0; j < k; ++j) total += a(e / n, j) * b(j, e % n);
+                 return total;
+               }),
+           limit_of<float>(tf32));
+  };
+  compare("", multiply_all<float>({one}, tf32, nullptr));
+  if (tf32) return;
+  std::fill(c.data(), c.data() + c.size(), 0.0f);
+  const LargeProduct large(one);
+  const Memory<float> workspace(large.workspace());
+  compare(" by parts", large.run(one, workspace.data(), nullptr));
 }
 
 }  // namespace
@@ -293,6 +300,10 @@ void check_kron_matmul(bool few) {
   kron<float>("float", {{1, 36, 72, 68, 40}, {1, 5, 7, 6, 3}}, false, true, 2);
   kron<float>("float", {{1, 16, 16, 128, 128}}, false, false, 1);
   kron<float>("float", {{1, 16, 16, 128, 128}}, false, true, 1);
+  // Some of the products are large, of one layer none.
+  kron<float>("float", {{1, 36, 70, 40, 33}, {2, 5, 7, 4, 6}, {3, 9, 20, 10, 12}}, false, false, 2,
+              {10000, 8});
+  kron<float>("float", {{1, 20, 24, 20, 24}, {2, 3, 4, 3, 4}}, true, false, 2, {5000, 8});
   kron<double>("double", {{2, 9, 70, 66, 20}, {1, 5, 6, 7, 8}}, true, false, 2);
 }
 

@@ -18,6 +18,7 @@
 #include "elements.h"
 #include "float16_parts.h"
 #include "launch.h"
+#include "parts_product.h"
 #include "warp.h"
 
 namespace hesskern::cuda {
@@ -35,6 +36,32 @@ struct PackedRows {
 
   __host__ __device__ int64_t padded() const { return (columns + 7) / 8 * 8; }
   __host__ __device__ int64_t part_step() const { return rows * padded(); }
+};
+
+inline PartsMatrix matrix_of(const PackedRows& packed, const int* exponents) {
+  return {packed.parts,    packed.rows,        packed.columns,
+          packed.padded(), packed.part_step(), exponents};
+}
+
+// Where packed rows of so many columns lie in a workspace, in elements of float from begin on, a
+// multiple of four; along_k: exponents are of rows.
+struct PackedPlace {
+  int64_t columns, exponents, flags, parts, end;
+
+  PackedPlace(int64_t begin, int64_t part_count, int64_t rows, int64_t column_count,
+              bool along_k = false)
+      : columns(column_count), exponents(begin) {
+    const int64_t padded = ceil_div(columns, 8) * 8;
+    flags = exponents + (along_k ? whole_pieces(rows) : padded);
+    parts = flags + whole_pieces(ceil_div(columns, kPackedBlock));
+    end = parts + part_count * rows * padded / 2;
+  }
+
+  PackedRows in(float* workspace, int64_t rows) const {
+    return {reinterpret_cast<uint16_t*>(workspace + parts), rows, columns,
+            reinterpret_cast<int*>(workspace + exponents),
+            reinterpret_cast<int*>(workspace + flags)};
+  }
 };
 
 // The largest power of two in a finite magnitude other than zero, by its bits.
@@ -266,14 +293,15 @@ __global__ void __launch_bounds__(Threads)
   __shared__ uint32_t highest[Threads / 32];
   const int thread = static_cast<int>(threadIdx.x);
   const float* const from = matrix + blockIdx.x * row_step;
+  const auto of_column = [=](int64_t j) { return k_exponents == nullptr ? 0 : k_exponents[j]; };
   // As numbers from 1 on; the row holds what is not finite: 0xffffffff.
   uint32_t most = 0;
   for (int64_t j = thread; j < to.columns; j += Threads) {
     const uint32_t bits = bits_of(from[j * column_step]) & 0x7fffffffu;
     if (bits == 0) continue;
-    const uint32_t here =
-        bits >= 0x7f800000u ? 0xffffffffu
-                            : static_cast<uint32_t>(exponent_of_bits(bits) - k_exponents[j] + 1024);
+    const uint32_t here = bits >= 0x7f800000u
+                              ? 0xffffffffu
+                              : static_cast<uint32_t>(exponent_of_bits(bits) - of_column(j) + 1024);
     most = here > most ? here : most;
   }
   most = warp_max(most);
@@ -290,13 +318,19 @@ __global__ void __launch_bounds__(Threads)
   for (int64_t j = 2 * thread; j < to.padded(); j += 2 * Threads) {
     const auto value = [&](int64_t column) {
       if (column >= to.columns) return 0.0f;
-      return times_power(from[column * column_step], exponent - k_exponents[column]);
+      return times_power(from[column * column_step], exponent - of_column(column));
     };
     uint32_t high, low;
     split_pair(value(j), value(j + 1), high, low);
     *reinterpret_cast<uint32_t*>(out + j) = high;
     *reinterpret_cast<uint32_t*>(out + j + to.part_step()) = low;
   }
+}
+
+inline cudaError_t pack_along_k(const float* matrix, int64_t row_step, int64_t column_step,
+                                const int* k_exponents, const PackedRows& to, cudaStream_t stream) {
+  return launch(pack_along_k_kernel<kThreads>, dim3(static_cast<unsigned>(to.rows)), dim3(kThreads),
+                0, stream, matrix, row_step, column_step, k_exponents, to);
 }
 
 // Rows first_row, ... of the source, to.rows of them. along_rows: rows lie side by side in memory.

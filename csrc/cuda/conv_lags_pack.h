@@ -130,11 +130,11 @@ __global__ void __launch_bounds__(kPackSide* kPackLines)
   const int pair = thread % kPairs;
   const int64_t channel = place.channel0 + 2 * pair;
   if (channel >= packing.packed_channels) return;
-  [[maybe_unused]] PowerOfTwo scale[2];
+  [[maybe_unused]] int exponent[2];
   if constexpr (sizeof(In) == 4) {
     const int* const own = exponents + place.group * exponent_pitch + channel;
-    scale[0] = PowerOfTwo(own[0]);
-    scale[1] = PowerOfTwo(own[1]);
+    exponent[0] = own[0];
+    exponent[1] = own[1];
   }
   constexpr int kStep = kPackSide * kPackLines / kPairs;
 #pragma unroll
@@ -145,7 +145,8 @@ __global__ void __launch_bounds__(kPackSide* kPackLines)
         out + ((place.signal * packing.rows + target) * packing.packed_channels + channel) / 2;
     const float one = tile[y][2 * pair], two = tile[y][2 * pair + 1];
     if constexpr (sizeof(In) == 4) {
-      split_pair(scale[0].times(one), scale[1].times(two), to[0], to[part_words]);
+      split_pair(times_power(one, exponent[0]), times_power(two, exponent[1]), to[0],
+                 to[part_words]);
     } else {
       to[0] = narrow_pair<In>(one, two);
     }

@@ -79,8 +79,7 @@ Work<T> InputCovariance<In, T>::plan() const {
           return plan_symmetric_parts(x, row_axis.step, rows, sum);
         }
       }
-      const RowsWithOnes<In> source =
-          RowsWithOnes<In>{{x, row_axis, column_axis, rows, columns}, ones}.with_alignment();
+      const auto source = rows_by_axes(x, row_axis, column_axis, rows, columns, ones);
       if constexpr (sizeof(In) == 4) {
         if (!tf32) return plan_packed_symmetric<2>(source, along_k(*this), rows, sum);
       }

@@ -2,9 +2,15 @@
 //
 // Two products a layer, or four with the scaling in the second one's write; the same step of all
 // layers is one launch (products.cu). The vectors of a block are rows of one matrix when multiplied
-// from the right, columns when multiplied from the left.
+// from the right, columns when multiplied from the left. On compute capability 9.0 large products
+// are launches of their own (large_products.cu).
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <type_traits>
 #include <utility>
 
+#include "core/large_products.h"
 #include "core/launch.h"
 #include "core/products.h"
 #include "kron_matmul.h"
@@ -52,10 +58,6 @@ Product<T> from_left(const typename KronLayer<T>::Matrix& left, const T* x, int6
   product.b_column = vectors == 1 ? Axis{1} : Axis{1, d, left.columns * d};
   product.c_column = vectors == 1 ? Axis{1} : Axis{1, d, left.rows * d};
   return product;
-}
-
-int64_t whole_pieces(int64_t elements) {
-  return ceil_div(elements, 4) * 4;
 }
 
 // A layer's two products of one pass, the cheaper one first: left [r, m] X right [d, q] over
@@ -117,29 +119,68 @@ int64_t layer_size(const KronLayer<T>& layer) {
   return size + into(layer).out_size() + back(layer).between_size();
 }
 
+// The products of all layers, step by step: those of a step need only earlier ones' results.
 template <typename T>
-cudaError_t run(const std::vector<KronLayer<T>>& layers, bool tf32, T* workspace,
-                cudaStream_t stream) {
-  std::vector<Product<T>> first, second, third, fourth;
+std::array<std::vector<Product<T>>, 4> steps_of(const std::vector<KronLayer<T>>& layers,
+                                                T* workspace) {
+  std::array<std::vector<Product<T>>, 4> steps;
   for (const KronLayer<T>& layer : layers) {
     const Pass<T> forward = into(layer);
     T *rotated = workspace, *scaled = rotated + forward.between_size();
-    first.push_back(forward.first(layer.x, rotated));
+    steps[0].push_back(forward.first(layer.x, rotated));
     if (layer.scale.data == nullptr) {
-      second.push_back(forward.second(rotated, layer.out));
+      steps[1].push_back(forward.second(rotated, layer.out));
     } else {
       const Pass<T> backward = back(layer);
       T* unscaled = scaled + forward.out_size();
-      second.push_back(forward.second(rotated, scaled));
-      forward.scale(second.back(), layer.scale);
-      third.push_back(backward.first(scaled, unscaled));
-      fourth.push_back(backward.second(unscaled, layer.out));
+      steps[1].push_back(forward.second(rotated, scaled));
+      forward.scale(steps[1].back(), layer.scale);
+      steps[2].push_back(backward.first(scaled, unscaled));
+      steps[3].push_back(backward.second(unscaled, layer.out));
     }
     workspace += layer_size(layer);
   }
-  for (const auto* products : {&first, &second, &third, &fourth}) {
-    if (products->empty()) continue;
-    const cudaError_t error = multiply_all(*products, tf32, stream);
+  return steps;
+}
+
+// Of every step and layer the product that is a launch of its own.
+using LargeSteps = std::array<std::vector<std::optional<LargeProduct>>, 4>;
+
+template <typename T>
+LargeSteps large_steps_of(const std::vector<KronLayer<T>>& layers, const LargeFrom& from) {
+  LargeSteps large;
+  if constexpr (std::is_same_v<T, float>) {
+    // Any address does: sizes and strides are what counts.
+    const auto steps = steps_of(layers, layers.front().out);
+    for (size_t i = 0; i < steps.size(); ++i) {
+      for (const Product<T>& product : steps[i]) {
+        large[i].emplace_back();
+        if (LargeProduct::fits(product, from)) large[i].back().emplace(product);
+      }
+    }
+  }
+  return large;
+}
+
+// large_memory: what the large products need, one after another.
+template <typename T>
+cudaError_t run(const std::vector<KronLayer<T>>& layers, const LargeSteps& large, bool tf32,
+                T* workspace, T* large_memory, cudaStream_t stream) {
+  const auto steps = steps_of(layers, workspace);
+  for (size_t i = 0; i < steps.size(); ++i) {
+    std::vector<Product<T>> together;
+    for (size_t j = 0; j < steps[i].size(); ++j) {
+      if constexpr (std::is_same_v<T, float>) {
+        if (large[i][j].has_value()) {
+          const cudaError_t error = large[i][j]->run(steps[i][j], large_memory, stream);
+          if (error != cudaSuccess) return error;
+          continue;
+        }
+      }
+      together.push_back(steps[i][j]);
+    }
+    if (together.empty()) continue;
+    const cudaError_t error = multiply_all(together, tf32, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -148,15 +189,22 @@ cudaError_t run(const std::vector<KronLayer<T>>& layers, bool tf32, T* workspace
 }  // namespace
 
 template <typename T>
-Work<T> plan_kron_matmul(std::vector<KronLayer<T>> layers, bool tf32) {
-  int64_t size = 0;
+Work<T> plan_kron_matmul(std::vector<KronLayer<T>> layers, bool tf32, const LargeFrom& from) {
+  int64_t size = 0, large_size = 0;
   for (const KronLayer<T>& layer : layers) size += layer_size(layer);
-  return {size, [layers = std::move(layers), tf32](T* memory, cudaStream_t stream) {
-            return run(layers, tf32, memory, stream);
+  LargeSteps large = large_steps_of(layers, from);
+  for (const auto& step : large) {
+    for (const auto& product : step) {
+      if (product.has_value()) large_size = std::max(large_size, product->workspace());
+    }
+  }
+  return {size + large_size, [layers = std::move(layers), large = std::move(large), size, tf32](
+                                 T* memory, cudaStream_t stream) {
+            return run(layers, large, tf32, memory, memory + size, stream);
           }};
 }
 
-template Work<float> plan_kron_matmul(std::vector<KronLayer<float>>, bool);
-template Work<double> plan_kron_matmul(std::vector<KronLayer<double>>, bool);
+template Work<float> plan_kron_matmul(std::vector<KronLayer<float>>, bool, const LargeFrom&);
+template Work<double> plan_kron_matmul(std::vector<KronLayer<double>>, bool, const LargeFrom&);
 
 }  // namespace hesskern::cuda

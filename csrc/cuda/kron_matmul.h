@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "core/axis.h"
+#include "core/products.h"
 #include "core/work.h"
 
 namespace hesskern::cuda {
@@ -23,8 +24,9 @@ struct KronLayer {
   int64_t vectors;
 };
 
-// All layers, a few launches in all. T is float or double.
+// All layers (at least one), a few launches in all and some for each large product. T is float or
+// double.
 template <typename T>
-Work<T> plan_kron_matmul(std::vector<KronLayer<T>> layers, bool tf32);
+Work<T> plan_kron_matmul(std::vector<KronLayer<T>> layers, bool tf32, const LargeFrom& from = {});
 
 }  // namespace hesskern::cuda

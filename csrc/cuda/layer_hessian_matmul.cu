@@ -3,7 +3,8 @@
 // Samples in chunks whose products V x_n stay in the L2 cache: Y = X V^T, then every sample's
 // coefficients a = S_n y_n and its row S_n^T a in the place of y_n, then out += Y^T X. 4 N t d m
 // operations a vector in the two products (three times on tensor cores), which bound it; one read
-// of S (of short rows; else one or two a vector), and two of X.
+// of S (of short rows; else one or two a vector), and two of X. On compute capability 9.0 larger
+// products are layer_hessian_parts.cu's.
 #include <algorithm>
 #include <type_traits>
 
@@ -13,6 +14,7 @@
 #include "core/warp.h"
 #include "layer_hessian_coefficients.h"
 #include "layer_hessian_matmul.h"
+#include "layer_hessian_parts.h"
 
 namespace hesskern::cuda {
 
@@ -209,6 +211,10 @@ cudaError_t run(const LayerHessianProduct<T>& call, const Splits& splits, T* mem
 
 template <typename T>
 Work<T> LayerHessianProduct<T>::plan() const {
+  if constexpr (sizeof(T) == 4) {
+    const LayerHessianParts parts = layer_hessian_parts(*this);
+    if (parts.pays()) return parts.plan();
+  }
   const Splits splits = plan_chunk(*this);
   const int64_t coefficients = has_short_rows(*this) ? 0 : classes;
   const int64_t workspace =
@@ -216,6 +222,14 @@ Work<T> LayerHessianProduct<T>::plan() const {
       splits.count * vector_count * outputs * inputs;
   return {workspace, [call = *this, splits](T* memory, cudaStream_t stream) {
             return run(call, splits, memory, stream);
+          }};
+}
+
+LayerHessianParts layer_hessian_parts(const LayerHessianProduct<float>& call) {
+  return {call,
+          [call](int64_t first, int64_t count, float* y, float* coefficients, cudaStream_t stream) {
+            return launch(coefficient_kernel<float>, dim3(static_cast<unsigned>(count)),
+                          dim3(kThreads), 0, stream, call, first, y, coefficients);
           }};
 }
 

@@ -96,7 +96,7 @@ struct RandomParts {
 
   RandomParts(int part_count, int64_t row_count, int64_t column_count, bool is_along_k)
       : memory(part_count * row_count * ((column_count + 7) / 8 * 8 + 8)),
-        exponents(is_along_k ? 1 : column_count),
+        exponents(is_along_k ? row_count : column_count),
         rows(row_count),
         columns(column_count),
         step((column_count + 7) / 8 * 8 + 8),
@@ -120,7 +120,7 @@ struct RandomParts {
     if (i < 0 || i >= rows) return 0;
     double total = 0;
     for (int64_t p = 0; p < parts; ++p) total += value_of(memory[(p * rows + i) * step + j]);
-    return parts == 1 ? total : std::ldexp(total, -exponents[along_k ? 0 : j]);
+    return parts == 1 ? total : std::ldexp(total, -exponents[along_k ? i : j]);
   }
   PartsMatrix matrix() const {
     return {memory.data(), rows,        columns,
@@ -222,8 +222,7 @@ Work<float> work_of(const In* x, const Axis& row, const Axis& column, const Symm
       return plan_symmetric_parts(x, row.step, s.rows, sum, s.limits);
     }
   }
-  const RowsWithOnes<In> source =
-      RowsWithOnes<In>{{x, row, column, s.rows, s.columns}, s.ones}.with_alignment();
+  const auto source = rows_by_axes(x, row, column, s.rows, s.columns, s.ones);
   if constexpr (sizeof(In) == 4) {
     if (!s.tf32) return plan_packed_symmetric<2>(source, s.transposed, s.rows, sum, s.limits);
   }

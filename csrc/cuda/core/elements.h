@@ -99,4 +99,11 @@ struct RowsWithOnes {
   }
 };
 
+// data [rows, columns] by axes.
+template <typename T>
+RowsWithOnes<T> rows_by_axes(const T* data, const Axis& row, const Axis& column, int64_t rows,
+                             int64_t columns, bool ones = false) {
+  return RowsWithOnes<T>{{data, row, column, rows, columns}, ones}.with_alignment();
+}
+
 }  // namespace hesskern::cuda

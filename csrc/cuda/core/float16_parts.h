@@ -25,18 +25,13 @@ __device__ inline void split_pair(float x, float y, uint32_t& high, uint32_t& lo
   low = float16_pair(x - high_x, y - high_y);
 }
 
-// A power of two for |exponent| <= 252, beyond float's range in two factors.
-struct PowerOfTwo {
-  float first = 1.0f, second = 1.0f;
-
-  PowerOfTwo() = default;
-  __device__ explicit PowerOfTwo(int exponent) {
-    const int near = exponent < -126 ? -126 : exponent > 126 ? 126 : exponent;
-    first = float_of(static_cast<uint32_t>(near + 127) << 23);
-    second = float_of(static_cast<uint32_t>(exponent - near + 127) << 23);
-  }
-  __device__ float times(float value) const { return value * first * second; }
-};
+// value 2^e, to within float's range for |e| <= 252; beyond, as for 252.
+__device__ inline float times_power(float value, int e) {
+  const auto within = [](int x) { return x < -126 ? -126 : x > 126 ? 126 : x; };
+  const int first = within(e), second = within(e - first);
+  return value * float_of(static_cast<uint32_t>(first + 127) << 23) *
+         float_of(static_cast<uint32_t>(second + 127) << 23);
+}
 
 // Two powers of two whose product is one: values times to_half fit float16.
 struct Scale {

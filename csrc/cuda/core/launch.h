@@ -32,6 +32,11 @@ __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// Elements of float, so that what follows them in a workspace begins at a multiple of 16 bytes.
+inline int64_t whole_pieces(int64_t elements) {
+  return ceil_div(elements, 4) * 4;
+}
+
 // Blocks of kThreads that walk over so many elements in strides of the grid.
 inline dim3 grid_for(int64_t elements) {
   const int64_t most = 16 * current_device().processors;

@@ -18,6 +18,7 @@
 #include "elements.h"
 #include "float16_parts.h"
 #include "launch.h"
+#include "parts_product.h"
 #include "warp.h"
 
 namespace hesskern::cuda {
@@ -37,16 +38,46 @@ struct PackedRows {
   __host__ __device__ int64_t part_step() const { return rows * padded(); }
 };
 
+inline PartsMatrix matrix_of(const PackedRows& packed, const int* exponents) {
+  return {packed.parts,    packed.rows,        packed.columns,
+          packed.padded(), packed.part_step(), exponents};
+}
+
+// Where packed rows of so many columns lie in a workspace, in elements of float from begin on, a
+// multiple of four; along_k: exponents are of rows.
+struct PackedPlace {
+  int64_t columns, exponents, flags, parts, end;
+
+  PackedPlace(int64_t begin, int64_t part_count, int64_t rows, int64_t column_count,
+              bool along_k = false)
+      : columns(column_count), exponents(begin) {
+    const int64_t padded = ceil_div(columns, 8) * 8;
+    flags = exponents + (along_k ? whole_pieces(rows) : padded);
+    parts = flags + whole_pieces(ceil_div(columns, kPackedBlock));
+    end = parts + part_count * rows * padded / 2;
+  }
+
+  PackedRows in(float* workspace, int64_t rows) const {
+    return {reinterpret_cast<uint16_t*>(workspace + parts), rows, columns,
+            reinterpret_cast<int*>(workspace + exponents),
+            reinterpret_cast<int*>(workspace + flags)};
+  }
+};
+
+// The largest power of two in a finite magnitude other than zero, by its bits.
+__device__ inline int exponent_of_bits(uint32_t bits) {
+  const int biased = static_cast<int>(bits >> 23);
+  if (biased > 0) return biased - 127;
+  int size = 0;
+  while (bits >> size != 0) ++size;
+  return size - 150;
+}
+
 // Of columns whose largest magnitude has these bits: 2^exponent times it is below 2^(15 - room).
 // With room it is a guess from some rows: where they are zero, others must show.
 __device__ inline int packed_exponent(uint32_t bits, int room) {
   if (bits == 0) return room == 0 ? 0 : 150;
-  if (bits >= 0x7f800000u) return 0;
-  const int biased = static_cast<int>(bits >> 23);
-  if (biased > 0) return 14 - room - (biased - 127);
-  int size = 0;
-  while (bits >> size != 0) ++size;
-  return 14 - room - (size - 150);
+  return bits >= 0x7f800000u ? 0 : 14 - room - exponent_of_bits(bits);
 }
 
 // Powers of two; those beyond float's range come in two factors.
@@ -250,6 +281,56 @@ __global__ void __launch_bounds__(kFlaggedThreads)
   if (column >= to.padded()) return;
   pack_eight<Parts>(source, first_row, column, thread / kAcross, kFlaggedThreads / kAcross, to.rows,
                     to);
+}
+
+// matrix [rows, columns] by strides to parts [2, rows, padded columns], to be multiplied along k
+// with a matrix whose columns carry exponents k_exponents: column j is divided by 2^k_exponents[j],
+// every row scaled as a whole to float16's range. One block a row.
+template <int Threads>
+__global__ void __launch_bounds__(Threads)
+    pack_along_k_kernel(const float* matrix, int64_t row_step, int64_t column_step,
+                        const int* k_exponents, PackedRows to) {
+  __shared__ uint32_t highest[Threads / 32];
+  const int thread = static_cast<int>(threadIdx.x);
+  const float* const from = matrix + blockIdx.x * row_step;
+  const auto of_column = [=](int64_t j) { return k_exponents == nullptr ? 0 : k_exponents[j]; };
+  // As numbers from 1 on; the row holds what is not finite: 0xffffffff.
+  uint32_t most = 0;
+  for (int64_t j = thread; j < to.columns; j += Threads) {
+    const uint32_t bits = bits_of(from[j * column_step]) & 0x7fffffffu;
+    if (bits == 0) continue;
+    const uint32_t here = bits >= 0x7f800000u
+                              ? 0xffffffffu
+                              : static_cast<uint32_t>(exponent_of_bits(bits) - of_column(j) + 1024);
+    most = here > most ? here : most;
+  }
+  most = warp_max(most);
+  if (thread % 32 == 0) highest[thread / 32] = most;
+  __syncthreads();
+  for (int i = 0; i < Threads / 32; ++i) {
+    const uint32_t other = highest[i];
+    most = other > most ? other : most;
+  }
+  const bool finite = most != 0 && most != 0xffffffffu;
+  const int exponent = finite ? 14 - (static_cast<int>(most) - 1024) : 0;
+  if (thread == 0) to.exponents[blockIdx.x] = exponent;
+  uint16_t* const out = to.parts + blockIdx.x * to.padded();
+  for (int64_t j = 2 * thread; j < to.padded(); j += 2 * Threads) {
+    const auto value = [&](int64_t column) {
+      if (column >= to.columns) return 0.0f;
+      return times_power(from[column * column_step], exponent - of_column(column));
+    };
+    uint32_t high, low;
+    split_pair(value(j), value(j + 1), high, low);
+    *reinterpret_cast<uint32_t*>(out + j) = high;
+    *reinterpret_cast<uint32_t*>(out + j + to.part_step()) = low;
+  }
+}
+
+inline cudaError_t pack_along_k(const float* matrix, int64_t row_step, int64_t column_step,
+                                const int* k_exponents, const PackedRows& to, cudaStream_t stream) {
+  return launch(pack_along_k_kernel<kThreads>, dim3(static_cast<unsigned>(to.rows)), dim3(kThreads),
+                0, stream, matrix, row_step, column_step, k_exponents, to);
 }
 
 // Rows first_row, ... of the source, to.rows of them. along_rows: rows lie side by side in memory.

@@ -19,6 +19,7 @@
 
 #include "barrier.h"
 #include "device.h"
+#include "float16_parts.h"
 #include "launch.h"
 #include "parts_product.h"
 #include "splits.h"
@@ -101,8 +102,6 @@ struct Target {
   const int *exponents_a, *exponents_b;
   int m, n;
   bool triangle;
-  // The same exponent for all rows, for all columns.
-  bool together;
 
   __device__ float* place(int row, int column) const {
     return to.c + row * to.row_step + column * to.column_step;
@@ -117,21 +116,12 @@ struct Target {
            reinterpret_cast<uintptr_t>(place(row, column)) % 8 == 0;
   }
   __device__ int exponent_a(int row) const {
-    return exponents_a != nullptr && row < m ? read_only(exponents_a + (together ? 0 : row)) : 0;
+    return exponents_a != nullptr && row < m ? read_only(exponents_a + row) : 0;
   }
   __device__ int exponent_b(int column) const {
-    return exponents_b != nullptr && column < n ? read_only(exponents_b + (together ? 0 : column))
-                                                : 0;
+    return exponents_b != nullptr && column < n ? read_only(exponents_b + column) : 0;
   }
 };
-
-// value 2^e, to within float's range for |e| <= 252.
-__device__ inline float scaled(float value, int e) {
-  const auto within = [](int x) { return x < -126 ? -126 : x > 126 ? 126 : x; };
-  const int first = within(e), second = within(e - first);
-  return value * float_of(static_cast<uint32_t>(first + 127) << 23) *
-         float_of(static_cast<uint32_t>(second + 127) << 23);
-}
 
 // values(j), j < Count, of a thread: elements (row, column + 8 j), the next in the row, and the
 // two in row + 8. What several j need of memory is read before anything is written: the compiler
@@ -165,9 +155,9 @@ __device__ inline void put_rows(const Target& target, int row, int column, Value
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         float left = r == 0 ? sum.x : sum.z, right = r == 0 ? sum.y : sum.w;
-        if (target.exponents_a != nullptr) {
-          left = scaled(left, -down[r] - across[i][0]);
-          right = scaled(right, -down[r] - across[i][1]);
+        if (target.exponents_a != nullptr || target.exponents_b != nullptr) {
+          left = times_power(left, -down[r] - across[i][0]);
+          right = times_power(right, -down[r] - across[i][1]);
         }
         left *= target.to.alpha;
         right *= target.to.alpha;
@@ -442,10 +432,12 @@ PartsSchedule schedule_of(int64_t m, int64_t n, int64_t k, bool triangle) {
   constexpr double kChunkTime = 2.0 * kTile * C::kRows * C::kChunk * C::kProducts * kHeldUp / 5.5e6;
   constexpr double kWriteTime = 5;
   const double traffic = static_cast<double>(rest) * kTile * 4 / 3e6;
-  // Partial sums of 64 MB at most.
-  constexpr int64_t kMostPartial = 1 << 24, kMost = 512;
+  // Partial sums of 64 MB at most, and no more than eight rounds of blocks: the host tries all.
+  constexpr int64_t kMostPartial = 1 << 24, kRounds = 8, kMost = 256;
   const int64_t most =
-      rest == 0 ? 1 : std::min({chunks, kMost, std::max<int64_t>(kMostPartial / kTile / rest, 1)});
+      rest == 0 ? 1
+                : std::min({chunks, kMost, std::max<int64_t>(kMostPartial / kTile / rest, 1),
+                            ceil_div(kRounds * slots, rest)});
   const Splits splits =
       plan_splits(rest, chunks, slots, static_cast<int64_t>(kWriteTime / kChunkTime + 0.5), 1, most,
                   static_cast<int64_t>(traffic / kChunkTime + 0.5));
@@ -497,8 +489,7 @@ cudaError_t run_product(const PartsSchedule& schedule, const PartsMatrix& a, con
       !encode<typename C::T>(map_b, boxed(b), C::kAlongK ? C::kColumns : C::kRows, kParts)) {
     return cudaErrorInvalidValue;
   }
-  const Target target{to,         a.exponents,       b.exponents, schedule.m,
-                      schedule.n, schedule.triangle, C::kAlongK};
+  const Target target{to, a.exponents, b.exponents, schedule.m, schedule.n, schedule.triangle};
   const int64_t slots = resident_blocks(reinterpret_cast<const void*>(parts_product_kernel<C>),
                                         C::kThreads, C::kShared);
   const int64_t blocks = std::min<int64_t>(slots, schedule.items());

@@ -23,8 +23,8 @@ constexpr PartsType parts_type_of() {
 }
 
 // [parts, rows, columns] of 16-bit elements, one or two parts; the address and both steps are
-// multiples of 16 bytes. exponents [columns] ([1]: along k): the elements are 2^exponent times what
-// they stand for; null: 2^0.
+// multiples of 16 bytes. exponents of the columns (of the rows: along k): the elements are
+// 2^exponent times what they stand for; null: 2^0.
 struct PartsMatrix {
   const void* data;
   int64_t rows, columns, row_step, part_step;

@@ -24,6 +24,13 @@ struct Product {
   int64_t m, n, k_begin, k_end;
 };
 
+// From where on a product is a launch of its own (large_products.h): packing and multiplying are up
+// to eight launches, which smaller ones share.
+struct LargeFrom {
+  double operations = 2147483648.0;  // m n k
+  int64_t side = 128;                // m and n
+};
+
 // All products, which must not need each other's results. T is float or double; tf32: round float32
 // to tf32.
 template <typename T>

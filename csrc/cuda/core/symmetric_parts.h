@@ -30,10 +30,12 @@ struct SymmetricPartsBlocks {
       : rows(all),
         block(std::min(all, most)),
         whole(type, false, order, order, block, true, column_tile),
-        last(type, false, order, order, (all - 1) % block + 1, true, column_tile) {}
+        last(all % block == 0
+                 ? whole
+                 : PartsProduct(type, false, order, order, all % block, true, column_tile)) {}
 
   // Elements of float, a multiple of four.
-  int64_t workspace() const { return (std::max(whole.workspace(), last.workspace()) + 3) / 4 * 4; }
+  int64_t workspace() const { return whole_pieces(std::max(whole.workspace(), last.workspace())); }
 
   // visit(first row, rows, product) until there is an error.
   template <class Visit>
@@ -86,27 +88,17 @@ Work<float> plan_packed_symmetric(const Source& source, bool along_rows, int64_t
   constexpr PartsType kType = Parts == 2                        ? PartsType::kTwoFloat16
                               : std::is_same_v<Value, BFloat16> ? PartsType::kBFloat16
                                                                 : PartsType::kFloat16;
-  PackedRows packed{nullptr, 0, sum.order, nullptr, nullptr};
-  const int64_t row_bytes = Parts * packed.padded() * 2;
+  const int64_t row_bytes = Parts * (ceil_div(sum.order, 8) * 8) * 2;
   const int64_t most =
       std::min(std::max(limits.bytes / row_bytes, limits.least_rows), limits.most_rows);
   const SymmetricPartsBlocks blocks(kType, sum.order, rows, most, limits.column_tile);
-  // In float's elements: sums of the splits, exponents, flags, parts.
-  const int64_t exponents = blocks.workspace();
-  const int64_t flags = exponents + packed.padded();
-  const int64_t parts = flags + ceil_div(ceil_div(packed.padded(), kPackedBlock), 4) * 4;
-  return {parts + blocks.block * row_bytes / 4, [=](float* workspace, cudaStream_t stream) {
-            PackedRows to = packed;
-            to.exponents = reinterpret_cast<int*>(workspace + exponents);
-            to.flags = reinterpret_cast<int*>(workspace + flags);
-            to.parts = reinterpret_cast<uint16_t*>(workspace + parts);
+  const PackedPlace place(blocks.workspace(), Parts, blocks.block, sum.order);
+  return {place.end, [=](float* workspace, cudaStream_t stream) {
             return blocks.each([&](int64_t first, int64_t count, const PartsProduct& product) {
-              to.rows = count;
+              const PackedRows to = place.in(workspace, count);
               const cudaError_t error = pack_rows<Parts>(source, first, along_rows, to, stream);
               if (error != cudaSuccess) return error;
-              const PartsMatrix matrix{to.parts,       count,
-                                       to.columns,     to.padded(),
-                                       to.part_step(), sizeof(Value) == 4 ? to.exponents : nullptr};
+              const PartsMatrix matrix = matrix_of(to, sizeof(Value) == 4 ? to.exponents : nullptr);
               return product.run(matrix, matrix, 0, added_to(sum), workspace, stream);
             });
           }};

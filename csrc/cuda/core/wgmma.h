@@ -58,10 +58,10 @@ __device__ inline void pin(float (&d)[Count]) {
 #define HESSKERN_TEN(tens)                                                                \
   "%" #tens "0, %" #tens "1, %" #tens "2, %" #tens "3, %" #tens "4, %" #tens "5, %" #tens \
   "6, %" #tens "7, %" #tens "8, %" #tens "9, "
-#define HESSKERN_64_NAMES                                         \
-  HESSKERN_TEN()                                                  \
-  HESSKERN_TEN(1) HESSKERN_TEN(2) HESSKERN_TEN(3) HESSKERN_TEN(4) \
-      HESSKERN_TEN(5) "%60, %61, %62, %63"
+#define HESSKERN_64_NAMES \
+  HESSKERN_TEN()          \
+  HESSKERN_TEN(1)         \
+  HESSKERN_TEN(2) HESSKERN_TEN(3) HESSKERN_TEN(4) HESSKERN_TEN(5) "%60, %61, %62, %63"
 #define HESSKERN_4_SUMS(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define HESSKERN_16_SUMS(i) \
   HESSKERN_4_SUMS(i), HESSKERN_4_SUMS(i + 4), HESSKERN_4_SUMS(i + 8), HESSKERN_4_SUMS(i + 12)

@@ -70,7 +70,7 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
     hessian = accumulated(ops.output_hessian_, lambda g, *p: (g.shape[2],) * 2)
     found: dict[str, Case] = {
         f"covariance {n} x {k}": (covariance, reference.input_covariance, [r(n, k)])
-        for n, k in ((1, 1), (300, 64), (1000, 129), (5000, 7))
+        for n, k in ((1, 1), (300, 64), (901, 32), (1000, 129), (5000, 7))
     }
     found["covariance, ones"] = (
         bordered, lambda x: reference.input_covariance(x, 0.5, True), [r(77, 30)],
@@ -80,10 +80,12 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
         lambda x: reference.conv_input_covariance(x, **WINDOW, groups=3),
         [r(5, 6, 11, 12)],
     )
-    for c, m, t in ((10, 70, None), (40, 20, None), (5, 9, 13), (33, 130, 2)):
-        shape = (6, c, m) if t is None else (6, c, m, t)
+    for shape in (
+        (6, 10, 70), (6, 40, 20), (301, 10, 64), (75, 3, 10), (50, 5, 47), (6, 5, 9, 13),
+        (6, 33, 130, 2), (9, 2, 6, 28), (7, 3, 48, 20),
+    ):  # fmt: skip
         found[f"output Hessian {shape}"] = (
-            hessian, reference.output_hessian, [r(*shape), softmax((6, c), wide)],
+            hessian, reference.output_hessian, [r(*shape), softmax(shape[:2], wide)],
         )  # fmt: skip
         found[f"output Hessian of roots {shape}"] = (
             hessian, reference.output_hessian, [r(*shape)],

@@ -28,21 +28,21 @@ namespace {
 
 constexpr int kMostColumns = 64;
 constexpr int kStages = 2;
-// One for every t = lane % 4.
-constexpr int kGroupSamples = 4;
+// Samples that a warp multiplies at a time, one for every t = lane % 4; plain rows as samples.
+constexpr int kAtOnce = 4;
 constexpr int kPlainSample = 8;
 constexpr int kPiece = 16;
 
 // Who copies to shared memory: the copy engine, or the lanes, 16 or 4 bytes at a time.
 enum class Transport { kBulk, kPieces, kWords };
 
-// The rows in groups of four samples, and how a group lies in shared memory. Sizes in bytes.
+// The rows in groups of some samples, and how a group lies in shared memory. Sizes in bytes.
 struct RowGroups {
   const unsigned char *rows, *weights;
   int64_t row_bytes, weight_bytes;
   int64_t count;
   int classes, columns;
-  int sample;
+  int samples, sample;
   // What is copied at once, one sample or the group, and where the next sample begins.
   int span, slot;
   // The samples' part of a stage; their weights follow.
@@ -51,11 +51,11 @@ struct RowGroups {
   int warp;
   Transport transport, weight_transport;
 
-  __host__ __device__ int group() const { return kGroupSamples * sample; }
+  __host__ __device__ int group() const { return samples * sample; }
   __host__ __device__ int group_weights() const {
-    return kGroupSamples * classes * static_cast<int>(sizeof(float));
+    return samples * classes * static_cast<int>(sizeof(float));
   }
-  // Classes in whole sixteens of rows.
+  // Roots of a sample, fours of them aligned.
   __host__ __device__ int padded_classes() const { return (classes + 3) / 4 * 4; }
 };
 
@@ -73,10 +73,12 @@ __device__ inline void copy_span(unsigned char* shared, const unsigned char* glo
     if (whole > 0) copy_row(shared, global, whole, barrier);
     if (whole < bytes) copy_piece(shared + whole, global + whole, bytes - whole);
   } else if (transport == Transport::kPieces) {
+#pragma unroll 1
     for (int at = lane * kPiece; at < bytes; at += 32 * kPiece) {
       copy_piece(shared + at, global + at, smaller(bytes - at, kPiece));
     }
   } else {
+#pragma unroll 1
     for (int at = lane * 4; at < bytes; at += 32 * 4) {
       copy_word(reinterpret_cast<float*>(shared + at), reinterpret_cast<const float*>(global + at),
                 true);
@@ -136,16 +138,17 @@ class ColumnsInTurn {
   int first_, last_[2];
 };
 
-// The samples' rows, centred and weighted, sixteen at a time to the triangle. rows: those of the
-// lane's sample in shared memory; weights: its probabilities; roots: of the warp, to be written.
+// The samples' rows, centred and weighted, sixteen at a time to the triangle, the last ones eight.
+// rows: those of the lane's sample in shared memory; weights: its probabilities; roots: of the
+// warp, to be written.
 template <typename In, class Columns>
 __device__ void add_centred(WarpTriangle<Columns::kBlocks>& triangle, const Columns& columns,
-                            const In* rows, const float* all_weights, float* roots,
+                            const In* rows, const float* weights, float* roots,
                             const RowGroups& groups, uint32_t nothing) {
+  using Triangle = WarpTriangle<Columns::kBlocks>;
   constexpr int kValues = Columns::kValues;
   const int lane = static_cast<int>(threadIdx.x) % 32, t = lane % 4;
   const int classes = groups.classes, padded = groups.padded_classes();
-  const float* weights = all_weights + t * classes;
   float mean[kValues], most = 0.0f;
 #pragma unroll
   for (int b = 0; b < kValues; ++b) mean[b] = 0.0f;
@@ -162,29 +165,49 @@ __device__ void add_centred(WarpTriangle<Columns::kBlocks>& triangle, const Colu
     }
   }
   const Scale scale = scale_for(most);
-  for (int i = lane; i < kGroupSamples * padded; i += 32) {
-    const int sample = i / padded, c = i % padded;
-    roots[i] = c < classes ? square_root(all_weights[sample * classes + c]) * scale.to_half : 0.0f;
+  const float factor = scale.back * scale.back;
+#pragma unroll 1
+  for (int c = lane / 4; c < padded; c += 8) {
+    roots[t * padded + c] = c < classes ? square_root(weights[c]) * scale.to_half : 0.0f;
   }
   warp_barrier();
+  // Rows c and c + 1 of the lane's sample to the words of its columns; behind the last class rows
+  // have no weight.
+  const auto split_rows = [&](int c, float root, float next_root, auto to) {
+    In first[kValues], second[kValues];
+    columns.load(rows + smaller(c, classes - 1) * groups.columns, first);
+    columns.load(rows + smaller(c + 1, classes - 1) * groups.columns, second);
+#pragma unroll
+    for (int b = 0; b < kValues; ++b) {
+      uint32_t high, low;
+      split_pair(root * (to_float(first[b]) - mean[b]), next_root * (to_float(second[b]) - mean[b]),
+                 high, low);
+      to(b, high, low);
+    }
+  };
+  int c = 0;
 #pragma unroll 1
-  for (int c = 0; c < classes; c += 4) {
+  for (; c + 2 < classes; c += 4) {
     const Four<float> root = *reinterpret_cast<const Four<float>*>(roots + t * padded + c);
-    typename WarpTriangle<Columns::kBlocks>::Words high, low;
+    typename Triangle::Words high, low;
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
-      // Rows behind the last class have no weight.
-      In first[kValues], second[kValues];
-      columns.load(rows + smaller(c + 2 * pair, classes - 1) * groups.columns, first);
-      columns.load(rows + smaller(c + 2 * pair + 1, classes - 1) * groups.columns, second);
-#pragma unroll
-      for (int b = 0; b < kValues; ++b) {
-        split_pair(root.value[2 * pair] * (to_float(first[b]) - mean[b]),
-                   root.value[2 * pair + 1] * (to_float(second[b]) - mean[b]), high[b][pair],
-                   low[b][pair]);
-      }
+      split_rows(c + 2 * pair, root.value[2 * pair], root.value[2 * pair + 1],
+                 [&](int b, uint32_t large, uint32_t small) {
+                   high[b][pair] = large;
+                   low[b][pair] = small;
+                 });
     }
-    triangle.add(high, low, scale.back * scale.back, nothing);
+    triangle.add(high, low, factor, nothing);
+  }
+  if (c < classes) {
+    typename Triangle::FewWords high, low;
+    split_rows(c, roots[t * padded + c], roots[t * padded + c + 1],
+               [&](int b, uint32_t large, uint32_t small) {
+                 high[b] = large;
+                 low[b] = small;
+               });
+    triangle.add(high, low, factor, nothing);
   }
 }
 
@@ -266,6 +289,7 @@ __global__ void __launch_bounds__(kGramThreads, kGramBlocks)
                   groups.weight_transport, barrier);
       }
       const unsigned char* from = groups.rows + begin;
+#pragma unroll 1
       for (int left = bytes; left > 0; left -= groups.span) {
         copy_span(to, from, smaller(left, groups.span), groups.transport, barrier);
         from += groups.span;
@@ -292,11 +316,13 @@ __global__ void __launch_bounds__(kGramThreads, kGramBlocks)
     if (group == groups.count - 1 && groups.row_bytes % groups.group() != 0) {
       // Samples that do not exist are zero, and so are their weights.
       constexpr int kSize = static_cast<int>(sizeof(In));
+#pragma unroll 1
       for (int at = static_cast<int>(groups.row_bytes % groups.group()) + lane * kSize;
            at < groups.group(); at += 32 * kSize) {
         *reinterpret_cast<In*>(here + at / groups.span * groups.slot + at % groups.span) = In{};
       }
       if constexpr (kCentred) {
+#pragma unroll 1
         for (int at = static_cast<int>(groups.weight_bytes % groups.group_weights()) + lane * 4;
              at < groups.group_weights(); at += 32 * 4) {
           *reinterpret_cast<float*>(here + groups.values + at) = 0.0f;
@@ -304,14 +330,21 @@ __global__ void __launch_bounds__(kGramThreads, kGramBlocks)
       }
       warp_barrier();
     }
-    const In* rows = reinterpret_cast<const In*>(here + lane % 4 * groups.slot);
-    if constexpr (kCentred) {
-      add_centred(triangle, columns, rows, reinterpret_cast<const float*>(here + groups.values),
-                  reinterpret_cast<float*>(stages + kStages * groups.stage), groups, nothing);
-    } else {
-      add_plain(triangle, columns, rows, groups.columns, nothing);
+#pragma unroll 1
+    for (int some = 0; some < groups.samples; some += kAtOnce) {
+      const int sample = some + lane % kAtOnce;
+      const In* rows = reinterpret_cast<const In*>(here + sample * groups.slot);
+      if constexpr (kCentred) {
+        add_centred(triangle, columns, rows,
+                    reinterpret_cast<const float*>(here + groups.values) + sample * groups.classes,
+                    reinterpret_cast<float*>(stages + kStages * groups.stage), groups, nothing);
+        // The roots may be written again.
+        warp_barrier();
+      } else {
+        add_plain(triangle, columns, rows, groups.columns, nothing);
+      }
     }
-    // The stage may be filled again, the roots written.
+    // The stage may be filled again.
     warp_barrier();
     if (++stage == kStages) stage = 0, parity ^= 1;
   }
@@ -324,8 +357,9 @@ Transport transport_of(const void* data) {
   return current_device().hopper() ? Transport::kBulk : Transport::kPieces;
 }
 
+// Groups of so many times the samples that are multiplied at a time.
 template <typename In>
-RowGroups groups_of(const NarrowRows<In>& call) {
+RowGroups groups_of(const NarrowRows<In>& call, int times) {
   const bool centred = call.probabilities != nullptr;
   const int64_t classes = centred ? call.classes : kPlainSample;
   RowGroups groups{};
@@ -333,7 +367,8 @@ RowGroups groups_of(const NarrowRows<In>& call) {
   groups.weights = reinterpret_cast<const unsigned char*>(call.probabilities);
   groups.row_bytes = call.rows * call.columns * static_cast<int64_t>(sizeof(In));
   groups.weight_bytes = centred ? call.rows * static_cast<int64_t>(sizeof(float)) : 0;
-  groups.count = ceil_div(call.rows, kGroupSamples * classes);
+  groups.samples = times * kAtOnce;
+  groups.count = ceil_div(call.rows, groups.samples * classes);
   groups.classes = static_cast<int>(classes);
   groups.columns = static_cast<int>(call.columns);
   groups.sample = groups.classes * groups.columns * static_cast<int>(sizeof(In));
@@ -347,14 +382,14 @@ RowGroups groups_of(const NarrowRows<In>& call) {
     // Samples 8 banks apart, so that what the four of a group read lies in different ones.
     groups.span = groups.sample;
     groups.slot = (groups.sample + 95) / 128 * 128 + 32;
-    groups.values = kGroupSamples * groups.slot;
+    groups.values = groups.samples * groups.slot;
   } else {
     groups.span = groups.group();
     groups.slot = groups.sample;
     groups.values = (groups.group() + kPiece - 1) / kPiece * kPiece;
   }
   groups.stage = groups.values + (centred ? groups.group_weights() : 0);
-  const int roots = kGroupSamples * groups.padded_classes() * static_cast<int>(sizeof(float));
+  const int roots = kAtOnce * groups.padded_classes() * static_cast<int>(sizeof(float));
   groups.warp = kStages * groups.stage + (centred ? roots : 0);
   return groups;
 }
@@ -365,10 +400,24 @@ size_t shared_bytes(const RowGroups& groups) {
                   WarpTriangle<Columns::kBlocks>::kBytes);
 }
 
+// Larger groups cost fewer instructions a row; not so large that shared memory holds fewer blocks
+// than registers do, nor so few that some warps have much more to do than others.
+template <class Columns, typename In>
+RowGroups best_groups(const NarrowRows<In>& call) {
+  constexpr int kBlocks = Columns::kBlocks <= 2 ? 4 : Columns::kBlocks == 3 ? 3 : 2;
+  constexpr int kMostTimes = 8, kRounds = 8;
+  const Device& device = current_device();
+  const RowGroups smallest = groups_of(call, 1);
+  const int64_t warps = int64_t{device.processors} * kBlocks * kGramWarps;
+  const int64_t memory = static_cast<int64_t>(device.shared) / (kBlocks * kGramWarps);
+  const int64_t times = std::min(memory / smallest.warp, smallest.count / (warps * kRounds));
+  return groups_of(call, static_cast<int>(std::clamp<int64_t>(times, 1, kMostTimes)));
+}
+
 template <typename In, class Columns, bool kCentred>
 Work<float> plan_rows(const NarrowRows<In>& call) {
   using Triangle = WarpTriangle<Columns::kBlocks>;
-  const RowGroups groups = groups_of(call);
+  const RowGroups groups = best_groups<Columns>(call);
   const auto kernel = narrow_rows_kernel<In, Columns, kCentred>;
   const size_t shared = shared_bytes<Columns>(groups);
   const int64_t blocks = std::min<int64_t>(
@@ -399,7 +448,7 @@ bool NarrowRows<In>::fits() const {
   // Before the sizes are computed, which are ints.
   const int64_t shared = static_cast<int64_t>(current_device().shared);
   if (probabilities != nullptr && classes > shared / kGramWarps) return false;
-  return static_cast<int64_t>(groups_of(*this).warp) * kGramWarps <= shared;
+  return static_cast<int64_t>(groups_of(*this, 1).warp) * kGramWarps <= shared;
 }
 
 template <typename In>

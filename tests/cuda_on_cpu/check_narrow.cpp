@@ -82,7 +82,7 @@ double sample_of(Data data, int64_t row) {
 // x [n, m], misaligned by offset elements.
 template <typename In>
 void rows(int64_t n, int64_t m, int64_t offset = 0, Data data = Data::kNormal,
-          double limit = 1e-6) {
+          double limit = 6e-7) {
   const Memory<In> memory(n * m + offset);
   In* x = memory.data() + offset;
   for (int64_t k = 0; k < n * m; ++k) x[k] = store<In>(sample_of(data, k / m));
@@ -100,7 +100,7 @@ void rows(int64_t n, int64_t m, int64_t offset = 0, Data data = Data::kNormal,
 // jacobian [n, c, m] and probabilities [n, c], misaligned by so many elements.
 template <typename In>
 void softmax(int64_t n, int64_t c, int64_t m, int64_t offset = 0, int64_t p_offset = 0,
-             Data data = Data::kNormal, double limit = 2e-6, bool fits = true) {
+             Data data = Data::kNormal, double limit = 6e-7, bool fits = true) {
   const Memory<In> memory(n * c * m + offset);
   const Memory<float> weights(n * c + p_offset);
   In* g = memory.data() + offset;
@@ -233,10 +233,10 @@ void large_plans() {
 }  // namespace
 
 void check_narrow_rows(bool few) {
-  {
-    const OnDevice device(1);
-    softmax<float>(9, 3, 10);
-    rows<float>(37, 12);
+  for (const int capability : {90, 80}) {
+    const OnDevice device(1, capability, 20 << 10);
+    softmax<float>(51, 3, 10);
+    rows<float>(397, 12);
   }
   if (few) return;
   // Few blocks, so that stages are used again and again: by the copy engine, by lanes 16 bytes at
@@ -301,8 +301,19 @@ void check_narrow_rows(bool few) {
     // Sums that are cut off instead of rounded all err to the same side.
     const OnDevice device(1, 90, 20 << 10);
     rows<float>(12000, 4, 0, Data::kNonNegative, 5e-7);
-    rows<BFloat16>(12000, 4, 0, Data::kNonNegative, 5e-7);
     softmax<float>(2000, 6, 3, 0, 0, Data::kNonNegative, 1e-6);
+  }
+  {
+    // Groups of more than four samples.
+    const OnDevice device(1);
+    rows<float>(12001, 4);
+    rows<BFloat16>(8217, 8);
+    softmax<float>(1541, 2, 3);
+    softmax<float>(1027, 4, 4);
+  }
+  {
+    const OnDevice device(1, 90, 20 << 10);
+    rows<BFloat16>(12000, 4, 0, Data::kNonNegative, 5e-7);
   }
   not_numbers<float>();
   not_numbers<BFloat16>();
@@ -312,9 +323,9 @@ void check_narrow_rows(bool few) {
 
 void check_root_rows(bool few) {
   {
-    const OnDevice device(1);
+    const OnDevice device(1, 90, 99 << 10);
     roots<float>(3, 2, 6, 20);
-    roots<float>(2, 2, 9, 20);
+    roots<float>(9, 6, 9, 70);
   }
   if (few) return;
   for (const int capability : {90, 80}) {

@@ -149,6 +149,12 @@ void multiply_half(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
   std::memcpy(d, sums, sizeof(sums));
 }
 
+inline void multiply_half(float (&d)[4], const uint32_t (&a)[2], uint32_t b, const float (&c)[4],
+                          Float16 type) {
+  const uint32_t left[4] = {a[0], a[1], 0, 0}, right[2] = {b, 0};
+  multiply_half(d, left, right, c, type);
+}
+
 inline void load_matrices(uint32_t (&words)[4], const void* row, bool transposed) {
   const auto* rows =
       static_cast<const uint16_t* const*>(emulation::warp_exchange(&row, sizeof(row)));

@@ -95,6 +95,15 @@ __device__ inline void multiply_half(float (&d)[4], const uint32_t (&a)[4], cons
         "f"(c[2]), "f"(c[3]));
 }
 
+// The same with the first eight columns of a and rows of b alone: a has the rows g and g + 8.
+__device__ inline void multiply_half(float (&d)[4], const uint32_t (&a)[2], uint32_t b,
+                                     const float (&c)[4], Float16) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+      "{%7, %8, %9, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
 // Four matrices [8, 8] of 16-bit elements in shared memory. row: where row lane % 8 of matrix
 // lane / 8 begins, at a multiple of 16 bytes. With g and t as above a lane gets of matrix i the
 // word words[i]: elements (g, 2 t) and (g, 2 t + 1); transposed: (2 t, g) and (2 t + 1, g).

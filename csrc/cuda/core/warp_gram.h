@@ -54,27 +54,30 @@ class WarpTriangle {
     }
   }
 
-  // Sixteen rows as two float16 parts each; factor undoes the scales. nothing is zero, which the
-  // compiler must not know: the left operand is four neighbouring registers and the right one two,
-  // and without values of their own for both it moves registers before every product.
-  __device__ void add(const Words& high, const Words& low, float factor, uint32_t nothing) {
+  // Of half as many rows.
+  using FewWords = uint32_t[kEights];
+
+  // Sixteen rows (Words) or eight (FewWords) as two float16 parts each; factor undoes the scales.
+  // nothing is zero, which the compiler must not know: the left operand is several neighbouring
+  // registers and the right one others, and without values of their own for both it moves registers
+  // before every product.
+  template <class RowWords>
+  __device__ void add(const RowWords& high, const RowWords& low, float factor, uint32_t nothing) {
     each_pair([&](int i, int j, float (&sum)[2][4]) {
       const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      uint32_t large[4], small[4];
-      left(high, i, nothing, large);
-      left(low, i, nothing, small);
+      const auto large = left(high, i, nothing), small = left(low, i, nothing);
       float recent[2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        multiply_half(recent[half], small, high[2 * j + half], zero, Float16{});
+        multiply_half(recent[half], small.words, high[2 * j + half], zero, Float16{});
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        multiply_half(recent[half], large, low[2 * j + half], recent[half], Float16{});
+        multiply_half(recent[half], large.words, low[2 * j + half], recent[half], Float16{});
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        multiply_half(recent[half], large, high[2 * j + half], recent[half], Float16{});
+        multiply_half(recent[half], large.words, high[2 * j + half], recent[half], Float16{});
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -89,12 +92,11 @@ class WarpTriangle {
   __device__ void add(const Words& words, uint32_t nothing, In type) {
     each_pair([&](int i, int j, float (&sum)[2][4]) {
       const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-      uint32_t rows[4];
-      left(words, i, nothing, rows);
+      const auto rows = left(words, i, nothing);
       float recent[2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        multiply_half(recent[half], rows, words[2 * j + half], zero, type);
+        multiply_half(recent[half], rows.words, words[2 * j + half], zero, type);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -140,11 +142,17 @@ class WarpTriangle {
     }
   }
 
-  __device__ static void left(const Words& words, int i, uint32_t nothing, uint32_t (&out)[4]) {
-#pragma unroll
-    for (int part = 0; part < 4; ++part) {
-      out[part] = words[2 * i + part % 2][part / 2] ^ nothing;
-    }
+  template <int Count>
+  struct Left {
+    uint32_t words[Count];
+  };
+  // Blocks 2 i and 2 i + 1 of eight columns as the sixteen rows of a left operand.
+  __device__ static Left<4> left(const Words& words, int i, uint32_t nothing) {
+    return {{words[2 * i][0] ^ nothing, words[2 * i + 1][0] ^ nothing, words[2 * i][1] ^ nothing,
+             words[2 * i + 1][1] ^ nothing}};
+  }
+  __device__ static Left<2> left(const FewWords& words, int i, uint32_t nothing) {
+    return {{words[2 * i] ^ nothing, words[2 * i + 1] ^ nothing}};
   }
 
   float sum_[kPairs][2][4];

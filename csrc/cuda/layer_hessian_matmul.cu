@@ -228,8 +228,7 @@ Work<T> LayerHessianProduct<T>::plan() const {
 LayerHessianParts layer_hessian_parts(const LayerHessianProduct<float>& call) {
   return {call,
           [call](int64_t first, int64_t count, float* y, float* coefficients, cudaStream_t stream) {
-            return launch(coefficient_kernel<float>, dim3(static_cast<unsigned>(count)),
-                          dim3(kThreads), 0, stream, call, first, y, coefficients);
+            return replace_by_rows(call, first, count, y, coefficients, stream);
           }};
 }
 

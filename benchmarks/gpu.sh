@@ -32,7 +32,8 @@ part() {
 # Neither a machine's own plugins and warnings, nor TF32 in torch's convolutions, which the tests'
 # float64 would not forgive; it does not reach the kernels here.
 tests=(env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 NVIDIA_TF32_OVERRIDE=0 "$python" -m pytest
-  -p no:cacheprovider --noconftest -W default -m cuda tests/test_devices.py)
+  -p no:cacheprovider --noconftest -W default -m cuda tests/test_devices.py
+  tests/test_large_operators.py)
 
 architecture=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 1
 part build 240 env TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$architecture}" HESSKERN_CUDA=1 \

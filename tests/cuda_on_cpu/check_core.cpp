@@ -179,6 +179,7 @@ enum class Data {
   kLate,
   kHuge,
   kZeroColumn,
+  kSparse,
 };
 
 double sample(Data data, int64_t row, int64_t column, int64_t columns) {
@@ -199,6 +200,11 @@ double sample(Data data, int64_t row, int64_t column, int64_t columns) {
       return column == 6 && row == 33 ? 1e5 : value;
     case Data::kHuge:
       return value * 1e16;
+    case Data::kSparse:
+      // Nothing in the rows that a guess sees: as large as neighbours, or much smaller.
+      if (column % 4 != 1) return value;
+      if (row % 32 < 30) return 0;
+      return (column < columns / 2 ? 1 : 1e-6) * (1 + std::fabs(value));
     default:
       return column == 5 ? 0.0 : value;
   }
@@ -349,7 +355,7 @@ void check_core(bool few) {
   one_product<Float16>(PartsType::kFloat16);
 
   for (const Data data : {Data::kNormal, Data::kNonNegative, Data::kDecades, Data::kDenormal,
-                          Data::kLate, Data::kHuge, Data::kZeroColumn}) {
+                          Data::kLate, Data::kHuge, Data::kZeroColumn, Data::kSparse}) {
     symmetric<float>("float", {203, 44, data});
   }
   // Blocks of rows, the last one short; all whole; one row.

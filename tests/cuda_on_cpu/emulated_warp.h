@@ -221,6 +221,14 @@ inline uint32_t warp_max(uint32_t value) {
   return most;
 }
 
+inline uint32_t warp_or(uint32_t value) {
+  const auto* lanes = static_cast<const uint32_t*>(emulation::warp_exchange(&value, sizeof(value)));
+  uint32_t all = 0;
+  for (int lane = 0; lane < 32; ++lane) all |= lanes[lane];
+  emulation::warp_barrier();
+  return all;
+}
+
 inline void warp_barrier() {
   emulation::warp_barrier();
 }

@@ -23,11 +23,22 @@ cudaError_t pack(const float* data, const Axis& k, const Axis& other, int64_t k_
   return pack_rows<2>(source, k_begin, k.step == 1 && other.step != 1, to, stream);
 }
 
+// c times scale, element by element, after the product.
+template <int Threads>
+__global__ void __launch_bounds__(Threads) scale_kernel(Product<float> p) {
+  for (int64_t index = static_cast<int64_t>(blockIdx.x) * Threads + threadIdx.x; index < p.m * p.n;
+       index += static_cast<int64_t>(gridDim.x) * Threads) {
+    const int64_t row = index / p.n, column = index % p.n;
+    p.c[p.c_row.offset(row) + p.c_column.offset(column)] *=
+        p.scale[p.scale_row.offset(row) + p.scale_column.offset(column)];
+  }
+}
+
 }  // namespace
 
 bool LargeProduct::fits(const Product<float>& p, const LargeFrom& from) {
   return p.m >= from.side && p.n >= from.side && depth(p) <= kLongestPartsSum &&
-         p.scale == nullptr && p.c_row.inner == 0 && p.c_column.inner == 0 &&
+         p.c_row.inner == 0 && p.c_column.inner == 0 &&
          static_cast<double>(p.m) * static_cast<double>(p.n) * static_cast<double>(depth(p)) >=
              from.operations &&
          parts_products_available();
@@ -49,8 +60,10 @@ cudaError_t LargeProduct::run(const Product<float>& p, float* workspace,
     error = pack(p.b, p.b_k, p.b_column, p.k_begin, along_k_, b, stream);
   }
   if (error != cudaSuccess) return error;
-  return product_.run(matrix_of(a, a.exponents), matrix_of(b, b.exponents), 0,
-                      {p.c, p.c_row.step, p.c_column.step, 1.0f, false}, workspace, stream);
+  error = product_.run(matrix_of(a, a.exponents), matrix_of(b, b.exponents), 0,
+                       {p.c, p.c_row.step, p.c_column.step, 1.0f, false}, workspace, stream);
+  if (error != cudaSuccess || p.scale == nullptr) return error;
+  return launch(scale_kernel<kThreads>, grid_for(p.m * p.n), dim3(kThreads), 0, stream, p);
 }
 
 }  // namespace hesskern::cuda

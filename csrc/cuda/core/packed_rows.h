@@ -5,8 +5,9 @@
 // lo = float16(x s - hi): at the top of float16's range lo keeps its 11 bits down to values 2^-17
 // of the column's largest, and below that what is lost is 2^-40 of the largest. To read the rows
 // once, the largest is guessed from some of them: it comes to lie in [2^8, 2^9), so that 2^7 times
-// the guess still fits. Columns with values that do not fit are packed once more, by a kernel that
-// else does nothing. Bound by memory: one read of the rows, one write of the parts.
+// the guess still fits. Where all of these are zero, the neighbouring columns' largest is taken,
+// and no value may be much smaller. Columns with values that do not fit are packed once more, by a
+// kernel that else does nothing. Bound by memory: one read of the rows, one write of the parts.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -27,7 +28,8 @@ namespace hesskern::cuda {
 constexpr int kPackedBlock = 32;
 
 // Where packed rows go: parts [parts, rows, padded] of 16-bit elements; of float32 also exponents
-// [padded] and flags [padded / kPackedBlock, rounded up], which say whose exponents were too large.
+// [padded], and for every kPackedBlock columns two words of flags: whether guessed exponents do not
+// do for one of them, and which were guessed from others because nothing was known of them.
 struct PackedRows {
   uint16_t* parts;
   int64_t rows, columns;
@@ -36,6 +38,7 @@ struct PackedRows {
 
   __host__ __device__ int64_t padded() const { return (columns + 7) / 8 * 8; }
   __host__ __device__ int64_t part_step() const { return rows * padded(); }
+  __device__ int* flag(int64_t column) const { return flags + 2 * (column / kPackedBlock); }
 };
 
 inline PartsMatrix matrix_of(const PackedRows& packed, const int* exponents) {
@@ -53,7 +56,7 @@ struct PackedPlace {
       : columns(column_count), exponents(begin) {
     const int64_t padded = ceil_div(columns, 8) * 8;
     flags = exponents + (along_k ? whole_pieces(rows) : padded);
-    parts = flags + whole_pieces(ceil_div(columns, kPackedBlock));
+    parts = flags + whole_pieces(2 * ceil_div(columns, kPackedBlock));
     end = parts + part_count * rows * padded / 2;
   }
 
@@ -83,9 +86,11 @@ __device__ inline int packed_exponent(uint32_t bits, int room) {
 // Powers of two; those beyond float's range come in two factors.
 struct EightScales {
   float first[8], second[8];
+  // Bits of columns that were guessed from others.
+  uint32_t unknown;
 
   // Null: all are one.
-  __device__ explicit EightScales(const int* exponents) {
+  __device__ EightScales(const int* exponents, uint32_t unknown_bits) : unknown(unknown_bits) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int e = exponents == nullptr ? 0 : exponents[i];
@@ -138,12 +143,20 @@ struct alignas(16) EightHalves {
 template <int Parts>
 __device__ inline bool put_eight(const float (&values)[8], const EightScales& scales, uint16_t* to,
                                  int64_t part_step) {
+  // From here on lo has all its bits.
+  constexpr float kSmallest = 0.25f;
   EightHalves high, low;
   bool fits = true;
 #pragma unroll
   for (int i = 0; i < 8; i += 2) {
     const float x = scales.scaled(i, values[i]), y = scales.scaled(i + 1, values[i + 1]);
     fits = fits && fabsf(x) < 65504.0f && fabsf(y) < 65504.0f;
+    if (scales.unknown != 0) {
+      const auto lost = [&](int j, float value) {
+        return (scales.unknown >> j & 1) != 0 && value != 0.0f && fabsf(value) < kSmallest;
+      };
+      fits = fits && !lost(i, x) && !lost(i + 1, y);
+    }
     if constexpr (Parts == 2) {
       split_pair(x, y, high.words[i / 2], low.words[i / 2]);
     } else {
@@ -200,7 +213,10 @@ template <int Parts, class Source>
 __device__ inline bool pack_eight(const Source& source, int64_t first_row, int64_t column,
                                   int64_t row, int64_t step, int64_t end, const PackedRows& to) {
   const EightColumns<Source> at(source, column);
-  const EightScales scales(to.exponents == nullptr ? nullptr : to.exponents + column);
+  const bool scaled = sizeof(typename Source::Value) == 4;
+  const EightScales scales(
+      scaled ? to.exponents + column : nullptr,
+      scaled ? static_cast<uint32_t>(to.flag(column)[1]) >> column % kPackedBlock & 0xff : 0);
   return at.side_by_side != nullptr
              ? pack_eight<Parts, true>(source, first_row, column, at, scales, row, step, end, to)
              : pack_eight<Parts, false>(source, first_row, column, at, scales, row, step, end, to);
@@ -241,9 +257,16 @@ __global__ void __launch_bounds__(kGuessThreads)
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kPackedBlock + thread % kPackedBlock;
   const uint32_t largest =
       largest_of_columns<kGuessThreads>(source, first_row, to.rows, step, column);
-  if (thread == 0) to.flags[blockIdx.x] = 0;
-  if (thread < kPackedBlock && column < to.padded()) {
-    to.exponents[column] = packed_exponent(largest, kRoom);
+  if (thread >= kPackedBlock) return;
+  const uint32_t of_block = warp_max(largest);
+  const bool unknown = largest == 0 && of_block < 0x7f800000u;
+  if (column < to.padded()) {
+    to.exponents[column] = packed_exponent(unknown ? of_block : largest, kRoom);
+  }
+  const uint32_t all = warp_or(unknown ? 1u << thread : 0u);
+  if (thread == 0) {
+    to.flag(column)[0] = 0;
+    to.flag(column)[1] = static_cast<int>(all);
   }
 }
 
@@ -262,14 +285,14 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t begin = blockIdx.y * share;
   const int64_t end = begin + share < to.rows ? begin + share : to.rows;
   const bool fits = pack_eight<Parts>(source, first_row, column, begin + row0, down, end, to);
-  if (!fits) raise_flag(to.flags + column / kPackedBlock);
+  if (!fits) raise_flag(to.flag(column));
 }
 
 // Packs 32 columns once more, with exponents from all rows, where they are flagged.
 template <class Source, int Parts>
 __global__ void __launch_bounds__(kFlaggedThreads)
     pack_flagged_kernel(Source source, int64_t first_row, PackedRows to) {
-  if (to.flags[blockIdx.x] == 0) return;
+  if (to.flags[2 * blockIdx.x] == 0) return;
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kPackedBlock;
   const int64_t own = first + thread % kPackedBlock;

@@ -199,6 +199,11 @@ __device__ inline uint32_t warp_max(uint32_t value) {
   return __reduce_max_sync(0xffffffffu, value);
 }
 
+// The lanes' values or'ed together, in every lane.
+__device__ inline uint32_t warp_or(uint32_t value) {
+  return __reduce_or_sync(0xffffffffu, value);
+}
+
 // The lanes' writes to shared memory before are seen by all lanes after.
 __device__ inline void warp_barrier() {
   __syncwarp();

@@ -4,7 +4,7 @@
 // combination of the rows read S once; a lane has four neighbours of every 128 columns. No shared
 // memory, no barrier. Bound by memory: one read of S, y read and written. A vector's work of c m
 // numbers of S is 2 c m / 32 FMA and 10 c shuffles and additions of a warp.
-#include "core/four.h"
+#include "core/elements.h"
 #include "core/launch.h"
 #include "core/warp.h"
 #include "layer_hessian_coefficients.h"
@@ -42,7 +42,7 @@ struct LaneColumns {
 template <int Wide, bool Aligned>
 struct LaneRow {
   using Columns = LaneColumns<Wide, Aligned>;
-  Four part[Wide];
+  Four<float> part[Wide];
 
   template <bool Once>
   __device__ void load(const float* from, const Columns& columns) {
@@ -50,7 +50,11 @@ struct LaneRow {
     for (int j = 0; j < Wide; ++j) {
       if constexpr (Aligned) {
         const float* const place = from + columns.column[j][0];
-        part[j] = Once ? load_once(place) : load_four(place);
+        if constexpr (Once) {
+          read_once(part[j].value, place);
+        } else {
+          part[j] = *reinterpret_cast<const Four<float>*>(place);
+        }
       } else {
 #pragma unroll
         for (int e = 0; e < 4; ++e) part[j].value[e] = from[columns.column[j][e]];
@@ -73,7 +77,9 @@ struct LaneRow {
 #pragma unroll
     for (int j = 0; j < Wide; ++j) {
       if constexpr (Aligned) {
-        if (columns.inside[j][0]) store_four(to + columns.column[j][0], part[j]);
+        if (columns.inside[j][0]) {
+          *reinterpret_cast<Four<float>*>(to + columns.column[j][0]) = part[j];
+        }
       } else {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
@@ -170,10 +176,10 @@ __global__ void __launch_bounds__(kBlock) row_coefficient_kernel(LayerHessianCoe
 }
 
 bool whole_pieces(const float* data, int64_t steps) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && steps % 4 == 0;
+  return is_aligned(data, 16) && steps % 4 == 0;
 }
 
-bool is_aligned(const LayerHessianCoefficients& call) {
+bool rows_are_aligned(const LayerHessianCoefficients& call) {
   return whole_pieces(call.y, call.outputs) &&
          whole_pieces(call.s, call.samples > 1 ? call.s_sample : 0) &&
          whole_pieces(call.s, call.classes > 1 ? call.s_class : 0);
@@ -216,7 +222,7 @@ cudaError_t run_rows(const LayerHessianCoefficients& call, cudaStream_t stream) 
 }  // namespace
 
 cudaError_t LayerHessianCoefficients::run(cudaStream_t stream) const {
-  return is_aligned(*this) ? run_rows<true>(*this, stream) : run_rows<false>(*this, stream);
+  return rows_are_aligned(*this) ? run_rows<true>(*this, stream) : run_rows<false>(*this, stream);
 }
 
 }  // namespace hesskern::cuda

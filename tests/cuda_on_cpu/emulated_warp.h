@@ -15,6 +15,10 @@ inline unsigned char* dynamic_shared() {
   return emulation::dynamic_shared();
 }
 
+inline int thread_index_anew() {
+  return static_cast<int>(emulation::thread_index().x);
+}
+
 inline uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
@@ -44,7 +48,7 @@ struct Operands {
   float a[4], b[2];
 };
 struct HalfOperands {
-  uint32_t a[4], b[2];
+  float a[4][2], b[2][2];
 };
 
 // The low 13 bits of an operand do not enter.
@@ -119,21 +123,22 @@ inline void multiply_tf32(float (&c)[4], const float (&a)[4], const float (&b)[2
 template <typename In>
 void multiply_half(float (&c)[4], const uint32_t (&a)[4], const uint32_t* b, In) {
   emulated::HalfOperands mine;
-  std::memcpy(mine.a, a, sizeof(mine.a));
-  std::memcpy(mine.b, b, sizeof(mine.b));
+  const auto unpack = [](uint32_t word, float (&pair)[2]) {
+    pair[0] = to_float(In{static_cast<uint16_t>(word)});
+    pair[1] = to_float(In{static_cast<uint16_t>(word >> 16)});
+  };
+  for (int i = 0; i < 4; ++i) unpack(a[i], mine.a[i]);
+  for (int i = 0; i < 2; ++i) unpack(b[i], mine.b[i]);
   const auto* lanes =
       static_cast<const emulated::HalfOperands*>(emulation::warp_exchange(&mine, sizeof(mine)));
   const int lane = emulation::lane(), g = lane / 4, t = lane % 4;
-  const auto half_of = [&](uint32_t word, int k) {
-    return static_cast<double>(to_float(In{static_cast<uint16_t>(word >> k % 2 * 16)}));
-  };
   for (int part = 0; part < 4; ++part) {
     const int row = g + part / 2 * 8, column = 2 * t + part % 2;
     double products[16];
     for (int k = 0; k < 16; ++k) {
-      const uint32_t left = lanes[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2];
-      const uint32_t right = lanes[column * 4 + k % 8 / 2].b[k / 8];
-      products[k] = half_of(left, k) * half_of(right, k);
+      const double left = lanes[row % 8 * 4 + k % 8 / 2].a[row / 8 + k / 8 * 2][k % 2];
+      const double right = lanes[column * 4 + k % 8 / 2].b[k / 8][k % 2];
+      products[k] = left * right;
     }
     c[part] = emulated::truncated_sum(c[part], products);
   }

@@ -6,6 +6,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #ifdef HESSKERN_EMULATE_THREADS
@@ -383,8 +384,8 @@ void wait_for_products(int latest_groups_left) {
 }
 
 size_t& shared_limit(const void* kernel) {
-  static std::map<const void*, size_t> limits;
-  return limits.emplace(kernel, kDefaultShared).first->second;
+  static std::map<std::pair<int, const void*>, size_t> limits;
+  return limits.emplace(std::pair(device_ordinal(), kernel), kDefaultShared).first->second;
 }
 
 std::set<const void*>& launched() {

@@ -30,6 +30,7 @@ int main(int count, char** arguments) {
       {"output_hessian", check::check_output_hessian},
       {"narrow_rows", check::check_narrow_rows},
       {"root_rows", check::check_root_rows},
+      {"block_gram", check::check_block_gram},
       {"products", check::check_products},
       {"kron_matmul", check::check_kron_matmul},
       {"layer_hessian_matmul", check::check_layer_hessian_matmul},

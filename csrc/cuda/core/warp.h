@@ -23,6 +23,14 @@ __device__ inline unsigned char* dynamic_shared() {
   return memory;
 }
 
+// threadIdx.x, read once more: the compiler keeps nothing that follows from it in registers between
+// two such reads.
+__device__ inline int thread_index_anew() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 __device__ inline uint32_t bits_of(float value) {
   return __float_as_uint(value);
 }

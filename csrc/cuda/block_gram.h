@@ -1,0 +1,45 @@
+#pragma once
+
+#include "core/axis.h"
+#include "core/work.h"
+
+namespace hesskern::cuda {
+
+// Gram matrices of up to 256 columns at one read of the data: sum.acc [m, m] += alpha z^T z, for
+// m > 64 above all. Where fits() is false there is no kernel, or no device memory for it.
+
+// Rows z of softmax samples, sqrt(p_c) (g_c - sum_c' p_c' g_c'); jacobian g [N, c, m] with
+// contiguous rows, probabilities p [N, c] contiguous.
+struct BlockSamples {
+  const float* jacobian;
+  const float* probabilities;
+  int64_t samples, classes, columns;
+  int64_t sample_stride, class_stride;
+  SymmetricSum<float> sum;
+
+  bool fits() const;
+  Work<float> plan() const;
+};
+
+// Rows z of x [N, m], which are contiguous.
+struct BlockRows {
+  const float* x;
+  int64_t rows, columns, row_stride;
+  SymmetricSum<float> sum;
+
+  bool fits() const;
+  Work<float> plan() const;
+};
+
+// Rows z of positions, x [N, m, t] with contiguous positions: z has N t rows.
+struct BlockPositions {
+  const float* x;
+  int64_t samples, columns, positions;
+  int64_t sample_stride, column_stride;
+  SymmetricSum<float> sum;
+
+  bool fits() const;
+  Work<float> plan() const;
+};
+
+}  // namespace hesskern::cuda

@@ -112,25 +112,10 @@ struct BlockCut {
   size_t bytes() const { return sizeof(float) * static_cast<size_t>(total); }
 };
 
-__device__ inline Four<float> load_four(const float* from) {
-  return *reinterpret_cast<const Four<float>*>(from);
-}
-
 __device__ inline float largest(float so_far, const Four<float>& four) {
 #pragma unroll
   for (int q = 0; q < 4; ++q) so_far = fmaxf(so_far, fabsf(four.value[q]));
   return so_far;
-}
-
-// The first count (up to 4, none if less than 1) of four numbers, zeros behind them. pieces: from
-// lies at a multiple of 16 bytes.
-__device__ inline void copy_four(float* to, const float* from, int count, bool pieces) {
-  if (pieces) {
-    copy_piece(to, from, count < 1 ? 0 : count < 4 ? 4 * count : 16);
-  } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) copy_word(to + e, e < count ? from + e : from, e < count);
-  }
 }
 
 // Samples of rows, each to be centred under its weights, or (without weights) rows as they are, of

@@ -15,7 +15,7 @@
 
 #include "conv_few_channels.h"
 #include "core/device.h"
-#include "core/four.h"
+#include "core/elements.h"
 #include "core/launch.h"
 #include "core/warp.h"
 
@@ -38,18 +38,6 @@ struct Image {
   int64_t samples;
   int height, width, border;
 };
-
-// Starts to copy the first count (0 to 4) of four floats to shared memory, zeros behind them;
-// kVector: 16 bytes at once.
-template <bool kVector>
-__device__ inline void copy_four(float* to, const float* from, int count) {
-  if constexpr (kVector) {
-    copy_piece(to, from, count > 0 ? 16 : 0);
-  } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) copy_word(to + e, e < count ? from + e : from, e < count);
-  }
-}
 
 // partial [blocks, dy, c, c', dx]: sums of all lags over the middle of the images.
 template <int kChannels, int kLag, bool kVector>
@@ -80,7 +68,7 @@ __global__ void __launch_bounds__(32 * (kLag + 1), 1) lag_kernel(Image image, fl
         const int count = row >= image.height ? 0 : left < 4 ? left : 4;
         const int64_t place =
             (static_cast<int64_t>(channel) * image.height + row) * image.width + 4 * f;
-        copy_four<kVector>(to + line * pitch + 4 * f, count > 0 ? from + place : image.x, count);
+        copy_four(to + line * pitch + 4 * f, count > 0 ? from + place : image.x, count, kVector);
       }
     }
     close_copies();
@@ -111,7 +99,7 @@ __global__ void __launch_bounds__(32 * (kLag + 1), 1) lag_kernel(Image image, fl
       float one[kChannels][4];
 #pragma unroll
       for (int a = 0; a < kChannels; ++a) {
-        const Four four = load_four(place + a * kLines * pitch);
+        const Four<float> four = load_four(place + a * kLines * pitch);
 #pragma unroll
         for (int e = 0; e < 4; ++e) one[a][e] = four.value[e];
       }
@@ -133,7 +121,7 @@ __global__ void __launch_bounds__(32 * (kLag + 1), 1) lag_kernel(Image image, fl
         for (int i = 0; i < (2 * kPad + 4) / 4; ++i) {
           // Words that no lag reaches are not read.
           if (4 * i + 3 < kPad - kLag || 4 * i > kPad + kLag + 3) continue;
-          const Four four = load_four(from + 4 * i);
+          const Four<float> four = load_four(from + 4 * i);
 #pragma unroll
           for (int e = 0; e < 4; ++e) window[4 * i + e] = four.value[e];
         }

@@ -6,9 +6,10 @@
 // d >= 128, by memory below. Rows whose elements lie side by side at multiples of 16 bytes are
 // copied to shared memory three steps ahead; others, and those with ones, go through registers.
 // On compute capability 9.0 larger sums are products of core/parts_product.h.
-// Contiguous rows of few columns have a kernel of their own (narrow_rows.cu).
+// Contiguous rows of few columns have kernels of their own (narrow_rows.cu, block_gram.cu).
 #include <type_traits>
 
+#include "block_gram.h"
 #include "core/elements.h"
 #include "core/stage.h"
 #include "core/symmetric.h"
@@ -72,6 +73,12 @@ Work<T> InputCovariance<In, T>::plan() const {
     if (!ones && contiguous(*this)) {
       const NarrowRows<In> narrow{x, rows, columns, nullptr, 1, sum};
       if (narrow.fits()) return narrow.plan();
+    }
+    if constexpr (std::is_same_v<In, float>) {
+      if (!ones && row_axis.inner == 0 && column_axis.inner == 0 && column_axis.step == 1) {
+        const BlockRows block{x, rows, columns, row_axis.step, sum};
+        if (block.fits()) return block.plan();
+      }
     }
     if (as_parts(*this)) {
       if constexpr (sizeof(In) == 2) {

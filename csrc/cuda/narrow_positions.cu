@@ -28,17 +28,12 @@ constexpr int64_t kMostPositions = 1 << 24;
 // Starts to copy the first count of four values, zeros behind them; kVector: at once, for aligned
 // sources and counts of 0 or 4.
 template <bool kVector, typename In>
-__device__ inline void copy_four(Four<In>* shared, const In* global, int count) {
+__device__ inline void copy_positions(Four<In>* shared, const In* global, int count) {
   if constexpr (sizeof(In) == 2) {
     static_assert(kVector, "16-bit elements are not copied one by one");
     copy_two_words(shared, global, count > 0);
-  } else if constexpr (kVector) {
-    copy_piece(shared, global, count > 0 ? 16 : 0);
   } else {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      copy_word(shared->value + e, e < count ? global + e : global, e < count);
-    }
+    copy_four(shared->value, global, count, kVector);
   }
 }
 
@@ -75,8 +70,8 @@ __global__ void __launch_bounds__(kGramThreads, kGramBlocks)
 #pragma unroll
       for (int b = 0; b < kEights; ++b) {
         const int count = b * 8 + row >= rows || left < 0 ? 0 : left < 4 ? left : 4;
-        copy_four<kVector>(to + (s * kEights + b) * 32,
-                           count > 0 ? from + b * 8 * positions + s * 16 : call.x, count);
+        copy_positions<kVector>(to + (s * kEights + b) * 32,
+                                count > 0 ? from + b * 8 * positions + s * 16 : call.x, count);
       }
     }
     close_copies();

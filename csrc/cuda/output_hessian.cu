@@ -11,6 +11,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "block_gram.h"
 #include "core/elements.h"
 #include "core/stage.h"
 #include "core/symmetric.h"
@@ -242,6 +243,11 @@ Work<T> OutputHessian<In, T>::plan() const {
     if (!std::is_same_v<In, T> || narrow.fits()) return narrow.plan();
   }
   if constexpr (std::is_same_v<In, float>) {
+    if (positions == 1 && output_stride == 1) {
+      const BlockSamples block{jacobian, probabilities, samples,      classes,
+                               outputs,  sample_stride, class_stride, sum};
+      if (block.fits()) return block.plan();
+    }
     if (rows_are_copied(*this)) {
       return with_tile(*this, [&](auto tag) {
         using Tile = typename decltype(tag)::Type;

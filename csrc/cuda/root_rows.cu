@@ -1,9 +1,10 @@
 // Output Hessian from rows of a root of it: a Gram matrix of the Jacobian's rows.
 //
-// Contiguous rows of positions have a kernel of their own (narrow_positions.cu); all others are an
-// input covariance (input_covariance.cu), which has one for narrow rows.
+// Contiguous rows of positions have kernels of their own (narrow_positions.cu, block_gram.cu); all
+// others are an input covariance (input_covariance.cu), which has some for narrow rows.
 #include <type_traits>
 
+#include "block_gram.h"
 #include "input_covariance.h"
 #include "narrow_positions.h"
 #include "root_rows.h"
@@ -55,7 +56,15 @@ template <typename In, typename T>
 Work<T> RootRows<In, T>::plan() const {
   if constexpr (std::is_same_v<T, float>) {
     const NarrowPositions<In> narrow{jacobian, samples * classes, outputs, positions, sum};
-    if (contiguous_positions(*this) && narrow.fits()) return narrow.plan();
+    if (contiguous_positions(*this)) {
+      if (narrow.fits()) return narrow.plan();
+      if constexpr (std::is_same_v<In, float>) {
+        const int64_t size = outputs * positions;
+        const BlockPositions block{jacobian, samples * classes, outputs, positions,
+                                   size,     positions,         sum};
+        if (block.fits()) return block.plan();
+      }
+    }
   }
   const InputCovariance<In, T> rows{jacobian,
                                     row_axis(*this),

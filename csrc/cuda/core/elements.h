@@ -33,6 +33,10 @@ struct alignas(4 * sizeof(T)) Four {
   T value[4];
 };
 
+__device__ inline Four<float> load_four(const float* from) {
+  return *reinterpret_cast<const Four<float>*>(from);
+}
+
 // Two 16-bit elements as an operand's word of tensor-core products.
 template <typename T>
 __device__ inline uint32_t pair_of(T low, T high) {

@@ -250,4 +250,15 @@ __device__ inline T warp_sum(T value) {
   return value;
 }
 
+// Starts to copy the first count (none if less than 1) of four numbers to shared memory, zeros
+// behind them. pieces: at once, from a multiple of 16 bytes.
+__device__ inline void copy_four(float* shared, const float* global, int count, bool pieces) {
+  if (pieces) {
+    copy_piece(shared, global, count < 1 ? 0 : count < 4 ? 4 * count : 16);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) copy_word(shared + e, e < count ? global + e : global, e < count);
+  }
+}
+
 }  // namespace hesskern::cuda

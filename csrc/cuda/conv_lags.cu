@@ -11,6 +11,8 @@
 // k^2 (k^2 + 1) / 2 (3 x 3: 13 instead of 45), three times on tensor cores with float32; two reads
 // and one write of the images to pack them.
 #include <algorithm>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "conv_lags.h"
@@ -61,12 +63,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // sum += alpha times the blocks' sums: element (channel c, entry o; channel d, entry p) from
-// sums [groups, C, blocks, packed channels].
+// sums [groups, group_size], where block b begins at places[2 b], its rows places[2 b + 1] apart.
 __global__ void __launch_bounds__(kThreads)
-    assemble_kernel(SymmetricSum<float> sum, int64_t taps, int64_t blocks, int64_t channels,
-                    int64_t packed_channels, const float* sums, const int32_t* starts,
-                    const int32_t* entries) {
-  const int64_t group_size = channels * blocks * packed_channels;
+    assemble_kernel(SymmetricSum<float> sum, int64_t taps, int64_t group_size, const float* sums,
+                    const int32_t* starts, const int32_t* entries, const int32_t* places) {
   for (int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
        index < sum.groups * sum.order * sum.order;
        index += static_cast<int64_t>(gridDim.x) * kThreads) {
@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int32_t e = starts[pair]; e < starts[pair + 1]; ++e) {
       const int32_t entry = entries[e];
       const int64_t left = (entry & 2) != 0 ? d : c, right = (entry & 2) != 0 ? c : d;
-      const float value = own[(left * blocks + entry / 4) * packed_channels + right];
+      const int32_t* place = places + entry / 4 * 2;
+      const float value = own[place[0] + left * place[1] + right];
       total += (entry & 1) != 0 ? -value : value;
     }
     sum.acc[group * sum.group_stride + row * sum.row_stride + column * sum.column_stride] +=
@@ -102,92 +103,109 @@ bool multiplies_parts(const ConvLags<In>& lags, const LagPlan& plan, int64_t sam
          plan.families[0].inner(samples) >= lags.fewest_part_rows && parts_products_available();
 }
 
+// Products of whole images in parts, one run of shifts: A is the images at `stack` neighbouring
+// shifts beside each other, so that tiles of 128 rows are full, B every stack'th shift.
+struct PartsRun {
+  LagRun run;
+  int64_t stack, shifts;
+  // Of full blocks of rows, and of the last one.
+  PartsProduct whole, last;
+  // Where its sums [stack C, shifts C] begin among those of a group.
+  int64_t sums;
+};
+
 // Where everything lies in the workspace, and how the products are cut, for so many samples.
 template <typename In>
 struct Layout {
   static constexpr PartsType kType = parts_type_of<In>();
   static constexpr int kParts = sizeof(In) == 4 ? 2 : 1;
 
-  const LagPlan& plan;
-  bool in_parts;
-  int64_t most_rows, groups, channels, packed_channels, samples, splits, columns;
-  // Shifts of the longest run of whole images.
+  std::shared_ptr<const LagPlan> geometry;
+  int64_t samples, groups, channels, packed_channels, splits;
+  // Of products in parts: all, and rows of a launch. A pair of shifts needs a row more, before the
+  // first: of images one is zero there.
+  std::vector<PartsRun> parts;
+  int64_t part_rows = 0, block_rows = 0, before = 0;
+  // Shifts of the longest of them.
   int64_t repeats = 0;
-  int64_t packed[4], sums, table, largest, exponents, scratch, size;
+  // Of blocks that are not of these: the first, and columns of their sums [C, columns].
+  int64_t first_block = 0, columns = 0;
+  // By block: where it begins among a group's sums, and how far its rows are apart.
+  std::vector<int32_t> places;
+  // What the device is told: the geometry's starts and entries, then these.
+  std::vector<int32_t> numbers;
+  int64_t packed[4], group_size = 0, sums, table, largest, exponents, scratch, size = 0;
 
-  Layout(const ConvLags<In>& lags, const LagPlan& plan_, int64_t samples_)
-      : plan(plan_),
-        in_parts(multiplies_parts(lags, plan_, samples_)),
-        most_rows(lags.most_part_rows),
-        groups(lags.call.sum.groups),
-        channels(lags.call.group_channels),
-        packed_channels(padded(channels, in_parts ? 8 : 4)),
+  Layout(const ConvLags<In>& lags, std::shared_ptr<const LagPlan> plan, int64_t samples_)
+      : geometry(std::move(plan)),
         samples(samples_),
-        columns(plan_.blocks * packed_channels) {
+        groups(lags.call.sum.groups),
+        channels(lags.call.group_channels) {
+    const bool in_parts = multiplies_parts(lags, *geometry, samples);
+    packed_channels = padded(channels, in_parts ? 8 : 4);
     splits = in_parts ? 1 : splits_of_whole_images();
-    for (const LagRun& run : plan.runs) {
-      if (run.family == 0) repeats = std::max(repeats, run.count);
+    places.resize(2 * static_cast<size_t>(geometry->blocks));
+    int64_t most_scratch = 0;
+    if (in_parts) most_scratch = plan_parts(lags.most_part_rows);
+    const int64_t parts_size = group_size;
+    columns = (geometry->blocks - first_block) * packed_channels;
+    for (int64_t block = first_block; block < geometry->blocks; ++block) {
+      place(block, parts_size + (block - first_block) * packed_channels, columns);
     }
-    size = 0;
+    group_size += padded(channels * columns);
     for (int f = 0; f < 4; ++f) {
-      const LagFamily& family = plan.families[f];
+      const LagFamily& family = geometry->families[f];
       const int64_t elements = groups * family.signals * family.rows(samples) * packed_channels;
       packed[f] = take(f == 0 && in_parts ? elements * kParts / 2 : elements);
     }
-    sums = take(splits * groups * channels * columns);
-    table = take(static_cast<int64_t>(plan.starts.size() + plan.entries.size()));
+    sums = take(splits * groups * group_size);
+    numbers = geometry->starts;
+    numbers.insert(numbers.end(), geometry->entries.begin(), geometry->entries.end());
+    numbers.insert(numbers.end(), places.begin(), places.end());
+    table = take(static_cast<int64_t>(numbers.size()));
     const bool scaled = in_parts && sizeof(In) == 4;
     largest = take(scaled ? kLargestParts * groups * channels : 0);
     exponents = take(scaled ? groups * repeats * packed_channels : 0);
-    scratch = take(in_parts ? product_scratch() : 0);
+    scratch = take(most_scratch);
   }
 
-  // Signals of whole images, rows along k, from the first shift of a run on.
-  int64_t whole_rows() const { return plan.families[0].inner(samples); }
-
-  // visit(run, first row, rows) of the products in parts, one group's.
-  template <class Visit>
-  cudaError_t each_part(Visit visit) const {
-    for (const LagRun& run : plan.runs) {
-      if (run.family != 0) continue;
-      for (int64_t first = 0; first < whole_rows(); first += most_rows) {
-        const cudaError_t error = visit(run, first, std::min(most_rows, whole_rows() - first));
-        if (error != cudaSuccess) return error;
-      }
-    }
-    return cudaSuccess;
-  }
-  PartsProduct part_product(const LagRun& run, int64_t rows) const {
-    return {kType, false, channels, run.count * packed_channels, rows, false};
-  }
+  int64_t whole_rows() const { return geometry->families[0].inner(samples); }
 
   // Sums of whole images from their parts.
   cudaError_t multiply_parts(float* workspace, cudaStream_t stream) const {
-    const LagFamily& family = plan.families[0];
-    const int64_t signal = family.rows(samples) * packed_channels;
-    const auto* parts = reinterpret_cast<const uint16_t*>(workspace + packed[0]);
-    const auto* scales =
-        sizeof(In) == 4 ? reinterpret_cast<const int*>(workspace + exponents) : nullptr;
+    const LagFamily& family = geometry->families[0];
+    const int64_t signal = family.rows(samples) * packed_channels, part_step = groups * signal;
+    const auto* all = reinterpret_cast<const uint16_t*>(workspace + packed[0]);
     for (int64_t group = 0; group < groups; ++group) {
-      const uint16_t* const own = parts + group * signal + family.margin * packed_channels;
-      const int* const scale =
-          scales == nullptr ? nullptr : scales + group * repeats * packed_channels;
-      const cudaError_t error = each_part([&](const LagRun& run, int64_t first, int64_t rows) {
-        const int64_t part_step = groups * signal;
-        const PartsMatrix a{
-            own + first * packed_channels, rows, channels, packed_channels, part_step, scale};
-        const PartsMatrix b{own + (first + run.shift) * packed_channels,
-                            rows,
-                            run.count * packed_channels,
-                            packed_channels,
-                            part_step,
-                            scale};
-        const PartsTarget to{
-            workspace + sums + group * channels * columns + run.first * packed_channels, columns, 1,
-            1.0f, first > 0};
-        return part_product(run, rows).run(a, b, 0, to, workspace + scratch, stream);
-      });
-      if (error != cudaSuccess) return error;
+      const uint16_t* const own = all + group * signal + (family.margin - before) * packed_channels;
+      const int* const scale = sizeof(In) == 4
+                                   ? reinterpret_cast<const int*>(workspace + exponents) +
+                                         group * repeats * packed_channels
+                                   : nullptr;
+      for (const PartsRun& one : parts) {
+        // A's shift i and B's shift j are that far apart: stack - 1 - i + stack j.
+        const int64_t shift = one.run.shift + one.stack - 1;
+        const int64_t gap = (one.stack - 1) * packed_channels;
+        const int64_t lines = one.stack == 1 ? channels : one.stack * packed_channels;
+        for (int64_t first = 0; first < part_rows; first += block_rows) {
+          const int64_t rows = std::min(block_rows, part_rows - first);
+          const PartsMatrix a{
+              own + first * packed_channels, rows, lines, packed_channels, part_step, scale};
+          const PartsMatrix b{own + (first + shift) * packed_channels,
+                              rows,
+                              one.shifts * packed_channels,
+                              packed_channels,
+                              part_step,
+                              scale,
+                              gap == 0 ? 0 : packed_channels,
+                              gap};
+          const PartsTarget to{workspace + sums + group * group_size + one.sums,
+                               one.shifts * packed_channels, 1, 1.0f, first > 0};
+          const PartsProduct& product = rows == block_rows ? one.whole : one.last;
+          const cudaError_t error = product.run(a, b, to, workspace + scratch, stream);
+          if (error != cudaSuccess) return error;
+        }
+      }
     }
     return cudaSuccess;
   }
@@ -195,9 +213,9 @@ struct Layout {
   // Products of float32 signals.
   std::vector<Product<float>> products(float* workspace) const {
     std::vector<Product<float>> list;
-    for (const LagRun& run : plan.runs) {
-      if (run.family == 0 && in_parts) continue;
-      const LagFamily& family = plan.families[run.family];
+    for (const LagRun& run : geometry->runs) {
+      if (run.first < first_block) continue;
+      const LagFamily& family = geometry->families[run.family];
       const int64_t rows = family.rows(samples), inner = family.inner(samples);
       const int64_t share = run.family == 0 ? ceil_div(inner, splits) : inner;
       for (int64_t group = 0; group < groups; ++group) {
@@ -215,8 +233,8 @@ struct Layout {
         for (int64_t begin = 0, split = 0; begin < inner; begin += share, ++split) {
           product.k_begin = begin;
           product.k_end = std::min(begin + share, inner);
-          product.c = workspace + sums + ((split * groups + group) * channels) * columns +
-                      run.first * packed_channels;
+          product.c = workspace + sums + (split * groups + group) * group_size +
+                      places[2 * static_cast<size_t>(run.first)];
           list.push_back(product);
         }
       }
@@ -226,19 +244,55 @@ struct Layout {
 
   // Splits that rows are left for.
   int64_t used_splits() const {
-    const int64_t inner = plan.families[0].inner(samples);
+    const int64_t inner = whole_rows();
     return ceil_div(inner, ceil_div(inner, splits));
   }
 
  private:
   int64_t take(int64_t elements) {
-    const int64_t place = size;
+    const int64_t begin = size;
     size += padded(elements);
-    return place;
+    return begin;
   }
+  void place(int64_t block, int64_t begin, int64_t row_step) {
+    places[2 * static_cast<size_t>(block)] = static_cast<int32_t>(begin);
+    places[2 * static_cast<size_t>(block) + 1] = static_cast<int32_t>(row_step);
+  }
+
+  // The products in parts and their sums; elements of float that they need besides.
+  int64_t plan_parts(int64_t most_rows) {
+    // Boxes of 64 columns each lie within one shift then.
+    const bool pairs = packed_channels == 64;
+    before = pairs ? 1 : 0;
+    part_rows = whole_rows() + before;
+    block_rows = std::min(part_rows, most_rows);
+    const int64_t last_rows = (part_rows - 1) % block_rows + 1;
+    int64_t most = 0;
+    for (const LagRun& run : geometry->runs) {
+      if (run.family != 0) continue;
+      const int64_t stack = pairs && run.count > 1 ? 2 : 1, shifts = ceil_div(run.count, stack);
+      const int64_t m = stack == 1 ? channels : stack * packed_channels;
+      const int64_t n = shifts * packed_channels;
+      parts.push_back({run, stack, shifts, PartsProduct(kType, false, m, n, block_rows, false),
+                       PartsProduct(kType, false, m, n, last_rows, false), group_size});
+      for (int64_t i = 0; i < run.count; ++i) {
+        // Of A's shift stack - 1 - i % stack and B's i / stack.
+        place(run.first + i,
+              group_size + (stack - 1 - i % stack) * packed_channels * n +
+                  i / stack * packed_channels,
+              n);
+      }
+      group_size += padded(m * n);
+      repeats = std::max({repeats, shifts, stack});
+      most = std::max({most, parts.back().whole.workspace(), parts.back().last.workspace()});
+    }
+    first_block = geometry->whole_blocks;
+    return most;
+  }
+
   int64_t splits_of_whole_images() const {
     int64_t tiles = 0;
-    for (const LagRun& run : plan.runs) {
+    for (const LagRun& run : geometry->runs) {
       if (run.family == 0) {
         tiles += groups * ceil_div(channels, 64) * ceil_div(run.count * packed_channels, 64);
       }
@@ -248,14 +302,6 @@ struct Layout {
     return plan_splits(tiles, whole_rows(), 2 * current_device().processors, kWrite, 1,
                        std::min(whole_rows() / kFewest, kMostSplits))
         .count;
-  }
-  int64_t product_scratch() const {
-    int64_t most = 0;
-    each_part([&](const LagRun& run, int64_t, int64_t rows) {
-      most = std::max(most, part_product(run, rows).workspace());
-      return cudaSuccess;
-    });
-    return most;
   }
 };
 
@@ -297,7 +343,7 @@ cudaError_t pack_parts(const ConvInputCovariance<In, float>& call, const Layout<
 template <typename In>
 cudaError_t pack(const ConvInputCovariance<In, float>& call, const Layout<In>& layout,
                  float* workspace, cudaStream_t stream) {
-  const ConvAxis &h = layout.plan.h, &w = layout.plan.w;
+  const ConvAxis &h = layout.geometry->h, &w = layout.geometry->w;
   LagBorders borders{};
   for (size_t i = 0; i < h.borders.size(); ++i) {
     borders.h[i] = static_cast<int32_t>(h.borders[i].position);
@@ -306,10 +352,10 @@ cudaError_t pack(const ConvInputCovariance<In, float>& call, const Layout<In>& l
     borders.w[i] = static_cast<int32_t>(w.borders[i].position);
   }
   for (int f = 0; f < 4; ++f) {
-    if (layout.plan.families[f].signals == 0) continue;
-    const LagPacking<In> packing(call, layout.plan, f, layout.packed_channels);
+    if (layout.geometry->families[f].signals == 0) continue;
+    const LagPacking<In> packing(call, *layout.geometry, f, layout.packed_channels);
     const cudaError_t error =
-        f == 0 && layout.in_parts
+        f == 0 && !layout.parts.empty()
             ? pack_parts(call, layout, packing, workspace, stream)
             : launch(pack_signals_kernel<In>, dim3(static_cast<unsigned>(packing.tiles())),
                      dim3(kPackSide, kPackLines), 0, stream, packing, borders,
@@ -331,43 +377,36 @@ cudaError_t store(const std::vector<int32_t>& values, int32_t* out, cudaStream_t
   return cudaSuccess;
 }
 
-// workspace: what plan() asks for.
+// The samples of one layout; workspace: what that asks for.
 template <typename In>
-cudaError_t run(const ConvLags<In>& lags, float* workspace, cudaStream_t stream) {
-  const ConvInputCovariance<In, float>& call = lags.call;
-  const LagPlan& plan = lag_plan(geometry_of(call));
-  const int64_t step = chunk_samples(call, plan);
-  for (int64_t first = 0; first < call.samples; first += step) {
-    ConvInputCovariance<In, float> some = call;
-    some.samples = std::min(step, call.samples - first);
-    some.x += first * call.sample_stride;
-    const Layout<In> layout(lags, plan, some.samples);
-    cudaError_t error = pack(some, layout, workspace, stream);
-    if (error == cudaSuccess && layout.in_parts) error = layout.multiply_parts(workspace, stream);
-    if (error != cudaSuccess) return error;
-    // Numbers of 8 and 11 bits are tf32 numbers: one term is exact.
-    error = multiply_all(layout.products(workspace), call.tf32 || sizeof(In) == 2, stream);
-    if (error != cudaSuccess) return error;
-    float* sums = workspace + layout.sums;
-    const int64_t splits = layout.used_splits(), rows = layout.groups * layout.channels;
-    if (splits > 1) {
-      const int64_t count = plan.whole_blocks * layout.packed_channels;
-      error = launch(add_up_kernel, grid_for(rows * count), dim3(kThreads), 0, stream, sums, splits,
-                     rows, layout.columns, count);
-      if (error != cudaSuccess) return error;
-    }
-    int32_t* starts = reinterpret_cast<int32_t*>(workspace + layout.table);
-    int32_t* entries = starts + plan.starts.size();
-    error = store(plan.starts, starts, stream);
-    if (error == cudaSuccess) error = store(plan.entries, entries, stream);
-    if (error != cudaSuccess) return error;
-    error = launch(assemble_kernel, grid_for(call.sum.groups * call.sum.order * call.sum.order),
-                   dim3(kThreads), 0, stream, call.sum, plan.h.taps * plan.w.taps, plan.blocks,
-                   layout.channels, layout.packed_channels, static_cast<const float*>(sums),
-                   static_cast<const int32_t*>(starts), static_cast<const int32_t*>(entries));
+cudaError_t run(const ConvInputCovariance<In, float>& call, const Layout<In>& layout,
+                float* workspace, cudaStream_t stream) {
+  const LagPlan& plan = *layout.geometry;
+  cudaError_t error = pack(call, layout, workspace, stream);
+  if (error == cudaSuccess) error = layout.multiply_parts(workspace, stream);
+  if (error != cudaSuccess) return error;
+  // Numbers of 8 and 11 bits are tf32 numbers: one term is exact.
+  error = multiply_all(layout.products(workspace), call.tf32 || sizeof(In) == 2, stream);
+  if (error != cudaSuccess) return error;
+  float* sums = workspace + layout.sums;
+  const int64_t splits = layout.used_splits();
+  if (splits > 1) {
+    // Without products in parts a group's sums are all [C, columns].
+    const int64_t rows = layout.groups * layout.channels;
+    const int64_t count = plan.whole_blocks * layout.packed_channels;
+    error = launch(add_up_kernel, grid_for(rows * count), dim3(kThreads), 0, stream, sums, splits,
+                   rows, layout.columns, count);
     if (error != cudaSuccess) return error;
   }
-  return cudaSuccess;
+  int32_t* starts = reinterpret_cast<int32_t*>(workspace + layout.table);
+  int32_t* entries = starts + plan.starts.size();
+  int32_t* places = entries + plan.entries.size();
+  error = store(layout.numbers, starts, stream);
+  if (error != cudaSuccess) return error;
+  return launch(assemble_kernel, grid_for(call.sum.groups * call.sum.order * call.sum.order),
+                dim3(kThreads), 0, stream, call.sum, plan.h.taps * plan.w.taps, layout.group_size,
+                static_cast<const float*>(sums), static_cast<const int32_t*>(starts),
+                static_cast<const int32_t*>(entries), static_cast<const int32_t*>(places));
 }
 
 }  // namespace
@@ -379,7 +418,8 @@ bool ConvLags<In>::pays() const {
       call.group_channels < kFewestChannels) {
     return false;
   }
-  const LagPlan& plan = lag_plan(geometry_of(call));
+  const std::shared_ptr<const LagPlan> geometry = lag_plan(geometry_of(call));
+  const LagPlan& plan = *geometry;
   if (!plan.fits) return false;
   // Multiplications of a sample, tiles that are not full included.
   const int64_t packed_channels = padded(call.group_channels);
@@ -395,12 +435,22 @@ bool ConvLags<In>::pays() const {
 
 template <typename In>
 Work<float> ConvLags<In>::plan() const {
-  const LagPlan& plan = lag_plan(geometry_of(call));
-  const int64_t step = chunk_samples(call, plan), last = (call.samples - 1) % step + 1;
-  const int64_t workspace =
-      std::max(Layout<In>(*this, plan, step).size, Layout<In>(*this, plan, last).size);
-  return {workspace,
-          [lags = *this](float* memory, cudaStream_t stream) { return run(lags, memory, stream); }};
+  const std::shared_ptr<const LagPlan> geometry = lag_plan(geometry_of(call));
+  const int64_t step = chunk_samples(call, *geometry), left = call.samples % step;
+  const Layout<In> whole(*this, geometry, step);
+  const Layout<In> last = left == 0 ? whole : Layout<In>(*this, geometry, left);
+  return {std::max(whole.size, last.size),
+          [whole, last, step, call = call](float* memory, cudaStream_t stream) {
+            for (int64_t first = 0; first < call.samples; first += step) {
+              ConvInputCovariance<In, float> some = call;
+              some.samples = std::min(step, call.samples - first);
+              some.x += first * call.sample_stride;
+              const cudaError_t error =
+                  run(some, some.samples == step ? whole : last, memory, stream);
+              if (error != cudaSuccess) return error;
+            }
+            return cudaSuccess;
+          }};
 }
 
 template struct ConvLags<float>;

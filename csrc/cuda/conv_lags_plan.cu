@@ -114,13 +114,14 @@ LagPlan make_plan(const LagGeometry& g) {
 
 }  // namespace
 
-const LagPlan& lag_plan(const LagGeometry& geometry) {
-  thread_local std::map<LagGeometry, LagPlan> plans;
+std::shared_ptr<const LagPlan> lag_plan(const LagGeometry& geometry) {
+  thread_local std::map<LagGeometry, std::shared_ptr<const LagPlan>> plans;
   constexpr size_t kMost = 256;
   const auto found = plans.find(geometry);
   if (found != plans.end()) return found->second;
   if (plans.size() >= kMost) plans.clear();
-  return plans.emplace(geometry, make_plan(geometry)).first->second;
+  return plans.emplace(geometry, std::make_shared<const LagPlan>(make_plan(geometry)))
+      .first->second;
 }
 
 }  // namespace hesskern::cuda

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "conv_input_covariance.h"
@@ -54,6 +55,6 @@ LagGeometry geometry_of(const ConvInputCovariance<In, float>& call) {
 }
 
 // The plan of a geometry; those that came last are kept.
-const LagPlan& lag_plan(const LagGeometry& geometry);
+std::shared_ptr<const LagPlan> lag_plan(const LagGeometry& geometry);
 
 }  // namespace hesskern::cuda

@@ -78,7 +78,7 @@ Work<float> LayerHessianParts::plan() const {
       if (error != cudaSuccess) return error;
       error =
           chunk.forward.run(matrix_of(packed_x, nullptr), matrix_of(packed_v, packed_v.exponents),
-                            0, {memory + y, columns, 1, 1.0f, false}, memory, stream);
+                            {memory + y, columns, 1, 1.0f, false}, memory, stream);
       if (error != cudaSuccess) return error;
 
       error = replace(first, chunk.samples, memory + y, memory + coefficients, stream);
@@ -89,7 +89,7 @@ Work<float> LayerHessianParts::plan() const {
                            packed_y, stream);
       if (error != cudaSuccess) return error;
       error = chunk.backward.run(matrix_of(packed_y, packed_y.exponents),
-                                 matrix_of(packed_x, packed_x.exponents), 0,
+                                 matrix_of(packed_x, packed_x.exponents),
                                  {call.out, call.inputs, 1, call.alpha, first > 0}, memory, stream);
       if (error != cudaSuccess) return error;
     }

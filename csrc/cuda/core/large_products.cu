@@ -60,7 +60,7 @@ cudaError_t LargeProduct::run(const Product<float>& p, float* workspace,
     error = pack(p.b, p.b_k, p.b_column, p.k_begin, along_k_, b, stream);
   }
   if (error != cudaSuccess) return error;
-  error = product_.run(matrix_of(a, a.exponents), matrix_of(b, b.exponents), 0,
+  error = product_.run(matrix_of(a, a.exponents), matrix_of(b, b.exponents),
                        {p.c, p.c_row.step, p.c_column.step, 1.0f, false}, workspace, stream);
   if (error != cudaSuccess || p.scale == nullptr) return error;
   return launch(scale_kernel<kThreads>, grid_for(p.m * p.n), dim3(kThreads), 0, stream, p);

@@ -123,6 +123,17 @@ struct Target {
   }
 };
 
+// Where a matrix's columns lie that come in pieces.
+struct Gaps {
+  int width, gap;
+
+  explicit Gaps(const PartsMatrix& matrix)
+      : width(static_cast<int>(matrix.width)), gap(static_cast<int>(matrix.gap)) {}
+  __device__ int place(int column) const {
+    return width == 0 ? column : column + column / width * gap;
+  }
+};
+
 // values(j), j < Count, of a thread: elements (row, column + 8 j), the next in the row, and the
 // two in row + 8. What several j need of memory is read before anything is written: the compiler
 // must assume that one changes the other, and would wait for each.
@@ -223,7 +234,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     parts_product_kernel(const __grid_constant__ TensorMap map_a,
                          const __grid_constant__ TensorMap map_b,
                          const __grid_constant__ PartsSchedule schedule,
-                         const __grid_constant__ Target target, float* partial, int shift) {
+                         const __grid_constant__ Target target, float* partial, Gaps gaps_b) {
 #ifdef HESSKERN_WGMMA
   __shared__ uint64_t full[C::kStages], empty[C::kStages], turns[2];
   unsigned char* const stages =
@@ -268,8 +279,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
           }
 #pragma unroll
           for (int box = 0; box < C::kBoxesB; ++box) {
-            copy_box(to + C::kBytesA + box * C::kBox, map_b, here, column0 + kBoxColumns * box,
-                     k + shift, 0);
+            copy_box(to + C::kBytesA + box * C::kBox, map_b, here,
+                     gaps_b.place(column0 + kBoxColumns * box), k, 0);
           }
         }
         if (++stage == C::kStages) stage = 0, parity ^= 1;
@@ -477,11 +488,12 @@ auto with_config(PartsType type, bool along_k, int columns, Visit visit) {
 
 template <class C>
 cudaError_t run_product(const PartsSchedule& schedule, const PartsMatrix& a, const PartsMatrix& b,
-                        int64_t shift, const PartsTarget& to, float* workspace,
-                        cudaStream_t stream) {
+                        const PartsTarget& to, float* workspace, cudaStream_t stream) {
   const auto boxed = [](const PartsMatrix& matrix) {
-    return BoxedParts{matrix.data, matrix.columns,  matrix.rows,
-                      C::kParts,   matrix.row_step, matrix.part_step};
+    const int64_t gaps =
+        matrix.width == 0 ? 0 : (ceil_div(matrix.columns, matrix.width) - 1) * matrix.gap;
+    return BoxedParts{matrix.data, matrix.columns + gaps, matrix.rows,
+                      C::kParts,   matrix.row_step,       matrix.part_step};
   };
   TensorMap map_a, map_b;
   constexpr int kParts = C::kAlongK ? 1 : C::kParts;
@@ -493,9 +505,9 @@ cudaError_t run_product(const PartsSchedule& schedule, const PartsMatrix& a, con
   const int64_t slots = resident_blocks(reinterpret_cast<const void*>(parts_product_kernel<C>),
                                         C::kThreads, C::kShared);
   const int64_t blocks = std::min<int64_t>(slots, schedule.items());
-  cudaError_t error = launch(parts_product_kernel<C>, dim3(static_cast<unsigned>(blocks)),
-                             dim3(C::kThreads), C::kShared, stream, map_a, map_b, schedule, target,
-                             workspace, static_cast<int>(shift));
+  cudaError_t error =
+      launch(parts_product_kernel<C>, dim3(static_cast<unsigned>(blocks)), dim3(C::kThreads),
+             C::kShared, stream, map_a, map_b, schedule, target, workspace, Gaps(b));
   if (error == cudaSuccess && schedule.splits > 1) {
     const int pieces = (schedule.tiles - schedule.whole) * (C::kColumns / 8);
     error = launch(add_splits_kernel<C::kColumns>, dim3(static_cast<unsigned>(pieces)),
@@ -532,12 +544,11 @@ int64_t PartsProduct::workspace() const {
          (parts::kTileRows * schedule_.column_tile);
 }
 
-cudaError_t PartsProduct::run(const PartsMatrix& a, const PartsMatrix& b, int64_t shift,
-                              const PartsTarget& target, float* workspace,
-                              cudaStream_t stream) const {
+cudaError_t PartsProduct::run(const PartsMatrix& a, const PartsMatrix& b, const PartsTarget& target,
+                              float* workspace, cudaStream_t stream) const {
   return parts::with_config(type_, along_k_, schedule_.column_tile, [&](auto tag) {
-    return parts::run_product<typename decltype(tag)::Type>(schedule_, a, b, shift, target,
-                                                            workspace, stream);
+    return parts::run_product<typename decltype(tag)::Type>(schedule_, a, b, target, workspace,
+                                                            stream);
   });
 }
 

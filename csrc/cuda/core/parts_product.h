@@ -29,6 +29,8 @@ struct PartsMatrix {
   const void* data;
   int64_t rows, columns, row_step, part_step;
   const int* exponents = nullptr;
+  // Columns come in pieces of width, a multiple of 64, with a gap behind each; 0: in one.
+  int64_t width = 0, gap = 0;
 };
 
 // c [m, n] (+)= alpha times the product, of a triangle its upper one.
@@ -72,9 +74,9 @@ class PartsProduct {
   // Elements of float that run needs.
   int64_t workspace() const;
 
-  // shift: row i of A goes with row i + shift of B (zero where there is none); not along k.
-  cudaError_t run(const PartsMatrix& a, const PartsMatrix& b, int64_t shift,
-                  const PartsTarget& target, float* workspace, cudaStream_t stream) const;
+  // Only B may have gaps, and not along k.
+  cudaError_t run(const PartsMatrix& a, const PartsMatrix& b, const PartsTarget& target,
+                  float* workspace, cudaStream_t stream) const;
 
   const PartsSchedule& schedule() const { return schedule_; }
 

@@ -21,12 +21,15 @@ inline Splits plan_splits(int64_t blocks, int64_t steps, int64_t slots, int64_t 
   steps = std::max<int64_t>(steps, 1);
   Splits best{0, 0};
   int64_t best_cost = 0;
-  for (int64_t count = std::max<int64_t>(least, 1); count <= std::max({most, least, int64_t{1}});
-       ++count) {
+  const int64_t end = std::max({most, least, int64_t{1}});
+  for (int64_t count = std::max<int64_t>(least, 1); count <= end;) {
     const int64_t share = ceil_div(steps, count), used = ceil_div(steps, share);
     const int64_t cost = ceil_div(blocks * used, slots) * (share + (used > 1 ? write : 0)) +
                          (used > 1 ? used * all : 0);
     if (best.count == 0 || cost < best_cost) best = {used, share}, best_cost = cost;
+    if (share == 1) break;
+    // The next count whose share is smaller.
+    count = ceil_div(steps, share - 1);
   }
   return best;
 }

@@ -73,7 +73,7 @@ Work<float> plan_symmetric_parts(const In* x, int64_t row_step, int64_t rows,
             return blocks.each([&](int64_t first, int64_t count, const PartsProduct& product) {
               const PartsMatrix matrix{x + first * row_step, count, sum.order, row_step,
                                        count * row_step};
-              return product.run(matrix, matrix, 0, added_to(sum), workspace, stream);
+              return product.run(matrix, matrix, added_to(sum), workspace, stream);
             });
           }};
 }
@@ -99,7 +99,7 @@ Work<float> plan_packed_symmetric(const Source& source, bool along_rows, int64_t
               const cudaError_t error = pack_rows<Parts>(source, first, along_rows, to, stream);
               if (error != cudaSuccess) return error;
               const PartsMatrix matrix = matrix_of(to, sizeof(Value) == 4 ? to.exponents : nullptr);
-              return product.run(matrix, matrix, 0, added_to(sum), workspace, stream);
+              return product.run(matrix, matrix, added_to(sum), workspace, stream);
             });
           }};
 }

@@ -228,6 +228,7 @@ struct SymmetricCase {
   int processors = 2;
   bool tf32 = false, columns_of_sum = false;
   SymmetricPartsLimits limits = {};
+  int64_t together = 1;  // rows that no block divides
 };
 
 template <typename In>
@@ -240,6 +241,13 @@ Work<float> work_of(const In* x, const Axis& row, const Axis& column, const Symm
   }
   const auto source = rows_by_axes(x, row, column, s.rows, s.columns, s.ones);
   if constexpr (sizeof(In) == 4) {
+    if (s.together > 1) {
+      return plan_packed_symmetric(PartsType::kTwoFloat16, true, s.rows, s.together, sum, s.limits,
+                                   [=](int64_t first, const PackedRows& to, cudaStream_t stream) {
+                                     if (first % s.together != 0) return cudaErrorInvalidValue;
+                                     return pack_rows<2>(source, first, false, to, stream);
+                                   });
+    }
     if (!s.tf32) return plan_packed_symmetric<2>(source, s.transposed, s.rows, sum, s.limits);
   }
   return plan_packed_symmetric<1>(source, s.transposed, s.rows, sum, s.limits);
@@ -373,6 +381,8 @@ void check_core(bool few) {
                    {203, 44, Data::kLate, false, false, 0, 2, false, false, blocks_of(64)});
   symmetric<float>("float",
                    {128, 44, Data::kNormal, true, false, 0, 2, false, true, blocks_of(64)});
+  symmetric<float>("float",
+                   {140, 20, Data::kNormal, false, false, 0, 2, false, false, blocks_of(64), 7});
   symmetric<float>("float", {1, 9});
   symmetric<float>("float", {9, 1});
   // Bands of tiles; whole tiles and splits.

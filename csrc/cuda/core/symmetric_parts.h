@@ -78,6 +78,30 @@ Work<float> plan_symmetric_parts(const In* x, int64_t row_step, int64_t rows,
           }};
 }
 
+// The same from rows that pack(first row, PackedRows to, stream) writes, to.rows of them, as parts
+// of that type; scaled: and their exponents. together: a block of rows is a multiple of so many.
+template <class Pack>
+Work<float> plan_packed_symmetric(PartsType type, bool scaled, int64_t rows, int64_t together,
+                                  const SymmetricSum<float>& sum,
+                                  const SymmetricPartsLimits& limits, Pack pack) {
+  const int64_t part_count = type == PartsType::kTwoFloat16 ? 2 : 1;
+  const int64_t row_bytes = part_count * (ceil_div(sum.order, 8) * 8) * 2;
+  const int64_t most =
+      std::min(std::max(limits.bytes / row_bytes, limits.least_rows), limits.most_rows);
+  const SymmetricPartsBlocks blocks(
+      type, sum.order, rows, std::max<int64_t>(most / together, 1) * together, limits.column_tile);
+  const PackedPlace place(blocks.workspace(), part_count, blocks.block, sum.order);
+  return {place.end, [=](float* workspace, cudaStream_t stream) {
+            return blocks.each([&](int64_t first, int64_t count, const PartsProduct& product) {
+              const PackedRows to = place.in(workspace, count);
+              const cudaError_t error = pack(first, to, stream);
+              if (error != cudaSuccess) return error;
+              const PartsMatrix matrix = matrix_of(to, scaled ? to.exponents : nullptr);
+              return product.run(matrix, matrix, added_to(sum), workspace, stream);
+            });
+          }};
+}
+
 // The same from any source of float32, bfloat16 or float16 with sum.order columns; Parts: 2, or 1
 // of float32 where TF32 is allowed. along_rows: rows lie side by side in memory.
 template <int Parts, class Source>
@@ -88,20 +112,10 @@ Work<float> plan_packed_symmetric(const Source& source, bool along_rows, int64_t
   constexpr PartsType kType = Parts == 2                        ? PartsType::kTwoFloat16
                               : std::is_same_v<Value, BFloat16> ? PartsType::kBFloat16
                                                                 : PartsType::kFloat16;
-  const int64_t row_bytes = Parts * (ceil_div(sum.order, 8) * 8) * 2;
-  const int64_t most =
-      std::min(std::max(limits.bytes / row_bytes, limits.least_rows), limits.most_rows);
-  const SymmetricPartsBlocks blocks(kType, sum.order, rows, most, limits.column_tile);
-  const PackedPlace place(blocks.workspace(), Parts, blocks.block, sum.order);
-  return {place.end, [=](float* workspace, cudaStream_t stream) {
-            return blocks.each([&](int64_t first, int64_t count, const PartsProduct& product) {
-              const PackedRows to = place.in(workspace, count);
-              const cudaError_t error = pack_rows<Parts>(source, first, along_rows, to, stream);
-              if (error != cudaSuccess) return error;
-              const PartsMatrix matrix = matrix_of(to, sizeof(Value) == 4 ? to.exponents : nullptr);
-              return product.run(matrix, matrix, added_to(sum), workspace, stream);
-            });
-          }};
+  return plan_packed_symmetric(kType, sizeof(Value) == 4, rows, 1, sum, limits,
+                               [=](int64_t first, const PackedRows& to, cudaStream_t stream) {
+                                 return pack_rows<Parts>(source, first, along_rows, to, stream);
+                               });
 }
 
 }  // namespace hesskern::cuda

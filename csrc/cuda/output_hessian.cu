@@ -238,29 +238,31 @@ bool OutputHessian<In, T>::readable() const {
 
 template <typename In, typename T>
 Work<T> OutputHessian<In, T>::plan() const {
-  if constexpr (std::is_same_v<T, float>) {
-    const NarrowRows<In> narrow = narrow_rows(*this);
-    if (!std::is_same_v<In, T> || narrow.fits()) return narrow.plan();
-  }
-  if constexpr (std::is_same_v<In, float>) {
-    if (positions == 1 && output_stride == 1) {
-      const BlockSamples block{jacobian, probabilities, samples,      classes,
-                               outputs,  sample_stride, class_stride, sum};
-      if (block.fits()) return block.plan();
+  if constexpr (!std::is_same_v<In, T>) {
+    return narrow_rows(*this).plan();
+  } else {
+    if constexpr (sizeof(T) == 4) {
+      const NarrowRows<T> narrow = narrow_rows(*this);
+      if (narrow.fits()) return narrow.plan();
+      if (positions == 1 && output_stride == 1) {
+        const BlockSamples block{jacobian, probabilities, samples,      classes,
+                                 outputs,  sample_stride, class_stride, sum};
+        if (block.fits()) return block.plan();
+      }
+      if (rows_are_copied(*this)) {
+        return with_tile(*this, [&](auto tag) {
+          using Tile = typename decltype(tag)::Type;
+          const int64_t rows = tile_rows(*this);
+          const SymmetricPlan plan = plan_symmetric<Tile>(1, outputs, rows);
+          return symmetric_work<Tile>(centred_kernel<Tile>, CentredMemory<Tile>::kBytes, plan, sum,
+                                      [=, call = *this](auto start, float* partial) {
+                                        return start(call, rows, plan, partial);
+                                      });
+        });
+      }
     }
-    if (rows_are_copied(*this)) {
-      return with_tile(*this, [&](auto tag) {
-        using Tile = typename decltype(tag)::Type;
-        const int64_t rows = tile_rows(*this);
-        const SymmetricPlan plan = plan_symmetric<Tile>(1, outputs, rows);
-        return symmetric_work<Tile>(centred_kernel<Tile>, CentredMemory<Tile>::kBytes, plan, sum,
-                                    [=, call = *this](auto start, float* partial) {
-                                      return start(call, rows, plan, partial);
-                                    });
-      });
-    }
+    return plan_centred(*this);
   }
-  if constexpr (std::is_same_v<In, T>) return plan_centred(*this);
 }
 
 template struct OutputHessian<float>;

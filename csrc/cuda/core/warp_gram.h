@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads)
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
   const int64_t f = static_cast<int64_t>(blockIdx.x) * 32 + lane;
   float total = 0.0f;
-#pragma unroll 8
+#pragma unroll 16
   for (int64_t block = warp; block < blocks; block += kPartWarps) {
     total += partial[block * size + f];
   }

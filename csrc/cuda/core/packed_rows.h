@@ -180,23 +180,22 @@ __device__ inline bool put_eight(const T (&values)[8], const EightScales&, uint1
 }
 
 // Rows row, row + step, ... of eight columns, from a source's rows first_row on; row < end. Whether
-// all values fit.
-template <int Parts, bool SideBySide, class Source>
+// all values fit. Batch: rows that are read before any is written; the compiler must assume that
+// writing changes them.
+template <int Parts, int Batch, bool SideBySide, class Source>
 __device__ inline bool pack_eight(const Source& source, int64_t first_row, int64_t column,
                                   const EightColumns<Source>& at, const EightScales& scales,
                                   int64_t row, int64_t step, int64_t end, const PackedRows& to) {
-  // Rows that are read before any is written: the compiler must assume that writing changes them.
-  constexpr int kBatch = 4;
   uint16_t* const out = to.parts + column;
   bool fits = true;
-  typename Source::Value values[kBatch][8];
-  for (; row + (kBatch - 1) * step < end; row += kBatch * step) {
+  typename Source::Value values[Batch][8];
+  for (; row + (Batch - 1) * step < end; row += Batch * step) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < Batch; ++i) {
       at.template load<SideBySide>(source, first_row + row + i * step, values[i]);
     }
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < Batch; ++i) {
       fits &=
           put_eight<Parts>(values[i], scales, out + (row + i * step) * to.padded(), to.part_step());
     }
@@ -209,7 +208,7 @@ __device__ inline bool pack_eight(const Source& source, int64_t first_row, int64
 }
 
 // The same from columns that may lie side by side.
-template <int Parts, class Source>
+template <int Parts, int Batch, class Source>
 __device__ inline bool pack_eight(const Source& source, int64_t first_row, int64_t column,
                                   int64_t row, int64_t step, int64_t end, const PackedRows& to) {
   const EightColumns<Source> at(source, column);
@@ -217,9 +216,10 @@ __device__ inline bool pack_eight(const Source& source, int64_t first_row, int64
   const EightScales scales(
       scaled ? to.exponents + column : nullptr,
       scaled ? static_cast<uint32_t>(to.flag(column)[1]) >> column % kPackedBlock & 0xff : 0);
-  return at.side_by_side != nullptr
-             ? pack_eight<Parts, true>(source, first_row, column, at, scales, row, step, end, to)
-             : pack_eight<Parts, false>(source, first_row, column, at, scales, row, step, end, to);
+  return at.side_by_side != nullptr ? pack_eight<Parts, Batch, true>(source, first_row, column, at,
+                                                                     scales, row, step, end, to)
+                                    : pack_eight<Parts, Batch, false>(source, first_row, column, at,
+                                                                      scales, row, step, end, to);
 }
 
 constexpr int kGuessThreads = 1024, kFlaggedThreads = 512;
@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kThreads)
   if (column >= to.padded()) return;
   const int64_t begin = blockIdx.y * share;
   const int64_t end = begin + share < to.rows ? begin + share : to.rows;
-  const bool fits = pack_eight<Parts>(source, first_row, column, begin + row0, down, end, to);
+  const bool fits = pack_eight<Parts, 4>(source, first_row, column, begin + row0, down, end, to);
   if (!fits) raise_flag(to.flag(column));
 }
 
@@ -302,8 +302,8 @@ __global__ void __launch_bounds__(kFlaggedThreads)
   constexpr int kAcross = kPackedBlock / 8;
   const int64_t column = first + thread % kAcross * 8;
   if (column >= to.padded()) return;
-  pack_eight<Parts>(source, first_row, column, thread / kAcross, kFlaggedThreads / kAcross, to.rows,
-                    to);
+  pack_eight<Parts, 2>(source, first_row, column, thread / kAcross, kFlaggedThreads / kAcross,
+                       to.rows, to);
 }
 
 // matrix [rows, columns] by strides to parts [2, rows, padded columns], to be multiplied along k

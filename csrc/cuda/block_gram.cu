@@ -30,6 +30,8 @@ namespace hesskern::cuda {
 namespace {
 
 constexpr int64_t kMostColumns = 256;
+// Of a block.
+constexpr int kMostThreads = 384;
 // Samples go by fours, one for every t = lane % 4; so many fours may make a slab.
 constexpr int kMostSets = 2;
 // Plain rows that stand for a sample.
@@ -51,15 +53,12 @@ struct Shape {
   // Units beyond the triangle compute something that nobody looks at.
   static constexpr bool kExact = Groups * (Groups + 1) == Warps * Units;
   static_assert(Groups * (Groups + 1) <= Warps * Units && Groups <= Warps);
+  static_assert(kBlockThreads <= kMostThreads);
 };
 
 // A unit: blocks 2 row and 2 row + 1 of the left columns with block `column` of the right ones.
 struct Unit {
   int row, column;
-
-  __device__ void next(int blocks) {
-    if (++column == blocks) ++row, column = 2 * row;
-  }
 };
 
 // The unit of an index; its row is past the last one where there is none.
@@ -92,21 +91,21 @@ struct BlockPlace {
   }
 };
 
-// How a block's shared memory is cut, in words: operands [buffers, part, sixteens, 2, blocks of
-// eight columns] of matrices [8, 8] of float16; the slab as it was copied; what every group of
-// columns has of weights and their roots; four zeros; a barrier; the factors that undo the scales
-// [buffers, groups].
+// How a block's shared memory is cut, in words: operands of so many sixteens of rows [buffers,
+// eights of rows, part, blocks of eight columns] of matrices [8, 8] of float16; the slab as it was
+// copied; what every group of columns has of weights and their roots; a barrier; the
+// factors that undo the scales [buffers, groups]; a number for every thread.
 struct BlockCut {
-  int operand, slab, weights, zeros, barrier, backs, total;
+  int steps, operand, slab, weights, barrier, backs, turns, total;
 
-  BlockCut(int groups, int buffers, int steps, int slab_size, int weight_size)
-      : operand(2 * 2 * steps * groups * 4 * 32) {
+  BlockCut(int groups, int buffers, int sixteens, int slab_size, int weight_size)
+      : steps(sixteens), operand(2 * 2 * sixteens * groups * 4 * 32) {
     slab = buffers * operand;
     weights = slab + slab_size;
-    zeros = weights + groups * 2 * weight_size;
-    barrier = zeros + 4;
+    barrier = weights + groups * 2 * weight_size;
     backs = barrier + 4;
-    total = backs + (buffers * groups + 3) / 4 * 4;
+    turns = backs + (buffers * groups + 3) / 4 * 4;
+    total = turns + kMostThreads;
   }
 
   size_t bytes() const { return sizeof(float) * static_cast<size_t>(total); }
@@ -128,6 +127,8 @@ struct SampleSlabs {
   int classes, columns;
   // Whole samples by the copy engine; by lanes, 16 bytes at a time.
   bool bulk, pieces;
+  // Between rows in shared memory.
+  int stride;
   int sets;
 
   __host__ __device__ int pairs() const { return (classes + 1) / 2; }
@@ -148,9 +149,8 @@ struct SampleSlabs {
     __device__ Maker(const SampleSlabs& in, float* memory, const BlockCut& cut)
         : in_(in),
           slab_(memory + cut.slab),
-          zeros_(memory + cut.zeros),
           barrier_(reinterpret_cast<uint64_t*>(memory + cut.barrier)),
-          thread_(thread_index_anew()),
+          thread_(anew(static_cast<int>(threadIdx.x))),
           lane_(thread_ % 32),
           warp_(thread_ / 32),
           g_(lane_ / 4),
@@ -164,25 +164,23 @@ struct SampleSlabs {
     // Before a block barrier: what stays as it is.
     __device__ void prepare(float* memory, const BlockCut& cut, int buffers) {
       const int thread = static_cast<int>(threadIdx.x);
-      if (thread < 4) zeros_[thread] = 0.0f;
       if (thread == 0) {
         barrier_init(barrier_, 1);
         barriers_are_ready();
       }
       if (in_.sets * in_.pairs() % 2 == 0) return;
       // The last half of sixteen rows, which no pair of rows fills.
-      const int part = 2 * in_.steps() * S::kHalf, half = part - S::kHalf;
-      for (int i = thread; i < 2 * buffers * S::kHalf; i += S::kBlockThreads) {
-        const int which = i / S::kHalf;
-        memory[which / 2 * cut.operand + which % 2 * part + half + i % S::kHalf] = 0.0f;
+      for (int i = thread; i < 2 * S::kHalf; i += S::kBlockThreads) {
+        for (int buffer = 1; buffer <= buffers; ++buffer)
+          memory[buffer * cut.operand - 1 - i] = 0.0f;
       }
     }
 
-    __device__ void copy(int64_t slab) {
+    __device__ void copy(int slab) {
       if (in_.bulk && warp_ == 0) copy_samples(slab);
       if (warp_ >= S::kGroups) return;
       for (int set = 0; set < in_.sets; ++set) {
-        const int64_t sample = (slab * in_.sets + set) * 4 + t_;
+        const int64_t sample = sample_of(slab, set);
         const bool inside = sample < in_.samples;
         if (!in_.bulk) {
           const int count = inside ? in_.columns - column_ : 0;
@@ -198,38 +196,37 @@ struct SampleSlabs {
           if (in_.weights != nullptr) {
             copy_word(weight, in_.weights + (inside ? sample * in_.classes + c : 0), inside);
           } else {
-            *weight = 1.0f;
+            *weight = inside ? 1.0f : 0.0f;
           }
         }
       }
     }
 
     // To operands, and the factor that undoes the scale; the lane's own copies have ended.
-    __device__ void make(int64_t slab, int phase, uint32_t* operands, float* backs) {
+    __device__ void make(int slab, int phase, uint32_t* operands, float* backs) {
       if (warp_ >= S::kGroups) return;
       if (in_.bulk) barrier_wait(barrier_, static_cast<uint32_t>(phase));
       const float* from[kMostSets];
-      int stride[kMostSets];
       float mean[kMostSets][4], most = 0.0f;
 #pragma unroll
       for (int set = 0; set < kMostSets; ++set) {
         if (set >= in_.sets) continue;
-        find(slab, set, from[set], stride[set]);
+        from[set] = find(slab, set);
 #pragma unroll
         for (int q = 0; q < 4; ++q) mean[set][q] = 0.0f;
         if (in_.weights != nullptr) {
           const float* weight = weights_ + set * in_.classes * 4 + t_;
 #pragma unroll(kAhead)
           for (int c = 0; c < in_.classes; ++c) {
-            const Four<float> v = load_four(from[set] + c * stride[set]);
+            const Four<float> v = load_four(from[set] + c * in_.stride);
             most = largest(most, v);
 #pragma unroll
             for (int q = 0; q < 4; ++q) mean[set][q] += weight[c * 4] * v.value[q];
           }
         } else {
-#pragma unroll 4
+#pragma unroll(kAhead)
           for (int c = 0; c < in_.classes; ++c) {
-            most = largest(most, load_four(from[set] + c * stride[set]));
+            most = largest(most, load_four(from[set] + c * in_.stride));
           }
         }
       }
@@ -240,16 +237,15 @@ struct SampleSlabs {
       }
       warp_barrier();
       uint32_t* to = operands + 4 * warp_ * 32 + lane_;
-      const int low_part = 2 * in_.steps() * S::kHalf;
 #pragma unroll
       for (int set = 0; set < kMostSets; ++set) {
         if (set >= in_.sets) continue;
         const float* root = roots_ + set * in_.classes * 4 + t_;
 #pragma unroll(kAhead / 2)
-        for (int c = 0; c < in_.classes; c += 2, to += S::kHalf) {
+        for (int c = 0; c < in_.classes; c += 2, to += 2 * S::kHalf) {
           const int second = c + 1 < in_.classes ? c + 1 : c;
-          const Four<float> v = load_four(from[set] + c * stride[set]);
-          const Four<float> w = load_four(from[set] + second * stride[set]);
+          const Four<float> v = load_four(from[set] + c * in_.stride);
+          const Four<float> w = load_four(from[set] + second * in_.stride);
           const float root_v = root[c * 4], root_w = second > c ? root[second * 4] : 0.0f;
 #pragma unroll
           for (int q = 0; q < 4; ++q) {
@@ -257,7 +253,7 @@ struct SampleSlabs {
             split_pair(root_v * (v.value[q] - mean[set][q]), root_w * (w.value[q] - mean[set][q]),
                        high, low);
             to[q * 32] = high;
-            to[q * 32 + low_part] = low;
+            to[q * 32 + S::kHalf] = low;
           }
         }
       }
@@ -268,8 +264,8 @@ struct SampleSlabs {
     static constexpr int kAhead = S::kUnits > 5 ? 2 : 5;
 
     // By the copy engine, and zeros for rows that the last of plain samples lacks.
-    __device__ void copy_samples(int64_t slab) {
-      const int64_t first = slab * 4 * in_.sets, left = in_.samples - first;
+    __device__ void copy_samples(int slab) {
+      const int64_t first = int64_t{slab} * 4 * in_.sets, left = in_.samples - first;
       const int samples = left < 4 * in_.sets ? static_cast<int>(left) : 4 * in_.sets;
       const int size = in_.classes * in_.columns;
       int64_t last = (in_.rows - (first + samples - 1) * in_.classes) * in_.columns;
@@ -288,20 +284,21 @@ struct SampleSlabs {
       }
     }
 
-    // The lane's columns of the set's sample, rows stride numbers apart.
-    __device__ void find(int64_t slab, int set, const float*& from, int& stride) const {
-      if (in_.bulk) {
-        const bool inside = column_ < in_.columns && (slab * in_.sets + set) * 4 + t_ < in_.samples;
-        from = inside ? slab_ + (set * 4 + t_) * in_.slot() + column_ : zeros_;
-        stride = inside ? in_.columns : 0;
-      } else {
-        from = own_ + set * in_.classes * 128;
-        stride = 128;
-      }
+    __device__ int64_t sample_of(int slab, int set) const {
+      return (int64_t{slab} * in_.sets + set) * 4 + t_;
+    }
+
+    // The lane's columns of the set's sample. Where there are none it reads others: its weights are
+    // zeros, or nobody looks at its sums.
+    __device__ const float* find(int slab, int set) const {
+      if (!in_.bulk) return own_ + set * in_.classes * 128;
+      const bool inside = sample_of(slab, set) < in_.samples;
+      return slab_ + (inside ? (set * 4 + t_) * in_.slot() : 0) +
+             (column_ < in_.columns ? column_ : 0);
     }
 
     const SampleSlabs& in_;
-    float *slab_, *zeros_;
+    float* slab_;
     uint64_t* barrier_;
     int thread_, lane_, warp_, g_, t_, column_;
     float *own_, *weights_, *roots_;
@@ -335,17 +332,17 @@ struct PositionSlabs {
    public:
     __device__ Maker(const PositionSlabs& in, float* memory, const BlockCut& cut)
         : in_(in),
-          thread_(thread_index_anew()),
+          thread_(anew(static_cast<int>(threadIdx.x))),
           lane_(thread_ % 32),
           warp_(thread_ / 32),
           own_(memory + cut.slab + warp_ * in.length * 4 * 128 + lane_ * 4) {}
 
     __device__ void prepare(float*, const BlockCut&, int) {}
 
-    __device__ void copy(int64_t slab) {
+    __device__ void copy(int slab) {
       if (warp_ >= S::kGroups) return;
       const int column = 32 * warp_ + lane_ / 4;
-      const int index = static_cast<int>(slab) * in_.length;
+      const int index = slab * in_.length;
       int sample = index / in_.sixteens;
       int first = (index - sample * in_.sixteens) * 16 + 4 * (lane_ % 4);
       for (int s = 0; s < in_.length; ++s) {
@@ -366,7 +363,7 @@ struct PositionSlabs {
       }
     }
 
-    __device__ void make(int64_t, int, uint32_t* operands, float* backs) {
+    __device__ void make(int, int, uint32_t* operands, float* backs) {
       if (warp_ >= S::kGroups) return;
       float most = 0.0f;
 #pragma unroll 4
@@ -374,9 +371,8 @@ struct PositionSlabs {
       const Scale scale = scale_for(most);
       if (lane_ == 0) backs[warp_] = scale.back;
       uint32_t* to = operands + 4 * warp_ * 32 + lane_;
-      const int low_part = 2 * in_.length * S::kHalf;
 #pragma unroll 2
-      for (int s = 0; s < in_.length; ++s, to += 2 * S::kHalf) {
+      for (int s = 0; s < in_.length; ++s, to += 4 * S::kHalf) {
 #pragma unroll
         for (int b = 0; b < 4; ++b) {
           const Four<float> v = load_four(own_ + (s * 4 + b) * 128);
@@ -385,8 +381,8 @@ struct PositionSlabs {
             uint32_t high, low;
             split_pair(v.value[2 * half] * scale.to_half, v.value[2 * half + 1] * scale.to_half,
                        high, low);
-            to[half * S::kHalf + b * 32] = high;
-            to[half * S::kHalf + b * 32 + low_part] = low;
+            to[2 * half * S::kHalf + b * 32] = high;
+            to[(2 * half + 1) * S::kHalf + b * 32] = low;
           }
         }
       }
@@ -416,44 +412,43 @@ class WarpUnits {
 
   // Adds sixteens of rows; backs [groups].
   __device__ void add(const uint32_t* operands, int steps, const float* backs) {
-    const int thread = thread_index_anew(), lane = thread % 32;
+    const int thread = anew(static_cast<int>(threadIdx.x)), lane = thread % 32;
     const Unit first = unit_of(thread / 32 * S::kUnits, S::kBlocks);
     // Which matrix's row a lane names: of a left operand the blocks of 8 columns come first, of a
     // right one the halves of sixteen rows.
-    const int left_lane = lane / 16 * S::kHalfBytes + lane / 8 % 2 * 128 + lane % 8 * 16;
-    const int right_lane = lane / 8 % 2 * S::kHalfBytes + lane / 16 * 128 + lane % 8 * 16;
-    const auto factor_of = [&](const Unit& unit) {
-      return backs[existing(unit.row, S::kGroups)] * backs[existing(unit.column / 2, S::kGroups)];
+    const int left_lane = lane / 16 * 2 * S::kHalfBytes + lane / 8 % 2 * 128 + lane % 8 * 16;
+    const int right_lane = lane / 8 % 2 * 2 * S::kHalfBytes + lane / 16 * 128 + lane % 8 * 16;
+    const auto factor_of = [&](const Places& place) {
+      return backs[place.row() / kRowBytes] * backs[place.column() / kRowBytes];
     };
-    // Of many units registers have no room for the factors.
+    // Of many units registers have room neither for the factors nor for the places.
     constexpr bool kKept = S::kUnits < 6;
     float factor[S::kUnits];
-    Unit unit = first;
+    Places at(first);
 #pragma unroll
-    for (int u = 0; kKept && u < S::kUnits; ++u, unit.next(S::kBlocks)) factor[u] = factor_of(unit);
+    for (int u = 0; kKept && u < S::kUnits; ++u, at.next()) factor[u] = factor_of(at);
     const auto* from = reinterpret_cast<const unsigned char*>(operands);
-    const int low_part = 2 * steps * S::kHalfBytes;
 #pragma unroll 1
-    for (int s = 0; s < steps; ++s, from += 2 * S::kHalfBytes) {
-      unit = first;
+    for (int s = 0; s < steps; ++s, from += 4 * S::kHalfBytes) {
+      at = Places(kKept ? first : Unit{anew(first.row), anew(first.column)});
       uint32_t large[2][4], small[2][4];
 #pragma unroll
-      for (int u = 0; u < S::kUnits; ++u, unit.next(S::kBlocks)) {
-        if (u == 0 || unit.column == 2 * unit.row) {
-          const unsigned char* a = from + left_lane + existing(unit.row, S::kGroups) * 512;
+      for (int u = 0; u < S::kUnits; ++u, at.next()) {
+        if (u == 0 || at.begins()) {
+          const unsigned char* a = from + left_lane + at.row();
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            load_matrices(large[half], a + half * 256, false);
-            load_matrices(small[half], a + half * 256 + low_part, false);
+            load_matrices(large[half], a + half * kColumnBytes, false);
+            load_matrices(small[half], a + half * kColumnBytes + S::kHalfBytes, false);
           }
         }
-        const unsigned char* b = from + right_lane + existing(unit.column, S::kBlocks) * 256;
+        const unsigned char* b = from + right_lane + at.column();
         uint32_t words[4], high[2][2], low[2][2];
         load_matrices(words, b, false);
         pair(words, high);
-        load_matrices(words, b + low_part, false);
+        load_matrices(words, b + S::kHalfBytes, false);
         pair(words, low);
-        add(large, small, high, low, kKept ? factor[u] : factor_of(unit), sum_[u]);
+        add(large, small, high, low, kKept ? factor[u] : factor_of(at), sum_[u]);
       }
     }
   }
@@ -471,9 +466,33 @@ class WarpUnits {
   }
 
  private:
-  __device__ static int existing(int index, int end) {
-    return S::kExact || index < end ? index : end - 1;
-  }
+  // Operands of a block and of a row of units lie so many bytes apart.
+  static constexpr int kColumnBytes = 256, kRowBytes = 2 * kColumnBytes;
+
+  // Where the operands of a unit lie, and of those after it. A row begins at its own diagonal.
+  class Places {
+   public:
+    __device__ explicit Places(const Unit& unit)
+        : row_(unit.row * kRowBytes), column_(unit.column * kColumnBytes) {}
+
+    __device__ int row() const { return existing(row_, S::kGroups * kRowBytes - kRowBytes); }
+    __device__ int column() const {
+      return existing(column_, S::kBlocks * kColumnBytes - kColumnBytes);
+    }
+    __device__ bool begins() const { return row_ == column_; }
+    __device__ void next() {
+      column_ += kColumnBytes;
+      if (column_ == S::kBlocks * kColumnBytes) row_ += kRowBytes, column_ = row_;
+    }
+
+   private:
+    // Units that do not exist read what others do.
+    __device__ static int existing(int place, int last) {
+      return S::kExact || place < last ? place : last;
+    }
+
+    int row_, column_;
+  };
 
   __device__ static void pair(const uint32_t (&words)[4], uint32_t (&pairs)[2][2]) {
 #pragma unroll
@@ -484,24 +503,29 @@ class WarpUnits {
   __device__ static void add(const uint32_t (&large)[2][4], const uint32_t (&small)[2][4],
                              const uint32_t (&high)[2][2], const uint32_t (&low)[2][2],
                              float factor, float (&sum)[4][4]) {
+    // Of many units registers have no room for all four sums at once.
+    constexpr int kChains = 4;
     const float zero[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    float recent[4][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      multiply_half(recent[i], small[i / 2], high[i % 2], zero, Float16{});
-    }
+    for (int first = 0; first < 4; first += kChains) {
+      float recent[kChains][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      multiply_half(recent[i], large[i / 2], low[i % 2], recent[i], Float16{});
-    }
+      for (int i = 0; i < kChains; ++i) {
+        multiply_half(recent[i], small[(first + i) / 2], high[i % 2], zero, Float16{});
+      }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      multiply_half(recent[i], large[i / 2], high[i % 2], recent[i], Float16{});
-    }
+      for (int i = 0; i < kChains; ++i) {
+        multiply_half(recent[i], large[(first + i) / 2], low[i % 2], recent[i], Float16{});
+      }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kChains; ++i) {
+        multiply_half(recent[i], large[(first + i) / 2], high[i % 2], recent[i], Float16{});
+      }
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sum[i][e] += recent[i][e] * factor;
+      for (int i = 0; i < kChains; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[first + i][e] += recent[i][e] * factor;
+      }
     }
   }
 
@@ -511,31 +535,34 @@ class WarpUnits {
 // buffers: of operands; with two, warps that are through with one slab make the next one's.
 template <class S, class Slabs, int Resident>
 __global__ void __launch_bounds__(S::kBlockThreads, Resident)
-    block_gram_kernel(Slabs slabs, int64_t count, BlockCut cut, int buffers, float* partial) {
+    block_gram_kernel(Slabs slabs, int count, BlockCut cut, int buffers, float* partial) {
   float* const memory = reinterpret_cast<float*>(dynamic_shared());
   using Maker = typename Slabs::template Maker<S>;
   Maker(slabs, memory, cut).prepare(memory, cut, buffers);
   __syncthreads();
   WarpUnits<S> units;
-  const auto copy = [&](int64_t slab) {
+  const auto copy = [&](int slab) {
     if (slab < count) Maker(slabs, memory, cut).copy(slab);
     close_copies();
   };
   const auto slab_of = [&](int turn) {
-    return blockIdx.x + static_cast<int64_t>(turn) * gridDim.x;
+    return static_cast<int>(blockIdx.x) + turn * static_cast<int>(gridDim.x);
   };
-  copy(blockIdx.x);
+  // With one buffer the barrier at the turn's end guards it.
+  const auto buffer_of = [&](int turn) { return buffers == 1 ? 0 : turn % 2; };
+  const auto operands_of = [&](int buffer) {
+    return reinterpret_cast<uint32_t*>(memory + buffer * cut.operand);
+  };
+  const auto backs_of = [&](int buffer) { return memory + cut.backs + buffer * S::kGroups; };
+  copy(slab_of(0));
   for (int turn = 0; slab_of(turn) < count; ++turn) {
-    // With one buffer the barrier at the turn's end guards it.
-    const int buffer = buffers == 1 ? 0 : turn % 2;
-    auto* const operands = reinterpret_cast<uint32_t*>(memory + buffer * cut.operand);
-    float* const backs = memory + cut.backs + buffer * S::kGroups;
     wait_for_copies<0>();
     warp_barrier();
-    Maker(slabs, memory, cut).make(slab_of(turn), turn % 2, operands, backs);
+    Maker(slabs, memory, cut)
+        .make(slab_of(turn), turn % 2, operands_of(buffer_of(turn)), backs_of(buffer_of(turn)));
     __syncthreads();
     copy(slab_of(turn + 1));
-    units.add(operands, slabs.steps(), backs);
+    units.add(operands_of(buffer_of(turn)), cut.steps, backs_of(buffer_of(turn)));
     if (buffers == 1) __syncthreads();
   }
   units.finish(partial);
@@ -593,7 +620,7 @@ Work<float> plan_slabs(const Slabs& slabs, int buffers, const SymmetricSum<float
   return with_kernel<Slabs>(slabs.columns, [&](auto shape, auto kernel) -> Work<float> {
     using S = decltype(shape);
     const BlockCut cut = cut_of(slabs, buffers);
-    const int64_t count = slabs.count();
+    const int count = static_cast<int>(slabs.count());
     const int64_t blocks = std::min<int64_t>(
         resident_blocks(reinterpret_cast<const void*>(kernel), S::kBlockThreads, cut.bytes()),
         count);
@@ -636,10 +663,12 @@ SamplePlan plan_samples(const float* x, const float* weights, int64_t samples, i
                 static_cast<int>(columns),
                 false,
                 is_aligned(x, 16) && steps_of_pieces,
+                128,
                 1};
   // Samples in one piece, in whole pieces of 16 bytes.
   plan.slabs.bulk = current_device().capability >= 90 && plan.slabs.pieces && columns % 4 == 0 &&
                     (classes == 1 || row_stride == columns);
+  if (plan.slabs.bulk) plan.slabs.stride = plan.slabs.columns;
   // One set of more classes than these makes a slab long enough.
   constexpr int kFewClasses = 12;
   for (plan.slabs.sets = classes > kFewClasses ? 1 : kMostSets; plan.slabs.sets >= 1;

@@ -15,6 +15,7 @@ void check_output_hessian(bool few);
 void check_narrow_rows(bool few);
 void check_root_rows(bool few);
 void check_block_gram(bool few);
+void check_centre_split(bool few);
 void check_mirror(bool few);
 void check_products(bool few);
 void check_kron_matmul(bool few);

@@ -15,8 +15,8 @@ inline unsigned char* dynamic_shared() {
   return emulation::dynamic_shared();
 }
 
-inline int thread_index_anew() {
-  return static_cast<int>(emulation::thread_index().x);
+inline int anew(int value) {
+  return value;
 }
 
 inline uint32_t bits_of(float value) {
@@ -210,6 +210,13 @@ void read_once(float (&values)[Count], const float* from) {
   std::memcpy(values, from, sizeof(values));
 }
 
+template <typename T>
+T from_lane(T value, int lane) {
+  const auto* lanes = static_cast<const T*>(emulation::warp_exchange(&value, sizeof(value)));
+  const T other = lanes[lane];
+  emulation::warp_barrier();
+  return other;
+}
 template <typename T>
 T from_lane_xor(T value, int mask) {
   const auto* lanes = static_cast<const T*>(emulation::warp_exchange(&value, sizeof(value)));

@@ -31,6 +31,7 @@ int main(int count, char** arguments) {
       {"narrow_rows", check::check_narrow_rows},
       {"root_rows", check::check_root_rows},
       {"block_gram", check::check_block_gram},
+      {"centre_split", check::check_centre_split},
       {"products", check::check_products},
       {"kron_matmul", check::check_kron_matmul},
       {"layer_hessian_matmul", check::check_layer_hessian_matmul},

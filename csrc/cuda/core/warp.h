@@ -23,12 +23,10 @@ __device__ inline unsigned char* dynamic_shared() {
   return memory;
 }
 
-// threadIdx.x, read once more: the compiler keeps nothing that follows from it in registers between
-// two such reads.
-__device__ inline int thread_index_anew() {
-  int index;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-  return index;
+// value, which the compiler takes for another one: what follows from it is not computed before.
+__device__ inline int anew(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 __device__ inline uint32_t bits_of(float value) {
@@ -197,6 +195,10 @@ __device__ inline void read_once(float (&values)[Count], const float* from) {
   }
 }
 
+template <typename T>
+__device__ inline T from_lane(T value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
 template <typename T>
 __device__ inline T from_lane_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);

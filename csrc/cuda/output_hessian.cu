@@ -1,20 +1,23 @@
 // Output Hessian of softmax cross-entropy: acc += alpha sum (rows of Q G)^T (rows of Q G) with
 // Q G = sqrt(p_c) (g_c - sum_c' p_c' g_c').
 //
-// Contiguous rows of few columns have a kernel of their own (narrow_rows.cu). Up to 32 classes,
+// Rows of few columns have kernels of their own (narrow_rows.cu, block_gram.cu). Up to 32 classes,
 // rows of G at multiples of 16 bytes: a tile of 128 x 128 (or 64 x 64) takes up to 32 rows, whole
 // samples, which are copied to shared memory three tiles ahead and centred and scaled there, so
-// that G is read once per row of tiles: once in all for m <= 128, which memory bounds. More
-// classes, or another layout: some samples at a time are centred into a workspace, whose covariance
-// follows (input_covariance.cu). N t (c m (m + 1)) operations on one triangle, three times on
-// tensor cores.
+// that G is read once per row of tiles: once in all for m <= 128, which memory bounds. On compute
+// capability 9.0 more columns than that are centred into 16-bit parts (centre_split.cu), which
+// core/parts_product.h multiplies. More classes, or another layout: some samples at a time are
+// centred into a workspace, whose covariance follows (input_covariance.cu). N t (c m (m + 1))
+// operations on one triangle, three times on tensor cores.
 #include <cmath>
 #include <type_traits>
 
 #include "block_gram.h"
+#include "centre_split.h"
 #include "core/elements.h"
 #include "core/stage.h"
 #include "core/symmetric.h"
+#include "core/symmetric_parts.h"
 #include "input_covariance.h"
 #include "narrow_rows.h"
 #include "output_hessian.h"
@@ -228,6 +231,42 @@ NarrowRows<In> narrow_rows(const OutputHessian<In, float>& call) {
           call.classes,  call.sum};
 }
 
+// The centred rows of samples first_row / classes, ..., as 16-bit parts.
+CentreSplit centred_parts(const OutputHessian<float>& call, int64_t first_row,
+                          const PackedRows& to) {
+  const int64_t first = first_row / call.classes;
+  return {call.jacobian + first * call.sample_stride,
+          call.probabilities + first * call.classes,
+          to.rows / call.classes,
+          call.classes,
+          call.outputs,
+          call.sample_stride,
+          call.class_stride,
+          to.parts,
+          to.padded(),
+          to.part_step(),
+          to.exponents};
+}
+
+// Whether products of 16-bit parts are faster: they begin with four launches or so.
+bool as_parts(const OutputHessian<float>& call) {
+  const double order = static_cast<double>(call.outputs);
+  const double rows = static_cast<double>(call.samples) * static_cast<double>(call.classes);
+  const PackedRows all{nullptr, call.samples * call.classes, call.outputs, nullptr, nullptr};
+  return order * order * rows >= call.least_in_parts && call.classes <= kLongestPartsSum &&
+         parts_products_available() && centred_parts(call, 0, all).fits();
+}
+
+// The same with the rows of Q G as two float16: one read of G, one write of the parts, and the
+// products of core/parts_product.h.
+Work<float> plan_parts(const OutputHessian<float>& call) {
+  return plan_packed_symmetric(PartsType::kTwoFloat16, true, call.samples * call.classes,
+                               call.classes, call.sum, {},
+                               [call](int64_t first, const PackedRows& to, cudaStream_t stream) {
+                                 return centred_parts(call, first, to).run(stream);
+                               });
+}
+
 }  // namespace
 
 template <typename In, typename T>
@@ -248,6 +287,7 @@ Work<T> OutputHessian<In, T>::plan() const {
         const BlockSamples block{jacobian, probabilities, samples,      classes,
                                  outputs,  sample_stride, class_stride, sum};
         if (block.fits()) return block.plan();
+        if (as_parts(*this)) return plan_parts(*this);
       }
       if (rows_are_copied(*this)) {
         return with_tile(*this, [&](auto tag) {

@@ -16,6 +16,8 @@ struct OutputHessian {
   int64_t sample_stride, class_stride, output_stride, position_stride;
   bool tf32;
   SymmetricSum<T> sum;
+  // Of N c m^2, from which on products of 16-bit parts pay: half of it multiplications.
+  double least_in_parts = 1 << 30;
 
   // Whether plan() takes In for this call; it always takes T.
   bool readable() const;

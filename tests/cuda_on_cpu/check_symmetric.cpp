@@ -157,7 +157,7 @@ void convolution(const char* type, const Shape& s, bool channels_last, bool tf32
 // jacobian [n, c, m, t]; positions_last: contiguous along t rather than along m
 template <typename T>
 void output(const char* type, int64_t n, int64_t c, int64_t m, int64_t t, bool positions_last,
-            bool tf32, int processors) {
+            bool tf32, int processors, bool in_parts = false) {
   multiprocessor_count_is(processors);
   const Memory<T> jacobian(n * c * m * t), p(n * c);
   for (int64_t i = 0; i < n * c * m * t; ++i) jacobian[i] = static_cast<T>(1 + normal());
@@ -191,13 +191,14 @@ void output(const char* type, int64_t n, int64_t c, int64_t m, int64_t t, bool p
       }
     }
   }
-  const OutputHessian<T> call{
-      jacobian.data(), p.data(),        n,    c,      m, t, c * m * t, m * t,
-      output_stride,   position_stride, tf32, acc.sum};
+  OutputHessian<T> call{jacobian.data(), p.data(),        n,    c,      m, t, c * m * t, m * t,
+                        output_stride,   position_stride, tf32, acc.sum};
+  if (in_parts) call.least_in_parts = 0;
   run(call, acc,
       std::string("output_hessian ") + type + " [" + std::to_string(n) + ", " + std::to_string(c) +
           ", " + std::to_string(m) + ", " + std::to_string(t) + "]" +
-          (positions_last ? " positions last" : "") + (tf32 ? " tf32" : ""),
+          (positions_last ? " positions last" : "") + (tf32 ? " tf32" : "") +
+          (in_parts ? " in parts" : ""),
       tf32 ? limit_of<T>(true) : 3 * limit_of<T>());
 }
 
@@ -378,6 +379,9 @@ void check_output_hessian(bool few) {
   output<float>("float", 4, 33, 40, 2, false, true, 2);
   output<float>("float", 4, 33, 100, 2, false, true, 2);
   output<float>("float", 6, 7, 132, 1, false, true, 2);
+  // Centred into 16-bit parts.
+  output<float>("float", 9, 4, 268, 1, false, false, 2, true);
+  output<float>("float", 3, 33, 259, 1, false, false, 2, true);
   // A device with less shared memory takes smaller tiles.
   emulation::device().most_shared = 99 << 10;
   output<float>("float", 15, 3, 128, 1, false, false, 1);

@@ -30,8 +30,6 @@ namespace hesskern::cuda {
 namespace {
 
 constexpr int64_t kMostColumns = 256;
-// Of a block.
-constexpr int kMostThreads = 384;
 // Samples go by fours, one for every t = lane % 4; so many fours may make a slab.
 constexpr int kMostSets = 2;
 // Plain rows that stand for a sample.
@@ -53,7 +51,6 @@ struct Shape {
   // Units beyond the triangle compute something that nobody looks at.
   static constexpr bool kExact = Groups * (Groups + 1) == Warps * Units;
   static_assert(Groups * (Groups + 1) <= Warps * Units && Groups <= Warps);
-  static_assert(kBlockThreads <= kMostThreads);
 };
 
 // A unit: blocks 2 row and 2 row + 1 of the left columns with block `column` of the right ones.
@@ -94,9 +91,9 @@ struct BlockPlace {
 // How a block's shared memory is cut, in words: operands of so many sixteens of rows [buffers,
 // eights of rows, part, blocks of eight columns] of matrices [8, 8] of float16; the slab as it was
 // copied; what every group of columns has of weights and their roots; a barrier; the
-// factors that undo the scales [buffers, groups]; a number for every thread.
+// factors that undo the scales [buffers, groups].
 struct BlockCut {
-  int steps, operand, slab, weights, barrier, backs, turns, total;
+  int steps, operand, slab, weights, barrier, backs, total;
 
   BlockCut(int groups, int buffers, int sixteens, int slab_size, int weight_size)
       : steps(sixteens), operand(2 * 2 * sixteens * groups * 4 * 32) {
@@ -104,8 +101,7 @@ struct BlockCut {
     weights = slab + slab_size;
     barrier = weights + groups * 2 * weight_size;
     backs = barrier + 4;
-    turns = backs + (buffers * groups + 3) / 4 * 4;
-    total = turns + kMostThreads;
+    total = backs + (buffers * groups + 3) / 4 * 4;
   }
 
   size_t bytes() const { return sizeof(float) * static_cast<size_t>(total); }

@@ -95,6 +95,7 @@ void check_centre_split(bool few) {
   centred(17, 10, 260, 0, 0);
   centred(3, 9, 77, 0, 1);
   centred(5, 3, 77, 3, 0);
+  centred(5, 4, 76, 3, 0);
   for (const int64_t classes : {11, 64, 65, 104, 105, 160}) {
     centred(3, classes, 140, 0, 0);
     centred(2, classes, 76, 4, 1);

@@ -3,6 +3,7 @@
 // ran.
 #include <cstdio>
 #include <cstring>
+#include <ctime>
 #include <string>
 #include <utility>
 #include <vector>
@@ -19,6 +20,8 @@ void multiprocessor_count_is(int count) {
 }  // namespace hesskern::cuda::check
 
 int main(int count, char** arguments) {
+  // Checks show as they end, also in a file.
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);
   namespace check = hesskern::cuda::check;
   const std::vector<std::pair<std::string, void (*)(bool)>> all = {
       {"mirror", check::check_mirror},
@@ -55,7 +58,10 @@ int main(int count, char** arguments) {
     for (const std::string& choice : chosen) wanted = wanted || choice == name;
     if (!wanted) continue;
     ++found;
+    const std::clock_t begin = std::clock();
     run(few);
+    std::printf("%s: %.1f s\n", name.c_str(),
+                static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC);
   }
   if (!chosen.empty() && found != static_cast<int>(chosen.size())) {
     std::fprintf(stderr, "unknown operator among the arguments\n");

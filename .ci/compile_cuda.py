@@ -2,7 +2,8 @@
 
     python .ci/compile_cuda.py --output FOLDER ARCHITECTURE...
 
-Warnings are errors, and so are spills: a kernel whose registers overflow into local memory.
+Warnings are errors, and so are spills: a kernel whose registers overflow into local memory, but for
+the few bytes named below.
 """
 
 from __future__ import annotations
@@ -20,6 +21,14 @@ ROOT = Path(__file__).resolve().parents[1]
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
+# Bytes of spills that are borne, by the beginning of a kernel's name: a few registers, saved while a
+# slab of rows is multiplied. Shapes without them were slower on an H200: 238 us instead of 205 for
+# 128 columns, 687 instead of 625 for 256.
+BORNE = {
+    "block_gram_kernel<Shape<4, 4, 5>": 8,
+    "block_gram_kernel<Shape<7, 12, 5>": 8,
+    "block_gram_kernel<Shape<8, 12, 6>": 64,
+}
 # What a file with warpgroup products includes.
 WARPGROUP = '#include "wgmma.h"'
 SHARED = re.compile(r"(\d+) bytes smem")
@@ -103,7 +112,8 @@ def main() -> None:
         for (_, architecture, registers, shared, spills), name in zip(rows, shown, strict=True):
             kernel = name.split("(")[0]
             print(f"{registers:9}  {shared:6}  {spills:7}  {architecture:12}  {kernel[:150]}")
-            spilled += spills > 0
+            borne = max((b for start, b in BORNE.items() if kernel.startswith(start)), default=0)
+            spilled += spills > borne
     if spilled:
         sys.exit(f"{spilled} kernels spill registers")
 

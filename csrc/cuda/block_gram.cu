@@ -578,7 +578,7 @@ auto with_kernel(int columns, Visit visit) {
       return with(S{}, block_gram_kernel<S, Slabs, 1>);
     }
     case 6: {
-      using S = Shape<6, 12, 4>;
+      using S = Shape<6, 8, 6>;
       return with(S{}, block_gram_kernel<S, Slabs, 1>);
     }
     case 7: {

@@ -21,9 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(sm_\w+)'")
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
-# Bytes of spills that are borne, by the beginning of a kernel's name: a few registers, saved while a
-# slab of rows is multiplied. Shapes without them were slower on an H200: 238 us instead of 205 for
-# 128 columns, 687 instead of 625 for 256.
+# Bytes of spills that are borne, by the beginning of a kernel's name: a few registers, saved while
+# a slab of rows is multiplied. Shapes without them were slower on an H200: 238 us instead of 205
+# for 128 columns, 687 instead of 625 for 256.
 BORNE = {
     "block_gram_kernel<Shape<4, 4, 5>": 8,
     "block_gram_kernel<Shape<7, 12, 5>": 8,

@@ -5,8 +5,11 @@
 
 namespace hesskern::cuda {
 
-// Gram matrices of up to 256 columns at one read of the data: sum.acc [m, m] += alpha z^T z, for
-// m > 64 above all. Where fits() is false there is no kernel, or no device memory for it.
+// Gram matrices of up to 256 columns at one read of the data: sum.acc [m, m] += alpha z^T z. Where
+// fits() is false there is no kernel, or no device memory for it.
+
+// Fewer columns are mostly padding here.
+constexpr int64_t kFewestBlockColumns = 65;
 
 // Rows z of softmax samples, sqrt(p_c) (g_c - sum_c' p_c' g_c'); jacobian g [N, c, m] with
 // contiguous rows, probabilities p [N, c] contiguous.

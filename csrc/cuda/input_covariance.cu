@@ -75,7 +75,8 @@ Work<T> InputCovariance<In, T>::plan() const {
       if (narrow.fits()) return narrow.plan();
     }
     if constexpr (std::is_same_v<In, float>) {
-      if (!ones && row_axis.inner == 0 && column_axis.inner == 0 && column_axis.step == 1) {
+      if (!ones && columns >= kFewestBlockColumns && row_axis.inner == 0 &&
+          column_axis.inner == 0 && column_axis.step == 1) {
         const BlockRows block{x, rows, columns, row_axis.step, sum};
         if (block.fits()) return block.plan();
       }

@@ -286,7 +286,7 @@ Work<T> OutputHessian<In, T>::plan() const {
       if (positions == 1 && output_stride == 1) {
         const BlockSamples block{jacobian, probabilities, samples,      classes,
                                  outputs,  sample_stride, class_stride, sum};
-        if (block.fits()) return block.plan();
+        if (outputs >= kFewestBlockColumns && block.fits()) return block.plan();
         if (as_parts(*this)) return plan_parts(*this);
       }
       if (rows_are_copied(*this)) {

@@ -62,7 +62,7 @@ Work<T> RootRows<In, T>::plan() const {
         const int64_t size = outputs * positions;
         const BlockPositions block{jacobian, samples * classes, outputs, positions,
                                    size,     positions,         sum};
-        if (block.fits()) return block.plan();
+        if (outputs >= kFewestBlockColumns && block.fits()) return block.plan();
       }
     }
   }

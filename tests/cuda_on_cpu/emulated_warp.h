@@ -211,13 +211,6 @@ void read_once(float (&values)[Count], const float* from) {
 }
 
 template <typename T>
-T from_lane(T value, int lane) {
-  const auto* lanes = static_cast<const T*>(emulation::warp_exchange(&value, sizeof(value)));
-  const T other = lanes[lane];
-  emulation::warp_barrier();
-  return other;
-}
-template <typename T>
 T from_lane_xor(T value, int mask) {
   const auto* lanes = static_cast<const T*>(emulation::warp_exchange(&value, sizeof(value)));
   const T other = lanes[emulation::lane() ^ mask];

@@ -27,7 +27,11 @@ inline bool is_aligned(const void* pointer, size_t bytes) {
   return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-// Four neighbours that are read and written at once.
+// Neighbours that are read and written at once.
+template <typename T>
+struct alignas(2 * sizeof(T)) Pair {
+  T value[2];
+};
 template <typename T>
 struct alignas(4 * sizeof(T)) Four {
   T value[4];

@@ -19,6 +19,7 @@
 
 #include "barrier.h"
 #include "device.h"
+#include "elements.h"
 #include "float16_parts.h"
 #include "launch.h"
 #include "parts_product.h"
@@ -90,12 +91,8 @@ using ThreeProducts = Config<Float16, 2, false, Columns, 32, 2>;
 template <int Columns>
 using ThreeAlongK = Config<Float16, 2, true, Columns, 64, 1>;
 
-struct alignas(8) Two {
-  float x, y;
-};
-struct alignas(16) Four {
-  float x, y, z, w;
-};
+using Two = Pair<float>;
+using Four = cuda::Four<float>;
 
 struct Target {
   PartsTarget to;
@@ -153,7 +150,7 @@ __device__ inline void put_rows(const Target& target, int row, int column, Value
       across[i][1] = target.exponent_b(at + 1);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        old[i][r] = {0.0f, 0.0f};
+        old[i][r] = {};
         if (target.to.add && target.pair(row + 8 * r, at)) {
           old[i][r] = *reinterpret_cast<const Two*>(target.place(row + 8 * r, at));
         }
@@ -165,7 +162,7 @@ __device__ inline void put_rows(const Target& target, int row, int column, Value
       const Four sum = values(first + i);
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float left = r == 0 ? sum.x : sum.z, right = r == 0 ? sum.y : sum.w;
+        float left = sum.value[2 * r], right = sum.value[2 * r + 1];
         if (target.exponents_a != nullptr || target.exponents_b != nullptr) {
           left = times_power(left, -down[r] - across[i][0]);
           right = times_power(right, -down[r] - across[i][1]);
@@ -175,7 +172,7 @@ __device__ inline void put_rows(const Target& target, int row, int column, Value
         const int here = row + 8 * r;
         float* c = target.place(here, at);
         if (target.pair(here, at)) {
-          *reinterpret_cast<Two*>(c) = {old[i][r].x + left, old[i][r].y + right};
+          *reinterpret_cast<Two*>(c) = {{old[i][r].value[0] + left, old[i][r].value[1] + right}};
         } else {
           if (target.wanted(here, at)) *c = target.to.add ? *c + left : left;
           c += target.to.column_step;
@@ -365,7 +362,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     constexpr int kPieces = C::kWide / 8;
     const auto values = [&](int half, int j) {
       const float* sum = sums[half] + 4 * j;
-      return Four{sum[0], sum[1], sum[2], sum[3]};
+      return Four{{sum[0], sum[1], sum[2], sum[3]}};
     };
     if (item.part >= 0) {
       Four* to = reinterpret_cast<Four*>(partial + static_cast<int64_t>(item.part) *
@@ -405,10 +402,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll 4
   for (int split = 1; split < schedule.splits; ++split) {
     const Four value = from[split * kTile];
-    total.x += value.x;
-    total.y += value.y;
-    total.z += value.z;
-    total.w += value.w;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) total.value[i] += value.value[i];
   }
   int tile_row, tile_column;
   place(schedule, schedule.whole + tile, tile_row, tile_column);

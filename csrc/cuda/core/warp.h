@@ -196,10 +196,6 @@ __device__ inline void read_once(float (&values)[Count], const float* from) {
 }
 
 template <typename T>
-__device__ inline T from_lane(T value, int lane) {
-  return __shfl_sync(0xffffffffu, value, lane);
-}
-template <typename T>
 __device__ inline T from_lane_xor(T value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }

@@ -14,7 +14,7 @@ import torch
 from dense import gauss_newton, loss_hessian, relative_error
 from fuzz.builder import PRODUCTIONS, Builder
 from fuzz.data import Batch
-from fuzz.grammar import Case, draw, steady
+from fuzz.grammar import REJECTED, Case, draw, steady
 from fuzz.layers import make_linear
 from fuzz.reference import Reference
 from fuzz.runner import Statistics, report
@@ -174,6 +174,12 @@ def test_models_that_hang_on_rounding_are_not_drawn() -> None:
     batch = Batch({"x": torch.randn(6, 3, generator=source, dtype=torch.float64)})
     assert not steady(SignOfZero(0.0), batch, source)
     assert steady(SignOfZero(-0.5), batch, source)
+
+
+def test_models_that_torch_differentiates_wrongly_are_not_drawn() -> None:
+    """An instance norm before attention: torch's own gradient is off by more than half."""
+    draw(3002121)
+    assert REJECTED[-1] == "Rejected: torch's gradient is not the derivative"
 
 
 def scaled(result: dict[str, Any]) -> dict[str, Any]:

@@ -13,17 +13,30 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fuzz.vocabulary import NAMES
 
-__all__ = ["Program", "Taps"]
+__all__ = ["Program", "Taps", "plain_torch"]
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """No fused attention path, whatever is frozen."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 class _Bare(ast.NodeTransformer):

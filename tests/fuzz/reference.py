@@ -9,26 +9,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 
 from fuzz.data import Batch
 from fuzz.grammar import Case
-from fuzz.program import Taps
+from fuzz.program import Taps, plain_torch
 
-__all__ = ["LayerReference", "Reference", "plain_torch", "weight_name"]
-
-
-@contextmanager
-def plain_torch() -> Iterator[None]:
-    """No fused attention path, whatever is frozen."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+__all__ = ["LayerReference", "Reference", "weight_name"]
 
 
 def weight_name(key: str, names: dict[str, Tensor] | dict[str, slice]) -> str | None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import hesskern as hk
 from fuzz.grammar import Case
-from fuzz.reference import LayerReference, Reference, plain_torch, weight_name
+from fuzz.program import plain_torch
+from fuzz.reference import LayerReference, Reference, weight_name
 from fuzz.state import Snapshot
 
 __all__ = ["BAD", "ENTRIES", "Finding", "Verdict", "judge"]

@@ -252,9 +252,9 @@ void does_not_fit() {
 
 void check_block_gram(bool few) {
   samples(9, 3, 70);
-  rows(21, 140);
   positions(2, 66, 20);
   if (few) return;
+  rows(21, 140);
   // Every number of groups of 32 columns; whole samples by the copy engine, by lanes in pieces of
   // 16 bytes and in words; slabs that are not full, and several a block.
   const Layout lanes{0, 0, 1, 80}, apart{4, 0, 1, 90}, words{1, 1, 1, 90};

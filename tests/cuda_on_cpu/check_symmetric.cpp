@@ -251,6 +251,10 @@ void check_input_covariance(bool few) {
   covariance<float, float>("float", 36, 128, false, true, false, 1);
   covariance<float, float>("float", 36, 128, false, true, true, 1);
   covariance<float, float>("float", 300, 16, false, true, false, 4);
+  // Too many columns for kernels of their own.
+  covariance<float, float>("float", 33, 384, false, false, false, 1);
+  covariance<float, float>("float", 33, 384, false, false, true, 1);
+  covariance<float, float>("float", 19, 383, true, false, true, 1);
   half_covariance<BFloat16>("bfloat16");
   half_covariance<Float16>("float16");
   covariance<double, double>("double", 700, 70, true, false, false, 4);
@@ -379,6 +383,11 @@ void check_output_hessian(bool few) {
   output<float>("float", 4, 33, 40, 2, false, true, 2);
   output<float>("float", 4, 33, 100, 2, false, true, 2);
   output<float>("float", 6, 7, 132, 1, false, true, 2);
+  // Too many outputs for kernels of their own; both sizes of tiles.
+  for (const bool tf32 : {false, true}) {
+    output<float>("float", 15, 3, 268, 1, false, tf32, 2);
+    output<float>("float", 15, 3, 384, 1, false, tf32, 1);
+  }
   // Centred into 16-bit parts.
   output<float>("float", 9, 4, 268, 1, false, false, 2, true);
   output<float>("float", 3, 33, 259, 1, false, false, 2, true);

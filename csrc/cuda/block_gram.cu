@@ -662,7 +662,7 @@ SamplePlan plan_samples(const float* x, const float* weights, int64_t samples, i
                 128,
                 1};
   // Samples in one piece, in whole pieces of 16 bytes.
-  plan.slabs.bulk = current_device().capability >= 90 && plan.slabs.pieces && columns % 4 == 0 &&
+  plan.slabs.bulk = current_device().hopper() && plan.slabs.pieces && columns % 4 == 0 &&
                     (classes == 1 || row_stride == columns);
   if (plan.slabs.bulk) plan.slabs.stride = plan.slabs.columns;
   // One set of more classes than these makes a slab long enough.

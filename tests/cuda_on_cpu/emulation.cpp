@@ -177,19 +177,39 @@ void check_copies_ended() {
 
 #ifdef HESSKERN_EMULATE_THREADS
 
-void run_block(Block& b, const std::function<void()>& body) {
-  std::vector<std::thread> running;
-  for (Thread& thread : b.threads) {
-    running.emplace_back([&b, &thread, &body] {
-      current = &thread;
-      body();
-      check_copies_ended();
-      thread.warp->barrier.leave();
-      b.barrier->leave();
-    });
+// Threads that run one block after another: to start some for every block would take most of the
+// time.
+class Crew {
+ public:
+  Crew(Block& b, const std::function<void()>& body, unsigned long long blocks)
+      : round_(static_cast<unsigned>(b.threads.size()) + 1) {
+    for (Thread& thread : b.threads) {
+      running_.emplace_back([this, &b, &thread, &body, blocks] {
+        current = &thread;
+        for (unsigned long long i = 0; i < blocks; ++i) {
+          round_.wait();
+          body();
+          check_copies_ended();
+          thread.warp->barrier.leave();
+          b.barrier->leave();
+          round_.wait();
+        }
+      });
+    }
   }
-  for (std::thread& thread : running) thread.join();
-}
+  ~Crew() {
+    for (std::thread& thread : running_) thread.join();
+  }
+  // The block that is prepared.
+  void run() {
+    round_.wait();
+    round_.wait();
+  }
+
+ private:
+  Barrier round_;
+  std::vector<std::thread> running_;
+};
 
 #else
 
@@ -523,10 +543,18 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& b
   }
   static Block storage;
   block = &storage;
+#ifdef HESSKERN_EMULATE_THREADS
+  prepare(storage, config, 0);
+  Crew crew(storage, body, blocks);
+#endif
   for (unsigned long long i = 0; i < blocks; ++i) {
     prepare(storage, config, static_cast<unsigned>(i));
     barrier_states.clear();
+#ifdef HESSKERN_EMULATE_THREADS
+    crew.run();
+#else
     run_block(storage, body);
+#endif
     for (const auto& [barrier, state] : barrier_states) {
       if (!state.copies.empty()) fail("a block ends with bulk copies under way");
     }

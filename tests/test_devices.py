@@ -10,17 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from devices import CUDA_KERNELS, needs_cuda
 from tensors import F32, F64, INPUT_LAYOUTS, arrange, assert_near, random, softmax, to_double
 from torch import Tensor, nn
 
 import hesskern as hk
 from hesskern import ops, reference
 
-CUDA_KERNELS = torch.cuda.is_available() and bool(hk.build_info()["cuda"])
-needs_cuda = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not CUDA_KERNELS, reason="needs a GPU and CUDA kernels"),
-]
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 
 WINDOW = {"kernel_size": [3, 2], "stride": [1, 2], "padding": [1, 0], "dilation": [1, 2]}

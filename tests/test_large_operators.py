@@ -9,19 +9,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from devices import needs_cuda
 from tensors import BF16, F16, F32, F64
 from torch import Tensor
 
-import hesskern as hk
 from hesskern import ops, reference
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(
-        not (torch.cuda.is_available() and bool(hk.build_info()["cuda"])),
-        reason="needs a GPU and CUDA kernels",
-    ),
-]
+pytestmark = needs_cuda
 
 # float32 is multiplied as two float16: as good as float32 itself. Long sums of numbers of one
 # sign err all to the same side.

@@ -72,7 +72,6 @@ __global__ void __launch_bounds__(kThreads) column_most_kernel(CentreSplit call,
 
 // The exponent under which the largest magnitude of a column is in [2^14, 2^15); 0 of zeros and of
 // what is no number.
-template <int Top>
 __global__ void __launch_bounds__(kThreads)
     exponent_kernel(const uint32_t* most, int64_t blocks, int64_t pitch, int* exponents) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -82,16 +81,7 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t other = most[block * pitch + column];
     bits = other > bits ? other : bits;
   }
-  int exponent = 0;
-  if (bits != 0 && bits < 0x7f800000u) {
-    int power = static_cast<int>(bits >> 23) - 127;
-    if (power == -127) {
-      power = -150;
-      for (uint32_t rest = bits; rest != 0; rest >>= 1) ++power;
-    }
-    exponent = Top - power;
-  }
-  exponents[column] = exponent;
+  exponents[column] = packed_exponent(bits, 0);
 }
 
 // Share warps take a sample, with Rows of its classes each.
@@ -104,16 +94,10 @@ __global__ void __launch_bounds__(kThreads) centre_split_kernel(CentreSplit call
   const int column = static_cast<int>(blockIdx.y) * kColumns + 4 * lane;
   const int64_t sample = static_cast<int64_t>(blockIdx.x) * (kWarps / Share) + warp / Share;
   const bool inside = sample < call.samples;
-  // Scaled at once: means of the smallest numbers would lose digits. Powers of two beyond float's
-  // range come in two factors.
-  float first[4], second[4];
+  // Scaled at once: means of the smallest numbers would lose digits.
+  int exponents[4];
 #pragma unroll
-  for (int q = 0; q < 4; ++q) {
-    const int e = column < call.pitch ? call.exponents[column + q] : 0;
-    const int near = e < -126 ? -126 : e > 126 ? 126 : e;
-    first[q] = float_of(static_cast<uint32_t>(near + 127) << 23);
-    second[q] = float_of(static_cast<uint32_t>(e - near + 127) << 23);
-  }
+  for (int q = 0; q < 4; ++q) exponents[q] = column < call.pitch ? call.exponents[column + q] : 0;
   Four<float> v[Rows], mean{};
   float weight[Rows];
 #pragma unroll
@@ -131,8 +115,7 @@ __global__ void __launch_bounds__(kThreads) centre_split_kernel(CentreSplit call
   for (int r = 0; r < Rows; ++r) {
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
-      v[r].value[q] *= first[q];
-      v[r].value[q] *= second[q];
+      v[r].value[q] = times_power(v[r].value[q], exponents[q]);
       mean.value[q] += weight[r] * v[r].value[q];
     }
   }
@@ -183,7 +166,7 @@ cudaError_t run_rows(const CentreSplit& call, cudaStream_t stream) {
       launch(column_most_kernel<Aligned>, dim3(across, static_cast<unsigned>(blocks)),
              dim3(kThreads), 0, stream, call, most);
   if (error != cudaSuccess) return error;
-  error = launch(exponent_kernel<14>, dim3(static_cast<unsigned>(ceil_div(call.pitch, kThreads))),
+  error = launch(exponent_kernel, dim3(static_cast<unsigned>(ceil_div(call.pitch, kThreads))),
                  dim3(kThreads), 0, stream, most, blocks, call.pitch, call.exponents);
   if (error != cudaSuccess) return error;
   const auto start = [&](auto kernel, int share) {

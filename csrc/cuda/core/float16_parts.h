@@ -33,6 +33,22 @@ __device__ inline float times_power(float value, int e) {
          float_of(static_cast<uint32_t>(second + 127) << 23);
 }
 
+// The largest power of two in a finite magnitude other than zero, by its bits.
+__device__ inline int exponent_of_bits(uint32_t bits) {
+  const int biased = static_cast<int>(bits >> 23);
+  if (biased > 0) return biased - 127;
+  int size = 0;
+  while (bits >> size != 0) ++size;
+  return size - 150;
+}
+
+// Of columns whose largest magnitude has these bits: 2^exponent times it is below 2^(15 - room).
+// With room it is a guess from some rows: where they are zero, others must show.
+__device__ inline int packed_exponent(uint32_t bits, int room) {
+  if (bits == 0) return room == 0 ? 0 : 150;
+  return bits >= 0x7f800000u ? 0 : 14 - room - exponent_of_bits(bits);
+}
+
 // Two powers of two whose product is one: values times to_half fit float16.
 struct Scale {
   float to_half, back;

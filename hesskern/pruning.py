@@ -6,11 +6,13 @@ first rotated to their sample's principal axes, where few of them carry almost e
 
 For one input vector per sample the bound is tighter by what the gradients spread over directions:
 x x^T <= ‖x‖^2 I, so sum_n M_n (x) x_n x_n^T <= (sum_n ‖x_n‖^2 M_n) (x) I, and the top eigenvalue
-of that [m, m] sum bounds the norm.
+of that [m, m] sum G bounds the norm. It is bounded without an eigenvalue: λ_1 <= tr(G^q)^(1/q), for
+q = 256 at most m^(1/256) times too much.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,11 +23,14 @@ from hesskern.samples import SampleRows
 
 __all__ = ["Pruned", "kept_samples", "norm_bound", "prune"]
 
-# How much more of the trace is left out from one try to the next, and in how many tries at most.
-_GROWTH = 1.25
-_TRIES = 20
-# The tighter bound needs an eigenvalue of order m.
+# How many budgets are told apart between the one that the trace allows and m times it, which
+# nothing fits, and how many are tried at most.
+_BUDGETS = 128
+_TRIES = 8
+# The tighter bound takes products of matrices of order m.
 _LARGEST_ORDER = 2048
+# The matrix is squared as often as this: the bound is then at most m^(1/256) times the norm.
+_SQUARINGS = 7
 # Rows copied at a time: they stay in the cache.
 _ROWS = 16_384
 # For rounding in the sum that the tighter bound comes from.
@@ -88,7 +93,7 @@ def prune(chunks: list[SampleRows], shares: list[Tensor], tolerance: float) -> P
         shares: per piece [N], each sample's part of the trace.
         tolerance: of the norm of what is left out, relative to the trace.
     """
-    total = sum(float(s.sum()) for s in shares)
+    total = float(torch.stack([s.sum() for s in shares]).sum()) if shares else 0.0
     # Where a product's time goes into the inputs, single rows of a sample save nothing. Where rows
     # are stored whole, half is for whole samples, cheap to find, and the rest for single rows.
     stored = all(chunk.stored for chunk in chunks)
@@ -118,30 +123,93 @@ def prune(chunks: list[SampleRows], shares: list[Tensor], tolerance: float) -> P
     )
 
 
+@dataclass(frozen=True)
+class _Candidates:
+    """Sets of samples that might go, each within the next: those with the smallest shares.
+
+    Attributes:
+        order: per piece, its samples [N], those with the smallest shares first.
+        counts: per set and piece, how many samples of the piece go.
+        traces: per set, the sum of the shares that go.
+    """
+
+    order: list[Tensor]
+    counts: list[list[int]]
+    traces: list[float]
+
+    @classmethod
+    def within(cls, shares: list[Tensor], first: float, last: float) -> _Candidates:
+        """Sets within ``_BUDGETS`` budgets between ``first`` and ``last``, parts of the trace.
+
+        One look at the device for all of them.
+        """
+        order, sums, total = _ascending(shares)
+        steps = torch.linspace(0, 1, _BUDGETS, dtype=torch.float64, device=order.device)
+        budgets = total * first * (last / first) ** steps
+        sizes = torch.searchsorted(sums, budgets, right=True)
+        lengths = [len(piece) for piece in shares]
+        of_piece = torch.arange(len(shares)).repeat_interleave(torch.tensor(lengths))
+        piece = of_piece.to(order.device, non_blocking=True)[order]
+        ranks = torch.arange(len(order), device=order.device)
+        place = torch.searchsorted(sizes, ranks, right=True) * len(shares) + piece
+        table = ranks.new_zeros((_BUDGETS + 1) * len(shares))
+        table = table.scatter_add_(0, place, torch.ones_like(place)).reshape(-1, len(shares))
+        traces = torch.cat([sums.new_zeros(1), sums])[sizes]
+        looked_at = torch.cat([table[:-1].cumsum(0).double().flatten(), traces]).tolist()
+        counts = [
+            [int(count) for count in looked_at[i : i + len(shares)]]
+            for i in range(0, _BUDGETS * len(shares), len(shares))
+        ]
+        starts = torch.tensor([0, *lengths[:-1]]).cumsum(0).tolist()
+        by_piece = order[piece.argsort(stable=True)].split(lengths)
+        own = [numbers - start for numbers, start in zip(by_piece, starts, strict=True)]
+        return cls(own, counts, looked_at[-_BUDGETS:])
+
+    def added(self, before: int | None, index: int) -> list[Tensor]:
+        """Per piece, the samples that go in one set and stay in the other (None: all stay)."""
+        begins = [0] * len(self.order) if before is None else self.counts[before]
+        spans = zip(self.order, begins, self.counts[index], strict=True)
+        return [samples[begin:end] for samples, begin, end in spans]
+
+    def kept(self, index: int) -> list[Tensor]:
+        """Per piece, the samples that stay, in the piece's own order."""
+        pieces = zip(self.order, self.counts[index], strict=True)
+        return [samples[count:].sort().values for samples, count in pieces]
+
+
 def _prune_spread(chunks: list[SampleRows], shares: list[Tensor], tolerance: float) -> Pruned:
     """Whole samples, as many as the tighter of both bounds allows; empties ``chunks``."""
-    order, sums, total = _ascending(shares)
-    count = int((sums <= tolerance * total).sum())
-    norm = float(sums[count - 1]) if count else 0.0
-    tried, budget = 0, tolerance * total
     m = chunks[0].s.shape[2]
-    gram = torch.zeros(m, m, dtype=torch.float64, device=order.device)
+    # The norm is at least an m-th of the trace.
+    candidates = _Candidates.within(shares, tolerance, tolerance * m)
+    allowed = tolerance * float(torch.stack([s.sum() for s in shares]).sum())
     lengths = [chunk.x.norm(dim=1) for chunk in chunks]
+    traces = candidates.traces
+    # The trace alone lets the first set go.
+    chosen, norm, failed, tried = 0, traces[0], _BUDGETS, 0
+    gram = chunks[0].s.new_zeros(m, m, dtype=torch.float64)
+    seen: int | None = None
     for _ in range(_TRIES if m <= _LARGEST_ORDER else 0):
-        candidate = max(count, int((sums <= budget).sum()))
-        before, after = _masks(order, tried, shares), _masks(order, candidate, shares)
-        for chunk, length, was, stays in zip(chunks, lengths, before, after, strict=True):
-            gram += _weighted_gram(chunk.s, length, was & ~stays)
-        tried = candidate
-        bound = float(torch.linalg.eigvalsh(gram)[-1]) * (1 + _MARGIN)
-        if bound > tolerance * total:
+        more = gram.clone()
+        pieces = zip(chunks, lengths, candidates.added(seen, tried), strict=True)
+        for chunk, length, samples in pieces:
+            more += _weighted_gram(chunk.s, length, samples)
+        bound = float(norm_bound_of(more))
+        if bound <= allowed:
+            chosen, seen, gram = tried, tried, more
+            norm = min(bound, traces[tried])
+        else:
+            failed = tried
+        guess = (chosen + failed) // 2
+        if traces[tried] > 0:
+            # What part of the trace the norm is changes little from one set to the next.
+            guess = bisect_right(traces, allowed * traces[tried] / bound) - 1
+        tried = min(guess, failed - 1)
+        if tried <= chosen:
             break
-        count, norm = candidate, min(bound, float(sums[candidate - 1]) if candidate else 0.0)
-        budget *= _GROWTH
-    keep = _masks(order, count, shares)
+    kept = candidates.kept(chosen)
     chunks.reverse()
-    kept = [chunks.pop().select(mask) for mask in keep]
-    return Pruned(kept, norm, float(sums[count - 1]) if count else 0.0)
+    return Pruned([chunks.pop().select(samples) for samples in kept], norm, traces[chosen])
 
 
 def norm_bound(chunks: list[SampleRows]) -> float:
@@ -154,16 +222,36 @@ def norm_bound(chunks: list[SampleRows]) -> float:
         return trace
     gram = torch.zeros(m, m, dtype=torch.float64, device=chunks[0].s.device)
     for chunk in chunks:
-        everything = torch.ones(len(chunk.x), dtype=torch.bool, device=chunk.x.device)
+        everything = torch.arange(len(chunk.x), device=chunk.x.device)
         gram += _weighted_gram(chunk.s, chunk.x.norm(dim=1), everything)
-    return min(trace, float(torch.linalg.eigvalsh(gram)[-1]) * (1 + _MARGIN))
+    return min(trace, float(norm_bound_of(gram)))
+
+
+def norm_bound_of(gram: Tensor) -> Tensor:
+    """0-dim bound on the largest eigenvalue of a symmetric positive semi-definite matrix.
+
+    tr(G^q)^(1/q) with q = 2^(squarings + 1), the trace of G^q being the squared Frobenius norm of
+    G^(q/2): the Schatten q-norm, between λ_1 and m^(1/q) λ_1.
+
+    Args:
+        gram: G [m, m], float64.
+    """
+    power, logarithm = gram, gram.new_zeros(())
+    for step in range(_SQUARINGS + 1):
+        size = torch.linalg.matrix_norm(power)
+        # λ_1(G) = λ_1(power)^(1 / 2^step) times what was divided by.
+        logarithm = logarithm + size.log() / 2**step
+        if step < _SQUARINGS:
+            power = power / size
+            power = power @ power
+    return torch.where(gram.any(), logarithm.exp() * (1 + _MARGIN), 0.0)
 
 
 def _weighted_gram(s: Tensor, lengths: Tensor, chosen: Tensor) -> Tensor:
-    """[m, m] float64: sum of length² s_n^T s_n over the chosen samples; s [N, r, m], both [N]."""
+    """[m, m] float64: sum of length² s_n^T s_n over the samples ``chosen``; s [N, r, m], [N]."""
     r, m = s.shape[1:]
     total = torch.zeros(m, m, dtype=s.dtype, device=s.device)
-    for samples in chosen.nonzero()[:, 0].split(max(1, _ROWS // max(1, r))):
+    for samples in chosen.split(max(1, _ROWS // max(1, r))) if len(chosen) else ():
         rows = s[samples].mul_(lengths[samples][:, None, None])
         ops.input_covariance_(total, rows.flatten(0, 1))
     return ops.mirror_(total).double()

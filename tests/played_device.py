@@ -31,6 +31,10 @@ NAME = "played"
 _ASKS = frozenset("_local_scalar_dense nonzero masked_select equal unique_dim _unique2".split())
 # Numbers of the other device are taken, too: they are copied first.
 _COPIES = frozenset(("copy_", "_to_copy", "index", "index_put_", "_index_put_impl_"))
+_ABOUT = frozenset(
+    "sym_size sym_stride sym_numel sym_storage_offset size stride numel dim is_contiguous"
+    " is_strides_like_format is_non_overlapping_and_dense storage_offset".split()
+)
 _COUNTED: list[Counts] = []
 
 
@@ -78,6 +82,8 @@ class _Played(Tensor):
             dtype=here.dtype,
             layout=here.layout,
             device=torch.device(NAME, 0),
+            # Asked of the CPU tensor every time: some operations change them in place.
+            dispatch_sizes_strides_policy="sizes",
         )
         made.here = here
         return made
@@ -121,7 +127,7 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     copied_back = not result_there and not kwargs.get("non_blocking")
     if there and (name in _ASKS or _selects_by_mask(name, args) or copied_back):
         _count("asked", name)
-    if there and not function.is_view:
+    if there and not function.is_view and name not in _ABOUT:
         _count("operations", name)
     kwargs = tree_map(_here, kwargs)
     if device is not None:

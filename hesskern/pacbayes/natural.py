@@ -137,7 +137,9 @@ class Natural:
         self._model, self._slots, self._samples = model, slots, samples
         self._protocol, self._settings, self._generator = protocol, settings, generator
         self._last = next((n for n, slot in slots.items() if slot.writes_output), None)
-        self._factor_rows = torch.randperm(len(samples), generator=generator)[:_FACTOR_SAMPLES]
+        device = samples.inputs.device
+        rows = torch.randperm(len(samples), generator=generator, device=device)
+        self._factor_rows = rows[:_FACTOR_SAMPLES]
         self._layers: dict[str, TruncatedLayer] = {}
         hidden = settings.prior_hidden or (1.0 if self._outputs() == 1 else 0.1)
         for i, (name, slot) in enumerate(slots.items()):

@@ -59,7 +59,8 @@ class TruncatedLayer:
         self.U_full = torch.eye(m, dtype=torch.float64, device=prior_mean.device)
         self.V_full = torch.eye(d, dtype=torch.float64, device=prior_mean.device)
         if self.shift_free:
-            self.U_full = _completed(torch.full((m, 1), m**-0.5, dtype=torch.float64))
+            shift = torch.full((m, 1), m**-0.5, dtype=torch.float64, device=prior_mean.device)
+            self.U_full = _completed(shift)
         self.log_prior = torch.tensor(2 * math.log(deviation)).to(prior_mean)
         self.log_ratio = prior_mean.new_zeros(len(self.rows), len(self.columns))
         self.moves_in_basis = slot.reads_data and slot.per_example

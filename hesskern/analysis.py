@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import hesskern
 from hesskern import data as datasets
 from hesskern import metrics, models, published, training
+from hesskern.devices import usable_device
 from hesskern.eigen import eigsh
 from hesskern.factors import Factors, LayerFactors, kronecker_factors
 from hesskern.layer_hessian import LayerHessian, layer_hessians
@@ -220,11 +221,7 @@ def _check(settings: Settings) -> None:
     if settings.epochs is not None and settings.epochs < 0:
         raise ValueError(f"epochs must not be negative, got {settings.epochs}")
     check_fraction("tolerance", settings.tolerance)
-    try:
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device {settings.device!r} cannot be used here ({reason})") from None
+    usable_device(settings.device)
 
 
 def _build(settings: Settings, data: datasets.Dataset, seed: int) -> nn.Module:

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from hesskern import certify_report, data
-from hesskern.command_line import command_line, root_option, running
+from hesskern.command_line import command_line, device_option, root_option, running
+from hesskern.devices import usable_device
 from hesskern.files import check_writable, write_files
 from hesskern.pacbayes import (
     METHODS,
@@ -57,6 +58,7 @@ _SMALL_BATCH = 100
     help="Data set.",
 )
 @root_option
+@device_option
 @click.option(
     "--method",
     type=click.Choice(["natural", *METHODS]),
@@ -134,6 +136,7 @@ def certify_command(
     net: str | None,
     data_name: str,
     root: Path | None,
+    device: str,
     seed: int,
     seeds: int,
     verified: Path | None,
@@ -149,18 +152,20 @@ def certify_command(
     """
     if verified is not None:
         with running(context) as progress:
-            certificate = _verify(verified, data_name, root, options["passes"], progress)
+            there = usable_device(device)
+            train = data.load(data_name, root)
+            certificate = _verify(verified, train, options["passes"], there, progress)
         click.echo(f"holds: {certificate!r}")
         return
     with running(context) as progress:
         check_writable(output)
-        chosen = parse_net(net or _NET[data_name])
+        chosen, there = parse_net(net or _NET[data_name]), usable_device(device)
         train = data.load(data_name, root)
         test = None if chosen.random_labels else data.load(data_name, root, train=False)
         certificates: list[Certificate] = []
         for s in range(seed, seed + seeds):
             try:
-                found = _run(chosen, train, test, s, output, progress, options)
+                found = _run(chosen, train, test, s, there, output, progress, options)
             except (ValueError, TypeError, NotImplementedError) as error:
                 if not certificates:
                     raise
@@ -186,16 +191,16 @@ def certify_command(
 
 
 def _verify(
-    path: Path, data_name: str, root: Path | None, passes: int, progress: Progress
+    path: Path, train: data.Dataset, passes: int, device: torch.device, progress: Progress
 ) -> Certificate:
     certificate = load_certificate(path)
     name = certificate.prior.get("net")
     if name is None:
         raise ValueError(f"{path} was not made by this command; use Certificate.verify(data)")
-    samples = _samples(parse_net(name), data.load(data_name, root), certificate.settings["seed"])
+    samples = _samples(parse_net(name), train, certificate.settings["seed"])
     if (share := certificate.prior.get("held out")) is not None:
         samples = samples.split(share, certificate.prior["seed"])[1]
-    certificate.verify(samples, passes=passes, progress=progress)
+    certificate.verify(samples.to(device), passes=passes, progress=progress)
     return certificate
 
 
@@ -208,6 +213,7 @@ def _run(
     train: data.Dataset,
     test: data.Dataset | None,
     seed: int,
+    device: torch.device,
     output: Path,
     progress: Progress,
     options: dict[str, Any],
@@ -218,8 +224,8 @@ def _run(
         sampling="networks" if options["whole_networks"] else "per-example",
         passes=options["passes"],
     )
-    samples = _samples(net, train, seed)
-    model = net.build(train.input_shape, seed)
+    samples = _samples(net, train, seed).to(device)
+    model = net.build(train.input_shape, seed).to(device)
     prior = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     record = net.prior_record(train.input_shape, seed)
     seen: Samples | None = None
@@ -253,7 +259,7 @@ def _run(
         prior_record=record,
         prior_data=seen,
         checkpoint=_checkpoint(output, seed),
-        test=None if test is None else _samples(net, test, seed),
+        test=None if test is None else _samples(net, test, seed).to(device),
         progress=progress,
     )
 

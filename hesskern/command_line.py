@@ -13,12 +13,16 @@ from click.core import ParameterSource
 from hesskern.files import NotDrawnError
 from hesskern.progress import Progress, reporter
 
-__all__ = ["command_line", "root_option", "running"]
+__all__ = ["command_line", "device_option", "root_option", "running"]
 
 root_option = click.option(
     "--root",
     type=click.Path(path_type=Path),
     help="Folder with the data's files.  [default: $HESSKERN_DATA, else ../shared/data]",
+)
+
+device_option = click.option(
+    "--device", default="cpu", show_default=True, help="Torch device, e.g. cuda."
 )
 
 _INTERRUPTED = 130

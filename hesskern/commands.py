@@ -16,7 +16,7 @@ from hesskern import __version__, build_info
 from hesskern.analysis import Network, Settings, analyze
 from hesskern.bench.command import bench
 from hesskern.certify_command import certify_command
-from hesskern.command_line import command_line, root_option, running
+from hesskern.command_line import command_line, device_option, root_option, running
 from hesskern.data import DATASETS
 from hesskern.digest import Digest, counted, listed
 from hesskern.files import check_writable, write_files
@@ -63,7 +63,7 @@ def hesskern() -> None:
 @click.option(
     "--top", type=int, default=50, show_default=True, help="Exact eigenpairs of every layer."
 )
-@click.option("--device", default="cpu", show_default=True, help="Torch device, e.g. cuda.")
+@device_option
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float64"]),

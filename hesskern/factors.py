@@ -236,11 +236,11 @@ def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu
     if not path.is_file():
         raise FileNotFoundError(f"path: there is no file {str(path)!r}")
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("hesskern", "null"))
             if not isinstance(header, dict) or header.get("format") != _FORMAT:
                 raise ValueError(f"path: {str(path)!r} does not hold hesskern factors")
-            layers = [_read_layer(file, entry) for entry in header["layers"]]
+            layers = [_read_layer(file, entry, device) for entry in header["layers"]]
             for f in layers:
                 m, d = f.layer_shape
                 shape = (d, d) if f.groups == 1 else (f.groups, d, d)
@@ -259,22 +259,25 @@ def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu
         raise ValueError(f"path: {str(path)!r} is not a readable factors file ({error})") from error
 
 
-def _read_layer(file: Any, entry: dict[str, Any]) -> LayerFactors:
+def _read_layer(file: Any, entry: dict[str, Any], device: str | torch.device) -> LayerFactors:
     fields: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in entry["spec"].items()
     }
     spec = LayerSpec(**fields)
     count = entry["images"]
+
+    def read(name: str) -> Tensor:
+        tensor: Tensor = file.get_tensor(f"{spec.name}.{name}")
+        return tensor.to(device)
+
     return LayerFactors(
         spec,
-        file.get_tensor(f"{spec.name}.input_covariance"),
-        file.get_tensor(f"{spec.name}.output_hessian"),
+        read("input_covariance"),
+        read("output_hessian"),
         entry["num_samples"],
         entry["positions"],
-        None
-        if count is None
-        else tuple(file.get_tensor(f"{spec.name}.input_image.{i}") for i in range(count)),
+        None if count is None else tuple(read(f"input_image.{i}") for i in range(count)),
     )
 
 

@@ -106,6 +106,10 @@ class _Played(Tensor):
         memo[id(self)] = copied
         return copied
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # As from a file that is read to the CPU.
+        return self.here.__reduce_ex__(protocol)
+
     def untyped_storage(self) -> Any:
         return self.here.untyped_storage()
 
@@ -202,7 +206,9 @@ class _Calls(TorchFunctionMode):
             if isinstance(generator, _Generator) != there:
                 wanted = NAME if there else "the CPU"
                 raise RuntimeError(f"{function.__name__} on {wanted}, its generator is not")
-        if function in (torch.eye, torch.tensor) and _is_played(kwargs.get("device")):
+        if function in (torch.eye, torch.tensor, torch.as_tensor) and _is_played(
+            kwargs.get("device")
+        ):
             # These fill a tensor in a way that no operation here sees.
             return function(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
         return function(*args, **kwargs)

@@ -289,9 +289,9 @@ class Certificate(Portable):
         network, slots = self._network(model, samples)
         protocol = self.protocol if passes is None else replace(self.protocol, passes=passes)
         seed = self.seeds["draws"] + 1 if seed is None else seed
-        drawn = draw_error(
-            network, slots, self.layers, samples, protocol, seed, progress, "verifying"
-        )
+        device = samples.inputs.device
+        layers = {name: layer.to(device) for name, layer in self.layers.items()}
+        drawn = draw_error(network, slots, layers, samples, protocol, seed, progress, "verifying")
         # kl(share ‖ .) also bounds from below: 1 - kl^-1(1 - share, .) <= mean of the variables.
         rate = draws_rate(drawn.draws, protocol.delta_draws)
         lowest = (1 - float(kl_inverse(1 - drawn.share, rate))) / drawn.scale

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-__all__ = ["NEAR", "excess"]
+__all__ = ["NEAR", "excess", "exponential_excess"]
 
 # Below, the plain difference would lose more than four bits; above, the series too many terms.
 NEAR = 0.125
@@ -37,3 +40,30 @@ def excess(t: Tensor, log: Tensor) -> Tensor:
     for i in reversed(range(_TERMS)):
         series = series * square + 1 / (2 * i + 3)
     return torch.where(near, square * (2 + inner - 2 * s * series), t - log)
+
+
+class _ExponentialExcess(torch.autograd.Function):
+    """exp(l) - 1 - l, whose derivative is exp(l) - 1."""
+
+    @staticmethod
+    def forward(ctx: Any, log: Tensor) -> Tensor:
+        grown = torch.expm1(log)
+        ctx.save_for_backward(grown)
+        return excess(grown, log)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (grown,) = ctx.saved_tensors
+        product: Tensor = gradient * grown
+        return product
+
+
+def exponential_excess(log: Tensor) -> Tensor:
+    """exp(l) - 1 - l [...], float64, elementwise, never negative. Differentiable once.
+
+    Args:
+        log: l, float64.
+    """
+    found: Tensor = _ExponentialExcess.apply(log)
+    return found

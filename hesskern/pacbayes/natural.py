@@ -28,7 +28,7 @@ alone decide. What makes it fast and tight:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hesskern.checks import on_host
 from hesskern.factors import kronecker_factors
 from hesskern.pacbayes.bound import bound_rate, kl_inverse
 from hesskern.pacbayes.evaluate import wrong
@@ -43,6 +44,7 @@ from hesskern.pacbayes.loop import Draft
 from hesskern.pacbayes.network import Slot, evaluating, replaced
 from hesskern.pacbayes.posterior import eigenbasis
 from hesskern.pacbayes.protocol import Protocol
+from hesskern.pacbayes.recorded import Recorded
 from hesskern.pacbayes.samples import Samples
 from hesskern.pacbayes.surrogates import error_probability, log_loss
 from hesskern.pacbayes.truncated import Rotated, TruncatedLayer, rows_of
@@ -52,6 +54,8 @@ __all__ = ["TRAINED_PRIOR", "Natural", "NaturalSettings"]
 _FACTOR_SAMPLES = 10_000
 _FACTOR_BATCH = 1000
 _WEIGHT_STEPS = 10
+# Of the mean error, from one step to the next.
+_MEMORY = 0.99
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,10 @@ class Natural:
         self._known: dict[str, Rotated] = {}
         self._start_bases(start)
         self._error: Tensor | None = None
+        self._divergence = torch.zeros((), dtype=torch.float64, device=device)
         self._slope, self._age = 0.0, 0
+        # On the CPU a launch costs nothing.
+        self._recorded = None if on_host(samples.inputs) else Recorded(device, generator)
         self._errors: list[tuple[Tensor, int]] = []
         self._refreshed = 0
         self._moments: dict[str, Tensor] | None = None
@@ -181,7 +188,22 @@ class Natural:
             for parameter in parameters:
                 parameter.requires_grad_(True)
             groups.append({"params": list(parameters), "lr": rate, "full": rate})
-        self._optimizer = torch.optim.Adam(groups, betas=(0.9, s.beta2), foreach=True)
+        there = self._recorded is not None
+        self._optimizer = torch.optim.Adam(
+            groups, betas=(0.9, s.beta2), foreach=True, capturable=there
+        )
+        self._keep_on_device()
+
+    def _keep_on_device(self) -> None:
+        """Rates and numbers of steps as tensors on the device, where a recording reads them."""
+        if self._recorded is None:
+            return
+        device = self._samples.inputs.device
+        for group in self._optimizer.param_groups:
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+            group["capturable"] = True
+        for state in self._optimizer.state.values():
+            state["step"] = state["step"].to(device)
 
     def _factors(self, means: Mapping[str, Tensor]) -> Mapping[str, Any]:
         """Kronecker factors of the network with these weights, on a part of the samples."""
@@ -225,6 +247,8 @@ class Natural:
             self._refreshed = due
             # Averages of variances along other directions would mean nothing.
             self._averages, self._averaged = 0, {}
+            if self._recorded is not None:
+                self._recorded.forget()
             moments = self._noisy_moments()
             factors = self._factors({name: layer.mean() for name, layer in self._layers.items()})
             for name, layer in self._layers.items():
@@ -250,13 +274,83 @@ class Natural:
 
     def step(self, rows: Tensor, fraction: float) -> Tensor:
         """One step of Adam; see the module."""
+        self._set_rates(fraction)
+        warm = fraction < self._settings.warm_up
+        averaging = fraction >= 1 - self._settings.averaged
+        if averaging:
+            self._averages += 1
+            if not self._averaged:
+                self._averaged = {
+                    name: [p.detach().clone() for p in layer.parameters()]
+                    for name, layer in self._layers.items()
+                }
+        share = 1 / max(self._averages, 1)
+        if self._recorded is None or not (warm or self._last is None or self._error is not None):
+            found = self._update(rows, warm, self._weight, share if averaging else None)
+        else:
+            found = self._recorded_step(self._recorded, rows, warm, share if averaging else None)
+        self._errors.append((found[1], len(rows)))
+        return found[0]
+
+    def _set_rates(self, fraction: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = group["full"] * (1 - fraction)
+            rate = group["full"] * (1 - fraction)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def _recorded_step(
+        self, recorded: Recorded, rows: Tensor, warm: bool, share: float | None
+    ) -> Tensor:
+        """:meth:`_update`, recorded: what changes from step to step goes in as tensors.
+
+        What error counts is that of the steps before, so that it is known beforehand.
+        """
+        device = self._samples.inputs.device
+        if not warm and self._last is not None:
+            assert self._error is not None
+            self._age += 1
+            if self._age % _WEIGHT_STEPS == 1:
+                self._slope = self._found_slope(self._error, self._divergence)
+        numbers = torch.tensor([self._slope, share or 0.0], dtype=torch.float64)
+        numbers = numbers.to(device, non_blocking=True)
+
+        def update(rows: Tensor, numbers: Tensor) -> Tensor:
+            def weigh(error: Tensor, kl: Tensor) -> Tensor:
+                assert self._error is not None
+                self._error.mul_(_MEMORY).add_((1 - _MEMORY) * error.double())
+                self._divergence.copy_(kl)
+                return numbers[0]
+
+            return self._update(rows, warm, weigh, None if share is None else numbers[1])
+
+        key = (warm, share is not None, len(rows))
+        return recorded(key, update, (rows.to(device, non_blocking=True), numbers))
+
+    def _update(
+        self,
+        rows: Tensor,
+        warm: bool,
+        weigh: Callable[[Tensor, Tensor], float | Tensor],
+        share: float | Tensor | None,
+    ) -> Tensor:
+        """One step of Adam on the samples ``rows``, and the average's.
+
+        Args:
+            rows: [B].
+            warm: whether the log loss stands in for the error.
+            weigh: what error counts in units of KL / n, from the error and KL.
+            share: of the parameters in their running mean; None: it stays as it is.
+
+        Returns:
+            [2] float64, the objective and the error.
+        """
         targets = self._samples.targets[rows]
         mean, deviation = self._forward(rows)
-        warm = fraction < self._settings.warm_up
         n = len(self._samples)
-        kl = sum((layer.kl() for layer in self._layers.values()), torch.zeros(()))
+        first, *others = [layer.kl() for layer in self._layers.values()]
+        kl = sum(others, first)
         if warm or deviation is None:
             scores = mean
             if deviation is not None and self._last is not None:
@@ -266,7 +360,7 @@ class Natural:
             error = wrong(scores.detach(), targets).to(mean.dtype).mean()
         else:
             error = error_probability(mean, deviation[:, -1:], targets).mean()
-            objective = self._weight(error.detach(), kl.detach()) * error + kl / n
+            objective = weigh(error.detach(), kl.detach()) * error + kl / n
         self._optimizer.zero_grad()
         objective.backward()
         self._optimizer.step()
@@ -274,20 +368,11 @@ class Natural:
             ceiling = math.log(self._protocol.grid.variance(1))
             for layer in self._layers.values():
                 layer.log_prior.clamp_(max=ceiling)
-            if fraction >= 1 - self._settings.averaged:
-                self._average()
-        self._errors.append((error.detach(), len(rows)))
-        return objective.detach()
-
-    def _average(self) -> None:
-        """Takes the parameters into the running mean of the last part of the budget."""
-        self._averages += 1
-        for name, layer in self._layers.items():
-            current = [p.detach() for p in layer.parameters()]
-            if name not in self._averaged:
-                self._averaged[name] = [p.clone() for p in current]
-            for mean, p in zip(self._averaged[name], current, strict=True):
-                mean.lerp_(p, 1 / self._averages)
+            if share is not None:
+                for name, layer in self._layers.items():
+                    for average, p in zip(self._averaged[name], layer.parameters(), strict=True):
+                        average.lerp_(p, share.to(p) if isinstance(share, Tensor) else share)
+        return torch.stack([objective.detach().double(), error.detach().double()])
 
     def _weight(self, error: Tensor, kl: Tensor) -> float:
         """What error counts in units of KL / n: the ratio of the bound's two derivatives.
@@ -297,16 +382,22 @@ class Natural:
         """
         error = error.double()
         previous = error if self._error is None else self._error
-        self._error = 0.99 * previous + 0.01 * error
+        self._error = _MEMORY * previous + (1 - _MEMORY) * error
+        self._divergence = kl.double().clone()
         self._age += 1
-        if self._age % _WEIGHT_STEPS != 1:
-            return self._slope
-        if not bool(torch.isfinite(self._error + kl)):
+        if self._age % _WEIGHT_STEPS == 1:
+            self._slope = self._found_slope(self._error, self._divergence)
+        return self._slope
+
+    def _found_slope(self, error: Tensor, kl: Tensor) -> float:
+        """The ratio at a mean error and a KL, 0-dim."""
+        q, divergence = torch.stack([error, kl.to(error)]).cpu().unbind()
+        if not bool(torch.isfinite(q + divergence)):
             # The loop says so when it looks at the objective.
             return self._slope
-        q = self._error.detach().cpu().clone().requires_grad_()
+        q = q.detach().clone().requires_grad_()
         rate = bound_rate(
-            float(kl), len(self._samples), [1], self._protocol.delta, self._protocol.form
+            float(divergence), len(self._samples), [1], self._protocol.delta, self._protocol.form
         )
         rate.requires_grad_(True)
         kl_inverse(q, rate).backward()
@@ -314,8 +405,7 @@ class Natural:
         assert rate.grad is not None
         slope = float(q.grad / rate.grad)
         # Where KL is so large that the bound is 1 to the last digit, both derivatives are zero.
-        self._slope = slope if math.isfinite(slope) else self._slope or self._settings.error_weight
-        return self._slope
+        return slope if math.isfinite(slope) else self._slope or self._settings.error_weight
 
     def _forward(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores [B, c] under noise; with a closed-form last layer, its mean and deviations."""
@@ -411,11 +501,24 @@ class Natural:
             if layer.moves_in_basis:
                 self._known[name] = self._rotated(layer)
         self._optimizer.load_state_dict(state["optimizer"])
+        self._keep_on_device()
+        if self._recorded is not None:
+            self._recorded.forget()
         self._generator.set_state(state["generator"])
-        self._averages, self._averaged = state["averages"], state["averaged"]
+        device = self._samples.inputs.device
+        self._averages = state["averages"]
+        # What a file holds comes back on the CPU.
+        self._averaged = {
+            name: [tensor.to(device) for tensor in tensors]
+            for name, tensors in state["averaged"].items()
+        }
         error, self._refreshed = state["error"], state["refreshed"]
-        self._error = None if error is None else torch.tensor(error, dtype=torch.float64)
+        self._error = (
+            None if error is None else torch.tensor(error, dtype=torch.float64, device=device)
+        )
         self._slope, self._age = state["slope"], state["age"]
+        with torch.no_grad():
+            self._divergence = torch.stack([layer.kl() for layer in self._layers.values()]).sum()
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values."""

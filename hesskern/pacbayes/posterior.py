@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,17 @@ class LayerPosterior:
     U: Tensor | None
     V: Tensor | None
     index: int
+
+    def to(self, device: torch.device) -> LayerPosterior:
+        """The same on another device."""
+        return replace(
+            self,
+            mean=self.mean.to(device),
+            prior_mean=self.prior_mean.to(device),
+            variance=self.variance.to(device),
+            U=None if self.U is None else self.U.to(device),
+            V=None if self.V is None else self.V.to(device),
+        )
 
     def kl(self, prior_variance: float) -> float:
         """KL(Q ‖ P) of this layer, in float64, never negative.

@@ -287,7 +287,8 @@ class Published:
                 self._means[key].copy_(state["means"][key])
                 self._log_variances[key].copy_(state["log_variances"][key])
             self._log_prior.copy_(state["log_prior"])
-        self._bases = {k: (v[0], v[1]) for k, v in state["bases"].items()}
+        device = self._samples.inputs.device
+        self._bases = {k: (U.to(device), V.to(device)) for k, (U, V) in state["bases"].items()}
         self._optimizer.load_state_dict(state["optimizer"])
         self._generator.set_state(state["generator"])
         self._refreshed = state["refreshed"]

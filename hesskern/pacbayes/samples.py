@@ -39,6 +39,10 @@ class Samples:
         head = f"{self.inputs.dtype} {tuple(self.inputs.shape)}".encode()
         return hashlib.sha256(head + b"".join(self.digests())).hexdigest()
 
+    def to(self, device: torch.device) -> Samples:
+        """The same on another device."""
+        return Samples(self.inputs.to(device), self.targets.to(device))
+
     def split(self, share: float, seed: int) -> tuple[Samples, Samples]:
         """A random part of about ``share`` of the samples, and the others.
 

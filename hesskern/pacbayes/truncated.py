@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hesskern import ops
-from hesskern.pacbayes.divergence import excess
+from hesskern.pacbayes.divergence import exponential_excess
 from hesskern.pacbayes.loop import Draft
 from hesskern.pacbayes.network import Slot
 from hesskern.pacbayes.posterior import spread_out
@@ -88,7 +88,7 @@ class TruncatedLayer:
     @torch.no_grad()
     def restore(self, parameters: Sequence[Tensor], U: Tensor, V: Tensor) -> None:
         """Takes over the parameters and whole bases of another time."""
-        self.U_full, self.V_full = U, V
+        self.U_full, self.V_full = U.to(self.u.device), V.to(self.u.device)
         self._cut()
         for own, value in zip(self.parameters(), parameters, strict=True):
             own.copy_(value)
@@ -99,8 +99,8 @@ class TruncatedLayer:
     def kl(self) -> Tensor:
         """KL(Q ‖ P), 0-dim float64, never negative."""
         # At float32's rounding a sum over millions of entries may come out below zero.
-        log = self.log_ratio.double()
-        spread = self.rows.double() @ excess(torch.expm1(log), log) @ self.columns.double()
+        each = exponential_excess(self.log_ratio.double())
+        spread = self.rows.double() @ each @ self.columns.double()
         return 0.5 * (spread + self.u.square().sum(dtype=torch.float64))
 
     def rotate(self, U: Tensor | None, V: Tensor | None) -> None:

@@ -17,8 +17,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from hesskern.analysis import versions
-from hesskern.command_line import command_line, root_option, running
+from hesskern.command_line import command_line, device_option, root_option, running
 from hesskern.data import DATASETS
+from hesskern.devices import usable_device
 from hesskern.digest import counted
 from hesskern.files import NotDrawnError, check_writable
 from hesskern.models import KNOWN_MODELS
@@ -51,6 +52,7 @@ _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\
     help="Folder for pages, figures, numbers, and the checkpoints that a later run goes on from.",
 )
 @root_option
+@device_option
 @click.option(
     "--seeds", type=click.IntRange(min=1), help="Number of seeds.  [default: 3; paper: 5]"
 )
@@ -82,6 +84,7 @@ def reproduce(
     budget: str | None,
     output: Path,
     root: Path | None,
+    device: str,
     memory: float,
     as_json: bool,
     **changes: Any,
@@ -108,8 +111,9 @@ def reproduce(
         overrides = Overrides(**changes)
         check_writable(output)
         folder = output / _folder_name(profile, overrides)
-        machine = versions("cpu")
-        lab = Lab(folder, profile, root, overrides, progress, int(memory * 2**30))
+        there = usable_device(device)
+        machine = versions(device)
+        lab = Lab(folder, profile, root, overrides, progress, int(memory * 2**30), there)
         words = " ".join([command_line(context), *items])
         clock = _Budget(seconds, profile)
         done = []

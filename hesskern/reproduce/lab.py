@@ -138,6 +138,7 @@ class Lab:
         overrides: see :class:`Overrides`.
         memory_budget: bytes of samples that Hessians keep; layers above it run the model again.
         progress: see :func:`hesskern.progress.reporter`.
+        device: where networks, data and what is computed from them are.
 
     Raises:
         ValueError: there is no such profile.
@@ -151,10 +152,11 @@ class Lab:
         overrides: Overrides = Overrides(),
         progress: bool | Progress = False,
         memory_budget: int = 4 * 2**30,
+        device: torch.device | str = "cpu",
     ) -> None:
         if profile not in PROFILES:
             raise ValueError(f"profile must be one of {', '.join(PROFILES)}; got {profile!r}")
-        self.memory_budget = memory_budget
+        self.memory_budget, self.device = memory_budget, torch.device(device)
         self.folder, self.profile, self.root = folder, profile, root
         self.overrides = overrides
         self._report = reporter(progress)
@@ -249,7 +251,7 @@ class Lab:
             generator = torch.Generator().manual_seed(0)
             targets = torch.randint(data.classes, (len(data),), generator=generator)
             data = replace(data, targets=targets)
-        return data
+        return data.to(self.device, data.inputs.dtype)
 
     def batches(self, network: Network) -> Batches:
         """The samples of the curvature passes."""
@@ -279,7 +281,7 @@ class Lab:
         data, recipe = self.data(network), self.recipe(network)
         if epochs is not None:
             recipe = replace(recipe, epochs=epochs)
-        model = models.build(network.model, data.input_shape, data.classes, seed)
+        model = models.build(network.model, data.input_shape, data.classes, seed).to(self.device)
         path = self.folder_of(network, seed, epochs) / "state.pt"
         if not path.is_file():
             self._continue_from_fewer_epochs(network, seed, recipe.epochs, path)
@@ -328,7 +330,7 @@ class Lab:
         """Kronecker factors of every layer, weights only."""
         path = self._cached(network, seed, epochs, "factors")
         if path.is_file():
-            return load_factors(path)
+            return load_factors(path, self.device)
         model = self.model(network, seed, epochs)
         with self._named(network, seed):
             found = kronecker_factors(model, self.batches(network), LOSS, progress=self.progress)
@@ -395,7 +397,7 @@ class Lab:
     def _kept_pairs(
         self, path: Path, k: int, network: Network, seed: int, what: str, make: Callable[[], Any]
     ) -> EigenResult:
-        found = _read_pairs(path, k)
+        found = _read_pairs(path, k, self.device)
         if found is not None:
             return found
         operator = make()
@@ -472,7 +474,7 @@ def _write_pairs(path: Path, result: EigenResult) -> None:
     keep_if_possible(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
 
 
-def _read_pairs(path: Path, k: int) -> EigenResult | None:
+def _read_pairs(path: Path, k: int, device: torch.device) -> EigenResult | None:
     """The first k pairs of a file, or None where there are not so many."""
     if not path.is_file():
         return None
@@ -483,9 +485,9 @@ def _read_pairs(path: Path, k: int) -> EigenResult | None:
             if len(values) < k:
                 return None
             return EigenResult(
-                values[:k].clone(),
-                file.get_tensor("vectors")[:, :k].contiguous(),
-                file.get_tensor("residuals")[:k].clone(),
+                values[:k].clone().to(device),
+                file.get_tensor("vectors")[:, :k].contiguous().to(device),
+                file.get_tensor("residuals")[:k].clone().to(device),
                 facts["converged"] == "1",
                 int(facts["matvecs"]),
             )

@@ -82,6 +82,12 @@ SAMPLES: dict[str, list[Callable[[], tuple]]] = {
         lambda: (f64(6, 4, 5), f64(6, 2, 3, 5), f64(7, 3, 4)),
         lambda: (f32(4, 60).t(), f32(60, 3, 2).mT, f32(4, 3).t()),
         lambda: (f32(0, 4), f32(0, 2, 3), f32(3, 4)),
+        lambda: (f32(6, 4), f32(6, 2, 3), f32(3, 4), 0.5, ops.pack_layer_inputs(f32(6, 4), 3)),
+    ],
+    "pack_layer_inputs": [
+        lambda: (f32(6, 4), 3),
+        lambda: (f64(6, 4, 5), 21),
+        lambda: (f32(0, 4), 0),
     ],
 }
 MUTATING = ("input_covariance_", "conv_input_covariance_", "output_hessian_", "mirror_")
@@ -102,6 +108,8 @@ def require_grad(name: str, arguments: tuple) -> tuple:
         wanted = list(range(1, len(arguments)))
     elif name == "layer_hessian_matmul":
         wanted = [2]
+    elif name == "pack_layer_inputs":
+        wanted = []
     else:
         wanted = list(range(len(arguments)))
     return tuple(
@@ -135,7 +143,7 @@ class TestRegistration:
         if any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(arguments)):
             torch.library.opcheck(overload(name), arguments, test_utils=ALL_TESTS)
         else:
-            assert name == "mirror_"
+            assert name in ("mirror_", "pack_layer_inputs")
 
     def test_fake_results(self, name: str, sample: Callable[[], tuple]) -> None:
         """Shapes, dtypes and strides of the fake kernel are those of the real one."""

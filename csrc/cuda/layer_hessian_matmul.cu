@@ -226,7 +226,9 @@ Work<T> LayerHessianProduct<T>::plan() const {
 }
 
 LayerHessianParts layer_hessian_parts(const LayerHessianProduct<float>& call) {
-  return {call,
+  const LayerInputs inputs{call.x,        call.samples, call.inputs,    call.positions,
+                           call.x_sample, call.x_input, call.x_position};
+  return {call, inputs,
           [call](int64_t first, int64_t count, float* y, float* coefficients, cudaStream_t stream) {
             return replace_by_rows(call, first, count, y, coefficients, stream);
           }};

@@ -65,12 +65,15 @@ Work<float> LayerHessianParts::plan() const {
                             {memory + y, columns, 1, 1.0f, false}, memory, stream);
       if (error != cudaSuccess) return error;
 
-      error = replace(first, chunk.samples, memory + y, memory + coefficients, stream);
-      if (error != cudaSuccess) return error;
-
       const PackedRows packed_y = y_parts.in(memory, count);
-      error = pack_rows<2>(rows_by_axes(memory + y, {columns}, {1}, count, columns), 0, false,
-                           packed_y, stream);
+      if (replace_packed) {
+        error = replace_packed(first, chunk.samples, memory + y, packed_y, stream);
+      } else {
+        error = replace(first, chunk.samples, memory + y, memory + coefficients, stream);
+        if (error != cudaSuccess) return error;
+        error = pack_rows<2>(rows_by_axes(memory + y, {columns}, {1}, count, columns), 0, false,
+                             packed_y, stream);
+      }
       if (error != cudaSuccess) return error;
       error = chunk.backward.run(matrix_of(packed_y, packed_y.exponents),
                                  matrix_of(packed_x, packed_x.exponents),

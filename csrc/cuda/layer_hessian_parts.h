@@ -18,6 +18,10 @@ struct LayerHessianParts {
   std::function<cudaError_t(int64_t first, int64_t count, float* y, float* coefficients,
                             cudaStream_t stream)>
       replace;
+  // The same to packed rows [count, k m], y becomes anything; none: replace, then packing.
+  std::function<cudaError_t(int64_t first, int64_t count, float* y, const PackedRows& to,
+                            cudaStream_t stream)>
+      replace_packed;
 
   // Whether the device can, and it is faster.
   bool pays() const;

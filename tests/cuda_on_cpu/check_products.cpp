@@ -205,6 +205,7 @@ void hessian(const char* type, const HessianSizes& z, bool positions_last, bool 
       if (part_rows > 0) {
         LayerHessianParts parts = layer_hessian_parts(call);
         parts.inputs.most_rows = part_rows;
+        if (call.packed_inputs != nullptr) parts.replace_packed = nullptr;
         return parts.plan();
       }
     }
@@ -233,8 +234,8 @@ void hessian(const char* type, const HessianSizes& z, bool positions_last, bool 
   report(name, worst, tf32 ? 3 * limit_of<T>(true) : 2 * limit_of<T>());
   if constexpr (sizeof(T) == 4) {
     if (part_rows == 0) return;
-    // The same to the last bit from inputs packed before, of which no more is read than the parts:
-    // x itself is spoilt.
+    // The same to the last bit from inputs packed before, of which no more is read than the parts,
+    // x itself is spoilt, and with Y packed by itself.
     LayerInputs inputs = layer_hessian_parts(call).inputs;
     inputs.most_rows = part_rows;
     const int64_t step = inputs.chunk_samples();

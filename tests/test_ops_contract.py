@@ -25,6 +25,7 @@ from tensors import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from hesskern import ops
@@ -340,6 +341,15 @@ class TestAccumulatorsAndAutograd:
         x = memory[1:][: torch.Size(shape).numel()].view(shape)
         with pytest.raises(ValueError, match="acc must not share memory with"):
             call(memory[: order * order].view(order, order), x)
+
+
+def test_packed_inputs_on_a_gpu_are_of_a_size_that_only_the_device_knows() -> None:
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        x, s, V = (torch.empty(shape, device="cuda") for shape in ((6, 4), (6, 2, 3), (3, 4)))
+        packed = ops.pack_layer_inputs(x, 3)
+        assert isinstance(packed.shape[0], torch.SymInt)
+        assert (packed.dim(), packed.dtype, packed.device) == (1, torch.int32, x.device)
+        assert ops.layer_hessian_matmul(x, s, V, 1.0, packed).shape == V.shape
 
 
 def test_mirror_and_autograd() -> None:

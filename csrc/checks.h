@@ -10,6 +10,7 @@
 #include <limits>
 #include <optional>
 #include <ostream>
+#include <string>
 #include <vector>
 
 namespace hesskern {
@@ -217,12 +218,41 @@ inline void check_same_length(const char* op, const char* name_a, size_t a, cons
   TORCH_CHECK_VALUE(a == b, op, ": ", name_a, " has ", a, " entries but ", name_b, " has ", b);
 }
 
+// x [N, d] or [N, d, t]
+inline void check_layer_inputs(const char* op, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 2 || x.dim() == 3, op, ": x must be [N, d] or [N, d, t], got ",
+                    x.sizes());
+  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op,
+                    ": x must be float32 or float64, got ", x.scalar_type());
+}
+
+// x [N, d] or [N, d, t]; columns of X V^T
+inline void check_pack_layer_inputs(const at::Tensor& x, int64_t columns) {
+  const char* op = "pack_layer_inputs";
+  check_layer_inputs(op, x);
+  TORCH_CHECK_VALUE(columns >= 0, op, ": columns must not be negative, got ", columns);
+}
+
+// packed [0] or, where the device makes parts of x, [size]
+inline void check_packed(const at::Tensor& x, const at::Tensor& packed, int64_t size) {
+  const char* op = "layer_hessian_matmul";
+  TORCH_CHECK_VALUE(packed.device() == x.device(), op, ": x is on ", x.device(),
+                    " but packed is on ", packed.device());
+  TORCH_CHECK_VALUE(packed.scalar_type() == at::kInt, op, ": packed must be int32, got ",
+                    packed.scalar_type());
+  TORCH_CHECK_VALUE(packed.dim() == 1 && (packed.size(0) == 0 || packed.size(0) == size) &&
+                        packed.is_contiguous(),
+                    op, ": packed must be what pack_layer_inputs gives for x ", x.sizes(),
+                    ", contiguous [0]", size > 0 ? " or [" : "",
+                    size > 0 ? std::to_string(size) : "", size > 0 ? "]" : "", ", got ",
+                    packed.sizes());
+}
+
 // x [N, d] or [N, d, t], s [N, c, m] or [N, c, m, t], V [m, d] or [k, m, d]
 inline void check_layer_hessian_matmul(const at::Tensor& x, const at::Tensor& s,
                                        const at::Tensor& V) {
   const char* op = "layer_hessian_matmul";
-  TORCH_CHECK_VALUE(x.dim() == 2 || x.dim() == 3, op, ": x must be [N, d] or [N, d, t], got ",
-                    x.sizes());
+  check_layer_inputs(op, x);
   TORCH_CHECK_VALUE(s.dim() == x.dim() + 1, op, ": s must be ",
                     x.dim() == 2 ? "[N, c, m]" : "[N, c, m, t]", " for x ", x.sizes(), ", got ",
                     s.sizes());
@@ -234,8 +264,6 @@ inline void check_layer_hessian_matmul(const at::Tensor& x, const at::Tensor& s,
                     V.sizes());
   TORCH_CHECK_VALUE(V.size(-2) == s.size(2) && V.size(-1) == x.size(1), op,
                     ": V must end in [m, d] = [", s.size(2), ", ", x.size(1), "], got ", V.sizes());
-  TORCH_CHECK_VALUE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op,
-                    ": x must be float32 or float64, got ", x.scalar_type());
   check_same(op, "x", x, "s", s);
   check_same(op, "x", x, "V", V);
 }

@@ -33,8 +33,12 @@ TORCH_LIBRARY(hesskern, m) {
   // U [m, r] (S [r, q] . (U^T X [(k,) m, d] V [d, q])) V^T
   m.def("kron_eigen_matmul(Tensor U, Tensor S, Tensor V, Tensor X) -> Tensor");
   m.def("grouped_kron_eigen_matmul(Tensor[] U, Tensor[] S, Tensor[] V, Tensor[] X) -> Tensor[]");
-  // alpha sum_n sum_c <V, R_nc> R_nc with R_nc = sum_t s_nct x_nt^T; V [(k,) m, d]
-  m.def("layer_hessian_matmul(Tensor x, Tensor s, Tensor V, float alpha=1.0) -> Tensor");
+  // alpha sum_n sum_c <V, R_nc> R_nc with R_nc = sum_t s_nct x_nt^T; V [(k,) m, d]; packed: of x
+  m.def(
+      "layer_hessian_matmul(Tensor x, Tensor s, Tensor V, float alpha=1.0, Tensor? packed=None) "
+      "-> Tensor");
+  // x as the product above multiplies it on some GPUs, for V with k m = columns; elsewhere [0]
+  m.def("pack_layer_inputs(Tensor x, int columns) -> Tensor");
 }
 
 // What the package itself, tests and benchmarks need beside the contract.
@@ -62,8 +66,9 @@ namespace {
 
 constexpr const char* kAccumulating[] = {"input_covariance_", "conv_input_covariance_",
                                          "output_hessian_", "mirror_"};
-constexpr const char* kProducts[] = {"kron_matmul", "grouped_kron_matmul", "kron_eigen_matmul",
-                                     "grouped_kron_eigen_matmul", "layer_hessian_matmul"};
+constexpr const char* kProducts[] = {"kron_matmul",          "grouped_kron_matmul",
+                                     "kron_eigen_matmul",    "grouped_kron_eigen_matmul",
+                                     "layer_hessian_matmul", "pack_layer_inputs"};
 
 // Autocast of every operator: dtypes stay the caller's. Inside a model that runs under autocast,
 // the GEMMs of a float32 operator would otherwise be rounded to bfloat16.

@@ -21,6 +21,7 @@ from hesskern.layers import LayerSpec, left_out, select_layers
 from hesskern.losses import Loss, resolve_loss
 from hesskern.memory import budget_for, with_less_memory
 from hesskern.operators import EigenbasisOperator, KroneckerOperator, LayerOperator
+from hesskern.packed_inputs import PackedInputs
 from hesskern.portable import ModelRun
 from hesskern.progress import Progress, reporter
 from hesskern.pruning import kept_samples, norm_bound, prune
@@ -38,7 +39,9 @@ __all__ = ["LayerHessian", "LayerHessians", "layer_hessians"]
 class LayerHessian(LayerOperator):
     """The exact layer-wise Hessian H = E[M (x) x x^T] of one layer, in the weight's own order.
 
-    Made by :func:`layer_hessians`. Products run in fused C++/CUDA kernels over stored samples.
+    Made by :func:`layer_hessians`. Products run in fused C++/CUDA kernels over stored samples. On a
+    GPU of compute capability 9.0 the samples' inputs are kept a second time, in the form that
+    these kernels multiply, from the second product on and where there is memory to spare.
 
     Attributes:
         name: of the layer.
@@ -90,6 +93,7 @@ class LayerHessian(LayerOperator):
         self.checked = checked
         self._chunks = chunks
         self._spec, self._stored = spec, stored
+        self._packed = PackedInputs()
 
     @contextmanager
     def _samples(self) -> Iterator[Iterable[SampleRows]]:
@@ -109,7 +113,10 @@ class LayerHessian(LayerOperator):
             for chunk in chunks:
                 m, d = chunk.s.shape[2], chunk.x.shape[1]
                 rows = block.reshape(len(block), m, d)
-                total += ops.layer_hessian_matmul(chunk.x, chunk.s, rows, alpha).flatten(1)
+                # Samples that are made anew are gone before the next product.
+                packed = self._packed.of(chunk.x, len(block) * m) if self.cached else None
+                product = ops.layer_hessian_matmul(chunk.x, chunk.s, rows, alpha, packed)
+                total += product.flatten(1)
         return total
 
     def split(self, tail: float = 3e-3, most: float = 0.25) -> Split | None:
@@ -126,6 +133,7 @@ class LayerHessian(LayerOperator):
         """
         if not self._stored:
             return None
+        self._packed.clear()
         shares = [chunk.shares() for chunk in self._stored]
         total = sum(len(piece) for piece in shares)
         keep, left_out = kept_samples(shares, tail)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["budget_for", "check_budget", "out_of_memory", "release", "with_less_memory"]
+__all__ = ["budget_for", "check_budget", "has_room", "out_of_memory", "release", "with_less_memory"]
 
 Result = TypeVar("Result")
 
@@ -48,6 +48,18 @@ def _free(device: torch.device) -> int:
     """Bytes that new tensors find, those that torch holds for them included."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
+
+
+def has_room(nbytes: int, device: torch.device) -> bool:
+    """Whether a device has memory to spare for what is not needed but saves time.
+
+    On a GPU it may take a quarter of what is free, and a quarter of all must stay free, however
+    many ask for some.
+    """
+    if device.type != "cuda":
+        return True
+    free, total = _free(device), torch.cuda.mem_get_info(device)[1]
+    return 4 * nbytes <= free and 4 * (free - nbytes) >= total
 
 
 def release() -> None:

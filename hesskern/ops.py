@@ -31,6 +31,7 @@ __all__ = [
     "layer_hessian_matmul",
     "mirror_",
     "output_hessian_",
+    "pack_layer_inputs",
     "to_eigenbasis",
 ]
 
@@ -296,7 +297,9 @@ def _check_bases(
     _check_devices(op, **{"U": U, "V": V, name: X})
 
 
-def layer_hessian_matmul(x: Tensor, s: Tensor, V: Tensor, alpha: float = 1.0) -> Tensor:
+def layer_hessian_matmul(
+    x: Tensor, s: Tensor, V: Tensor, alpha: float = 1.0, packed: Tensor | None = None
+) -> Tensor:
     """``alpha * sum_n sum_c <V, R_nc> R_nc`` with ``R_nc = sum_t s_nct x_nt^T``.
 
     With s the rows of Q G (see :func:`output_hessian_`) and alpha = 1/N this is the exact
@@ -308,6 +311,8 @@ def layer_hessian_matmul(x: Tensor, s: Tensor, V: Tensor, alpha: float = 1.0) ->
         s: [N, c, m] or [N, c, m, t].
         V: [m, d] or a block [k, m, d].
         alpha: factor.
+        packed: int32, what :func:`pack_layer_inputs` made of this x, which has not changed since;
+            the result is the same to the last bit, and sooner there. [0] or None: nothing.
 
     Returns:
         The shape of ``V``.
@@ -317,7 +322,29 @@ def layer_hessian_matmul(x: Tensor, s: Tensor, V: Tensor, alpha: float = 1.0) ->
         NotImplementedError: in the backward pass, when x or s requires grad.
     """
     with _route(x, s, V):
-        return _ops.layer_hessian_matmul(x, s, V, alpha)
+        return _ops.layer_hessian_matmul(x, s, V, alpha, packed)
+
+
+def pack_layer_inputs(x: Tensor, columns: int) -> Tensor:
+    """x in the form that :func:`layer_hessian_matmul` multiplies, for many products with one x.
+
+    On a GPU of compute capability 9.0 large float32 products take x as two scaled float16. That is
+    most of what a product reads and writes; made once, it takes the memory of x once more.
+
+    Args:
+        x: [N, d] or [N, d, t]; float32 or float64.
+        columns: k m of the products' V [k, m, d], or m of V [m, d]; other products may be passed
+            the result as well.
+
+    Returns:
+        int32, flat, for the argument ``packed``; [0] on other devices, for float64, and where a
+        product with so many columns would not use it.
+
+    Raises:
+        ValueError: x has other axes or another dtype, or columns is negative.
+    """
+    with _route(x):
+        return _ops.pack_layer_inputs(x, columns)
 
 
 # A call with one meta tensor runs the fake kernel: without these checks it would do nothing, and
@@ -383,9 +410,16 @@ def _(U: list[Tensor], S: list[Tensor], V: list[Tensor], X: list[Tensor]) -> lis
 
 
 @torch.library.register_fake("hesskern::layer_hessian_matmul")
-def _(x: Tensor, s: Tensor, V: Tensor, alpha: float = 1.0) -> Tensor:
-    _check_devices("layer_hessian_matmul", x=x, s=s, V=V)
+def _(x: Tensor, s: Tensor, V: Tensor, alpha: float = 1.0, packed: Tensor | None = None) -> Tensor:
+    _check_devices("layer_hessian_matmul", x=x, s=s, V=V, packed=packed)
     return V.new_empty(V.shape)
+
+
+@torch.library.register_fake("hesskern::pack_layer_inputs")
+def _(x: Tensor, columns: int) -> Tensor:
+    # What a GPU can do decides, which no shape tells.
+    size = torch.library.get_ctx().new_dynamic_size() if x.device.type == "cuda" else 0
+    return x.new_empty((size,), dtype=torch.int32)
 
 
 # Gradients are written with the differentiable operators themselves, so that
@@ -475,8 +509,8 @@ def _transposed_kron_matmul(
 
 
 def _save_layer_hessian(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, s, _, ctx.alpha = inputs
-    ctx.save_for_backward(x, s)
+    x, s, _, ctx.alpha, packed = inputs
+    ctx.save_for_backward(x, s, packed)
 
 
 def _layer_hessian_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -487,8 +521,8 @@ def _layer_hessian_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
                 f"pass {name}.detach()"
             )
     # The matrix is symmetric: its transpose is itself.
-    x, s = ctx.saved_tensors
-    return None, None, layer_hessian_matmul(x, s, grad, ctx.alpha), None
+    x, s, packed = ctx.saved_tensors
+    return None, None, layer_hessian_matmul(x, s, grad, ctx.alpha, packed), None, None
 
 
 torch.library.register_autograd(

@@ -16,8 +16,9 @@ from hesskern.roots import BatchRoots, accumulator_dtype, positions_last
 
 __all__ = ["SampleRows", "added_bytes", "join", "layer_rows"]
 
-# Samples are joined up to this many bytes, so that a product runs over few large pieces.
-_JOINED_BYTES = 2**25
+# Samples are joined up to this many bytes, so that a product runs over few large pieces. On a GPU
+# the kernels for large products want tens of thousands of samples at a time.
+_JOINED_BYTES = {"cpu": 2**25, "cuda": 2**30}
 
 # Samples go into an inner product in parts of about this many bytes.
 _INNER_BYTES = 2**26
@@ -199,7 +200,8 @@ def join(chunks: list[SampleRows], limit: int) -> list[SampleRows]:
         chunks: pieces.
         limit: bytes that may be held twice meanwhile.
     """
-    limit = min(limit, _JOINED_BYTES)
+    if chunks:
+        limit = min(limit, _JOINED_BYTES.get(chunks[0].x.device.type, _JOINED_BYTES["cpu"]))
     return _grouped(_grouped(chunks, limit, _same_samples), limit, _same_rows)
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from devices import needs_cuda
 from tensors import BF16, F16, F32, F64
-from torch import Tensor
+from torch import Tensor, nn
 
+import hesskern as hk
 from hesskern import ops, reference
 
 pytestmark = needs_cuda
@@ -202,6 +203,91 @@ def test_layer_hessian(samples: int, classes: int, outputs: int, inputs: int, ve
     x *= torch.logspace(-3, 3, inputs, device="cuda")
     expected = layer_hessian(*wide(x, s, V)) / samples
     assert_close(ops.layer_hessian_matmul(x, s, V, 1 / samples), expected)
+
+
+# Compute capability 9.0 alone multiplies by parts.
+needs_parts = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs compute capability 9.0",
+)
+
+
+@needs_parts
+@pytest.mark.parametrize(
+    ("shape", "classes", "outputs", "vectors"),
+    [
+        ((20_000, 784), 9, 200, 1),
+        ((40_001, 121), 9, 84, 4),
+        ((4_000, 100), 99, 512, 7),
+        # Several chunks.
+        ((150_001, 70), 3, 130, 1),
+        ((1_200, 150, 49), 5, 96, 2),
+        ((3_000, 64, 50), 3, 128, 1),
+    ],
+)
+@pytest.mark.parametrize("layout", ["contiguous", "swapped", "every second"])
+def test_inputs_packed_before(
+    shape: tuple[int, ...], classes: int, outputs: int, vectors: int, layout: str
+) -> None:
+    n, d, *positions = shape
+    x, s = normal(*shape), normal(n, classes, outputs, *positions)
+    if layout == "swapped":
+        x = x.mT.contiguous().mT
+    elif layout == "every second":
+        x = torch.stack([x, torch.full_like(x, float("nan"))], 1).flatten(0, 1)[::2]
+    V = normal(vectors, outputs, d)
+    packed = ops.pack_layer_inputs(x, vectors * outputs)
+    assert packed.numel() >= x.numel()
+    assert torch.equal(packed, ops.pack_layer_inputs(x, vectors * outputs))
+    expected = ops.layer_hessian_matmul(x, s, V, 1 / n)
+    # x itself is not read once more.
+    other = torch.empty_like(x).fill_(float("nan"))
+    for _ in range(2):
+        assert torch.equal(ops.layer_hessian_matmul(other, s, V, 1 / n, packed), expected)
+    # A product that does not use it may be passed it as well.
+    narrow = ops.layer_hessian_matmul(x, s[:, :, :8], V[:, :8], 1 / n)
+    assert torch.equal(ops.layer_hessian_matmul(x, s[:, :, :8], V[:, :8], 1 / n, packed), narrow)
+
+
+@needs_parts
+def test_packed_inputs_of_another_tensor() -> None:
+    x, s, V = normal(20_000, 784), normal(20_000, 9, 200), normal(200, 784)
+    packed = ops.pack_layer_inputs(x, 200)
+    for wrong in (packed[:-4], packed[::2], packed.view(-1, 4), packed.long(), packed.cpu()):
+        with pytest.raises(ValueError, match="packed"):
+            ops.layer_hessian_matmul(x, s, V, 1.0, wrong)
+    moved = torch.cat([packed.new_zeros(1), packed])[1:]
+    with pytest.raises(ValueError, match="multiple of 16 bytes"):
+        ops.layer_hessian_matmul(x, s, V, 1.0, moved)
+    with pytest.raises(ValueError, match=r"packed must be what .* for x \[19999, 784\]"):
+        ops.layer_hessian_matmul(x[1:], s[1:], V, 1.0, packed)
+
+
+@needs_parts
+def test_what_is_not_packed() -> None:
+    assert ops.pack_layer_inputs(normal(20_000, 784), 8).shape == (0,)
+    assert ops.pack_layer_inputs(normal(20_000, 784).double(), 200).shape == (0,)
+    assert ops.pack_layer_inputs(normal(100, 784), 200).shape == (0,)
+    assert ops.pack_layer_inputs(normal(0, 784), 200).shape == (0,)
+
+
+@needs_parts
+def test_a_layers_hessian_keeps_its_inputs_packed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(784, 200), nn.ReLU(), nn.Linear(200, 10)).cuda()
+    data = [(normal(1_000, 784) + i, torch.arange(1_000, device="cuda") % 10) for i in range(12)]
+    H = hk.layer_hessians(model, data, nn.CrossEntropyLoss(), ["0"])["0"]
+    v = normal(200 * 784)
+    expected = H @ v
+    before = torch.cuda.memory_allocated()
+    assert torch.equal(H @ v, expected)
+    kept = torch.cuda.memory_allocated() - before
+    assert kept >= 4 * 12_000 * 784
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        other = H @ v
+    stream.synchronize()
+    assert torch.equal(other, expected)
 
 
 @pytest.mark.parametrize("shape", [(512, 1024), (300, 700), (2048, 512)])

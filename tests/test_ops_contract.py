@@ -25,6 +25,7 @@ from tensors import (
 )
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
 from hesskern import ops
@@ -82,6 +83,12 @@ SAMPLES: dict[str, list[Callable[[], tuple]]] = {
         lambda: (f64(6, 4, 5), f64(6, 2, 3, 5), f64(7, 3, 4)),
         lambda: (f32(4, 60).t(), f32(60, 3, 2).mT, f32(4, 3).t()),
         lambda: (f32(0, 4), f32(0, 2, 3), f32(3, 4)),
+        lambda: (f32(6, 4), f32(6, 2, 3), f32(3, 4), 0.5, ops.pack_layer_inputs(f32(6, 4), 3)),
+    ],
+    "pack_layer_inputs": [
+        lambda: (f32(6, 4), 3),
+        lambda: (f64(6, 4, 5), 21),
+        lambda: (f32(0, 4), 0),
     ],
 }
 MUTATING = ("input_covariance_", "conv_input_covariance_", "output_hessian_", "mirror_")
@@ -102,6 +109,8 @@ def require_grad(name: str, arguments: tuple) -> tuple:
         wanted = list(range(1, len(arguments)))
     elif name == "layer_hessian_matmul":
         wanted = [2]
+    elif name == "pack_layer_inputs":
+        wanted = []
     else:
         wanted = list(range(len(arguments)))
     return tuple(
@@ -135,7 +144,7 @@ class TestRegistration:
         if any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(arguments)):
             torch.library.opcheck(overload(name), arguments, test_utils=ALL_TESTS)
         else:
-            assert name == "mirror_"
+            assert name in ("mirror_", "pack_layer_inputs")
 
     def test_fake_results(self, name: str, sample: Callable[[], tuple]) -> None:
         """Shapes, dtypes and strides of the fake kernel are those of the real one."""
@@ -332,6 +341,15 @@ class TestAccumulatorsAndAutograd:
         x = memory[1:][: torch.Size(shape).numel()].view(shape)
         with pytest.raises(ValueError, match="acc must not share memory with"):
             call(memory[: order * order].view(order, order), x)
+
+
+def test_packed_inputs_on_a_gpu_are_of_a_size_that_only_the_device_knows() -> None:
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        x, s, V = (torch.empty(shape, device="cuda") for shape in ((6, 4), (6, 2, 3), (3, 4)))
+        packed = ops.pack_layer_inputs(x, 3)
+        assert isinstance(packed.shape[0], torch.SymInt)
+        assert (packed.dim(), packed.dtype, packed.device) == (1, torch.int32, x.device)
+        assert ops.layer_hessian_matmul(x, s, V, 1.0, packed).shape == V.shape
 
 
 def test_mirror_and_autograd() -> None:

@@ -14,6 +14,7 @@ from hesskern import ops
 
 # (id, call, what the message must say): each check of csrc/checks.h, in its order.
 X54, V34 = f32(5, 4), f32(3, 4)
+NOTHING = torch.zeros(0, dtype=torch.int32)
 
 
 def covariance(acc: Tensor, x: Tensor, **more: Any) -> Callable[[], Any]:
@@ -37,7 +38,7 @@ def eigen(*arguments: Tensor) -> Callable[[], Any]:
     return lambda: ops.kron_eigen_matmul(*arguments)
 
 
-def layer(*arguments: Tensor) -> Callable[[], Any]:
+def layer(*arguments: Any) -> Callable[[], Any]:
     return lambda: ops.layer_hessian_matmul(*arguments)
 
 
@@ -330,7 +331,35 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ["x must be float32 or float64", "Half"],
     ),
     "s dtype": (layer(X54, f64(5, 2, 3), V34), ["x is Float", "s is Double"]),
+    "packed size": (
+        layer(X54, f32(5, 2, 3), V34, 1.0, NOTHING.new_zeros(24)),
+        [
+            "layer_hessian_matmul: packed must be what pack_layer_inputs gives for x [5, 4]",
+            "[0], got [24]",
+        ],
+    ),
+    "packed axes": (
+        layer(X54, f32(5, 2, 3), V34, 1.0, NOTHING.view(0, 4)),
+        ["packed must be what pack_layer_inputs gives", "got [0, 4]"],
+    ),
+    "packed dtype": (
+        layer(X54, f32(5, 2, 3), V34, 1.0, NOTHING.float()),
+        ["packed must be int32, got Float"],
+    ),
     "V of float64": (layer(X54, f32(5, 2, 3), V34.double()), ["x is Float", "V is Double"]),
+    # pack_layer_inputs
+    "inputs axes": (
+        lambda: ops.pack_layer_inputs(f32(5), 3),
+        ["pack_layer_inputs: x must be [N, d] or [N, d, t], got [5]"],
+    ),
+    "inputs half": (
+        lambda: ops.pack_layer_inputs(X54.half(), 3),
+        ["pack_layer_inputs: x must be float32 or float64", "Half"],
+    ),
+    "inputs columns": (
+        lambda: ops.pack_layer_inputs(X54, -1),
+        ["columns must not be negative, got -1"],
+    ),
     # to_eigenbasis, from_eigenbasis: U [4, 3], V [5, 2], X [4, 5], Y [3, 2]
     "basis U axes": (
         lambda: ops.to_eigenbasis(f32(1, 4, 3), f32(5, 2), f32(4, 5)),
@@ -379,6 +408,10 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "layer device": (
         layer(X54, f32(5, 2, 3), V34.to("meta")),
         ["layer_hessian_matmul", "x is on cpu", "V is on meta"],
+    ),
+    "packed device": (
+        layer(X54, f32(5, 2, 3), V34, 1.0, NOTHING.to("meta")),
+        ["layer_hessian_matmul", "x is on cpu", "packed is on meta"],
     ),
 }
 

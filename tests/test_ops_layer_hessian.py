@@ -181,3 +181,15 @@ def test_infinite_input_is_not_silent() -> None:
     x, s = random((20, 3)), random((20, 2, 4))
     x[7, 1] = float("inf")
     assert not ops.layer_hessian_matmul(x, s, random((4, 3))).isfinite().all()
+
+
+@pytest.mark.parametrize("k", [None, 3])
+def test_nothing_is_packed_on_a_cpu(k: int | None) -> None:
+    x, s, V = (random(shape) for shape in shapes(20, 2, 4, 3, 2, k))
+    packed = ops.pack_layer_inputs(x, 4)
+    assert packed.shape == (0,)
+    assert packed.dtype == torch.int32
+    V.requires_grad_()
+    result = ops.layer_hessian_matmul(x, s, V, 0.5, packed)
+    assert torch.equal(result, ops.layer_hessian_matmul(x, s, V, 0.5))
+    assert gradcheck(lambda V: ops.layer_hessian_matmul(x, s, V, 0.5, packed), [V])

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <string_view>
 
 #include "checks.h"
@@ -219,14 +220,21 @@ at::Tensor multiply_by(const at::Tensor& x, const at::Tensor& s, const at::Tenso
 }
 
 at::Tensor layer_hessian_matmul(const at::Tensor& x, const at::Tensor& s, const at::Tensor& V,
-                                double alpha) {
+                                double alpha, const std::optional<at::Tensor>& packed) {
+  if (packed.has_value()) check_packed(x, *packed, 0);
   return multiply_by(x, s, V, alpha, "");
+}
+
+at::Tensor pack_layer_inputs(const at::Tensor& x, int64_t columns) {
+  check_pack_layer_inputs(x, columns);
+  return at::empty({0}, x.options().dtype(at::kInt));
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(hesskern, CPU, m) {
   m.impl("layer_hessian_matmul", &layer_hessian_matmul);
+  m.impl("pack_layer_inputs", &pack_layer_inputs);
 }
 
 TORCH_LIBRARY_IMPL(hesskern_internal, CPU, m) {

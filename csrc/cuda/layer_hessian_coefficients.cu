@@ -2,10 +2,12 @@
 //
 // A warp takes a sample and keeps rows of S in registers, so that the products with y and the
 // combination of the rows read S once; a lane has four neighbours of every 128 columns. No shared
-// memory, no barrier. Bound by memory: one read of S, y read and written. A vector's work of c m
+// memory, no barrier. Bound by memory: one read of S, y read, and written as it is or as two scaled
+// float16. A vector's work of c m
 // numbers of S is 2 c m / 32 FMA and 10 c shuffles and additions of a warp.
 #include "core/elements.h"
 #include "core/launch.h"
+#include "core/packed_rows.h"
 #include "core/warp.h"
 #include "layer_hessian_coefficients.h"
 
@@ -89,6 +91,21 @@ struct LaneRow {
     }
   }
 
+  // To columns first, first + 1, ... of a packed row; what does not fit raises its flag.
+  __device__ void pack(const PackedRows& to, int64_t row, int64_t first,
+                       const Columns& columns) const {
+    static_assert(Aligned);
+#pragma unroll
+    for (int j = 0; j < Wide; ++j) {
+      if (!columns.inside[j][0]) continue;
+      const int64_t column = first + columns.column[j][0];
+      if (!put_columns<2>(part[j].value, scales_of<4>(to, column),
+                          to.parts + row * to.padded() + column, to.part_step())) {
+        raise_flag(to.flag(column));
+      }
+    }
+  }
+
   // The lane's share of the scalar product.
   __device__ float product(const LaneRow& other) const {
     float sum = 0.0f;
@@ -109,14 +126,29 @@ struct LaneRow {
   }
 };
 
+// Whether one of the packed rows' flags is raised, for all lanes of a warp.
+__device__ inline bool any_flag(const PackedRows& rows) {
+  uint32_t raised = 0;
+  for (int64_t column = threadIdx.x % 32 * kPackedBlock; column < rows.columns;
+       column += 32 * kPackedBlock) {
+    raised |= static_cast<uint32_t>(rows.flag(column)[0]);
+  }
+  return warp_or(raised) != 0;
+}
+
 // Classes rows of S and Vectors rows of y are in registers at a time. S is read once where Classes
-// is all of them, else once per Vectors.
-template <int Wide, int Classes, int Vectors, bool Aligned>
-__global__ void __launch_bounds__(kBlock) row_coefficient_kernel(LayerHessianCoefficients call) {
+// is all of them, else once per Vectors. Packed: to these rows; else to out, with flags only if one
+// of them is raised.
+template <int Wide, int Classes, int Vectors, bool Aligned, bool Packed>
+__global__ void __launch_bounds__(kBlock)
+    row_coefficient_kernel(LayerHessianCoefficients call, PackedRows packed) {
   using Row = LaneRow<Wide, Aligned>;
   constexpr bool kOnce = Vectors == 1;
   const int64_t sample = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (sample >= call.samples) return;
+  if constexpr (!Packed) {
+    if (packed.flags != nullptr && !any_flag(packed)) return;
+  }
   const int outputs = static_cast<int>(call.outputs), classes = static_cast<int>(call.classes);
   const int vectors = static_cast<int>(call.vector_count);
   const float* const s = call.s + sample * call.s_sample;
@@ -133,7 +165,8 @@ __global__ void __launch_bounds__(kBlock) row_coefficient_kernel(LayerHessianCoe
   const bool all = classes <= Classes;
   if (all) load(0);
   for (int vector = 0; vector < vectors; vector += Vectors) {
-    float* const y = call.y + (sample * vectors + vector) * outputs;
+    const int64_t column = static_cast<int64_t>(vector) * outputs;
+    const float* const y = call.y + sample * call.y_sample + column;
     const int last = vectors - 1 - vector;
     Row values[Vectors], sums[Vectors];
 #pragma unroll
@@ -170,7 +203,22 @@ __global__ void __launch_bounds__(kBlock) row_coefficient_kernel(LayerHessianCoe
     }
 #pragma unroll
     for (int k = 0; k < Vectors; ++k) {
-      if (k <= last) sums[k].store(y + static_cast<int64_t>(k) * outputs, columns);
+      if (k > last) continue;
+      const int64_t at = column + static_cast<int64_t>(k) * outputs;
+      if constexpr (Packed) {
+        sums[k].pack(packed, sample, at, columns);
+      } else {
+        sums[k].store(call.out + sample * vectors * outputs + at, columns);
+      }
+    }
+  }
+  if constexpr (Packed) {
+    // Columns that fill the row up.
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (lane < packed.padded() - packed.columns) {
+      uint16_t* const end = packed.parts + sample * packed.padded() + packed.columns + lane;
+      end[0] = 0;
+      end[packed.part_step()] = 0;
     }
   }
 }
@@ -179,50 +227,77 @@ bool whole_pieces(const float* data, int64_t steps) {
   return is_aligned(data, 16) && steps % 4 == 0;
 }
 
-bool rows_are_aligned(const LayerHessianCoefficients& call) {
-  return whole_pieces(call.y, call.outputs) &&
-         whole_pieces(call.s, call.samples > 1 ? call.s_sample : 0) &&
-         whole_pieces(call.s, call.classes > 1 ? call.s_class : 0);
-}
-
-template <int Wide, int Classes, int Vectors, bool Aligned>
-cudaError_t start(const LayerHessianCoefficients& call, cudaStream_t stream) {
-  return launch(row_coefficient_kernel<Wide, Classes, Vectors, Aligned>,
+template <int Wide, int Classes, int Vectors, bool Aligned, bool Packed>
+cudaError_t start(const LayerHessianCoefficients& call, const PackedRows& packed,
+                  cudaStream_t stream) {
+  return launch(row_coefficient_kernel<Wide, Classes, Vectors, Aligned, Packed>,
                 dim3(static_cast<unsigned>(ceil_div(call.samples, kWarps))), dim3(kBlock), 0,
-                stream, call);
+                stream, call, packed);
 }
 
-template <bool Aligned>
-cudaError_t run_rows(const LayerHessianCoefficients& call, cudaStream_t stream) {
+template <bool Aligned, bool Packed>
+cudaError_t run_rows(const LayerHessianCoefficients& call, const PackedRows& packed,
+                     cudaStream_t stream) {
   const int64_t outputs = call.outputs, classes = call.classes;
   const bool one = call.vector_count == 1;
   if (outputs <= 128) {
-    if (classes <= 4) return start<1, 4, 1, Aligned>(call, stream);
-    if (classes <= 10 || one) return start<1, 10, 1, Aligned>(call, stream);
-    return start<1, 4, 4, Aligned>(call, stream);
+    if (classes <= 4) return start<1, 4, 1, Aligned, Packed>(call, packed, stream);
+    if (classes <= 10 || one) return start<1, 10, 1, Aligned, Packed>(call, packed, stream);
+    return start<1, 4, 4, Aligned, Packed>(call, packed, stream);
   }
   if (outputs <= 256) {
-    if (classes <= 5 || one) return start<2, 5, 1, Aligned>(call, stream);
-    if (classes <= 10) return start<2, 10, 1, Aligned>(call, stream);
-    return start<2, 4, 4, Aligned>(call, stream);
+    if (classes <= 5 || one) return start<2, 5, 1, Aligned, Packed>(call, packed, stream);
+    if (classes <= 10) return start<2, 10, 1, Aligned, Packed>(call, packed, stream);
+    return start<2, 4, 4, Aligned, Packed>(call, packed, stream);
   }
   if (outputs <= 512) {
-    if (classes <= 5 || one) return start<4, 5, 1, Aligned>(call, stream);
-    return start<4, 2, 2, Aligned>(call, stream);
+    if (classes <= 5 || one) return start<4, 5, 1, Aligned, Packed>(call, packed, stream);
+    return start<4, 2, 2, Aligned, Packed>(call, packed, stream);
   }
   if constexpr (Aligned) {
-    if (classes <= 2 || one) return start<8, 2, 1, true>(call, stream);
-    return start<8, 1, 2, true>(call, stream);
+    if (classes <= 2 || one) return start<8, 2, 1, true, Packed>(call, packed, stream);
+    return start<8, 1, 2, true, Packed>(call, packed, stream);
   } else {
     // More would not fit beside the places of its numbers.
-    return start<8, 1, 1, false>(call, stream);
+    return start<8, 1, 1, false, Packed>(call, packed, stream);
   }
 }
 
 }  // namespace
 
+bool LayerHessianCoefficients::aligned() const {
+  return whole_pieces(y, outputs) && whole_pieces(y, samples > 1 ? y_sample : 0) &&
+         whole_pieces(out, outputs) && whole_pieces(s, samples > 1 ? s_sample : 0) &&
+         whole_pieces(s, classes > 1 ? s_class : 0);
+}
+
 cudaError_t LayerHessianCoefficients::run(cudaStream_t stream) const {
-  return rows_are_aligned(*this) ? run_rows<true>(*this, stream) : run_rows<false>(*this, stream);
+  return aligned() ? run_rows<true, false>(*this, {}, stream)
+                   : run_rows<false, false>(*this, {}, stream);
+}
+
+cudaError_t LayerHessianCoefficients::run_packed(const PackedRows& to, cudaStream_t stream) const {
+  // The samples that exponents are guessed from, in the place of the parts.
+  LayerHessianCoefficients some = *this;
+  const int64_t step = guess_step(samples);
+  some.samples = ceil_div(samples, step);
+  some.s_sample *= step;
+  some.y_sample *= step;
+  some.out = reinterpret_cast<float*>(to.parts);
+  PackedRows guessed = to;
+  guessed.rows = some.samples;
+  const auto rows_of = [&](const float* rows, int64_t count) {
+    return rows_by_axes(rows, {to.columns}, {1}, count, to.columns);
+  };
+  cudaError_t error = some.run(stream);
+  if (error != cudaSuccess) return error;
+  error = guess_exponents(rows_of(some.out, some.samples), 0, 1, guessed, stream);
+  if (error != cudaSuccess) return error;
+  error = run_rows<true, true>(*this, to, stream);
+  if (error != cudaSuccess) return error;
+  error = run_rows<true, false>(*this, to, stream);
+  if (error != cudaSuccess) return error;
+  return pack_flagged<2>(rows_of(out, samples), 0, to, stream);
 }
 
 }  // namespace hesskern::cuda

@@ -107,21 +107,28 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// The middle of the product for count samples from start on, of short rows; in place.
+LayerHessianCoefficients of_short_rows(const LayerHessianProduct<float>& call, int64_t start,
+                                       int64_t count, float* y) {
+  return {call.s + start * call.s_sample,
+          call.s_sample,
+          call.s_class,
+          y,
+          call.vector_count * call.outputs,
+          y,
+          count,
+          call.classes,
+          call.outputs,
+          call.vector_count};
+}
+
 // The same of a chunk of count samples from start on.
 template <typename T>
 cudaError_t replace_by_rows(const LayerHessianProduct<T>& call, int64_t start, int64_t count, T* y,
                             T* coefficients, cudaStream_t stream) {
   if constexpr (std::is_same_v<T, float>) {
     if (has_short_rows(call)) {
-      return LayerHessianCoefficients{call.s + start * call.s_sample,
-                                      call.s_sample,
-                                      call.s_class,
-                                      y,
-                                      count,
-                                      call.classes,
-                                      call.outputs,
-                                      call.vector_count}
-          .run(stream);
+      return of_short_rows(call, start, count, y).run(stream);
     }
   }
   return launch(coefficient_kernel<T>, dim3(static_cast<unsigned>(count)), dim3(kThreads), 0,
@@ -226,10 +233,20 @@ Work<T> LayerHessianProduct<T>::plan() const {
 }
 
 LayerHessianParts layer_hessian_parts(const LayerHessianProduct<float>& call) {
-  return {call,
-          [call](int64_t first, int64_t count, float* y, float* coefficients, cudaStream_t stream) {
-            return replace_by_rows(call, first, count, y, coefficients, stream);
-          }};
+  const LayerInputs inputs{call.x,        call.samples, call.inputs,    call.positions,
+                           call.x_sample, call.x_input, call.x_position};
+  LayerHessianParts parts{call, inputs, {}, {}};
+  parts.replace = [call](int64_t first, int64_t count, float* y, float* coefficients,
+                         cudaStream_t stream) {
+    return replace_by_rows(call, first, count, y, coefficients, stream);
+  };
+  if (has_short_rows(call) && of_short_rows(call, 0, call.samples, nullptr).aligned()) {
+    parts.replace_packed = [call](int64_t first, int64_t count, float* y, const PackedRows& to,
+                                  cudaStream_t stream) {
+      return of_short_rows(call, first, count, y).run_packed(to, stream);
+    };
+  }
+  return parts;
 }
 
 template struct LayerHessianProduct<float>;

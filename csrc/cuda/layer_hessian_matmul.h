@@ -19,6 +19,8 @@ struct LayerHessianProduct {
   int64_t s_sample, s_class, s_output, s_position;
   T alpha;
   bool tf32;
+  // X as LayerInputs packs it, where that was done before; only of float.
+  const T* packed_inputs = nullptr;
   // Elements of V x_n of all samples of a chunk: 16 MB of float32, which stay in the L2 cache.
   int64_t chunk_elements = 1 << 22;
 

@@ -4,21 +4,24 @@
 
 #include "core/work.h"
 #include "layer_hessian_matmul.h"
+#include "layer_inputs.h"
 
 namespace hesskern::cuda {
 
 // The same product with 16-bit parts (core/parts_product.h): X is packed once for both products, a
-// chunk of samples at a time.
+// chunk of samples at a time, or has been before.
 struct LayerHessianParts {
   LayerHessianProduct<float> call;
+  LayerInputs inputs;
   // y [count, t, k m] of samples first, ... in place: y := sum_c <s_c, y> s_c; with
   // coefficients [count, c] to work in.
   std::function<cudaError_t(int64_t first, int64_t count, float* y, float* coefficients,
                             cudaStream_t stream)>
       replace;
-  // Rows of X, samples times positions, of a chunk at most; fewer, so many at least, where their
-  // parts would take more bytes.
-  int64_t most_rows = 1 << 17, least_rows = 1 << 14, bytes = int64_t{1} << 28;
+  // The same to packed rows [count, k m], y becomes anything; none: replace, then packing.
+  std::function<cudaError_t(int64_t first, int64_t count, float* y, const PackedRows& to,
+                            cudaStream_t stream)>
+      replace_packed;
 
   // Whether the device can, and it is faster.
   bool pays() const;

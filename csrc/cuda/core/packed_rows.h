@@ -67,16 +67,17 @@ struct PackedPlace {
   }
 };
 
-// Powers of two; those beyond float's range come in two factors.
-struct EightScales {
-  float first[8], second[8];
+// Powers of two of Count columns; those beyond float's range come in two factors.
+template <int Count>
+struct ColumnScales {
+  float first[Count], second[Count];
   // Bits of columns that were guessed from others.
   uint32_t unknown;
 
   // Null: all are one.
-  __device__ EightScales(const int* exponents, uint32_t unknown_bits) : unknown(unknown_bits) {
+  __device__ ColumnScales(const int* exponents, uint32_t unknown_bits) : unknown(unknown_bits) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < Count; ++i) {
       const int e = exponents == nullptr ? 0 : exponents[i];
       const int near = e < -126 ? -126 : e > 126 ? 126 : e;
       first[i] = float_of(static_cast<uint32_t>(near + 127) << 23);
@@ -85,6 +86,13 @@ struct EightScales {
   }
   __device__ float scaled(int i, float value) const { return value * first[i] * second[i]; }
 };
+
+// Of columns column, ... of packed rows.
+template <int Count>
+__device__ inline ColumnScales<Count> scales_of(const PackedRows& rows, int64_t column) {
+  const uint32_t unknown = static_cast<uint32_t>(rows.flag(column)[1]);
+  return {rows.exponents + column, unknown >> column % kPackedBlock & ((1u << Count) - 1)};
+}
 
 // Eight columns of a source.
 template <class Source>
@@ -119,20 +127,21 @@ struct EightColumns {
   }
 };
 
-struct alignas(16) EightHalves {
-  uint32_t words[4];
+template <int Count>
+struct alignas(2 * Count) Halves {
+  uint32_t words[Count / 2];
 };
 
-// Eight columns of a row to their places; whether all of them fit float16.
-template <int Parts>
-__device__ inline bool put_eight(const float (&values)[8], const EightScales& scales, uint16_t* to,
-                                 int64_t part_step) {
+// Count columns of a row, four or eight, to their places; whether all of them fit float16.
+template <int Parts, int Count>
+__device__ inline bool put_columns(const float (&values)[Count], const ColumnScales<Count>& scales,
+                                   uint16_t* to, int64_t part_step) {
   // From here on lo has all its bits.
   constexpr float kSmallest = 0.25f;
-  EightHalves high, low;
+  Halves<Count> high, low;
   bool fits = true;
 #pragma unroll
-  for (int i = 0; i < 8; i += 2) {
+  for (int i = 0; i < Count; i += 2) {
     const float x = scales.scaled(i, values[i]), y = scales.scaled(i + 1, values[i + 1]);
     fits = fits && fabsf(x) < 65504.0f && fabsf(y) < 65504.0f;
     if (scales.unknown != 0) {
@@ -147,19 +156,20 @@ __device__ inline bool put_eight(const float (&values)[8], const EightScales& sc
       high.words[i / 2] = float16_pair(x, y);
     }
   }
-  *reinterpret_cast<EightHalves*>(to) = high;
-  if constexpr (Parts == 2) *reinterpret_cast<EightHalves*>(to + part_step) = low;
+  *reinterpret_cast<Halves<Count>*>(to) = high;
+  if constexpr (Parts == 2) *reinterpret_cast<Halves<Count>*>(to + part_step) = low;
   return fits;
 }
-template <int Parts, typename T>
-__device__ inline bool put_eight(const T (&values)[8], const EightScales&, uint16_t* to, int64_t) {
+template <int Parts, typename T, int Count>
+__device__ inline bool put_columns(const T (&values)[Count], const ColumnScales<Count>&,
+                                   uint16_t* to, int64_t) {
   static_assert(Parts == 1 && sizeof(T) == 2);
-  EightHalves words;
+  Halves<Count> words;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < Count / 2; ++i) {
     words.words[i] = values[2 * i].bits | static_cast<uint32_t>(values[2 * i + 1].bits) << 16;
   }
-  *reinterpret_cast<EightHalves*>(to) = words;
+  *reinterpret_cast<Halves<Count>*>(to) = words;
   return true;
 }
 
@@ -168,7 +178,7 @@ __device__ inline bool put_eight(const T (&values)[8], const EightScales&, uint1
 // writing changes them.
 template <int Parts, int Batch, bool SideBySide, class Source>
 __device__ inline bool pack_eight(const Source& source, int64_t first_row, int64_t column,
-                                  const EightColumns<Source>& at, const EightScales& scales,
+                                  const EightColumns<Source>& at, const ColumnScales<8>& scales,
                                   int64_t row, int64_t step, int64_t end, const PackedRows& to) {
   uint16_t* const out = to.parts + column;
   bool fits = true;
@@ -180,13 +190,13 @@ __device__ inline bool pack_eight(const Source& source, int64_t first_row, int64
     }
 #pragma unroll
     for (int i = 0; i < Batch; ++i) {
-      fits &=
-          put_eight<Parts>(values[i], scales, out + (row + i * step) * to.padded(), to.part_step());
+      fits &= put_columns<Parts>(values[i], scales, out + (row + i * step) * to.padded(),
+                                 to.part_step());
     }
   }
   for (; row < end; row += step) {
     at.template load<SideBySide>(source, first_row + row, values[0]);
-    fits &= put_eight<Parts>(values[0], scales, out + row * to.padded(), to.part_step());
+    fits &= put_columns<Parts>(values[0], scales, out + row * to.padded(), to.part_step());
   }
   return fits;
 }
@@ -196,10 +206,8 @@ template <int Parts, int Batch, class Source>
 __device__ inline bool pack_eight(const Source& source, int64_t first_row, int64_t column,
                                   int64_t row, int64_t step, int64_t end, const PackedRows& to) {
   const EightColumns<Source> at(source, column);
-  const bool scaled = sizeof(typename Source::Value) == 4;
-  const EightScales scales(
-      scaled ? to.exponents + column : nullptr,
-      scaled ? static_cast<uint32_t>(to.flag(column)[1]) >> column % kPackedBlock & 0xff : 0);
+  constexpr bool kScaled = sizeof(typename Source::Value) == 4;
+  const ColumnScales<8> scales = kScaled ? scales_of<8>(to, column) : ColumnScales<8>(nullptr, 0);
   return at.side_by_side != nullptr ? pack_eight<Parts, Batch, true>(source, first_row, column, at,
                                                                      scales, row, step, end, to)
                                     : pack_eight<Parts, Batch, false>(source, first_row, column, at,
@@ -340,6 +348,33 @@ inline cudaError_t pack_along_k(const float* matrix, int64_t row_step, int64_t c
                 0, stream, matrix, row_step, column_step, k_exponents, to);
 }
 
+// So many rows apart lie those that exponents of rows are guessed from: a thousand or so say enough
+// of a column.
+inline int64_t guess_step(int64_t rows) {
+  constexpr int64_t kEvery = 32, kSampled = 1024;
+  return std::max(kEvery, rows / kSampled);
+}
+
+inline dim3 packed_blocks(const PackedRows& rows) {
+  return dim3(static_cast<unsigned>(ceil_div(rows.padded(), kPackedBlock)));
+}
+
+// Exponents from rows first_row, first_row + step, ... of to.rows rows of the source.
+template <class Source>
+cudaError_t guess_exponents(const Source& source, int64_t first_row, int64_t step,
+                            const PackedRows& to, cudaStream_t stream) {
+  return launch(guess_exponents_kernel<Source>, packed_blocks(to), dim3(kGuessThreads), 0, stream,
+                source, first_row, step, to);
+}
+
+// Packs once more what is flagged.
+template <int Parts, class Source>
+cudaError_t pack_flagged(const Source& source, int64_t first_row, const PackedRows& to,
+                         cudaStream_t stream) {
+  return launch(pack_flagged_kernel<Source, Parts>, packed_blocks(to), dim3(kFlaggedThreads), 0,
+                stream, source, first_row, to);
+}
+
 // Rows first_row, ... of the source, to.rows of them. along_rows: rows lie side by side in memory.
 template <int Parts, class Source>
 cudaError_t pack_rows(const Source& source, int64_t first_row, bool along_rows,
@@ -359,19 +394,13 @@ cudaError_t pack_rows(const Source& source, int64_t first_row, bool along_rows,
     return launch(pack_kernel<Source, 1>, grid, dim3(kThreads), 0, stream, source, first_row,
                   across, along_rows, share, to);
   } else {
-    // A thousand rows or so say enough of a column.
-    constexpr int64_t kEvery = 32, kSampled = 1024;
-    const int64_t step = std::max(kEvery, to.rows / kSampled);
-    const dim3 columns(static_cast<unsigned>(ceil_div(to.padded(), kPackedBlock)));
-    cudaError_t error = launch(guess_exponents_kernel<Source>, columns, dim3(kGuessThreads), 0,
-                               stream, source, first_row, step, to);
+    cudaError_t error = guess_exponents(source, first_row, guess_step(to.rows), to, stream);
     if (error == cudaSuccess) {
       error = launch(pack_kernel<Source, Parts>, grid, dim3(kThreads), 0, stream, source, first_row,
                      across, along_rows, share, to);
     }
     if (error != cudaSuccess) return error;
-    return launch(pack_flagged_kernel<Source, Parts>, columns, dim3(kFlaggedThreads), 0, stream,
-                  source, first_row, to);
+    return pack_flagged<Parts>(source, first_row, to, stream);
   }
 }
 

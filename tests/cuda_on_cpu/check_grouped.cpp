@@ -151,13 +151,12 @@ void pack(const std::vector<PackCase>& cases) {
   report(name, worst, 1);
 }
 
-// One of several products; scale: none, one for every element, or one repeated along rows or
-// columns.
+// One of several products; scale: none, one for every element, or rows that repeat.
 struct One {
   int64_t m, n, k;
   Lies a = Lies::kAlongK, b = Lies::kAlongK;
   bool columns_of_c = false, decades = false;
-  enum { kNone, kEach, kRows, kColumns } scale = kNone;
+  enum { kNone, kEach, kRows } scale = kNone;
 };
 
 // A product's matrices, and what it must give.
@@ -166,8 +165,7 @@ struct Operands {
   int64_t c_row, c_column;
   Memory<float> c;
   One one;
-  // Rows and columns of the scale.
-  int64_t scale_rows, scale_columns;
+  int64_t scale_rows;
 
   explicit Operands(const One& s)
       : a(s.m, s.k, s.a, s.decades),
@@ -177,8 +175,7 @@ struct Operands {
         c_column(s.columns_of_c ? s.m + 2 : 1),
         c((s.m - 1) * c_row + (s.n - 1) * c_column + 1),
         one(s),
-        scale_rows(s.scale == One::kRows ? (s.m + 2) / 3 : s.m),
-        scale_columns(s.scale == One::kColumns ? (s.n + 1) / 2 : s.n) {}
+        scale_rows(s.scale == One::kRows ? (s.m + 2) / 3 : s.m) {}
 
   float at(int64_t i, int64_t j) const { return c[i * c_row + j * c_column]; }
 
@@ -195,7 +192,7 @@ struct Operands {
           row += x * x;
           column += y * y;
         }
-        const double by = one.scale == One::kNone ? 1 : scale.at(i % scale_rows, j % scale_columns);
+        const double by = one.scale == One::kNone ? 1 : scale.at(i % scale_rows, j);
         const double delta = at(i, j) - by * total;
         if (!std::isfinite(delta)) return std::numeric_limits<double>::infinity();
         difference += delta * delta;
@@ -234,8 +231,7 @@ void grouped(const std::vector<One>& all, int tile, int processors) {
     PartsScale scale;
     if (one.scale != One::kNone) {
       scale = {o.scale.data(), o.scale.row_step(), o.scale.k_step(),
-               one.scale == One::kRows ? static_cast<int>(o.scale_rows) : 0,
-               one.scale == One::kColumns ? static_cast<int>(o.scale_columns) : 0};
+               one.scale == One::kRows ? static_cast<int>(o.scale_rows) : 0};
     }
     parts.push_back({a, b, {o.c.data(), o.c_row, o.c_column, 1.0f, false}, scale});
   }
@@ -285,7 +281,6 @@ void planned(const std::string& what, const std::vector<One>& all, const LargeFr
       product.scale_row = {o.scale.row_step()};
       product.scale_column = {o.scale.k_step()};
       if (one.scale == One::kRows) product.scale_row.inner = o.scale_rows;
-      if (one.scale == One::kColumns) product.scale_column.inner = o.scale_columns;
     }
     products.push_back(product);
   }
@@ -360,7 +355,7 @@ void check_grouped_products(bool few) {
       {130, 140, 70, Lies::kAlongK, Lies::kAcrossK, false, false, One::kEach},
       {1, 1, 1},
       {20, 260, 130, Lies::kUnaligned, Lies::kAlongK, true, false, One::kRows},
-      {257, 9, 64, Lies::kAcrossK, Lies::kApart, false, true, One::kColumns},
+      {257, 9, 64, Lies::kAcrossK, Lies::kApart, false, true, One::kEach},
       {40, 33, 65, Lies::kAlongK, Lies::kAlongK, true, true},
   };
   const std::vector<One> mixed(std::begin(all_kinds), std::end(all_kinds));
@@ -371,7 +366,7 @@ void check_grouped_products(bool few) {
     // Splits, in some of them; of a product alone.
     grouped({{20, 30, 330, Lies::kAlongK, Lies::kAlongK, false, true, One::kEach},
              {9, 8, 60},
-             {7, 140, 200, Lies::kAcrossK, Lies::kAlongK, true, false, One::kColumns}},
+             {7, 140, 200, Lies::kAcrossK, Lies::kAlongK, true, false, One::kRows}},
             tile, 12);
     grouped({{10, 12, 520, Lies::kAlongK, Lies::kAlongK, false, false, One::kEach}}, tile, 5);
   }

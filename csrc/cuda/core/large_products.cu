@@ -19,13 +19,12 @@ int64_t depth(const Product<float>& p) {
 bool fits(const Product<float>& p, const LargeFrom& from) {
   constexpr int64_t kMost = 1 << 30;
   const auto straight = [](const Axis& axis) { return axis.inner == 0; };
-  const auto repeats = [&](const Axis& axis) {
-    return straight(axis) || (axis.outer == 0 && axis.inner < kMost);
-  };
+  // The rows of the scale may repeat: several vectors, one after another.
+  const bool repeats = p.scale_row.outer == 0 && p.scale_row.inner < kMost;
   return p.m >= from.side && p.n >= from.side && p.m < kMost && p.n < kMost && depth(p) > 0 &&
          depth(p) <= kLongestPartsSum && straight(p.a_row) && straight(p.a_k) && straight(p.b_k) &&
          straight(p.b_column) && straight(p.c_row) && straight(p.c_column) &&
-         (p.scale == nullptr || (repeats(p.scale_row) && repeats(p.scale_column)));
+         straight(p.scale_column) && (straight(p.scale_row) || repeats);
 }
 
 // Elements of float that its packed matrices take.
@@ -115,8 +114,7 @@ cudaError_t PlannedProducts::run(const Group& group, const std::vector<Product<f
     matrices.push_back({p.b + p.b_k.offset(p.k_begin), p.b_column.step, p.b_k.step, nullptr, b});
     PartsScale scale;
     if (p.scale != nullptr) {
-      scale = {p.scale, p.scale_row.step, p.scale_column.step, static_cast<int>(p.scale_row.inner),
-               static_cast<int>(p.scale_column.inner)};
+      scale = {p.scale, p.scale_row.step, p.scale_column.step, static_cast<int>(p.scale_row.inner)};
     }
     parts.push_back({matrix_of(a, a.exponents),
                      matrix_of(b, b.exponents),

@@ -134,7 +134,7 @@ struct Gaps {
 };
 
 // values(j), j < Count, of a thread: elements (row, column + 8 j), the next in the row, and the
-// two in row + 8. Scaled: the target may have a scale. What several j need of memory is read before
+// two in row + 8. Scaled: the target has a scale. What several j need of memory is read before
 // anything is written: the compiler must assume that one changes the other, and would wait for
 // each.
 template <int Count, bool Scaled, class Values>
@@ -174,10 +174,10 @@ __device__ inline void put_rows(const Target& target, int row, int column, Value
         right *= target.to.alpha;
         const int here = row + 8 * r;
         if constexpr (Scaled) {
-          if (target.scale.data != nullptr) {
-            if (target.wanted(here, at)) left *= read_only(target.scale.place(here, at));
-            if (target.wanted(here, at + 1)) right *= read_only(target.scale.place(here, at + 1));
-          }
+          const float* scale = target.scale.row(here) + at * target.scale.column_step;
+          if (target.wanted(here, at)) left *= read_only(scale);
+          scale += target.scale.column_step;
+          if (target.wanted(here, at + 1)) right *= read_only(scale);
         }
         float* c = target.place(here, at);
         if (target.pair(here, at)) {
@@ -190,6 +190,15 @@ __device__ inline void put_rows(const Target& target, int row, int column, Value
       }
     }
   }
+}
+
+// put(whether it has a scale); of one product it has none.
+template <int Most, class Put>
+__device__ inline void with_scale(const Target& target, Put put) {
+  if constexpr (Most > 1) {
+    if (target.scale.data != nullptr) return put(std::true_type());
+  }
+  put(std::false_type());
 }
 
 // Tiles in bands of eight rows of tiles, column by column: a wave reads few columns.
@@ -426,11 +435,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     } else {
       const int row = item.row * kTileRows + thread / 32 * 16 + lane / 4;
       const int column = item.column * C::kColumns + 2 * (lane % 4);
+      with_scale<Most>(one.target, [&](auto scaled) {
 #pragma unroll
-      for (int half = 0; half < C::kHalves; ++half) {
-        put_rows<kPieces, (Most > 1)>(one.target, row, column + half * C::kWide,
-                                      [&](int j) { return values(half, j); });
-      }
+        for (int half = 0; half < C::kHalves; ++half) {
+          put_rows<kPieces, decltype(scaled)::value>(one.target, row, column + half * C::kWide,
+                                                     [&](int j) { return values(half, j); });
+        }
+      });
     }
   }
 #endif
@@ -468,7 +479,9 @@ __global__ void __launch_bounds__(kThreads)
   place(schedule, schedule.whole + tile, tile_row, tile_column);
   const int row = tile_row * kTileRows + thread / 32 * 16 + lane / 4;
   const int column = tile_column * Columns + piece * 8 + 2 * (lane % 4);
-  put_rows<1, (Most > 1)>(one.target, row, column, [&](int) { return total; });
+  with_scale<Most>(one.target, [&](auto scaled) {
+    put_rows<1, decltype(scaled)::value>(one.target, row, column, [&](int) { return total; });
+  });
 }
 
 template <class C, int Most>
@@ -601,6 +614,8 @@ cudaError_t run_products(Products<Most>& products, float* workspace, cudaStream_
     partial += entry.schedule.partial();
   }
   products.items = items;
+  // What a kernel's parameters may take.
+  static_assert(sizeof(products) + sizeof(workspace) <= 32764);
   const int64_t blocks = std::min<int64_t>(slots_of<C, Most>(), items);
   cudaError_t error = launch(parts_product_kernel<C, Most>, dim3(static_cast<unsigned>(blocks)),
                              dim3(C::kThreads), C::kShared, stream, products, workspace);

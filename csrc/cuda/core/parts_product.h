@@ -42,17 +42,14 @@ struct PartsTarget {
   bool add;
 };
 
-// What a product is multiplied with, element by element: data(row, column), rows other than 0: of
-// row % rows, and columns likewise. Null: nothing.
+// What a product is multiplied with, element by element: data(row, column); rows other than 0: of
+// row % rows. Null: nothing.
 struct PartsScale {
   const float* data = nullptr;
   int64_t row_step = 0, column_step = 0;
-  int rows = 0, columns = 0;
+  int rows = 0;
 
-  __device__ const float* place(int row, int column) const {
-    const int i = rows == 0 ? row : row % rows, j = columns == 0 ? column : column % columns;
-    return data + i * row_step + j * column_step;
-  }
+  __device__ const float* row(int i) const { return data + (rows == 0 ? i : i % rows) * row_step; }
 };
 
 // How a product's work is cut, in tiles of 128 rows: first whole tiles, a multiple of the blocks

@@ -298,3 +298,67 @@ def test_kronecker_products(shape: tuple[int, int]) -> None:
     S = normal(m, d)
     found = ops.kron_eigen_matmul(A, S, B, X)
     assert_close(found, reference.kron_eigen_matmul(*wide(A, S, B, X)), 2 * TOLERANCE)
+
+
+# Layers of one call: some fill the device alone, some together, some are left to small tiles.
+MIXED = [
+    (512, 2048),
+    (256, 1024),
+    (64, 576),
+    (1000, 300),
+    (33, 257),
+    (10, 512),
+    (0, 4),
+    (2048, 512),
+]
+
+
+def layers(shapes: list[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Factors A [m, m] and B [d, d], every second one in columns, and X [m, d] or [3, m, d]."""
+    A = [normal(m, m).T if i % 2 else normal(m, m) for i, (m, _) in enumerate(shapes)]
+    B = [normal(d, d).T if i % 3 else normal(d, d) for i, (_, d) in enumerate(shapes)]
+    X = [normal(3, *shape) if i % 4 == 1 else normal(*shape) for i, shape in enumerate(shapes)]
+    return A, B, X
+
+
+@pytest.mark.parametrize("shapes", [MIXED, [(128, 1152)] * 70], ids=["mixed", "many"])
+def test_kronecker_products_of_many_layers(shapes: list[tuple[int, int]]) -> None:
+    A, B, X = layers(shapes)
+    S = [normal(*shape) for shape in shapes]
+    products = ops.grouped_kron_matmul(A, B, X)
+    rotated = ops.grouped_kron_eigen_matmul(A, S, B, X)
+    for i, shape in enumerate(shapes):
+        assert products[i].shape == rotated[i].shape == X[i].shape
+        if 0 in shape:
+            continue
+        assert_close(products[i], reference.kron_matmul(*wide(A[i], B[i], X[i])))
+        expected = reference.kron_eigen_matmul(*wide(A[i], S[i], B[i], X[i]))
+        assert_close(rotated[i], expected, 2 * TOLERANCE)
+    again = ops.grouped_kron_matmul(A, B, X) + ops.grouped_kron_eigen_matmul(A, S, B, X)
+    assert all(map(torch.equal, again, products + rotated))
+
+
+def test_kronecker_products_of_factors_of_many_sizes() -> None:
+    shapes = [(512, 1024), (300, 700)]
+    A, B, X = layers(shapes)
+    down = [torch.logspace(-9, 9, m, device="cuda")[:, None] for m, _ in shapes]
+    across = [torch.logspace(6, -6, d, device="cuda") for _, d in shapes]
+    scaled_A = [a * size for a, size in zip(A, down, strict=True)]
+    scaled_B = [b * size[:, None] for b, size in zip(B, across, strict=True)]
+    found = ops.grouped_kron_matmul(scaled_A, scaled_B, X)
+    for i in range(len(shapes)):
+        expected = reference.kron_matmul(*wide(scaled_A[i], scaled_B[i], X[i]))
+        sizes = down[i].double() * across[i].double()
+        assert_close(found[i].double() / sizes, expected / sizes)
+
+
+def test_what_is_not_finite_stays_in_its_layer_and_row() -> None:
+    A, B, X = layers([(512, 1024), (300, 1000), (256, 64)])
+    A[0][3, 5] = float("nan")
+    A[2][7, 9] = float("inf")
+    found = ops.grouped_kron_matmul(A, B, X)
+    assert bool(found[1].isfinite().all())
+    for out, row in ((found[0], 3), (found[2], 7)):
+        finite = out.isfinite()
+        assert not bool(finite[row].any())
+        assert bool(finite[torch.arange(len(out)) != row].all())

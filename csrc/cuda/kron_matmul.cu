@@ -3,12 +3,12 @@
 // Two products a layer, or four with the scaling in the second one's write; the same step of all
 // layers is one launch (products.cu). The vectors of a block are rows of one matrix when multiplied
 // from the right, columns when multiplied from the left. On compute capability 9.0 large products
-// are launches of their own (large_products.cu).
+// go by parts (large_products.cu).
 #include <algorithm>
 #include <array>
-#include <optional>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "core/large_products.h"
 #include "core/launch.h"
@@ -143,44 +143,35 @@ std::array<std::vector<Product<T>>, 4> steps_of(const std::vector<KronLayer<T>>&
   return steps;
 }
 
-// Of every step and layer the product that is a launch of its own.
-using LargeSteps = std::array<std::vector<std::optional<LargeProduct>>, 4>;
+// The steps of float32 layers, large products by parts.
+using PlannedSteps = std::vector<PlannedProducts>;
 
 template <typename T>
-LargeSteps large_steps_of(const std::vector<KronLayer<T>>& layers, const LargeFrom& from) {
-  LargeSteps large;
+PlannedSteps planned_steps(const std::vector<KronLayer<T>>& layers, bool tf32,
+                           const LargeFrom& from) {
+  PlannedSteps planned;
   if constexpr (std::is_same_v<T, float>) {
     // Any address does: sizes and strides are what counts.
-    const auto steps = steps_of(layers, layers.front().out);
-    for (size_t i = 0; i < steps.size(); ++i) {
-      for (const Product<T>& product : steps[i]) {
-        large[i].emplace_back();
-        if (LargeProduct::fits(product, from)) large[i].back().emplace(product);
-      }
+    for (const auto& step : steps_of(layers, layers.front().out)) {
+      planned.emplace_back(step, tf32, from);
     }
   }
-  return large;
+  return planned;
 }
 
-// large_memory: what the large products need, one after another.
+// planned_memory: what the planned steps need, one after another.
 template <typename T>
-cudaError_t run(const std::vector<KronLayer<T>>& layers, const LargeSteps& large, bool tf32,
-                T* workspace, T* large_memory, cudaStream_t stream) {
+cudaError_t run(const std::vector<KronLayer<T>>& layers, const PlannedSteps& planned, bool tf32,
+                T* workspace, T* planned_memory, cudaStream_t stream) {
   const auto steps = steps_of(layers, workspace);
   for (size_t i = 0; i < steps.size(); ++i) {
-    std::vector<Product<T>> together;
-    for (size_t j = 0; j < steps[i].size(); ++j) {
-      if constexpr (std::is_same_v<T, float>) {
-        if (large[i][j].has_value()) {
-          const cudaError_t error = large[i][j]->run(steps[i][j], large_memory, stream);
-          if (error != cudaSuccess) return error;
-          continue;
-        }
-      }
-      together.push_back(steps[i][j]);
+    if (steps[i].empty()) continue;
+    cudaError_t error;
+    if constexpr (std::is_same_v<T, float>) {
+      error = planned[i].run(steps[i], planned_memory, stream);
+    } else {
+      error = multiply_all(steps[i], tf32, stream);
     }
-    if (together.empty()) continue;
-    const cudaError_t error = multiply_all(together, tf32, stream);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -190,17 +181,15 @@ cudaError_t run(const std::vector<KronLayer<T>>& layers, const LargeSteps& large
 
 template <typename T>
 Work<T> plan_kron_matmul(std::vector<KronLayer<T>> layers, bool tf32, const LargeFrom& from) {
-  int64_t size = 0, large_size = 0;
+  int64_t size = 0, planned_size = 0;
   for (const KronLayer<T>& layer : layers) size += layer_size(layer);
-  LargeSteps large = large_steps_of(layers, from);
-  for (const auto& step : large) {
-    for (const auto& product : step) {
-      if (product.has_value()) large_size = std::max(large_size, product->workspace());
-    }
+  PlannedSteps planned = planned_steps(layers, tf32, from);
+  for (const PlannedProducts& step : planned) {
+    planned_size = std::max(planned_size, step.workspace());
   }
-  return {size + large_size, [layers = std::move(layers), large = std::move(large), size, tf32](
-                                 T* memory, cudaStream_t stream) {
-            return run(layers, large, tf32, memory, memory + size, stream);
+  return {size + planned_size, [layers = std::move(layers), planned = std::move(planned), size,
+                                tf32](T* memory, cudaStream_t stream) {
+            return run(layers, planned, tf32, memory, memory + size, stream);
           }};
 }
 

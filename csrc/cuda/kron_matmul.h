@@ -24,8 +24,7 @@ struct KronLayer {
   int64_t vectors;
 };
 
-// All layers (at least one), a few launches in all and some for each large product. T is float or
-// double.
+// All layers (at least one), a few launches in all. T is float or double.
 template <typename T>
 Work<T> plan_kron_matmul(std::vector<KronLayer<T>> layers, bool tf32, const LargeFrom& from = {});
 

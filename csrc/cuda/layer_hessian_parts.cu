@@ -6,6 +6,7 @@
 
 #include "core/elements.h"
 #include "core/launch.h"
+#include "core/pack_along_k.h"
 #include "core/packed_rows.h"
 #include "core/parts_product.h"
 #include "layer_hessian_parts.h"
@@ -58,7 +59,7 @@ Work<float> LayerHessianParts::plan() const {
       // Anew for every chunk, whose columns have their own exponents.
       const PackedRows packed_v = v.in(memory, columns);
       cudaError_t error =
-          pack_along_k(call.vectors, call.inputs, 1, packed_x.exponents, packed_v, stream);
+          pack_along_k({{call.vectors, call.inputs, 1, packed_x.exponents, packed_v}}, stream);
       if (error != cudaSuccess) return error;
       error =
           chunk.forward.run(matrix_of(packed_x, nullptr), matrix_of(packed_v, packed_v.exponents),

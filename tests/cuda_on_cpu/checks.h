@@ -18,6 +18,8 @@ void check_block_gram(bool few);
 void check_centre_split(bool few);
 void check_mirror(bool few);
 void check_products(bool few);
+void check_pack_along_k(bool few);
+void check_grouped_products(bool few);
 void check_kron_matmul(bool few);
 void check_layer_hessian_matmul(bool few);
 void check_layer_hessian_coefficients(bool few);

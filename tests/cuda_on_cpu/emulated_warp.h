@@ -193,6 +193,9 @@ inline float square_root(float value) {
 inline int read_only(const int* pointer) {
   return *pointer;
 }
+inline float read_only(const float* pointer) {
+  return *pointer;
+}
 inline void raise_flag(int* flag) {
   __atomic_store_n(flag, 1, __ATOMIC_RELAXED);
 }

@@ -36,6 +36,8 @@ int main(int count, char** arguments) {
       {"block_gram", check::check_block_gram},
       {"centre_split", check::check_centre_split},
       {"products", check::check_products},
+      {"pack_along_k", check::check_pack_along_k},
+      {"grouped_products", check::check_grouped_products},
       {"kron_matmul", check::check_kron_matmul},
       {"layer_hessian_matmul", check::check_layer_hessian_matmul},
       {"layer_hessian_coefficients", check::check_layer_hessian_coefficients},

@@ -298,56 +298,6 @@ __global__ void __launch_bounds__(kFlaggedThreads)
                        to.rows, to);
 }
 
-// matrix [rows, columns] by strides to parts [2, rows, padded columns], to be multiplied along k
-// with a matrix whose columns carry exponents k_exponents: column j is divided by 2^k_exponents[j],
-// every row scaled as a whole to float16's range. One block a row.
-template <int Threads>
-__global__ void __launch_bounds__(Threads)
-    pack_along_k_kernel(const float* matrix, int64_t row_step, int64_t column_step,
-                        const int* k_exponents, PackedRows to) {
-  __shared__ uint32_t highest[Threads / 32];
-  const int thread = static_cast<int>(threadIdx.x);
-  const float* const from = matrix + blockIdx.x * row_step;
-  const auto of_column = [=](int64_t j) { return k_exponents == nullptr ? 0 : k_exponents[j]; };
-  // As numbers from 1 on; the row holds what is not finite: 0xffffffff.
-  uint32_t most = 0;
-  for (int64_t j = thread; j < to.columns; j += Threads) {
-    const uint32_t bits = bits_of(from[j * column_step]) & 0x7fffffffu;
-    if (bits == 0) continue;
-    const uint32_t here = bits >= 0x7f800000u
-                              ? 0xffffffffu
-                              : static_cast<uint32_t>(exponent_of_bits(bits) - of_column(j) + 1024);
-    most = here > most ? here : most;
-  }
-  most = warp_max(most);
-  if (thread % 32 == 0) highest[thread / 32] = most;
-  __syncthreads();
-  for (int i = 0; i < Threads / 32; ++i) {
-    const uint32_t other = highest[i];
-    most = other > most ? other : most;
-  }
-  const bool finite = most != 0 && most != 0xffffffffu;
-  const int exponent = finite ? 14 - (static_cast<int>(most) - 1024) : 0;
-  if (thread == 0) to.exponents[blockIdx.x] = exponent;
-  uint16_t* const out = to.parts + blockIdx.x * to.padded();
-  for (int64_t j = 2 * thread; j < to.padded(); j += 2 * Threads) {
-    const auto value = [&](int64_t column) {
-      if (column >= to.columns) return 0.0f;
-      return times_power(from[column * column_step], exponent - of_column(column));
-    };
-    uint32_t high, low;
-    split_pair(value(j), value(j + 1), high, low);
-    *reinterpret_cast<uint32_t*>(out + j) = high;
-    *reinterpret_cast<uint32_t*>(out + j + to.part_step()) = low;
-  }
-}
-
-inline cudaError_t pack_along_k(const float* matrix, int64_t row_step, int64_t column_step,
-                                const int* k_exponents, const PackedRows& to, cudaStream_t stream) {
-  return launch(pack_along_k_kernel<kThreads>, dim3(static_cast<unsigned>(to.rows)), dim3(kThreads),
-                0, stream, matrix, row_step, column_step, k_exponents, to);
-}
-
 // So many rows apart lie those that exponents of rows are guessed from: a thousand or so say enough
 // of a column.
 inline int64_t guess_step(int64_t rows) {

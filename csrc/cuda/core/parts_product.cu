@@ -99,6 +99,7 @@ struct Target {
   const int *exponents_a, *exponents_b;
   int m, n;
   bool triangle;
+  PartsScale scale;
 
   __device__ float* place(int row, int column) const {
     return to.c + row * to.row_step + column * to.column_step;
@@ -122,8 +123,9 @@ struct Target {
 
 // Where a matrix's columns lie that come in pieces.
 struct Gaps {
-  int width, gap;
+  int width = 0, gap = 0;
 
+  Gaps() = default;
   explicit Gaps(const PartsMatrix& matrix)
       : width(static_cast<int>(matrix.width)), gap(static_cast<int>(matrix.gap)) {}
   __device__ int place(int column) const {
@@ -132,9 +134,10 @@ struct Gaps {
 };
 
 // values(j), j < Count, of a thread: elements (row, column + 8 j), the next in the row, and the
-// two in row + 8. What several j need of memory is read before anything is written: the compiler
-// must assume that one changes the other, and would wait for each.
-template <int Count, class Values>
+// two in row + 8. Scaled: the target has a scale. What several j need of memory is read before
+// anything is written: the compiler must assume that one changes the other, and would wait for
+// each.
+template <int Count, bool Scaled, class Values>
 __device__ inline void put_rows(const Target& target, int row, int column, Values values) {
   constexpr int kGroup = Count < 4 ? Count : 4;
   static_assert(Count % kGroup == 0);
@@ -170,6 +173,12 @@ __device__ inline void put_rows(const Target& target, int row, int column, Value
         left *= target.to.alpha;
         right *= target.to.alpha;
         const int here = row + 8 * r;
+        if constexpr (Scaled) {
+          const float* scale = target.scale.row(here) + at * target.scale.column_step;
+          if (target.wanted(here, at)) left *= read_only(scale);
+          scale += target.scale.column_step;
+          if (target.wanted(here, at + 1)) right *= read_only(scale);
+        }
         float* c = target.place(here, at);
         if (target.pair(here, at)) {
           *reinterpret_cast<Two*>(c) = {{old[i][r].value[0] + left, old[i][r].value[1] + right}};
@@ -181,6 +190,15 @@ __device__ inline void put_rows(const Target& target, int row, int column, Value
       }
     }
   }
+}
+
+// put(whether it has a scale); of one product it has none.
+template <int Most, class Put>
+__device__ inline void with_scale(const Target& target, Put put) {
+  if constexpr (Most > 1) {
+    if (target.scale.data != nullptr) return put(std::true_type());
+  }
+  put(std::false_type());
 }
 
 // Tiles in bands of eight rows of tiles, column by column: a wave reads few columns.
@@ -225,18 +243,49 @@ __device__ inline Item item_of(const PartsSchedule& schedule, int index) {
   return item;
 }
 
-// partial [tiles of splits, splits, column / 8, threads, 4]
-template <class C>
+// One product, or up to Most, whose tiles follow each other.
+template <int Most>
+struct Products {
+  struct Maps {
+    TensorMap a, b;
+  };
+  struct Entry {
+    PartsSchedule schedule;
+    Target target;
+    Gaps gaps_b;
+    // Where the partial sums begin, in elements of float.
+    int64_t partial;
+    // The first of its items, and of the blocks that add its splits.
+    int first_item, first_sum;
+  };
+  Maps maps[Most];
+  int count, items;
+  Entry entries[Most];
+
+  // What a block does in a round, nothing from `items` on. Longer items come first; every second
+  // round goes backwards, so that no block always gets the longer ones.
+  __device__ int item(int round, int block, int blocks) const {
+    const bool backwards = Most > 1 && round % 2 == 1;
+    return round * blocks + (backwards ? blocks - 1 - block : block);
+  }
+  // The product of an item: `from` or a later one.
+  __device__ int product_of(int item, int from) const {
+    if constexpr (Most > 1) {
+      while (from + 1 < count && item >= entries[from + 1].first_item) ++from;
+    }
+    return from;
+  }
+};
+
+// partial [tiles of splits, splits, column / 8, threads, 4] of every product
+template <class C, int Most>
 __global__ void __launch_bounds__(C::kThreads, 1)
-    parts_product_kernel(const __grid_constant__ TensorMap map_a,
-                         const __grid_constant__ TensorMap map_b,
-                         const __grid_constant__ PartsSchedule schedule,
-                         const __grid_constant__ Target target, float* partial, Gaps gaps_b) {
+    parts_product_kernel(const __grid_constant__ Products<Most> products, float* partial) {
 #ifdef HESSKERN_WGMMA
   __shared__ uint64_t full[C::kStages], empty[C::kStages], turns[2];
   unsigned char* const stages =
       dynamic_shared() + ((1024 - shared_address(dynamic_shared()) % 1024) & 1023);
-  const int first = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+  const int block = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < C::kStages; ++stage) {
       barrier_init(full + stage, 1);
@@ -254,8 +303,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     if (threadIdx.x != 0) return;
     int stage = 0;
     uint32_t parity = 1;
-    for (int index = first; index < schedule.items(); index += blocks) {
-      const Item item = item_of(schedule, index);
+    for (int round = 0, which = 0;; ++round) {
+      const int index = products.item(round, block, blocks);
+      if (index >= products.items) break;
+      which = products.product_of(index, which);
+      const auto& one = products.entries[which];
+      const auto& maps = products.maps[which];
+      const Item item = item_of(one.schedule, index - one.first_item);
       const int row0 = item.row * kTileRows, column0 = item.column * C::kColumns;
       for (int step = item.begin * C::kChunk; step < item.end * C::kChunk; ++step) {
         const int k = step * C::kRows;
@@ -266,18 +320,18 @@ __global__ void __launch_bounds__(C::kThreads, 1)
         if constexpr (C::kAlongK) {
 #pragma unroll
           for (int part = 0; part < C::kParts; ++part) {
-            copy_box(to + part * C::kPartA, map_a, here, k, row0, part);
-            copy_box(to + C::kBytesA + part * C::kPartB, map_b, here, k, column0, part);
+            copy_box(to + part * C::kPartA, maps.a, here, k, row0, part);
+            copy_box(to + C::kBytesA + part * C::kPartB, maps.b, here, k, column0, part);
           }
         } else {
 #pragma unroll
           for (int box = 0; box < C::kBoxesA; ++box) {
-            copy_box(to + box * C::kBox, map_a, here, row0 + kBoxColumns * box, k, 0);
+            copy_box(to + box * C::kBox, maps.a, here, row0 + kBoxColumns * box, k, 0);
           }
 #pragma unroll
           for (int box = 0; box < C::kBoxesB; ++box) {
-            copy_box(to + C::kBytesA + box * C::kBox, map_b, here,
-                     gaps_b.place(column0 + kBoxColumns * box), k, 0);
+            copy_box(to + C::kBytesA + box * C::kBox, maps.b, here,
+                     one.gaps_b.place(column0 + kBoxColumns * box), k, 0);
           }
         }
         if (++stage == C::kStages) stage = 0, parity ^= 1;
@@ -304,8 +358,12 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   // Named barriers would do, but with them the compiler spills.
   uint32_t turn = group == 0 ? 1 : 0;
 
-  for (int index = first; index < schedule.items(); index += blocks) {
-    const Item item = item_of(schedule, index);
+  for (int round = 0, which = 0;; ++round) {
+    const int index = products.item(round, block, blocks);
+    if (index >= products.items) break;
+    which = products.product_of(index, which);
+    const auto& one = products.entries[which];
+    const Item item = item_of(one.schedule, index - one.first_item);
 #pragma unroll
     for (int half = 0; half < C::kHalves; ++half) {
 #pragma unroll
@@ -365,9 +423,10 @@ __global__ void __launch_bounds__(C::kThreads, 1)
       return Four{{sum[0], sum[1], sum[2], sum[3]}};
     };
     if (item.part >= 0) {
-      Four* to = reinterpret_cast<Four*>(partial + static_cast<int64_t>(item.part) *
-                                                       (kTileRows * C::kColumns)) +
-                 thread;
+      Four* to =
+          reinterpret_cast<Four*>(partial + one.partial +
+                                  static_cast<int64_t>(item.part) * (kTileRows * C::kColumns)) +
+          thread;
 #pragma unroll
       for (int half = 0; half < C::kHalves; ++half) {
 #pragma unroll
@@ -376,26 +435,37 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     } else {
       const int row = item.row * kTileRows + thread / 32 * 16 + lane / 4;
       const int column = item.column * C::kColumns + 2 * (lane % 4);
+      with_scale<Most>(one.target, [&](auto scaled) {
 #pragma unroll
-      for (int half = 0; half < C::kHalves; ++half) {
-        put_rows<kPieces>(target, row, column + half * C::kWide,
-                          [&](int j) { return values(half, j); });
-      }
+        for (int half = 0; half < C::kHalves; ++half) {
+          put_rows<kPieces, decltype(scaled)::value>(one.target, row, column + half * C::kWide,
+                                                     [&](int j) { return values(half, j); });
+        }
+      });
     }
   }
 #endif
 }
 
 // Adds the splits of every tile in their order. One block: eight columns of a tile.
-template <int Columns>
+template <int Columns, int Most>
 __global__ void __launch_bounds__(kThreads)
-    add_splits_kernel(const PartsSchedule schedule, const Target target, const float* partial) {
+    add_splits_kernel(const __grid_constant__ Products<Most> products, const float* partial) {
   constexpr int kPieces = Columns / 8;
-  const int piece = static_cast<int>(blockIdx.x) % kPieces;
-  const int tile = static_cast<int>(blockIdx.x) / kPieces;
+  int which = 0;
+  if constexpr (Most > 1) {
+    while (which + 1 < products.count &&
+           static_cast<int>(blockIdx.x) >= products.entries[which + 1].first_sum) {
+      ++which;
+    }
+  }
+  const auto& one = products.entries[which];
+  const PartsSchedule& schedule = one.schedule;
+  const int index = static_cast<int>(blockIdx.x) - one.first_sum;
+  const int piece = index % kPieces, tile = index / kPieces;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   constexpr int64_t kTile = kTileRows * Columns / 4;
-  const Four* from = reinterpret_cast<const Four*>(partial) +
+  const Four* from = reinterpret_cast<const Four*>(partial + one.partial) +
                      static_cast<int64_t>(tile) * schedule.splits * kTile + piece * kThreads +
                      thread;
   Four total = from[0];
@@ -409,13 +479,32 @@ __global__ void __launch_bounds__(kThreads)
   place(schedule, schedule.whole + tile, tile_row, tile_column);
   const int row = tile_row * kTileRows + thread / 32 * 16 + lane / 4;
   const int column = tile_column * Columns + piece * 8 + 2 * (lane % 4);
-  put_rows<1>(target, row, column, [&](int) { return total; });
+  with_scale<Most>(one.target, [&](auto scaled) {
+    put_rows<1, decltype(scaled)::value>(one.target, row, column, [&](int) { return total; });
+  });
 }
 
+template <class C, int Most>
+int64_t slots_of() {
+  return resident_blocks(reinterpret_cast<const void*>(parts_product_kernel<C, Most>), C::kThreads,
+                         C::kShared);
+}
+
+// In microseconds, from what an H200 took: a chunk (operations at its rate, more where shared
+// memory holds them up), a block's writing of its sums, and a tile's sums' way to memory and back.
 template <class C>
-PartsSchedule schedule_of(int64_t m, int64_t n, int64_t k, bool triangle) {
-  const int64_t slots = resident_blocks(reinterpret_cast<const void*>(parts_product_kernel<C>),
-                                        C::kThreads, C::kShared);
+struct Times {
+  static constexpr int kTile = kTileRows * C::kColumns;
+  static constexpr double kHeldUp =
+      C::kProducts == 1 ? (C::kHalves == 2 ? 1.2 : 1.35) : (C::kHalves == 2 ? 1.0 : 1.03);
+  static constexpr double kChunk =
+      2.0 * kTile * C::kRows * C::kChunk * C::kProducts * kHeldUp / 5.5e6;
+  static constexpr double kWrite = 5, kTraffic = kTile * 4 / 3e6;
+};
+
+// All tiles whole.
+template <class C>
+PartsSchedule whole_schedule(int64_t m, int64_t n, int64_t k, bool triangle) {
   PartsSchedule schedule{};
   schedule.m = static_cast<int>(m);
   schedule.n = static_cast<int>(n);
@@ -426,18 +515,26 @@ PartsSchedule schedule_of(int64_t m, int64_t n, int64_t k, bool triangle) {
   for (int column = 0; column < schedule.column_tiles; ++column) {
     schedule.tiles += schedule.rows_of(column);
   }
-  const int64_t chunks = std::max<int64_t>(ceil_div(k, C::kRows * C::kChunk), 1);
-  schedule.chunks = static_cast<int>(chunks);
+  schedule.chunks =
+      static_cast<int>(std::max<int64_t>(ceil_div(k, int64_t{C::kRows * C::kChunk}), 1));
+  schedule.whole = schedule.tiles;
+  schedule.splits = 1;
+  schedule.split_chunks = schedule.chunks;
+  return schedule;
+}
+
+// Of one product.
+template <class C>
+PartsSchedule schedule_of(int64_t m, int64_t n, int64_t k, bool triangle) {
+  using Time = Times<C>;
+  constexpr int kTile = Time::kTile;
+  constexpr double kChunkTime = Time::kChunk, kWriteTime = Time::kWrite;
+  const int64_t slots = slots_of<C, 1>();
+  PartsSchedule schedule = whole_schedule<C>(m, n, k, triangle);
+  const int64_t chunks = schedule.chunks;
   schedule.whole = static_cast<int>(schedule.tiles / slots * slots);
   const int64_t rest = schedule.tiles - schedule.whole;
-  // In microseconds, from what an H200 took: a chunk (operations at its rate, more where shared
-  // memory holds them up), a block's writing of its sums, and their way to memory and back.
-  constexpr double kHeldUp =
-      C::kProducts == 1 ? (C::kHalves == 2 ? 1.2 : 1.35) : (C::kHalves == 2 ? 1.0 : 1.03);
-  constexpr int kTile = kTileRows * C::kColumns;
-  constexpr double kChunkTime = 2.0 * kTile * C::kRows * C::kChunk * C::kProducts * kHeldUp / 5.5e6;
-  constexpr double kWriteTime = 5;
-  const double traffic = static_cast<double>(rest) * kTile * 4 / 3e6;
+  const double traffic = static_cast<double>(rest) * Time::kTraffic;
   // Partial sums of 64 MB at most, and no more than eight rounds of blocks: the host tries all.
   constexpr int64_t kMostPartial = 1 << 24, kRounds = 8, kMost = 256;
   const int64_t most =
@@ -481,32 +578,50 @@ auto with_config(PartsType type, bool along_k, int columns, Visit visit) {
   }
 }
 
-template <class C>
-cudaError_t run_product(const PartsSchedule& schedule, const PartsMatrix& a, const PartsMatrix& b,
-                        const PartsTarget& to, float* workspace, cudaStream_t stream) {
+template <class C, int Most>
+bool add_product(Products<Most>& products, const PartsSchedule& schedule, const GroupedPart& one) {
   const auto boxed = [](const PartsMatrix& matrix) {
     const int64_t gaps =
         matrix.width == 0 ? 0 : (ceil_div(matrix.columns, matrix.width) - 1) * matrix.gap;
     return BoxedParts{matrix.data, matrix.columns + gaps, matrix.rows,
                       C::kParts,   matrix.row_step,       matrix.part_step};
   };
-  TensorMap map_a, map_b;
   constexpr int kParts = C::kAlongK ? 1 : C::kParts;
-  if (!encode<typename C::T>(map_a, boxed(a), C::kAlongK ? kTileRows : C::kRows, kParts) ||
-      !encode<typename C::T>(map_b, boxed(b), C::kAlongK ? C::kColumns : C::kRows, kParts)) {
-    return cudaErrorInvalidValue;
+  const PartsMatrix &a = one.a, &b = one.b;
+  auto& maps = products.maps[products.count];
+  auto& entry = products.entries[products.count];
+  ++products.count;
+  entry.schedule = schedule;
+  entry.target = {one.to,     a.exponents,       b.exponents, schedule.m,
+                  schedule.n, schedule.triangle, one.scale};
+  entry.gaps_b = Gaps(b);
+  return encode<typename C::T>(maps.a, boxed(a), C::kAlongK ? kTileRows : C::kRows, kParts) &&
+         encode<typename C::T>(maps.b, boxed(b), C::kAlongK ? C::kColumns : C::kRows, kParts);
+}
+
+// products: longer items first. workspace: their partial sums.
+template <class C, int Most>
+cudaError_t run_products(Products<Most>& products, float* workspace, cudaStream_t stream) {
+  int items = 0, sums = 0;
+  int64_t partial = 0;
+  for (int i = 0; i < products.count; ++i) {
+    auto& entry = products.entries[i];
+    entry.first_item = items;
+    entry.first_sum = sums;
+    entry.partial = partial;
+    items += entry.schedule.items();
+    sums += entry.schedule.split_tiles() * (C::kColumns / 8);
+    partial += entry.schedule.partial();
   }
-  const Target target{to, a.exponents, b.exponents, schedule.m, schedule.n, schedule.triangle};
-  const int64_t slots = resident_blocks(reinterpret_cast<const void*>(parts_product_kernel<C>),
-                                        C::kThreads, C::kShared);
-  const int64_t blocks = std::min<int64_t>(slots, schedule.items());
-  cudaError_t error =
-      launch(parts_product_kernel<C>, dim3(static_cast<unsigned>(blocks)), dim3(C::kThreads),
-             C::kShared, stream, map_a, map_b, schedule, target, workspace, Gaps(b));
-  if (error == cudaSuccess && schedule.splits > 1) {
-    const int pieces = (schedule.tiles - schedule.whole) * (C::kColumns / 8);
-    error = launch(add_splits_kernel<C::kColumns>, dim3(static_cast<unsigned>(pieces)),
-                   dim3(kThreads), 0, stream, schedule, target, workspace);
+  products.items = items;
+  // What a kernel's parameters may take.
+  static_assert(sizeof(products) + sizeof(workspace) <= 32764);
+  const int64_t blocks = std::min<int64_t>(slots_of<C, Most>(), items);
+  cudaError_t error = launch(parts_product_kernel<C, Most>, dim3(static_cast<unsigned>(blocks)),
+                             dim3(C::kThreads), C::kShared, stream, products, workspace);
+  if (error == cudaSuccess && sums > 0) {
+    error = launch(add_splits_kernel<C::kColumns, Most>, dim3(static_cast<unsigned>(sums)),
+                   dim3(kThreads), 0, stream, products, workspace);
   }
   return error;
 }
@@ -534,16 +649,148 @@ PartsProduct::PartsProduct(PartsType type, bool along_k, int64_t m, int64_t n, i
 }
 
 int64_t PartsProduct::workspace() const {
-  if (schedule_.splits == 1) return 0;
-  return static_cast<int64_t>(schedule_.tiles - schedule_.whole) * schedule_.splits *
-         (parts::kTileRows * schedule_.column_tile);
+  return schedule_.partial();
 }
 
 cudaError_t PartsProduct::run(const PartsMatrix& a, const PartsMatrix& b, const PartsTarget& target,
                               float* workspace, cudaStream_t stream) const {
   return parts::with_config(type_, along_k_, schedule_.column_tile, [&](auto tag) {
-    return parts::run_product<typename decltype(tag)::Type>(schedule_, a, b, target, workspace,
-                                                            stream);
+    using C = typename decltype(tag)::Type;
+    parts::Products<1> products{};
+    if (!parts::add_product<C>(products, schedule_, {a, b, target, {}})) {
+      return cudaErrorInvalidValue;
+    }
+    return parts::run_products<C>(products, workspace, stream);
+  });
+}
+
+namespace parts {
+
+// A product's schedule and its place among those that were given.
+struct Planned {
+  PartsSchedule schedule;
+  size_t index;
+};
+
+// How long the longest block works, where blocks take their items as Products::item says; longer
+// items first. The items of a product are neighbours: what a round of theirs adds, begins at one
+// block and ends at another.
+template <class C>
+double time_of(const std::vector<Planned>& products, int64_t slots) {
+  std::vector<double> changes(static_cast<size_t>(slots + 1));
+  double traffic = 0;
+  int64_t place = 0;
+  bool backwards = false;
+  for (const Planned& one : products) {
+    const PartsSchedule& schedule = one.schedule;
+    const auto add = [&](int64_t count, int chunks) {
+      const double time = chunks * Times<C>::kChunk + Times<C>::kWrite;
+      while (count > 0) {
+        const int64_t here = std::min(count, slots - place);
+        const int64_t begin = backwards ? slots - place - here : place;
+        changes[static_cast<size_t>(begin)] += time;
+        changes[static_cast<size_t>(begin + here)] -= time;
+        count -= here;
+        place += here;
+        if (place == slots) place = 0, backwards = !backwards;
+      }
+    };
+    add(schedule.whole, schedule.chunks);
+    add(schedule.items() - schedule.whole, schedule.split_chunks);
+    traffic += static_cast<double>(schedule.split_tiles()) * schedule.splits * Times<C>::kTraffic;
+  }
+  double load = 0, longest = 0;
+  for (const double change : changes) {
+    load += change;
+    longest = std::max(longest, load);
+  }
+  return traffic + longest;
+}
+
+// One product as if it were alone; several by tiles as a whole, or by splits of which none takes
+// more than a share of what the device takes in all: what takes the least time.
+template <class C>
+std::vector<Planned> plan(const std::vector<PartsSize>& sizes, double& cost) {
+  const int64_t slots = slots_of<C, kMostProducts>();
+  const auto longer = [](const Planned& one, const Planned& other) {
+    return one.schedule.split_chunks > other.schedule.split_chunks;
+  };
+  std::vector<Planned> whole;
+  double all = 0;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    const PartsSize& size = sizes[i];
+    whole.push_back({sizes.size() == 1 ? schedule_of<C>(size.m, size.n, size.k, false)
+                                       : whole_schedule<C>(size.m, size.n, size.k, false),
+                     i});
+    const PartsSchedule& one = whole.back().schedule;
+    all += one.tiles * (one.chunks * Times<C>::kChunk + Times<C>::kWrite);
+  }
+  std::stable_sort(whole.begin(), whole.end(), longer);
+  cost = time_of<C>(whole, slots);
+  std::vector<Planned> best = whole;
+  if (sizes.size() == 1) return best;
+  for (const double share : {1.0, 0.67, 0.5, 0.33, 0.25}) {
+    const double most = share * all / static_cast<double>(slots);
+    const auto most_chunks = std::max(static_cast<int>(most / Times<C>::kChunk), 1);
+    if (most_chunks >= whole.front().schedule.chunks) continue;
+    std::vector<Planned> products = whole;
+    int64_t partial = 0;
+    for (Planned& one : products) {
+      PartsSchedule& schedule = one.schedule;
+      if (schedule.chunks <= most_chunks) continue;
+      const int count = (schedule.chunks - 1) / most_chunks + 1;
+      schedule.split_chunks = (schedule.chunks - 1) / count + 1;
+      schedule.splits = (schedule.chunks - 1) / schedule.split_chunks + 1;
+      schedule.whole = 0;
+      partial += schedule.partial();
+    }
+    // Partial sums of 256 MB at most.
+    if (partial > int64_t{1} << 26) break;
+    std::stable_sort(products.begin(), products.end(), longer);
+    const double time = time_of<C>(products, slots);
+    if (time < cost) best = std::move(products), cost = time;
+  }
+  return best;
+}
+
+// visit(Config) of a grouped product's kernel.
+template <class Visit>
+auto with_grouped_config(int columns, Visit visit) {
+  return columns == 256 ? visit(ConfigTag<ThreeAlongK<256>>())
+                        : visit(ConfigTag<ThreeAlongK<128>>());
+}
+
+}  // namespace parts
+
+GroupedPartsProduct::GroupedPartsProduct(const std::vector<PartsSize>& sizes, int column_tile) {
+  const auto planned = [&](int columns, double& cost) {
+    return parts::with_grouped_config(
+        columns, [&](auto tag) { return parts::plan<typename decltype(tag)::Type>(sizes, cost); });
+  };
+  std::vector<parts::Planned> best = planned(column_tile == 0 ? 256 : column_tile, cost_);
+  if (column_tile == 0) {
+    double cost = 0;
+    std::vector<parts::Planned> narrow = planned(128, cost);
+    if (cost < cost_) best = std::move(narrow), cost_ = cost;
+  }
+  for (const parts::Planned& one : best) {
+    schedules_.push_back(one.schedule);
+    order_.push_back(one.index);
+    workspace_ += one.schedule.partial();
+  }
+}
+
+cudaError_t GroupedPartsProduct::run(const std::vector<GroupedPart>& products, float* workspace,
+                                     cudaStream_t stream) const {
+  return parts::with_grouped_config(schedules_.front().column_tile, [&](auto tag) {
+    using C = typename decltype(tag)::Type;
+    parts::Products<kMostProducts> all{};
+    for (size_t i = 0; i < order_.size(); ++i) {
+      if (!parts::add_product<C>(all, schedules_[i], products[order_[i]])) {
+        return cudaErrorInvalidValue;
+      }
+    }
+    return parts::run_products<C>(all, workspace, stream);
   });
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "axis.h"
 
@@ -41,6 +42,16 @@ struct PartsTarget {
   bool add;
 };
 
+// What a product is multiplied with, element by element: data(row, column); rows other than 0: of
+// row % rows. Null: nothing.
+struct PartsScale {
+  const float* data = nullptr;
+  int64_t row_step = 0, column_step = 0;
+  int rows = 0;
+
+  __device__ const float* row(int i) const { return data + (rows == 0 ? i : i % rows) * row_step; }
+};
+
 // How a product's work is cut, in tiles of 128 rows: first whole tiles, a multiple of the blocks
 // that run at once, then splits (of so many chunks of k) of those that are left.
 struct PartsSchedule {
@@ -55,6 +66,9 @@ struct PartsSchedule {
     return rows < row_tiles ? rows : row_tiles;
   }
   __host__ __device__ int items() const { return whole + (tiles - whole) * splits; }
+  // Tiles whose splits are added, and the elements of float of their partial sums.
+  int split_tiles() const { return splits > 1 ? tiles - whole : 0; }
+  int64_t partial() const { return int64_t{split_tiles()} * splits * (128 * column_tile); }
 };
 
 // Whether the current device multiplies this way.
@@ -84,6 +98,46 @@ class PartsProduct {
   PartsType type_;
   bool along_k_;
   PartsSchedule schedule_;
+};
+
+// Products of one launch.
+constexpr int kMostProducts = 64;
+
+struct PartsSize {
+  int64_t m, n, k;
+};
+
+// A [m, k] and B [n, k] of two float16, along k.
+struct GroupedPart {
+  PartsMatrix a, b;
+  PartsTarget to;
+  PartsScale scale;
+};
+
+// Up to kMostProducts products A B^T, times a scale each, in one launch (grouped): small ones fill
+// the device together.
+class GroupedPartsProduct {
+ public:
+  // Of at least one product, none of them empty.
+  explicit GroupedPartsProduct(const std::vector<PartsSize>& sizes, int column_tile = 0);
+
+  // Elements of float that run needs.
+  int64_t workspace() const { return workspace_; }
+  // Estimated, in microseconds.
+  double cost() const { return cost_; }
+
+  // In the order of the sizes.
+  cudaError_t run(const std::vector<GroupedPart>& products, float* workspace,
+                  cudaStream_t stream) const;
+
+  // Longer items first.
+  const std::vector<PartsSchedule>& schedules() const { return schedules_; }
+
+ private:
+  std::vector<PartsSchedule> schedules_;
+  std::vector<size_t> order_;
+  int64_t workspace_ = 0;
+  double cost_ = 0;
 };
 
 }  // namespace hesskern::cuda

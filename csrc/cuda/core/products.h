@@ -24,11 +24,12 @@ struct Product {
   int64_t m, n, k_begin, k_end;
 };
 
-// From where on a product is a launch of its own (large_products.h): packing and multiplying are up
-// to eight launches, which smaller ones share.
+// From where on products go by parts (large_products.h): with sides of so many rows and columns at
+// least, if together they take longer at this rate, in operations a microsecond: multiply_all's, as
+// measured on an H200.
 struct LargeFrom {
-  double operations = 2147483648.0;  // m n k
-  int64_t side = 128;                // m and n
+  int64_t side = 32;
+  double rate = 36e6;
 };
 
 // All products, which must not need each other's results. T is float or double; tf32: round float32

@@ -176,6 +176,9 @@ __device__ inline void wait_for_copies() {
 __device__ inline int read_only(const int* pointer) {
   return __ldg(pointer);
 }
+__device__ inline float read_only(const float* pointer) {
+  return __ldg(pointer);
+}
 
 // *flag = 1, by any number of threads.
 __device__ inline void raise_flag(int* flag) {

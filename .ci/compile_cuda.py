@@ -25,9 +25,10 @@ USED = re.compile(r"Used (\d+) registers")
 # a slab of rows is multiplied. Shapes without them were slower on an H200: 238 us instead of 205
 # for 128 columns, 687 instead of 625 for 256.
 BORNE = {
-    "block_gram_kernel<Shape<4, 4, 5>": 8,
-    "block_gram_kernel<Shape<7, 12, 5>": 8,
-    "block_gram_kernel<Shape<8, 12, 6>": 64,
+    "block_gram_kernel<BlockShape<4, 4, 5>": 8,
+    "block_gram_kernel<BlockShape<7, 12, 5>": 8,
+    "block_gram_kernel<BlockShape<8, 12, 6>": 64,
+    "block_halves_kernel<BlockShape<8, 12, 6>": 8,
 }
 # What a file with warpgroup products includes.
 WARPGROUP = '#include "wgmma.h"'

@@ -6,15 +6,17 @@
 namespace hesskern::cuda {
 
 // Gram matrices of up to 256 columns at one read of the data: sum.acc [m, m] += alpha z^T z. Where
-// fits() is false there is no kernel, or no device memory for it.
+// fits() is false there is no kernel, or no device memory for it. 16-bit rows as they are:
+// block_gram_halves.h.
 
 // Fewer columns are mostly padding here.
 constexpr int64_t kFewestBlockColumns = 65;
 
 // Rows z of softmax samples, sqrt(p_c) (g_c - sum_c' p_c' g_c'); jacobian g [N, c, m] with
-// contiguous rows, probabilities p [N, c] contiguous.
+// contiguous rows of In (float, BFloat16 or Float16), probabilities p [N, c] contiguous.
+template <typename In>
 struct BlockSamples {
-  const float* jacobian;
+  const In* jacobian;
   const float* probabilities;
   int64_t samples, classes, columns;
   int64_t sample_stride, class_stride;

@@ -6,10 +6,12 @@
 // d >= 128, by memory below. Rows whose elements lie side by side at multiples of 16 bytes are
 // copied to shared memory three steps ahead; others, and those with ones, go through registers.
 // On compute capability 9.0 larger sums are products of core/parts_product.h.
-// Contiguous rows of few columns have kernels of their own (narrow_rows.cu, block_gram.cu).
+// Contiguous rows of few columns have kernels of their own (narrow_rows.cu, block_gram.cu,
+// block_gram_halves.cu).
 #include <type_traits>
 
 #include "block_gram.h"
+#include "block_gram_halves.h"
 #include "core/elements.h"
 #include "core/stage.h"
 #include "core/symmetric.h"
@@ -74,12 +76,16 @@ Work<T> InputCovariance<In, T>::plan() const {
       const NarrowRows<In> narrow{x, rows, columns, nullptr, 1, sum};
       if (narrow.fits()) return narrow.plan();
     }
-    if constexpr (std::is_same_v<In, float>) {
-      if (!ones && columns >= kFewestBlockColumns && row_axis.inner == 0 &&
-          column_axis.inner == 0 && column_axis.step == 1) {
-        const BlockRows block{x, rows, columns, row_axis.step, sum};
-        if (block.fits()) return block.plan();
-      }
+    if (!ones && columns >= kFewestBlockColumns && row_axis.inner == 0 && column_axis.inner == 0 &&
+        column_axis.step == 1) {
+      const auto block = [&] {
+        if constexpr (sizeof(In) == 2) {
+          return BlockHalves<In>{x, rows, columns, 1, row_axis.step, 1, false, sum};
+        } else {
+          return BlockRows{x, rows, columns, row_axis.step, sum};
+        }
+      }();
+      if (block.fits()) return block.plan();
     }
     if (as_parts(*this)) {
       if constexpr (sizeof(In) == 2) {

@@ -25,18 +25,6 @@ constexpr int kMostRows = 64, kFewRows = 8;
 // So that a sample's offsets are ints.
 constexpr int64_t kMostPositions = 1 << 24;
 
-// Starts to copy the first count of four values, zeros behind them; kVector: at once, for aligned
-// sources and counts of 0 or 4.
-template <bool kVector, typename In>
-__device__ inline void copy_positions(Four<In>* shared, const In* global, int count) {
-  if constexpr (sizeof(In) == 2) {
-    static_assert(kVector, "16-bit elements are not copied one by one");
-    copy_two_words(shared, global, count > 0);
-  } else {
-    copy_four(shared->value, global, count, kVector);
-  }
-}
-
 // partial [blocks, size of a triangle]; Steps sixteens of positions a stage.
 template <typename In, int Blocks, int Steps, int Stages, bool kVector>
 __global__ void __launch_bounds__(kGramThreads, kGramBlocks)
@@ -44,6 +32,7 @@ __global__ void __launch_bounds__(kGramThreads, kGramBlocks)
   using Triangle = WarpTriangle<Blocks>;
   constexpr int kEights = Triangle::kEights, kDepth = 16 * Steps;
   constexpr int kStageSize = Steps * kEights * 32;
+  static_assert(kVector || sizeof(In) == 4, "16-bit elements are not copied one by one");
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int row = lane / 4, t = lane % 4;
   Four<In>* const stages =
@@ -70,8 +59,8 @@ __global__ void __launch_bounds__(kGramThreads, kGramBlocks)
 #pragma unroll
       for (int b = 0; b < kEights; ++b) {
         const int count = b * 8 + row >= rows || left < 0 ? 0 : left < 4 ? left : 4;
-        copy_positions<kVector>(to + (s * kEights + b) * 32,
-                                count > 0 ? from + b * 8 * positions + s * 16 : call.x, count);
+        copy_four(to[(s * kEights + b) * 32].value,
+                  count > 0 ? from + b * 8 * positions + s * 16 : call.x, count, kVector);
       }
     }
     close_copies();

@@ -231,6 +231,20 @@ NarrowRows<In> narrow_rows(const OutputHessian<In, float>& call) {
           call.classes,  call.sum};
 }
 
+// The call for the kernel of 65 to 256 columns; without samples if that cannot take its layout.
+template <typename In>
+BlockSamples<In> block_samples(const OutputHessian<In, float>& call) {
+  const bool neighbours = call.positions == 1 && call.output_stride == 1;
+  return {call.jacobian,
+          call.probabilities,
+          neighbours && call.outputs >= kFewestBlockColumns ? call.samples : 0,
+          call.classes,
+          call.outputs,
+          call.sample_stride,
+          call.class_stride,
+          call.sum};
+}
+
 // The centred rows of samples first_row / classes, ..., as 16-bit parts.
 CentreSplit centred_parts(const OutputHessian<float>& call, int64_t first_row,
                           const PackedRows& to) {
@@ -271,24 +285,24 @@ Work<float> plan_parts(const OutputHessian<float>& call) {
 
 template <typename In, typename T>
 bool OutputHessian<In, T>::readable() const {
-  if constexpr (!std::is_same_v<In, T>) return narrow_rows(*this).fits();
+  if constexpr (!std::is_same_v<In, T>) {
+    return narrow_rows(*this).fits() || block_samples(*this).fits();
+  }
   return true;
 }
 
 template <typename In, typename T>
 Work<T> OutputHessian<In, T>::plan() const {
   if constexpr (!std::is_same_v<In, T>) {
-    return narrow_rows(*this).plan();
+    const NarrowRows<In> narrow = narrow_rows(*this);
+    return narrow.fits() ? narrow.plan() : block_samples(*this).plan();
   } else {
     if constexpr (sizeof(T) == 4) {
       const NarrowRows<T> narrow = narrow_rows(*this);
       if (narrow.fits()) return narrow.plan();
-      if (positions == 1 && output_stride == 1) {
-        const BlockSamples block{jacobian, probabilities, samples,      classes,
-                                 outputs,  sample_stride, class_stride, sum};
-        if (outputs >= kFewestBlockColumns && block.fits()) return block.plan();
-        if (as_parts(*this)) return plan_parts(*this);
-      }
+      const BlockSamples<T> block = block_samples(*this);
+      if (block.fits()) return block.plan();
+      if (positions == 1 && output_stride == 1 && as_parts(*this)) return plan_parts(*this);
       if (rows_are_copied(*this)) {
         return with_tile(*this, [&](auto tag) {
           using Tile = typename decltype(tag)::Type;

@@ -1,10 +1,12 @@
 // Output Hessian from rows of a root of it: a Gram matrix of the Jacobian's rows.
 //
-// Contiguous rows of positions have kernels of their own (narrow_positions.cu, block_gram.cu); all
-// others are an input covariance (input_covariance.cu), which has some for narrow rows.
+// Contiguous rows of positions have kernels of their own (narrow_positions.cu, block_gram.cu,
+// block_gram_halves.cu); all others are an input covariance (input_covariance.cu), which has some
+// for narrow rows.
 #include <type_traits>
 
 #include "block_gram.h"
+#include "block_gram_halves.h"
 #include "input_covariance.h"
 #include "narrow_positions.h"
 #include "root_rows.h"
@@ -58,12 +60,15 @@ Work<T> RootRows<In, T>::plan() const {
     const NarrowPositions<In> narrow{jacobian, samples * classes, outputs, positions, sum};
     if (contiguous_positions(*this)) {
       if (narrow.fits()) return narrow.plan();
-      if constexpr (std::is_same_v<In, float>) {
-        const int64_t size = outputs * positions;
-        const BlockPositions block{jacobian, samples * classes, outputs, positions,
-                                   size,     positions,         sum};
-        if (outputs >= kFewestBlockColumns && block.fits()) return block.plan();
-      }
+      const int64_t size = outputs * positions, all = samples * classes;
+      const auto block = [&] {
+        if constexpr (sizeof(In) == 2) {
+          return BlockHalves<In>{jacobian, all, outputs, positions, size, positions, true, sum};
+        } else {
+          return BlockPositions{jacobian, all, outputs, positions, size, positions, sum};
+        }
+      }();
+      if (outputs >= kFewestBlockColumns && block.fits()) return block.plan();
     }
   }
   const InputCovariance<In, T> rows{jacobian,

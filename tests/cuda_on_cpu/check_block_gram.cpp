@@ -1,12 +1,16 @@
-// block_gram.cu on the CPU.
+// block_gram.cu and block_gram_halves.cu on the CPU.
 #include <algorithm>
 #include <utility>
 
 #include "accumulator.h"
 #include "block_gram.h"
+#include "block_gram_halves.h"
 #include "check.h"
 #include "checks.h"
 #include "core/warp.h"
+#include "input_covariance.h"
+#include "output_hessian.h"
+#include "root_rows.h"
 
 namespace hesskern::cuda::check {
 
@@ -38,6 +42,11 @@ struct Layout {
 std::string describe(const Layout& layout) {
   return " gap " + std::to_string(layout.gap) + " shift " + std::to_string(layout.shift) + " on " +
          std::to_string(layout.processors) + (layout.capability < 90 ? " without bulk copies" : "");
+}
+
+template <typename In>
+std::string name_of() {
+  return std::is_same_v<In, float> ? "" : std::is_same_v<In, BFloat16> ? " bfloat16" : " float16";
 }
 
 // sum [d, d] += of double rows.
@@ -72,11 +81,13 @@ void run_on(const Call& call, Accumulator<float>& acc, const std::string& name,
   emulation::device() = emulation::Properties();
 }
 
+template <typename In = float>
 void samples(int64_t n, int64_t c, int64_t m, const Layout& layout = {},
              Numbers numbers = Numbers::kNormal) {
   const int64_t pitch = m + layout.gap;
-  const Memory<float> memory(layout.shift + n * c * pitch), p(n * c);
-  float* const g = memory.data() + layout.shift;
+  const Memory<In> memory(layout.shift + n * c * pitch);
+  const Memory<float> p(n * c);
+  In* const g = memory.data() + layout.shift;
   Accumulator<float> acc = accumulator(m, numbers);
   for (int64_t i = 0; i < n; ++i) {
     double total = 0;
@@ -85,89 +96,114 @@ void samples(int64_t n, int64_t c, int64_t m, const Layout& layout = {},
     std::vector<double> mean(static_cast<size_t>(m)), row(static_cast<size_t>(m));
     for (int64_t j = 0; j < c; ++j) {
       for (int64_t a = 0; a < m; ++a) {
-        float& value = g[(i * c + j) * pitch + a];
-        value = static_cast<float>((1 + normal()) * magnitude(numbers, i, a));
-        mean[static_cast<size_t>(a)] += static_cast<double>(p[i * c + j]) * value;
+        In& value = g[(i * c + j) * pitch + a];
+        value = store<In>((1 + normal()) * magnitude(numbers, i, a));
+        mean[static_cast<size_t>(a)] += static_cast<double>(p[i * c + j]) * value_of(value);
       }
     }
     for (int64_t j = 0; j < c; ++j) {
       for (int64_t a = 0; a < m; ++a) {
-        row[static_cast<size_t>(a)] = std::sqrt(static_cast<double>(p[i * c + j])) *
-                                      (g[(i * c + j) * pitch + a] - mean[static_cast<size_t>(a)]);
+        row[static_cast<size_t>(a)] =
+            std::sqrt(static_cast<double>(p[i * c + j])) *
+            (value_of(g[(i * c + j) * pitch + a]) - mean[static_cast<size_t>(a)]);
       }
       add_product(acc, row, m);
     }
   }
-  run_on(BlockSamples{g, p.data(), n, c, m, c * pitch, pitch, acc.sum}, acc,
-         "block_gram samples [" + std::to_string(n) + ", " + std::to_string(c) + ", " +
-             std::to_string(m) + "]" + describe(layout) + name_of(numbers),
+  run_on(BlockSamples<In>{g, p.data(), n, c, m, c * pitch, pitch, acc.sum}, acc,
+         "block_gram samples" + name_of<In>() + " [" + std::to_string(n) + ", " +
+             std::to_string(c) + ", " + std::to_string(m) + "]" + describe(layout) +
+             name_of(numbers),
          layout);
 }
 
+template <typename In = float>
 void rows(int64_t n, int64_t m, const Layout& layout = {}, Numbers numbers = Numbers::kNormal) {
   const int64_t pitch = m + layout.gap;
-  const Memory<float> memory(layout.shift + n * pitch);
-  float* const x = memory.data() + layout.shift;
+  const Memory<In> memory(layout.shift + n * pitch);
+  In* const x = memory.data() + layout.shift;
   Accumulator<float> acc = accumulator(m, numbers);
   std::vector<double> row(static_cast<size_t>(m));
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t a = 0; a < m; ++a) {
-      float& value = x[i * pitch + a];
-      value = static_cast<float>(normal() * magnitude(numbers, i, a));
-      row[static_cast<size_t>(a)] = value;
+      In& value = x[i * pitch + a];
+      value = store<In>(normal() * magnitude(numbers, i, a));
+      row[static_cast<size_t>(a)] = value_of(value);
     }
     add_product(acc, row, m);
   }
-  run_on(BlockRows{x, n, m, pitch, acc.sum}, acc,
-         "block_gram rows [" + std::to_string(n) + ", " + std::to_string(m) + "]" +
-             describe(layout) + name_of(numbers),
+  const auto call = [&] {
+    if constexpr (sizeof(In) == 2) {
+      return BlockHalves<In>{x, n, m, 1, pitch, 1, false, acc.sum};
+    } else {
+      return BlockRows{x, n, m, pitch, acc.sum};
+    }
+  }();
+  run_on(call, acc,
+         "block_gram rows" + name_of<In>() + " [" + std::to_string(n) + ", " + std::to_string(m) +
+             "]" + describe(layout) + name_of(numbers),
          layout);
 }
 
+template <typename In = float>
 void positions(int64_t n, int64_t m, int64_t t, const Layout& layout = {},
                Numbers numbers = Numbers::kNormal) {
   const int64_t pitch = t + layout.gap;
-  const Memory<float> memory(layout.shift + n * m * pitch);
-  float* const x = memory.data() + layout.shift;
+  const Memory<In> memory(layout.shift + n * m * pitch);
+  In* const x = memory.data() + layout.shift;
   Accumulator<float> acc = accumulator(m, numbers);
   std::vector<double> row(static_cast<size_t>(m));
   for (int64_t i = 0; i < n; ++i) {
     for (int64_t a = 0; a < m; ++a) {
       for (int64_t b = 0; b < t; ++b) {
-        x[(i * m + a) * pitch + b] = static_cast<float>(normal() * magnitude(numbers, i, a));
+        x[(i * m + a) * pitch + b] = store<In>(normal() * magnitude(numbers, i, a));
       }
     }
     for (int64_t b = 0; b < t; ++b) {
-      for (int64_t a = 0; a < m; ++a) row[static_cast<size_t>(a)] = x[(i * m + a) * pitch + b];
+      for (int64_t a = 0; a < m; ++a)
+        row[static_cast<size_t>(a)] = value_of(x[(i * m + a) * pitch + b]);
       add_product(acc, row, m);
     }
   }
-  run_on(BlockPositions{x, n, m, t, m * pitch, pitch, acc.sum}, acc,
-         "block_gram positions [" + std::to_string(n) + ", " + std::to_string(m) + ", " +
-             std::to_string(t) + "]" + describe(layout) + name_of(numbers),
+  const auto call = [&] {
+    if constexpr (sizeof(In) == 2) {
+      return BlockHalves<In>{x, n, m, t, m * pitch, pitch, true, acc.sum};
+    } else {
+      return BlockPositions{x, n, m, t, m * pitch, pitch, acc.sum};
+    }
+  }();
+  run_on(call, acc,
+         "block_gram positions" + name_of<In>() + " [" + std::to_string(n) + ", " +
+             std::to_string(m) + ", " + std::to_string(t) + "]" + describe(layout) +
+             name_of(numbers),
          layout);
 }
 
 // One number that is none, anywhere: the diagonal must show it.
 void not_a_number(float bad) {
   bool good = true;
-  constexpr int64_t n = 9, c = 3, m = 70;
+  constexpr int64_t n = 9, c = 3, m = 70, wide = 132;
   const auto shows = [&](const auto& call, Accumulator<float>& acc) {
     const Work<float> work = call.plan();
     const Memory<float> workspace(work.workspace);
     if (work.run(workspace.data(), nullptr) != cudaSuccess) return false;
-    for (int64_t i = 0; i < m; ++i) {
+    for (int64_t i = 0; i < acc.sum.order; ++i) {
       if (!std::isfinite(acc.at(0, i, i))) return true;
     }
     return false;
   };
   for (const int64_t at : {int64_t{0}, (4 * c + 1) * m + 37, n * c * m - 1}) {
-    const Memory<float> x(n * c * m), p(n * c);
-    for (int64_t i = 0; i < n * c * m; ++i) x[i] = static_cast<float>(normal());
+    const Memory<float> x(n * c * wide), p(n * c);
+    for (int64_t i = 0; i < n * c * wide; ++i) x[i] = static_cast<float>(normal());
     for (int64_t i = 0; i < n * c; ++i) p[i] = 1.0f / c;
     x[at] = bad;
     Accumulator<float> centred(1, m, m, 1.0f), plain(1, m, m, 1.0f), along(1, m, m, 1.0f);
-    good = good && shows(BlockSamples{x.data(), p.data(), n, c, m, c * m, m, centred.sum}, centred);
+    Accumulator<float> roles(1, wide, wide, 1.0f);
+    good = good &&
+           shows(BlockSamples<float>{x.data(), p.data(), n, c, wide, c * wide, wide, roles.sum},
+                 roles);
+    good = good &&
+           shows(BlockSamples<float>{x.data(), p.data(), n, c, m, c * m, m, centred.sum}, centred);
     good = good && shows(BlockRows{x.data(), n * c, m, m, plain.sum}, plain);
     good = good && shows(BlockPositions{x.data(), 1, m, n * c, 0, n * c, along.sum}, along);
   }
@@ -225,6 +261,62 @@ void long_sum(int64_t slab_rows, int blocks) {
          std::sqrt(difference / norm), 2e-6);
 }
 
+// 16-bit numbers: every number of groups of 32 columns and every size of a copy; each is one
+// kernel for rows, one for positions and one for samples (without bulk copies).
+template <typename In>
+void halves() {
+  const Layout lanes{0, 0, 1, 80}, gap_of_two{2, 2, 1}, one{0, 0, 1};
+  for (const int64_t m : {72, 100, 132, 180, 196, 228}) {
+    samples<In>(2, 3, m, lanes);
+    rows<In>(35, m, m == 100 ? gap_of_two : one);
+    positions<In>(1, m, m == 132 ? 34 : 44, one);
+  }
+}
+
+// Slabs one after another, slabs that are not full, numbers far apart: of one type.
+template <typename In>
+void more_halves() {
+  const Layout one{0, 0, 1}, gap_of_two{2, 2, 1}, gap_of_four{4, 4, 1};
+  samples<In>(21, 10, 80);
+  samples<In>(11, 9, 68, one);
+  samples<In>(10, 3, 72, {}, Numbers::kColumnsApart);
+  rows<In>(1, 66);
+  rows<In>(300, 66, one);
+  rows<In>(129, 67, {5, 8, 1});
+  rows<In>(70, 68, gap_of_four);
+  rows<In>(90, 72, one, Numbers::kColumnsApart);
+  positions<In>(1, 65, 2);
+  positions<In>(5, 65, 50, gap_of_two);
+  positions<In>(2, 65, 92, gap_of_four);
+  positions<In>(2, 70, 67, {5, 8, 1});
+}
+
+// What a caller gets that knows nothing of these kernels, and where they refuse.
+template <typename In>
+void halves_are_chosen() {
+  bool good = true;
+  Accumulator<float> acc(1, 96, 96, 1.0f);
+  const Memory<In> x(64 * 96);
+  const In* const at = x.data();
+  good = good && BlockHalves<In>{at, 64, 96, 1, 96, 1, false, acc.sum}.fits();
+  // Not at odd steps or places, nor where the last four elements of a line are not all there.
+  good = good && !BlockHalves<In>{at + 1, 64, 96, 1, 96, 1, false, acc.sum}.fits();
+  good = good && !BlockHalves<In>{at, 64, 96, 1, 97, 1, false, acc.sum}.fits();
+  good = good && !BlockHalves<In>{at, 2, 96, 33, 96 * 34, 34, true, acc.sum}.fits();
+  good = good && BlockHalves<In>{at, 2, 96, 34, 96 * 34, 34, true, acc.sum}.fits();
+  good = good && !BlockHalves<In>{at, 0, 96, 1, 96, 1, false, acc.sum}.fits();
+  good = good && !BlockHalves<In>{at, 64, 95, 1, 96, 1, false, acc.sum}.fits();
+  good = good && !BlockHalves<In>{at, 2, 96, int64_t{1} << 40, 8, 8, true, acc.sum}.fits();
+  const Memory<float> p(4);
+  const auto softmax = [&](int64_t shift, int64_t class_stride) {
+    return OutputHessian<In, float>{at + shift,       p.data(),     2, 2, 96,    1,
+                                    2 * class_stride, class_stride, 1, 0, false, acc.sum}
+        .readable();
+  };
+  good = good && softmax(0, 96) && softmax(4, 100) && !softmax(2, 96) && !softmax(0, 98);
+  report("block_gram halves fit" + name_of<In>(), good ? 0 : 1, 0);
+}
+
 void does_not_fit() {
   const auto wide = [](int64_t groups, int64_t order) {
     SymmetricSum<float> sum{};
@@ -232,8 +324,8 @@ void does_not_fit() {
     return sum;
   };
   const SymmetricSum<float> sum = wide(1, 256);
-  bool good = !BlockSamples{nullptr, nullptr, 9, 40, 256, 40 * 256, 256, sum}.fits();
-  good = good && BlockSamples{nullptr, nullptr, 9, 20, 256, 20 * 256, 256, sum}.fits();
+  bool good = !BlockSamples<float>{nullptr, nullptr, 9, 40, 256, 40 * 256, 256, sum}.fits();
+  good = good && BlockSamples<float>{nullptr, nullptr, 9, 20, 256, 20 * 256, 256, sum}.fits();
   good = good && !BlockRows{nullptr, 9, 257, 257, wide(1, 257)}.fits();
   good = good && !BlockRows{nullptr, 9, 256, 256, wide(1, 257)}.fits();
   good = good && !BlockRows{nullptr, 9, 256, 256, wide(2, 256)}.fits();
@@ -243,7 +335,7 @@ void does_not_fit() {
   good = good && BlockPositions{nullptr, 1 << 10, 256, 1 << 20, 256 << 20, 1 << 20, sum}.fits();
   // On a device with little shared memory not even one buffer fits.
   emulation::device().most_shared = 99 << 10;
-  good = good && !BlockSamples{nullptr, nullptr, 9, 20, 256, 20 * 256, 256, sum}.fits();
+  good = good && !BlockSamples<float>{nullptr, nullptr, 9, 20, 256, 20 * 256, 256, sum}.fits();
   emulation::device() = emulation::Properties();
   report("block_gram fits", good ? 0 : 1, 0);
 }
@@ -253,7 +345,14 @@ void does_not_fit() {
 void check_block_gram(bool few) {
   samples(9, 3, 70);
   positions(2, 66, 20);
+  rows<BFloat16>(140, 66, {0, 0, 1});
+  positions<Float16>(3, 66, 72, {0, 0, 1});
+  samples(30, 3, 132, {0, 0, 1});
   if (few) return;
+  halves<BFloat16>();
+  halves<Float16>();
+  more_halves<BFloat16>();
+  halves_are_chosen<Float16>();
   rows(21, 140);
   // Every number of groups of 32 columns; whole samples by the copy engine, by lanes in pieces of
   // 16 bytes and in words; slabs that are not full, and several a block.

@@ -262,4 +262,11 @@ __device__ inline void copy_four(float* shared, const float* global, int count, 
   }
 }
 
+// The same for 16-bit numbers, of which all four are there or none, at a multiple of 8 bytes.
+template <typename T>
+__device__ inline void copy_four(T* shared, const T* global, int count, bool) {
+  static_assert(sizeof(T) == 2);
+  copy_two_words(shared, global, count > 0);
+}
+
 }  // namespace hesskern::cuda

@@ -31,7 +31,7 @@ BORNE = {
     "block_halves_kernel<BlockShape<8, 12, 6>": 8,
 }
 # What a file with warpgroup products includes.
-WARPGROUP = '#include "wgmma.h"'
+WARPGROUP = re.compile(r'#include "(core/)?wgmma\.h"')
 SHARED = re.compile(r"(\d+) bytes smem")
 
 
@@ -48,7 +48,7 @@ def compile_one(source: Path, output: Path, architectures: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{source.relative_to(ROOT)}:\n{done.stdout}{done.stderr}")
-    if "90a" in architectures and WARPGROUP in source.read_text() and shutil.which("cuobjdump"):
+    if "90a" in architectures and WARPGROUP.search(source.read_text()) and shutil.which("cuobjdump"):
         check_warpgroups(source, compiled)
     return done.stderr
 

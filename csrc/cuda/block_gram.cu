@@ -13,10 +13,12 @@
 // 200 columns, 10 classes: per 80 rows (64 KB) 60 units (49 needed) make 3600 products of the
 // tensor cores, 5400 cycles; multiplying takes 14700 instructions and making operands 8700, which
 // take turns: 13500 cycles measured on an H200, 1.04 to 1.1 TB/s. 64 to 128 columns: 1.6 to 3.7.
+// Where these run at once: block_gram_roles.cu, for samples on compute capability 9.0.
 #include <algorithm>
 
 #include "block_gram.h"
 #include "block_gram_positions.h"
+#include "block_gram_roles.h"
 #include "block_gram_samples.h"
 #include "block_gram_slabs.h"
 #include "block_gram_units.h"
@@ -194,6 +196,7 @@ bool BlockSamples<In>::fits() const {
 template <typename In>
 Work<float> BlockSamples<In>::plan() const {
   const SamplePlan<In> plan = plan_samples(*this);
+  if (roles_pay(plan.slabs)) return plan_roles(plan.slabs, sum);
   return plan_slabs(plan.slabs, plan.buffers, sum);
 }
 

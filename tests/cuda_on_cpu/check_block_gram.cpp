@@ -1,5 +1,6 @@
-// block_gram.cu and block_gram_halves.cu on the CPU.
+// block_gram.cu, block_gram_halves.cu and block_gram_roles.cu on the CPU.
 #include <algorithm>
+#include <array>
 #include <utility>
 
 #include "accumulator.h"
@@ -210,9 +211,10 @@ void not_a_number(float bad) {
   report("block_gram of " + std::to_string(bad) + " shows on the diagonal", good ? 0 : 1, 0);
 }
 
-// The sum over a million non-negative rows as 132 blocks add it up: sixteen rows at a time on
-// tensor cores that cut off, in float32 over a block's slabs, then over blocks by eight warps.
-void long_sum(int64_t slab_rows, int blocks) {
+// The sum over a million non-negative rows as 132 blocks add it up: so many rows at a time on
+// tensor cores that cut off, small products before large ones, in float32 over a block's slabs,
+// then over blocks by eight warps.
+void long_sum(int64_t slab_rows, int blocks, int64_t fresh_rows = 16) {
   constexpr int64_t kRows = 1000000;
   constexpr int kWarps = 8;
   double difference = 0, norm = 0;
@@ -220,8 +222,11 @@ void long_sum(int64_t slab_rows, int blocks) {
     const bool square = entry < 3;
     std::vector<float> totals(static_cast<size_t>(blocks));
     double exact = 0;
+    std::vector<std::array<double, 16>> large;
+    float recent = 0.0f;
     for (int64_t first = 0; first < kRows; first += 16) {
-      double low_high[16], high_low[16], high_high[16];
+      double low_high[16], high_low[16];
+      std::array<double, 16> high_high;
       for (int k = 0; k < 16; ++k) {
         // Powers of two as scales change nothing here.
         const float left = static_cast<float>(std::fmax(normal() + 0.5, 0.0) * 4096);
@@ -240,12 +245,20 @@ void long_sum(int64_t slab_rows, int blocks) {
         }
         low_high[k] = static_cast<double>(parts[0][1]) * parts[1][0];
         high_low[k] = static_cast<double>(parts[0][0]) * parts[1][1];
-        high_high[k] = static_cast<double>(parts[0][0]) * parts[1][0];
+        high_high[static_cast<size_t>(k)] = static_cast<double>(parts[0][0]) * parts[1][0];
       }
-      float recent = emulated::truncated_sum(0.0f, low_high);
+      recent = emulated::truncated_sum(recent, low_high);
       recent = emulated::truncated_sum(recent, high_low);
-      recent = emulated::truncated_sum(recent, high_high);
+      large.push_back(high_high);
+      if ((first + 16) % fresh_rows != 0 && first + 16 < kRows) continue;
+      for (const auto& products : large) {
+        double sixteen[16];
+        std::copy(products.begin(), products.end(), sixteen);
+        recent = emulated::truncated_sum(recent, sixteen);
+      }
+      large.clear();
       totals[static_cast<size_t>(first / slab_rows % blocks)] += recent;
+      recent = 0.0f;
     }
     float warps[kWarps] = {};
     for (int block = 0; block < blocks; ++block) {
@@ -257,7 +270,8 @@ void long_sum(int64_t slab_rows, int blocks) {
     norm += exact * exact;
   }
   report("block_gram of 10^6 non-negative rows, model of " + std::to_string(blocks) +
-             " blocks, slabs of " + std::to_string(slab_rows),
+             " blocks, slabs of " + std::to_string(slab_rows) + ", fresh sums of " +
+             std::to_string(fresh_rows),
          std::sqrt(difference / norm), 2e-6);
 }
 
@@ -289,6 +303,22 @@ void more_halves() {
   positions<In>(5, 65, 50, gap_of_two);
   positions<In>(2, 65, 92, gap_of_four);
   positions<In>(2, 70, 67, {5, 8, 1});
+}
+
+// Two roles: every width and type; samples that no set and sets that no slab fills; one set or two
+// to a slab; places in turn, more or fewer of them.
+void two_roles() {
+  const Layout one{0, 0, 1};
+  samples(21, 10, 200, one);
+  samples(30, 3, 132, one);
+  samples<BFloat16>(17, 4, 160, one);
+  samples<BFloat16>(5, 4, 192);
+  samples<BFloat16>(1, 2, 224);
+  samples<Float16>(3, 8, 136);
+  samples<Float16>(61, 1, 184, one);
+  samples<Float16>(10, 12, 200, one);
+  samples(30, 3, 132, {}, Numbers::kSamplesApart);
+  samples(30, 3, 132, {}, Numbers::kColumnsApart);
 }
 
 // What a caller gets that knows nothing of these kernels, and where they refuse.
@@ -347,8 +377,9 @@ void check_block_gram(bool few) {
   positions(2, 66, 20);
   rows<BFloat16>(140, 66, {0, 0, 1});
   positions<Float16>(3, 66, 72, {0, 0, 1});
-  samples(30, 3, 132, {0, 0, 1});
+  samples(14, 2, 132, {0, 0, 1});
   if (few) return;
+  two_roles();
   halves<BFloat16>();
   halves<Float16>();
   more_halves<BFloat16>();
@@ -404,6 +435,9 @@ void check_block_gram(bool few) {
   does_not_fit();
   long_sum(80, 132);
   long_sum(64, 2 * 132);
+  // Two roles: a slab is one sum, with ten classes and with as many as go that way.
+  long_sum(80, 132, 80);
+  long_sum(128, 132, 128);
 }
 
 }  // namespace hesskern::cuda::check

@@ -29,7 +29,7 @@ const double* all_numbers() {
 struct WarpgroupOperand {
   unsigned char* memory;
   uint32_t origin, start, leading, stride;
-  bool transposed;
+  bool transposed, swizzled;
 
   WarpgroupOperand(uint64_t descriptor, bool is_transposed)
       : memory(emulation::dynamic_shared()),
@@ -37,19 +37,25 @@ struct WarpgroupOperand {
         start(field(descriptor, 0)),
         leading(field(descriptor, 16)),
         stride(field(descriptor, 32)),
-        transposed(is_transposed) {
-    if (descriptor >> 62 != 1) emulation::fail("only lines of 128 bytes are emulated");
+        transposed(is_transposed),
+        swizzled(descriptor >> 62 == 1) {
+    if (!swizzled && (descriptor >> 62 != 0 || transposed)) {
+      emulation::fail("only lines of 128 bytes are emulated, and matrices [8, 8] along k");
+    }
   }
 
   static uint32_t field(uint64_t descriptor, int bit) {
     return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4;
   }
   uint16_t element(uint32_t i, uint32_t k) const {
-    const uint32_t offset = transposed
+    // Matrices of 128 bytes: `leading` bytes along k and `stride` along M or N from one to the
+    // next.
+    const uint32_t offset = !swizzled ? i / 8 * stride + k / 8 * leading + i % 8 * 16 + k % 8 * 2
+                            : transposed
                                 ? i / 64 * leading + k / 8 * stride + k % 8 * 128 + i % 64 * 2
                                 : i / 8 * stride + i % 8 * 128 + k * 2;
     uint32_t address = start + offset;
-    address ^= (address >> 7 & 7) << 4;
+    if (swizzled) address ^= (address >> 7 & 7) << 4;
     uint16_t bits;
     std::memcpy(&bits, memory + ((address - origin) & 0x3ffff), sizeof(bits));
     return bits;
@@ -62,6 +68,8 @@ template <int Count>
 void give_up_registers() {}
 template <int Count>
 void take_registers() {}
+
+inline void show_to_wgmma() {}
 
 inline void wgmma_fence() {
   emulation::fence_products();
@@ -76,8 +84,8 @@ void wgmma_wait() {
 template <int Count>
 void pin(float (&)[Count]) {}
 
-template <typename T, int N, bool Transposed>
-void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, int keep) {
+template <typename T, int N, bool Transposed, int Size>
+void wgmma(float (&d)[Size], uint64_t a, uint64_t b, int keep) {
   const uint32_t thread = threadIdx.x % 128, lane = thread % 32;
   emulation::issue_product(d, N / 2, [=](float* sums) {
     const double* numbers = emulated::all_numbers<T>();

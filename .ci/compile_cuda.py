@@ -48,7 +48,8 @@ def compile_one(source: Path, output: Path, architectures: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{source.relative_to(ROOT)}:\n{done.stdout}{done.stderr}")
-    if "90a" in architectures and WARPGROUP.search(source.read_text()) and shutil.which("cuobjdump"):
+    warpgroups = "90a" in architectures and WARPGROUP.search(source.read_text())
+    if warpgroups and shutil.which("cuobjdump"):
         check_warpgroups(source, compiled)
     return done.stderr
 

@@ -50,9 +50,9 @@ void half_covariance(const char* type) {
   covariance<In, float>(type, 300, 20, true, false, false, 4);
   covariance<In, float>(type, 300, 24, false, false, false, 4);
   covariance<In, float>(type, 200, 72, false, true, false, 2);
-  covariance<In, float>(type, 272, 136, false, false, false, 1);
+  covariance<In, float>(type, 50, 264, false, false, false, 1);
   covariance<In, float>(type, 31, 130, true, false, false, 1);
-  covariance<In, float>(type, 272, 120, false, false, false, 1);
+  covariance<In, float>(type, 50, 376, false, false, false, 1);
   covariance<In, float>(type, 136, 40, false, true, false, 1);
 }
 

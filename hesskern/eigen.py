@@ -12,11 +12,19 @@ import torch
 from torch import Tensor
 
 from hesskern.davidson import davidson, olsen, seed_block, seed_preconditioner
+from hesskern.device_subspace import subspace_for
 from hesskern.gram import gram_eigenpairs
 from hesskern.lanczos import Search, confirm, lanczos, restart
 from hesskern.progress import Progress, reporter
 from hesskern.results import EigenResult
-from hesskern.subspace import CountedOperator, OutOfProducts, Subspace, SymmetricOperator
+from hesskern.subspace import (
+    CountedOperator,
+    OutOfProducts,
+    Subspace,
+    SymmetricOperator,
+    check_products,
+    on_the_host,
+)
 from hesskern.two_level import two_level
 
 __all__ = ["eigsh"]
@@ -36,6 +44,7 @@ def eigsh(
     max_matvecs: int | None = None,
     progress: bool | Progress = False,
     method: str = "lanczos",
+    block: int | None = None,
 ) -> EigenResult:
     """The ``k`` most wanted eigenpairs of a symmetric operator.
 
@@ -82,6 +91,10 @@ def eigsh(
     start = _checked_start(start, which, operator)
     if method not in ("lanczos", "split"):
         raise ValueError(f"method must be 'lanczos' or 'split', got {method!r}")
+    if block is None:
+        block = 1
+    if isinstance(block, bool) or not isinstance(block, int) or not 1 <= block <= _PENDING:
+        raise ValueError(f"block must be an integer with 1 <= block <= {_PENDING}, got {block!r}")
     report = reporter(progress)
     size = operator.size
     if method == "split" and start is None and which != "SA" and max_matvecs is None:
@@ -105,8 +118,9 @@ def eigsh(
             float(tol),
             torch.Generator().manual_seed(seed),
             lambda done: report("eigsh", done, k),
+            block,
         )
-        space = Subspace(operator, capacity, _PENDING)
+        space = subspace_for(operator, capacity, _PENDING)
         values, vectors, residuals, scale = _iterate(space, search, start)
     met = int((residuals <= tol).sum())
     converged = met == k
@@ -229,8 +243,7 @@ def _dense(
     else:
         matrix = H.to_dense()
         operator.count = operator.size
-        if not bool(torch.isfinite(matrix).all()):
-            raise ValueError("H: H @ v must be finite, got NaN or Inf")
+    check_products(matrix)
     matrix = matrix.double()
     matrix = (matrix + matrix.T) / 2
     values, vectors = torch.linalg.eigh(matrix)
@@ -246,8 +259,7 @@ def _by_gram(
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """As :func:`_dense`, from few rows R [q, P] with H = R^T R."""
     operator.count = len(rows)
-    if not bool(torch.isfinite(rows).all()):
-        raise ValueError("H: H @ v must be finite, got NaN or Inf")
+    check_products(rows)
     values, vectors, residuals = gram_eigenpairs(rows, k, torch.Generator().manual_seed(seed))
     scale = float(values[0])
     return values, vectors, residuals / scale if scale else residuals, scale
@@ -260,7 +272,7 @@ def _iterate(space: Subspace, search: Search, start: Any) -> tuple[Tensor, Tenso
     values, coefficients = search.wanted(space)
     vectors = space.combine(coefficients)
     if space.restarts:
-        inverse = torch.linalg.inv(torch.linalg.cholesky((vectors @ vectors.T).double().cpu()))
+        inverse = torch.linalg.inv(torch.linalg.cholesky(on_the_host((vectors @ vectors.T).double())))
         vectors = inverse.to(vectors) @ vectors
         coefficients = coefficients @ inverse.T
     residuals = space.residual_norms(values, coefficients)

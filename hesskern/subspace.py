@@ -12,7 +12,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CountedOperator", "OutOfProducts", "Subspace", "SymmetricOperator"]
+from hesskern.checks import on_host
+
+__all__ = [
+    "CountedOperator",
+    "OutOfProducts",
+    "Subspace",
+    "SymmetricOperator",
+    "check_products",
+    "on_the_host",
+]
 
 _COLUMNS_AT_ONCE = 1 << 15
 
@@ -36,8 +45,22 @@ class OutOfProducts(Exception):
     """The next product would exceed ``max_matvecs``."""
 
 
+def on_the_host(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU: on a device the only place where the host waits for a search."""
+    return tensor.cpu()
+
+
+def check_products(products: Tensor) -> None:
+    """Raises ValueError if products with the operator hold NaN or Inf; on a device it waits."""
+    if not bool(on_the_host(torch.isfinite(products).all())):
+        raise ValueError("H: H @ v must be finite, got NaN or Inf")
+
+
 class CountedOperator:
     """Products with an operator, counted by single vectors, checked, and bounded in number.
+
+    NaN and Inf are looked for on the CPU alone: on a device whoever looks at what came of the
+    products has to tell.
 
     Args:
         operator: symmetric, shape (P, P).
@@ -62,7 +85,7 @@ class CountedOperator:
 
         Raises:
             OutOfProducts: fewer than b products are left.
-            ValueError: the operator returned another shape or dtype, or NaN or Inf.
+            ValueError: the operator returned another shape or dtype, or, on the CPU, NaN or Inf.
         """
         count = len(rows)
         if count > self.left:
@@ -80,8 +103,8 @@ class CountedOperator:
                 f"got {list(image.shape)} of {image.dtype}"
             )
         image = image.detach()
-        if not bool(torch.isfinite(image).all()):
-            raise ValueError("H: H @ v must be finite, got NaN or Inf")
+        if on_host(image):
+            check_products(image)
         return image[None] if count == 1 else image.T
 
 
@@ -92,11 +115,17 @@ class Subspace:
     B [c, n]: the pending directions span what the images have outside the basis, so the residual
     norm of a Ritz pair (θ, Q^T y) is ‖B y‖. T and B are float64 on the CPU.
 
+    This is the form for the CPU, where a look at a value costs nothing and every step decides by
+    what it finds; :class:`hesskern.device_subspace.DeviceSubspace` is the other.
+
     Args:
         operator: the counted operator, on R^P.
         capacity: the largest n.
         pending: the largest c.
     """
+
+    chain_steps = 1
+    """Steps of a chain (see :func:`hesskern.lanczos.confirm`) between two looks at it."""
 
     def __init__(self, operator: CountedOperator, capacity: int, pending: int) -> None:
         self.operator = operator
@@ -106,7 +135,7 @@ class Subspace:
         self._basis = torch.empty(rows, operator.size, **options)
         self._images = torch.empty(self.capacity, operator.size, **options)
         self._rayleigh = torch.zeros(self.capacity, self.capacity, dtype=torch.float64)
-        self.coupling = torch.zeros(0, 0, dtype=torch.float64)
+        self._coupling = torch.zeros(0, 0, dtype=torch.float64)
         self.size = 0
         self.pending = 0
         self.scale = 0.0
@@ -117,6 +146,24 @@ class Subspace:
     def room(self) -> int:
         """How many vectors the basis can still take."""
         return self.capacity - self.size
+
+    @property
+    def coupling(self) -> Tensor:
+        """B [c, n], float64 on the CPU."""
+        return self._coupling
+
+    @coupling.setter
+    def coupling(self, coupling: Tensor) -> None:
+        self._coupling = coupling
+
+    def until_check(self, k: int, missing: int) -> int:
+        """How many products Lanczos makes before it looks whether the pairs have converged.
+
+        Args:
+            k: number of pairs.
+            missing: how many of them had not converged at the last look.
+        """
+        return max(1, k // 40)
 
     # growing
 
@@ -184,7 +231,8 @@ class Subspace:
         return self._basis[: self.size + self.pending]
 
     def _cast(self, small: Tensor) -> Tensor:
-        return small.to(self.operator.dtype).to(self.operator.device)
+        # Pageable memory is read before the call returns, also where the copy does not wait.
+        return small.to(self.operator.dtype).to(self.operator.device, non_blocking=True)
 
     def _recur(self, images: Tensor, known: Tensor) -> Tensor:
         """Projects the images [b, P] of the last b basis vectors off the span, in place.
@@ -274,6 +322,14 @@ class Subspace:
         """The Rayleigh matrix restricted to the basis vectors ``indices``; float64 on the CPU."""
         return self._rayleigh[indices][:, indices]
 
+    def outward(self, indices: list[int]) -> Tensor:
+        """Numbers whose product is the volume of what the images of ``indices`` have outside.
+
+        Args:
+            indices: the basis vectors of one :meth:`advance`, at the time of the last look.
+        """
+        return torch.linalg.svdvals(self.coupling[:, indices])
+
     def combine(self, coefficients: Tensor) -> Tensor:
         """The vectors [k, P] with ``coefficients`` [n, k] in the basis."""
         return self._cast(coefficients).T @ self._basis[: self.size]
@@ -297,7 +353,7 @@ class Subspace:
             block = y.T @ self._images[: self.size, part]
             block.addmm_(shifted.T, self._basis[: self.size, part], alpha=-1)
             total += block.square().sum(dim=1)
-        return total.sqrt().cpu()
+        return on_the_host(total.sqrt())
 
     def restart(self, values: Tensor, coefficients: Tensor) -> None:
         """Shrinks the basis to the Ritz vectors with ``coefficients`` [n, r] and ``values`` [r]."""
@@ -348,7 +404,7 @@ class Subspace:
         mix = self._cast(weights / weights.norm())[None]
         true = self.operator.apply(mix @ self._basis[: self.size])
         stored = mix @ self._images[: self.size]
-        return float((true - stored).norm()) * self.size**0.5 / max(self.scale, 1e-300)
+        return float(on_the_host((true - stored).norm())) * self.size**0.5 / max(self.scale, 1e-300)
 
     def _column_slices(self) -> list[slice]:
         total = self.operator.size
@@ -359,4 +415,4 @@ class Subspace:
 
 
 def _small(matrix: Tensor) -> Tensor:
-    return matrix.double().cpu()
+    return on_the_host(matrix.double())

@@ -19,7 +19,24 @@ from torch import Tensor
 
 from hesskern.subspace import CountedOperator, Subspace, check_products, on_the_host
 
-__all__ = ["DeviceSubspace", "subspace_for"]
+__all__ = ["DeviceSubspace", "block_for", "subspace_for"]
+
+_LARGEST_BLOCK = 4
+# Of inner products: blocks enough for every multiprocessor, long enough to be worth one.
+_MOST_PIECES, _SHORTEST_PIECE = 128, 256
+
+
+def block_for(operator: CountedOperator, k: int) -> int:
+    """How many random directions a search for ``k`` pairs begins with.
+
+    A block takes more products than single vectors do, the more the fewer pairs are wanted
+    (benchmarks/NOTES.md, Eigenpairs). On a device several vectors share what a product reads and
+    packs, and the launches of a step; the CPU's products with several vectors take as long as with
+    one after another. Sizes alone decide, not times, so that equal seeds give equal results.
+    """
+    if operator.device.type == "cpu":
+        return 1
+    return max(1, min(_LARGEST_BLOCK, k // 5))
 
 
 def subspace_for(operator: CountedOperator, capacity: int, pending: int) -> Subspace:
@@ -65,6 +82,7 @@ class DeviceSubspace(Subspace):
         self._outward = torch.zeros(self.capacity, dtype=torch.float64)
         self._steps: list[_Step] = []
         self._noise = _generator(device).manual_seed(0)
+        self._pieces = _pieces(operator.size)
 
     @property
     def coupling(self) -> Tensor:
@@ -80,6 +98,12 @@ class DeviceSubspace(Subspace):
         # Lanczos takes more than two products for a pair: half of one is never too late by more
         # than a few, and looks become frequent only at the end.
         return max(super().until_check(k, missing), missing // 2)
+
+    def inner(self, rows: Tensor, others: Tensor) -> Tensor:
+        # One product of few rows would run on as few multiprocessors, each along all of P.
+        a = rows.unflatten(1, (self._pieces, -1)).transpose(0, 1)
+        b = others.unflatten(1, (self._pieces, -1)).permute(1, 2, 0)
+        return torch.bmm(a, b).sum(0)
 
     def look(self) -> None:
         """Reads what the steps since the last look have recorded, if there were any.
@@ -109,6 +133,7 @@ class DeviceSubspace(Subspace):
         self._rayleigh[start:stop, :stop] = columns.T
         corner = self._rayleigh[start:stop, start:stop]
         corner.copy_((corner + corner.T) / 2)
+        self._ritz = None
         self.scale = max(self.scale, float(norms.max()))
         coupling = self._coupling.new_zeros(step.rest + step.added, stop)
         coupling[: step.rest, :start] = self._coupling[count:]
@@ -132,11 +157,11 @@ class DeviceSubspace(Subspace):
         lengths = self._orthonormalize(
             self._outside(rows), torch.full_like(norms, threshold), torch.zeros_like(rows), None
         )
-        lengths = on_the_host(lengths).tolist()
-        kept = [i for i, length in enumerate(lengths) if length > threshold]
+        outside: list[float] = on_the_host(torch.stack(lengths)).tolist()
+        kept = [i for i, length in enumerate(outside) if length > threshold]
         first = self.size + self.pending
-        if len(kept) < len(rows):
-            self._basis[first : first + len(kept)] = self._basis[[first + i for i in kept]]
+        if 0 < len(kept) < len(rows):
+            self._basis[first : first + len(kept)] = self._taken(first, kept)
         self._add_pending(len(kept))
         return len(kept)
 
@@ -163,7 +188,7 @@ class DeviceSubspace(Subspace):
         images, span, records = self._images[start:stop], self._span(), self._outbox[start:stop]
         norms = torch.linalg.vector_norm(images, dim=1)
         records[:, -1] = norms
-        coefficients = images @ span.T
+        coefficients = self.inner(images, span)
         records[:, : len(span)] = coefficients
         added = min(len(chosen), len(self._basis) - len(span)) if krylov else 0
         if added:
@@ -189,11 +214,11 @@ class DeviceSubspace(Subspace):
     def _outside(self, rows: Tensor) -> Tensor:
         """One pass of Gram-Schmidt of ``rows`` [b, P] against the span."""
         span = self._span()
-        return torch.addmm(rows, rows @ span.T, span, alpha=-1) if len(span) else rows
+        return torch.addmm(rows, self.inner(rows, span), span, alpha=-1) if len(span) else rows
 
     def _orthonormalize(
         self, rows: Tensor, thresholds: Tensor, instead: Tensor, records: Tensor | None
-    ) -> Tensor:
+    ) -> list[Tensor]:
         """Puts an orthonormal basis of ``rows`` behind the pending ones, one for each.
 
         Args:
@@ -204,7 +229,8 @@ class DeviceSubspace(Subspace):
                 vector of the basis; zero for what takes a row's place.
 
         Returns:
-            [b] lengths of what lay outside the span and the rows before; zero where nothing did.
+            of every row the length [] of what lay outside the span and the rows before it; zero
+            where nothing did.
         """
         first = self.size + self.pending
         tiny = torch.finfo(rows.dtype).tiny
@@ -214,26 +240,25 @@ class DeviceSubspace(Subspace):
             row = rows[i : i + 1]
             if i:
                 fresh = known[first:]
-                along = row @ fresh.T
+                along = self.inner(row, fresh)
                 row = torch.addmm(row, along, fresh, alpha=-1)
             length = torch.linalg.vector_norm(row)
             inside = length <= thresholds[i]
             row = torch.where(inside, instead[i : i + 1], row / length)
-            length = torch.where(inside, 0.0, length)
+            length = length.masked_fill(inside, 0.0)
             if len(known):
-                again = row @ known.T
+                again = self.inner(row, known)
                 row = torch.addmm(row, again, known, alpha=-1)
             size = torch.linalg.vector_norm(row)
             torch.div(row, size.clamp_min(tiny), out=place)
-            length_left = length * size
-            lengths.append(length_left)
+            lengths.append(length * size)
             if records is not None:
                 record = records[i : i + 1]
                 if i:
                     record[:, first : first + i] = along
                 record[:, : first + i].add_(again * length)
-                record[0, first + i] = length_left
-        return torch.stack(lengths)
+                record[0, first + i] = lengths[-1]
+        return lengths
 
     # Rayleigh-Ritz
 
@@ -258,6 +283,12 @@ class DeviceSubspace(Subspace):
         if not bool(torch.isfinite(self._rayleigh[: self.size, : self.size]).all()):
             check_products(self._images[: self.size])
             raise ValueError(f"H: products with H overflow {self.operator.dtype}")
+
+
+def _pieces(size: int) -> int:
+    """Into how many equal pieces inner products of vectors [size] are cut."""
+    most = max(1, min(_MOST_PIECES, size // _SHORTEST_PIECE))
+    return max(pieces for pieces in range(1, most + 1) if size % pieces == 0)
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -140,6 +140,8 @@ class Subspace:
         self.pending = 0
         self.scale = 0.0
         self.restarts = 0
+        # Of the Rayleigh matrix as it is; None when that has changed.
+        self._ritz: tuple[Tensor, Tensor] | None = None
         self._epsilon = torch.finfo(operator.dtype).eps
 
     @property
@@ -164,6 +166,10 @@ class Subspace:
             missing: how many of them had not converged at the last look.
         """
         return max(1, k // 40)
+
+    def inner(self, rows: Tensor, others: Tensor) -> Tensor:
+        """The inner products [b, n] of ``rows`` [b, P] and ``others`` [n, P]."""
+        return rows @ others.T
 
     # growing
 
@@ -210,6 +216,7 @@ class Subspace:
         self._rayleigh[start:stop, :stop] = columns.T
         corner = self._rayleigh[start:stop, start:stop]
         corner.copy_((corner + corner.T) / 2)
+        self._ritz = None
         self.coupling[:, start:stop] = coefficients[:, stop:].T
         if krylov:
             self._admit(remainder, 10 * self._epsilon * self.scale, slice(start, stop))
@@ -309,14 +316,21 @@ class Subspace:
         if order == list(range(self.pending)):
             return
         stop = self.size + self.pending
-        self._basis[self.size : stop] = self._basis[self.size : stop][order]
+        self._basis[self.size : stop] = self._taken(self.size, order)
         self.coupling = self.coupling[order]
+
+    def _taken(self, first: int, order: list[int]) -> Tensor:
+        """Copies [b, P] of the rows at ``first`` plus each of ``order``, basis and pending ones."""
+        rows = torch.tensor(order).add_(first)
+        return self._basis.index_select(0, rows.to(self._basis.device, non_blocking=True))
 
     # Rayleigh-Ritz
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Ritz values [n], ascending, and coefficients [n, n] of the Ritz vectors; float64, CPU."""
-        return torch.linalg.eigh(self._rayleigh[: self.size, : self.size])
+        if self._ritz is None:
+            self._ritz = torch.linalg.eigh(self._rayleigh[: self.size, : self.size])
+        return self._ritz
 
     def rayleigh_block(self, indices: list[int]) -> Tensor:
         """The Rayleigh matrix restricted to the basis vectors ``indices``; float64 on the CPU."""
@@ -366,13 +380,14 @@ class Subspace:
         self.size = kept
         self._rayleigh.zero_()
         self._rayleigh[:kept, :kept] = torch.diag(values)
+        self._ritz = None
         self.coupling = self.coupling @ coefficients
         self.restarts += 1
 
     def orthonormalize(self) -> None:
         """Removes what rounding has cost of the basis' orthonormality; the images follow."""
         q, images = self._basis[: self.size], self._images[: self.size]
-        factor = torch.linalg.cholesky(_small(q @ q.T))
+        factor = torch.linalg.cholesky(_small(self.inner(q, q)))
         inverse = torch.linalg.inv(factor)
         small = self._cast(inverse)
         for part in self._column_slices():
@@ -391,8 +406,9 @@ class Subspace:
         self._recompute_rayleigh()
 
     def _recompute_rayleigh(self) -> None:
-        rayleigh = _small(self._basis[: self.size] @ self._images[: self.size].T)
+        rayleigh = _small(self.inner(self._basis[: self.size], self._images[: self.size]))
         self._rayleigh[: self.size, : self.size] = (rayleigh + rayleigh.T) / 2
+        self._ritz = None
 
     def drift(self, generator: torch.Generator) -> float:
         """How far the stored images are off, relative to the scale, by one random combination.

@@ -17,7 +17,13 @@ from torch import Tensor
 
 from hesskern.lanczos import Search, lanczos, restart
 from hesskern.results import EigenResult
-from hesskern.subspace import CountedOperator, OutOfProducts, Subspace, SymmetricOperator
+from hesskern.subspace import (
+    CountedOperator,
+    OutOfProducts,
+    Subspace,
+    SymmetricOperator,
+    on_the_host,
+)
 
 __all__ = ["Correction", "Preconditioner", "davidson", "olsen", "seed_block", "seed_preconditioner"]
 
@@ -88,7 +94,7 @@ def davidson(space: Subspace, search: Search, block: int, correct: Correction | 
         moved = (values[:settled] - reference[:settled]).abs() > bound
         before = settled
         settled = int(moved.nonzero()[0]) if bool(moved.any()) else settled
-        settled, targets, residuals = _open_pairs(
+        settled, targets, residuals, first_norm = _open_pairs(
             space, values, coefficients, settled, wanted, block, bound
         )
         reference = values[:wanted].clone()
@@ -99,7 +105,7 @@ def davidson(space: Subspace, search: Search, block: int, correct: Correction | 
             if not space.push_random(1, search.generator):
                 return True
         else:
-            worst = float(residuals.norm(dim=1)[0]) / max(space.scale, 1e-300)
+            worst = first_norm / max(space.scale, 1e-300)
             progress = settled > before or worst < 0.7 * best
             best = worst if progress else best
             stalled = 0 if progress else stalled + 1
@@ -126,25 +132,29 @@ def _open_pairs(
     wanted: int,
     block: int,
     bound: float,
-) -> tuple[int, list[int], Tensor]:
+) -> tuple[int, list[int], Tensor, float]:
     """The first ``block`` pairs from ``settled`` on with residuals above ``bound``.
 
     Returns:
-        How many leading pairs are settled now, the positions of the open ones, their residuals.
+        How many leading pairs are settled now, the positions of the open ones, their residuals, and
+        the first one's norm.
     """
     targets: list[int] = []
     rows: list[Tensor] = []
+    first_norm = 0.0
     for start in range(settled, wanted, block):
         part = slice(start, min(start + block, wanted))
         residuals = space.residuals(values[part], coefficients[:, part])
-        for position, norm in enumerate(residuals.norm(dim=1).tolist(), start):
+        norms = on_the_host(residuals.norm(dim=1))
+        for position, norm in enumerate(norms.tolist(), start):
             if norm > bound and len(targets) < block:
+                first_norm = first_norm or norm
                 targets.append(position)
                 rows.append(residuals[position - start])
         if len(targets) == block:
             break
     settled = targets[0] if targets else wanted
-    return settled, targets, torch.stack(rows) if rows else values.new_zeros(0, 0)
+    return settled, targets, torch.stack(rows) if rows else values.new_zeros(0, 0), first_norm
 
 
 def seed_block(space: Subspace, rows: Tensor) -> None:
@@ -172,7 +182,7 @@ def seed_preconditioner(space: Subspace, search: Search, preconditioner: Precond
     """
     k = search.k
     pairs = preconditioner.eigsh(k)
-    kappa = pairs.values.double().cpu()
+    kappa = on_the_host(pairs.values.double())
     largest = float(kappa.abs().max())
     if largest == 0.0:
         return False
@@ -184,7 +194,8 @@ def seed_preconditioner(space: Subspace, search: Search, preconditioner: Precond
         return False
     space.advance([0])
     image = space.images(torch.ones(1, 1))[0] * mixed.norm()
-    difference = float((image - (weights * kappa).to(rows) @ rows).norm()) / math.sqrt(k)
+    apart = on_the_host((image - (weights * kappa).to(rows) @ rows).norm())
+    difference = float(apart) / math.sqrt(k)
     if difference > 1 / 3:
         return False
     factors = (difference * kappa.abs() / largest / search.tol).clamp(min=1.0).log()
@@ -198,7 +209,7 @@ def seed_preconditioner(space: Subspace, search: Search, preconditioner: Precond
 def _lanczos_takes_fewer(
     preconditioner: Preconditioner, cost: int, space: Subspace, search: Search
 ) -> bool:
-    rehearsal = Subspace(CountedOperator(preconditioner, cost - 1), space.capacity, 1)
+    rehearsal = type(space)(CountedOperator(preconditioner, cost - 1), space.capacity, 1)
     generator = torch.Generator().manual_seed(0)
     try:
         lanczos(rehearsal, replace(search, generator=generator, report=lambda _: None))

@@ -30,6 +30,7 @@ class Search:
         tol: bound on ‖H v - θ v‖ / |λ_1|; raised where rounding makes it unreachable.
         generator: of the random directions, on the CPU.
         report: called with the number of leading pairs that have converged.
+        block: random directions that a run begins with.
     """
 
     k: int
@@ -37,6 +38,7 @@ class Search:
     tol: float
     generator: torch.Generator
     report: Callable[[int], None]
+    block: int = 1
 
     def key(self, values: Tensor) -> Tensor:
         """Larger is more wanted."""
@@ -77,21 +79,23 @@ def lanczos(space: Subspace, search: Search) -> bool:
         OutOfProducts: at the limit of products; ``space`` holds what was found.
     """
     k = search.k
-    interval = max(1, k // 40)
-    since_check = interval
+    interval = since_check = space.until_check(k, k)
     while True:
         if space.size >= k and since_check >= interval:
             since_check = 0
             _, coefficients = search.ritz(space)
             coupled = space.coupling @ coefficients[:, :k]
             converged = search.count_converged(coupled.norm(dim=0), space.scale)
+            interval = space.until_check(k, k - converged)
             search.report(converged)
             if converged == k:
                 return True
             if space.pending > 1:
                 _focus(space, coupled, search.tol)
-        if space.pending == 0 and not space.push_random(1, search.generator):
-            return False
+        if space.pending == 0:
+            count = search.block if space.size == 0 else 1
+            if not space.push_random(count, search.generator):
+                return False
         if space.room < space.pending and not restart(space, search):
             return True
         # At the limit the product that is one too many raises.
@@ -161,23 +165,42 @@ def confirm(space: Subspace, search: Search, block: int) -> bool:
     enough = count * math.log(10 * math.sqrt(space.operator.size))
     chain: list[int] = []
     log_beta = 0.0
-    for _ in range(_LONGEST_CHAIN):
-        fresh = list(range(space.pending))
-        if not fresh:
-            break
-        if space.room < len(fresh):
-            return False
-        chain += range(space.size, space.size + len(fresh))
-        space.advance(fresh)
-        ritz = torch.linalg.eigvalsh(space.rayleigh_block(chain))
-        if float(search.key(ritz).max()) > threshold + margin:
-            return False
-        beta = torch.linalg.svdvals(space.coupling[:, chain[-len(fresh) :]])
-        log_beta += float(beta.log().sum())
-        # Where "SA" is wanted the key turns the axis; for "LM" both ends of it count.
-        points = [threshold + margin] + [-threshold - margin] * (search.which == "LM")
-        axis = ritz if search.which == "LM" else search.key(ritz)
-        log_p = min(float((point - axis).abs().log().sum()) for point in points) - log_beta
-        if log_p >= enough:
-            break
+    steps = 0
+    while steps < _LONGEST_CHAIN:
+        made = _extend(space, _LONGEST_CHAIN - steps)
+        if not made:
+            return space.pending == 0
+        steps += len(made)
+        for fresh in made:
+            chain += fresh
+            ritz = torch.linalg.eigvalsh(space.rayleigh_block(chain))
+            if float(search.key(ritz).max()) > threshold + margin:
+                return False
+            beta = space.outward(fresh)
+            if bool((beta == 0).any() and (beta > 0).any()):
+                # A part of the block has ended, which one direction at a time can tell from.
+                return False
+            log_beta += float(beta.log().sum())
+            # Where "SA" is wanted the key turns the axis; for "LM" both ends of it count.
+            points = [threshold + margin] + [-threshold - margin] * (search.which == "LM")
+            axis = ritz if search.which == "LM" else search.key(ritz)
+            log_p = min(float((point - axis).abs().log().sum()) for point in points) - log_beta
+            if log_p >= enough:
+                return True
     return True
+
+
+def _extend(space: Subspace, most: int) -> list[list[int]]:
+    """Advances all pending directions up to ``most`` times: what :attr:`chain_steps` allows.
+
+    Returns:
+        The positions of every step in the basis; none where nothing is pending or there is no room.
+    """
+    steps: list[list[int]] = []
+    while len(steps) < min(space.chain_steps, most) and 0 < space.pending <= space.room:
+        if steps and space.operator.left < space.pending:
+            # What was made may suffice; the product that is one too many would end it all.
+            break
+        steps.append(list(range(space.size, space.size + space.pending)))
+        space.advance(list(range(space.pending)))
+    return steps

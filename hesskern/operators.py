@@ -197,7 +197,7 @@ class EigenbasisOperator(LayerOperator):
         u = torch.stack(left)[group, :, row]
         v = torch.stack(right)[group, :, column]
         vectors = torch.zeros(k, self.groups, m, d, dtype=self.dtype, device=self.device)
-        vectors[torch.arange(k), group] = u.unsqueeze(2) * v.unsqueeze(1)
+        vectors[torch.arange(k, device=self.device), group] = u.unsqueeze(2) * v.unsqueeze(1)
         vectors = self._outward(vectors.flatten(1)).T
         scale = flat.abs().max().clamp(min=torch.finfo(self.dtype).tiny)
         residuals = (self @ vectors - vectors * values).norm(dim=0) / scale

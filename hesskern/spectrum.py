@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hesskern.progress import Progress, reporter
-from hesskern.subspace import SymmetricOperator
+from hesskern.subspace import SymmetricOperator, on_the_host
 
 __all__ = ["SpectralDensity", "TraceEstimate", "hutchpp_trace", "spectral_density"]
 
@@ -64,7 +64,8 @@ def spectral_density(
     """Spectral density by stochastic Lanczos quadrature (Ubaru, Chen & Saad 2017).
 
     All probes run in step, so that each step is one product with a block [P, probes]; the basis is
-    kept orthogonal in full. With ``steps`` >= P a probe's quadrature is exact.
+    kept orthogonal in full. With ``steps`` >= P a probe's quadrature is exact. On a device the host
+    reads once, at the end.
 
     Args:
         H: [P, P], anything with ``shape``, ``dtype``, ``device`` and ``H @ v``.
@@ -85,27 +86,29 @@ def spectral_density(
     vectors = _signs(H, probes, seed) / math.sqrt(size)
     # [probes, steps, P], so that a probe's basis is contiguous.
     basis = torch.zeros(probes, steps, size, dtype=H.dtype, device=H.device)
-    diagonal = torch.zeros(probes, steps, dtype=torch.float64)
-    beside = torch.zeros(probes, steps, dtype=torch.float64)
-    alive = torch.ones(probes, dtype=torch.bool)
+    # Diagonals of the probes' tridiagonal matrices, and what stands beside them.
+    bands = torch.zeros(2, probes, steps, dtype=torch.float64, device=H.device)
+    diagonal, beside = bands.unbind(0)
+    alive = torch.ones(probes, dtype=torch.bool, device=H.device)
     for step in range(steps):
         basis[:, step] = vectors.T
         images = (H @ vectors).T.contiguous()
-        diagonal[:, step] = (images * basis[:, step]).sum(1, dtype=torch.float64).cpu()
+        diagonal[:, step] = (images * basis[:, step]).sum(1, dtype=torch.float64)
         rest = images
         for _ in range(2):
             known = basis[:, : step + 1]
             along = torch.matmul(known, rest.unsqueeze(2))
             rest = rest - torch.matmul(along.transpose(1, 2), known).squeeze(1)
-        lengths = rest.norm(dim=1).double().cpu()
+        lengths = rest.norm(dim=1).double()
         scale = diagonal[:, : step + 1].abs().amax(1) + beside[:, : step + 1].amax(1)
         # An invariant space ends a probe: what is left is rounding.
         alive &= lengths > 1e3 * torch.finfo(H.dtype).eps * scale
         beside[:, step] = torch.where(alive, lengths, 0.0)
         safe = torch.where(alive, lengths, 1.0).to(rest)
-        vectors = torch.where(alive.to(rest.device)[:, None], rest / safe[:, None], 0.0).T
+        vectors = torch.where(alive[:, None], rest / safe[:, None], 0.0).T
         vectors = vectors.contiguous()
         report("spectral density", step + 1, steps)
+    diagonal, beside = on_the_host(bands).unbind(0)
     tridiagonal = torch.diag_embed(diagonal)
     tridiagonal += torch.diag_embed(beside[:, :-1], 1) + torch.diag_embed(beside[:, :-1], -1)
     nodes, small = torch.linalg.eigh(tridiagonal)
@@ -124,7 +127,8 @@ def hutchpp_trace(H: SymmetricOperator, products: int = 60, seed: int = 0) -> Tr
     """tr(H) by Hutch++ (Meyer, Musco, Musco & Woodruff 2021).
 
     A third of the products finds a space that holds the large eigenvalues, a third takes the trace
-    on it exactly, and a third estimates the rest with random sign vectors.
+    on it exactly, and a third estimates the rest with random sign vectors. Each third is one block;
+    on a device the host reads once.
 
     Args:
         H: [P, P], anything with ``shape``, ``dtype``, ``device`` and ``H @ v``.
@@ -139,15 +143,16 @@ def hutchpp_trace(H: SymmetricOperator, products: int = 60, seed: int = 0) -> Tr
     size, third = int(H.shape[0]), products // 3
     if third >= size:
         eye = torch.eye(size, dtype=H.dtype, device=H.device)
-        return TraceEstimate(float((H @ eye).diagonal().double().sum()), 0.0)
+        return TraceEstimate(float(on_the_host((H @ eye).diagonal().double().sum())), 0.0)
     signs = _signs(H, 2 * third, seed)
     basis = torch.linalg.qr(H @ signs[:, :third].contiguous()).Q
-    inside = float((basis * (H @ basis)).sum(dtype=torch.float64))
+    inside = (basis * (H @ basis)).sum(dtype=torch.float64)
     rest = signs[:, third:]
     rest = rest - basis @ (basis.T @ rest)
     values = (rest * (H @ rest.contiguous())).sum(0, dtype=torch.float64)
-    error = float(values.std()) / math.sqrt(third)
-    return TraceEstimate(inside + float(values.mean()), error)
+    found = on_the_host(torch.stack([inside, values.mean(), values.std()]))
+    inside_it, mean, deviation = found.tolist()
+    return TraceEstimate(inside_it + mean, deviation / math.sqrt(third))
 
 
 def _signs(H: SymmetricOperator, count: int, seed: int) -> Tensor:

@@ -12,7 +12,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["CountedOperator", "OutOfProducts", "Subspace", "SymmetricOperator"]
+from hesskern.checks import on_host
+
+__all__ = [
+    "CountedOperator",
+    "OutOfProducts",
+    "Subspace",
+    "SymmetricOperator",
+    "check_products",
+    "on_the_host",
+]
 
 _COLUMNS_AT_ONCE = 1 << 15
 
@@ -36,8 +45,22 @@ class OutOfProducts(Exception):
     """The next product would exceed ``max_matvecs``."""
 
 
+def on_the_host(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU: on a device the only place where the host waits for a search."""
+    return tensor.cpu()
+
+
+def check_products(products: Tensor) -> None:
+    """Raises ValueError if products with the operator hold NaN or Inf; on a device it waits."""
+    if not bool(on_the_host(torch.isfinite(products).all())):
+        raise ValueError("H: H @ v must be finite, got NaN or Inf")
+
+
 class CountedOperator:
     """Products with an operator, counted by single vectors, checked, and bounded in number.
+
+    NaN and Inf are looked for on the CPU alone: on a device whoever looks at what came of the
+    products has to tell.
 
     Args:
         operator: symmetric, shape (P, P).
@@ -62,7 +85,7 @@ class CountedOperator:
 
         Raises:
             OutOfProducts: fewer than b products are left.
-            ValueError: the operator returned another shape or dtype, or NaN or Inf.
+            ValueError: the operator returned another shape or dtype, or, on the CPU, NaN or Inf.
         """
         count = len(rows)
         if count > self.left:
@@ -80,8 +103,8 @@ class CountedOperator:
                 f"got {list(image.shape)} of {image.dtype}"
             )
         image = image.detach()
-        if not bool(torch.isfinite(image).all()):
-            raise ValueError("H: H @ v must be finite, got NaN or Inf")
+        if on_host(image):
+            check_products(image)
         return image[None] if count == 1 else image.T
 
 
@@ -92,11 +115,17 @@ class Subspace:
     B [c, n]: the pending directions span what the images have outside the basis, so the residual
     norm of a Ritz pair (θ, Q^T y) is ‖B y‖. T and B are float64 on the CPU.
 
+    This is the form for the CPU, where a look at a value costs nothing and every step decides by
+    what it finds; :class:`hesskern.device_subspace.DeviceSubspace` is the other.
+
     Args:
         operator: the counted operator, on R^P.
         capacity: the largest n.
         pending: the largest c.
     """
+
+    chain_steps = 1
+    """Steps of a chain (see :func:`hesskern.lanczos.confirm`) between two looks at it."""
 
     def __init__(self, operator: CountedOperator, capacity: int, pending: int) -> None:
         self.operator = operator
@@ -106,17 +135,41 @@ class Subspace:
         self._basis = torch.empty(rows, operator.size, **options)
         self._images = torch.empty(self.capacity, operator.size, **options)
         self._rayleigh = torch.zeros(self.capacity, self.capacity, dtype=torch.float64)
-        self.coupling = torch.zeros(0, 0, dtype=torch.float64)
+        self._coupling = torch.zeros(0, 0, dtype=torch.float64)
         self.size = 0
         self.pending = 0
         self.scale = 0.0
         self.restarts = 0
+        # Of the Rayleigh matrix as it is; None when that has changed.
+        self._ritz: tuple[Tensor, Tensor] | None = None
         self._epsilon = torch.finfo(operator.dtype).eps
 
     @property
     def room(self) -> int:
         """How many vectors the basis can still take."""
         return self.capacity - self.size
+
+    @property
+    def coupling(self) -> Tensor:
+        """B [c, n], float64 on the CPU."""
+        return self._coupling
+
+    @coupling.setter
+    def coupling(self, coupling: Tensor) -> None:
+        self._coupling = coupling
+
+    def until_check(self, k: int, missing: int) -> int:
+        """How many products Lanczos makes before it looks whether the pairs have converged.
+
+        Args:
+            k: number of pairs.
+            missing: how many of them had not converged at the last look.
+        """
+        return max(1, k // 40)
+
+    def inner(self, rows: Tensor, others: Tensor) -> Tensor:
+        """The inner products [b, n] of ``rows`` [b, P] and ``others`` [n, P]."""
+        return rows @ others.T
 
     # growing
 
@@ -163,6 +216,7 @@ class Subspace:
         self._rayleigh[start:stop, :stop] = columns.T
         corner = self._rayleigh[start:stop, start:stop]
         corner.copy_((corner + corner.T) / 2)
+        self._ritz = None
         self.coupling[:, start:stop] = coefficients[:, stop:].T
         if krylov:
             self._admit(remainder, 10 * self._epsilon * self.scale, slice(start, stop))
@@ -184,7 +238,8 @@ class Subspace:
         return self._basis[: self.size + self.pending]
 
     def _cast(self, small: Tensor) -> Tensor:
-        return small.to(self.operator.dtype).to(self.operator.device)
+        # Pageable memory is read before the call returns, also where the copy does not wait.
+        return small.to(self.operator.dtype).to(self.operator.device, non_blocking=True)
 
     def _recur(self, images: Tensor, known: Tensor) -> Tensor:
         """Projects the images [b, P] of the last b basis vectors off the span, in place.
@@ -261,18 +316,33 @@ class Subspace:
         if order == list(range(self.pending)):
             return
         stop = self.size + self.pending
-        self._basis[self.size : stop] = self._basis[self.size : stop][order]
+        self._basis[self.size : stop] = self._taken(self.size, order)
         self.coupling = self.coupling[order]
+
+    def _taken(self, first: int, order: list[int]) -> Tensor:
+        """Copies [b, P] of the rows at ``first`` plus each of ``order``, basis and pending ones."""
+        rows = torch.tensor(order).add_(first)
+        return self._basis.index_select(0, rows.to(self._basis.device, non_blocking=True))
 
     # Rayleigh-Ritz
 
     def ritz(self) -> tuple[Tensor, Tensor]:
         """Ritz values [n], ascending, and coefficients [n, n] of the Ritz vectors; float64, CPU."""
-        return torch.linalg.eigh(self._rayleigh[: self.size, : self.size])
+        if self._ritz is None:
+            self._ritz = torch.linalg.eigh(self._rayleigh[: self.size, : self.size])
+        return self._ritz
 
     def rayleigh_block(self, indices: list[int]) -> Tensor:
         """The Rayleigh matrix restricted to the basis vectors ``indices``; float64 on the CPU."""
         return self._rayleigh[indices][:, indices]
+
+    def outward(self, indices: list[int]) -> Tensor:
+        """Numbers whose product is the volume of what the images of ``indices`` have outside.
+
+        Args:
+            indices: the basis vectors of one :meth:`advance`, at the time of the last look.
+        """
+        return torch.linalg.svdvals(self.coupling[:, indices])
 
     def combine(self, coefficients: Tensor) -> Tensor:
         """The vectors [k, P] with ``coefficients`` [n, k] in the basis."""
@@ -297,7 +367,7 @@ class Subspace:
             block = y.T @ self._images[: self.size, part]
             block.addmm_(shifted.T, self._basis[: self.size, part], alpha=-1)
             total += block.square().sum(dim=1)
-        return total.sqrt().cpu()
+        return on_the_host(total.sqrt())
 
     def restart(self, values: Tensor, coefficients: Tensor) -> None:
         """Shrinks the basis to the Ritz vectors with ``coefficients`` [n, r] and ``values`` [r]."""
@@ -310,13 +380,14 @@ class Subspace:
         self.size = kept
         self._rayleigh.zero_()
         self._rayleigh[:kept, :kept] = torch.diag(values)
+        self._ritz = None
         self.coupling = self.coupling @ coefficients
         self.restarts += 1
 
     def orthonormalize(self) -> None:
         """Removes what rounding has cost of the basis' orthonormality; the images follow."""
         q, images = self._basis[: self.size], self._images[: self.size]
-        factor = torch.linalg.cholesky(_small(q @ q.T))
+        factor = torch.linalg.cholesky(_small(self.inner(q, q)))
         inverse = torch.linalg.inv(factor)
         small = self._cast(inverse)
         for part in self._column_slices():
@@ -335,8 +406,9 @@ class Subspace:
         self._recompute_rayleigh()
 
     def _recompute_rayleigh(self) -> None:
-        rayleigh = _small(self._basis[: self.size] @ self._images[: self.size].T)
+        rayleigh = _small(self.inner(self._basis[: self.size], self._images[: self.size]))
         self._rayleigh[: self.size, : self.size] = (rayleigh + rayleigh.T) / 2
+        self._ritz = None
 
     def drift(self, generator: torch.Generator) -> float:
         """How far the stored images are off, relative to the scale, by one random combination.
@@ -348,7 +420,7 @@ class Subspace:
         mix = self._cast(weights / weights.norm())[None]
         true = self.operator.apply(mix @ self._basis[: self.size])
         stored = mix @ self._images[: self.size]
-        return float((true - stored).norm()) * self.size**0.5 / max(self.scale, 1e-300)
+        return float(on_the_host((true - stored).norm())) * self.size**0.5 / max(self.scale, 1e-300)
 
     def _column_slices(self) -> list[slice]:
         total = self.operator.size
@@ -359,4 +431,4 @@ class Subspace:
 
 
 def _small(matrix: Tensor) -> Tensor:
-    return matrix.double().cpu()
+    return on_the_host(matrix.double())

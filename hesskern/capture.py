@@ -86,6 +86,7 @@ class Capture:
     _results: list[Any] = field(default_factory=list)
     _given: list[tuple[Any, Tensor, int]] = field(default_factory=list)
     _flat: set[Any] = field(default_factory=set)
+    _tried: set[Any] = field(default_factory=set)
     _copy: bool = False
     _hooked: bool = False
     _drew: bool = False
@@ -419,7 +420,8 @@ class Capture:
             or any(use.arrangement.outer != 1 for layer in layers for use in layer)
         ):
             return None
-        plan = Propagation.plan(outputs, [use.edge for layer in uses.values() for use in layer])
+        edges = [use.edge for layer in uses.values() for use in layer]
+        plan = Propagation.plan(outputs, edges, self._tried)
         if plan is None:
             return None
 

@@ -577,8 +577,12 @@ def _max_pool_by_torch(
     def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
         chosen = indices[samples].unsqueeze(1).expand(g.shape)
         if apart:
-            found = g.new_zeros(*g.shape[:3], size).scatter_(3, chosen.flatten(3), g.flatten(3))
-            return [_times(found.view(*g.shape[:2], *shape), factor)]
+            n, r, c = g.shape[:3]
+            # In the gradients' memory format, so that nobody has to copy them.
+            last = g.stride(2) == 1
+            found = g.new_zeros(n, r, size, c).mT if last else g.new_zeros(n, r, c, size)
+            found.scatter_(3, chosen.flatten(3), g.flatten(3))
+            return [_times(found.view(n, r, *shape), factor)]
         rows = _merged(g)
         inputs = rows.new_empty(1).expand(len(rows), *shape)
         found = torch.ops.aten.max_pool2d_with_indices_backward(

@@ -112,7 +112,7 @@ def test_the_memory_of_a_batch_is_used_again() -> None:
 
     torch.manual_seed(0)
     model = Growing().double()
-    data = [(torch.randn(n, 3).double(), torch.randint(0, 3, (n,))) for n in (4, 3, 5, 2, 6)]
+    data = [(torch.randn(n, 3).double(), torch.randint(0, 3, (n,))) for n in (4, 3, 2, 5, 6, 7, 1)]
     loss = nn.CrossEntropyLoss()
     together = hk.FactorAccumulator(model, loss)
     together.consume(data)

@@ -17,7 +17,7 @@ from hesskern.checks import Checks, as_weights
 from hesskern.evidence import Evidence
 from hesskern.factors import Factors, LayerFactors
 from hesskern.forward_pass import model_device
-from hesskern.layer_sums import LayerSums, bordered, masked
+from hesskern.layer_sums import BatchSum, LayerSums, SumMemory, add_sums, bordered, scale_sums
 from hesskern.layers import LayerSpec, left_out, select_layers
 from hesskern.losses import resolve_loss
 from hesskern.memory import budget_for, out_of_memory, release
@@ -37,10 +37,49 @@ _STATE = ("count", "batches", "reasons", "unfit", "generator", "settings", "laye
 
 @dataclass(frozen=True)
 class _Before:
-    """What an accumulator goes back to when a batch turns out bad."""
+    """What an accumulator goes back to when a batch turns out bad, whose sums were masked."""
 
     batches: int
     generator: Tensor
+    layers: frozenset[str]
+    reasons: dict[str, str]
+    unfit: dict[str, str]
+    precisions: dict[str, None]
+
+
+class _Held:
+    """Weighted numbers of samples that the device holds until the pass ends."""
+
+    def __init__(self) -> None:
+        self._shrunk: Tensor | None = None
+        self._counts: dict[tuple[tuple[str, int], ...], Tensor] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._counts)
+
+    def zero(self, counts: list[float | Tensor]) -> Tensor:
+        """0-dim float64 zero where these counts, or those held, lie."""
+        tensors = [count for count in counts if isinstance(count, Tensor)]
+        return (*tensors, *self._counts.values())[0].new_zeros(())
+
+    def add(self, count: Tensor, positions: dict[str, int]) -> None:
+        """Adds a 0-dim float64 number of samples with so many positions in every layer."""
+        key = tuple(positions.items())
+        self._counts[key] = self._counts[key] + count if key in self._counts else count
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiplies everything that was counted, by the host as well, by a 0-dim number."""
+        self._shrunk = factor if self._shrunk is None else self._shrunk * factor
+        self._counts = {key: count * factor for key, count in self._counts.items()}
+
+    def read(self) -> tuple[float, list[tuple[float, dict[str, int]]]]:
+        """What the host has counted is to be multiplied by, and what is to be added; waits once."""
+        if not self._counts:
+            return 1.0, []
+        counts = list(self._counts.values())
+        shrunk = counts[0].new_ones(()) if self._shrunk is None else self._shrunk
+        factor, *numbers = torch.stack([shrunk, *(c.to(shrunk.device) for c in counts)]).tolist()
+        return factor, [(n, dict(key)) for n, key in zip(numbers, self._counts, strict=True)]
 
 
 class FactorAccumulator(Portable):
@@ -99,7 +138,8 @@ class FactorAccumulator(Portable):
         self._sums: dict[str, LayerSums] = {}
         self._reasons: dict[str, str] = {}
         self._unfit: dict[str, str] = {}
-        self._count: float | Tensor = 0.0
+        self._count = 0.0
+        self._held = _Held()
         self._batches = 0
         self._precisions: dict[str, None] = {}
 
@@ -112,7 +152,7 @@ class FactorAccumulator(Portable):
     @property
     def num_samples(self) -> float:
         """Weighted number of samples behind the factors (with decay: of averaged batches)."""
-        return float(self._count)
+        return self._count
 
     def update(self, inputs: Any, targets: Any, sample_weight: Tensor | None = None) -> None:
         """Adds one batch.
@@ -162,7 +202,7 @@ class FactorAccumulator(Portable):
 
     def _pass(self, data: Iterator[Batch]) -> None:
         """Adds batches until the data ends or one fails; those before it stay."""
-        checks = Checks()
+        checks, memory = Checks(), SumMemory()
         # Before the capture, which switches autocast off for all but the model.
         now = precisions(self._model, model_device(self._model))
         try:
@@ -175,7 +215,7 @@ class FactorAccumulator(Portable):
             )
             with capturing as capture:
                 for batch in data:
-                    self._add(capture, batch, checks)
+                    self._add(capture, batch, checks, memory)
                     self._precisions.update(dict.fromkeys(now))
         finally:
             try:
@@ -183,81 +223,89 @@ class FactorAccumulator(Portable):
                 checks.settle()
             finally:
                 if checks.failed is not None:
-                    self._batches = checks.failed.batches
-                    self._generator.set_state(checks.failed.generator)
+                    self._go_back(checks.failed)
                 self._to_host()
 
-    def _add(self, capture: Capture, batch: Batch, checks: Checks) -> None:
+    def _go_back(self, before: _Before) -> None:
+        """Undoes what masked batches have changed besides sums."""
+        self._batches = before.batches
+        self._generator.set_state(before.generator)
+        self._sums = {name: sums for name, sums in self._sums.items() if name in before.layers}
+        self._reasons, self._unfit = before.reasons, before.unfit
+        self._precisions = before.precisions
+
+    def _add(self, capture: Capture, batch: Batch, checks: Checks, memory: SumMemory) -> None:
         """Adds one batch as a whole, or nothing at all if anything goes wrong."""
-        before = _Before(self._batches, self._generator.get_state())
+        before = _Before(
+            self._batches,
+            self._generator.get_state(),
+            frozenset(self._sums),
+            dict(self._reasons),
+            dict(self._unfit),
+            dict(self._precisions),
+        )
         try:
-            fresh, count = self._sums_in_memory(capture, batch, checks)
+            fresh = self._sums_in_memory(capture, batch, checks, memory)
         except BaseException:
             checks.drop()
             self._generator.set_state(before.generator)
             raise
         alive = checks.close(before)
-        if alive is not None and not self._same_kind(fresh, capture):
-            # What is not a sum cannot be masked.
+        if alive is not None and not self._same_shapes(fresh):
+            # The images of the batches before cannot be masked.
             checks.settle()
             alive = None
         if alive is not None:
-            for sums in fresh.values():
-                sums.mask(alive)
-            count = masked(count, alive)
-        self._commit(fresh, count)
+            fresh.mask(alive)
+        self._commit(fresh, memory)
         self._unfit.update(capture.unfit)
         self._note({**self._reasons, **capture.reasons})
 
     def _sums_in_memory(
-        self, capture: Capture, batch: Batch, checks: Checks
-    ) -> tuple[dict[str, LayerSums], float | Tensor]:
+        self, capture: Capture, batch: Batch, checks: Checks, memory: SumMemory
+    ) -> BatchSum:
         """:meth:`_sums_of`, of one half after the other where memory does not suffice."""
         state = self._generator.get_state()
         try:
-            return self._sums_of(capture, batch, checks)
+            return self._sums_of(capture, batch, checks, memory)
         except torch.OutOfMemoryError as error:
             parts = halves(batch)
             if len(parts) == 1:
                 raise out_of_memory(error, False) from error
         # Behind the except clause, whose error holds on to the tensors of the failed attempt.
         checks.drop()
+        memory.let_go()
         self._generator.set_state(state)
         release()
         try:
-            fresh, count = self._sums_of(capture, parts[0], checks)
-            rest, more = self._sums_of(capture, parts[1], checks)
+            fresh = self._sums_of(capture, parts[0], checks, SumMemory())
+            fresh.join(self._sums_of(capture, parts[1], checks, SumMemory()))
         except (torch.OutOfMemoryError, RuntimeError) as error:
             # Something in the batch may not be cut by samples.
             raise out_of_memory(error, True) from error
-        for name, sums in rest.items():
-            if name in fresh:
-                fresh[name].add(sums)
-            else:
-                fresh[name] = sums
-        return fresh, count + more
+        return fresh
 
-    def _same_kind(self, fresh: dict[str, LayerSums], capture: Capture) -> bool:
-        """Whether a batch adds to what is there and changes nothing else."""
-        return capture.unfit.keys() <= self._unfit.keys() and all(
-            name in self._sums and self._sums[name].fits(sums) for name, sums in fresh.items()
+    def _same_shapes(self, fresh: BatchSum) -> bool:
+        """Whether a batch takes no images away from the layers that are there."""
+        return all(
+            name not in self._sums or self._sums[name].fits(sums)
+            for name, sums in fresh.layers.items()
         )
 
     def _to_host(self) -> None:
         """Numbers that the device held in the meantime."""
-        held = [n for n, sums in self._sums.items() if isinstance(sums.positions, Tensor)]
-        numbers = [self._sums[name].positions for name in held] + [self._count]
-        if not any(isinstance(number, Tensor) for number in numbers):
-            return
-        device = next(n.device for n in numbers if isinstance(n, Tensor))
-        on_device = [torch.as_tensor(n, dtype=torch.float64, device=device) for n in numbers]
-        *positions, self._count = torch.stack(on_device).tolist()
-        for name, value in zip(held, positions, strict=True):
-            self._sums[name].positions = value
+        factor, counts = self._held.read()
+        self._held = _Held()
+        if factor != 1.0:
+            self._count *= factor
+            for sums in self._sums.values():
+                sums.positions *= factor
+        for count, positions in counts:
+            self._count_samples(count, positions)
 
     def _sums_of(
-        self, capture: Capture, batch: Batch, checks: Checks
-    ) -> tuple[dict[str, LayerSums], float | Tensor]:
+        self, capture: Capture, batch: Batch, checks: Checks, memory: SumMemory
+    ) -> BatchSum:
         """A batch's sums by layer, and its weighted number of samples."""
         settings = self._settings
         roots = BatchRoots(
@@ -268,40 +316,63 @@ class FactorAccumulator(Portable):
             settings["mc_samples"],
             self._generator,
             checks,
+            sums_follow=True,
         )
         names = [n for n in self._specs if n in roots.uses and n not in self._unfit]
-        return self._batch_sums.of(roots, names), roots.count
+        return self._batch_sums.of(roots, names, memory)
 
     def _note(self, reasons: dict[str, str]) -> None:
         """Keeps the reasons of layers that no batch has reached."""
         merged = {**reasons, **self._unfit}
         self._reasons = {n: reason for n, reason in merged.items() if n not in self._sums}
 
-    def _commit(self, fresh: dict[str, LayerSums], count: float | Tensor) -> None:
-        decay = self._decay
-        if decay is None:
-            self._count = self._count + count
-        elif isinstance(count, Tensor):
-            seen = count > 0
-            old = 1 - (1 - decay) * seen.double()
-            new = torch.where(seen, (1 - decay) / count, 0.0)
-            for sums in self._sums.values():
-                sums.scale(old)
-            for sums in fresh.values():
-                sums.scale(new)
-            self._count = self._count * old + (1 - decay) * seen.double()
-        elif count > 0:
-            for sums in self._sums.values():
-                sums.scale(decay)
-            for sums in fresh.values():
-                sums.scale((1 - decay) / count)
-            self._count = decay * self._count + (1 - decay)
-        for name, sums in fresh.items():
-            if name in self._sums:
-                self._sums[name].add(sums)
+    def _commit(self, fresh: BatchSum, memory: SumMemory) -> None:
+        """Adds a batch's sums to those so far."""
+        if self._decay is not None:
+            self._average(fresh, self._decay)
+        known = {n: sums for n, sums in fresh.layers.items() if n in self._sums}
+        add_sums((self._sums[name], sums) for name, sums in known.items())
+        for name, sums in fresh.layers.items():
+            if name not in known:
+                self._sums[name] = sums.copy() if known else sums
+        if not known:
+            # It holds the running sums from now on.
+            memory.let_go()
+        for count, positions in fresh.counts:
+            if isinstance(count, Tensor):
+                self._held.add(count, positions)
             else:
-                self._sums[name] = sums
+                self._count_samples(count, positions)
         self._batches += 1
+
+    def _count_samples(self, count: float, positions: dict[str, int]) -> None:
+        self._count += count
+        for name, number in positions.items():
+            if name in self._sums:
+                self._sums[name].positions += count * number
+
+    def _average(self, fresh: BatchSum, decay: float) -> None:
+        """Scales the sums so far, and those of a batch so that it counts as 1 - decay in all."""
+        counts = [count for count, _ in fresh.counts]
+        known = [count for count in counts if not isinstance(count, Tensor)]
+        old: float | Tensor
+        new: float | Tensor
+        if len(known) == len(counts) and not self._held:
+            if not sum(known) > 0:
+                return
+            old, new = decay, (1 - decay) / sum(known)
+            self._count *= decay
+        else:
+            total = self._held.zero(counts)
+            for count in counts:
+                total = total + count
+            seen = total > 0
+            old = 1 - (1 - decay) * seen.double()
+            new = torch.where(seen, (1 - decay) / total, 0.0)
+            self._held.scale(old)
+        scale_sums(self._sums.values(), old)
+        scale_sums(fresh.layers.values(), new)
+        fresh.counts = [(count * new, positions) for count, positions in fresh.counts]
 
     def factors(self) -> Factors:
         """The factors of everything seen so far; the accumulator can go on afterwards.
@@ -375,11 +446,11 @@ class FactorAccumulator(Portable):
                     f"other does not fit: layer {name!r} {another._unfit[name]} in one of both and "
                     "has factors in the other (leave the layer out with layers=[...])"
                 )
+        shared = [(self._sums[n], sums) for n, sums in other._sums.items() if n in self._sums]
+        add_sums(shared)
         for name, sums in other._sums.items():
             if name not in self._sums:
                 self._sums[name] = sums.copy()
-            else:
-                self._sums[name].add(sums)
         self._count += other._count
         self._batches += other._batches
         self._precisions.update(other._precisions)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hesskern import ops
 from hesskern.factors import unfolded
-from hesskern.layer_sums import LayerSums
+from hesskern.graph import product
+from hesskern.layer_sums import BatchSum, LayerSums, Layout, SumMemory
 from hesskern.layer_uses import LayerUse
 from hesskern.layers import LayerSpec
 from hesskern.roots import BatchRoots, accumulator_dtype, positions_last
@@ -38,38 +39,39 @@ class BatchSums:
         """Bytes of small gradients that are joined at a time."""
         return self.memory_budget // 16
 
-    def of(self, roots: BatchRoots, names: list[str]) -> dict[str, LayerSums]:
-        """The batch's sums of the named layers.
+    def of(self, roots: BatchRoots, names: list[str], memory: SumMemory) -> BatchSum:
+        """The batch's sums of the named layers, valid until the memory's next ones.
 
         Raises:
             ValueError: NaN or Inf on the host.
         """
-        fresh = {name: self._input_sums(self.specs[name], roots) for name in names}
-        self._add_outputs(roots, fresh)
-        return fresh
+        found = memory.zeros({name: _layout(self.specs[name], roots.uses[name]) for name in names})
+        positions = {
+            name: sum(_positions(self.specs[name], use) for use in roots.uses[name])
+            for name in names
+        }
+        found.counts.append((roots.count, positions))
+        for name, sums in found.layers.items():
+            self._add_inputs(self.specs[name], roots, sums)
+        self._add_outputs(roots, found.layers, positions)
+        return found
 
-    def _input_sums(self, spec: LayerSpec, roots: BatchRoots) -> LayerSums:
-        """The batch's input sums of one layer, and zeros for its output Hessian."""
+    @staticmethod
+    def _add_inputs(spec: LayerSpec, roots: BatchRoots, sums: LayerSums) -> None:
+        """Adds the batch's inputs of one layer."""
         uses = roots.uses[spec.name]
-        dtype = accumulator_dtype(uses[0].x.dtype)
-        d, m = spec.weight_inputs, spec.outputs
-        shape = (d, d) if spec.groups == 1 else (spec.groups, d, d)
-        device = uses[0].x.device
-        sums = LayerSums(
-            torch.zeros(shape, dtype=dtype, device=device),
-            torch.zeros(m, m, dtype=dtype, device=device),
-            torch.zeros(spec.groups * d, dtype=dtype, device=device),
-        )
         if roots.weight_root is not None and any(use.ambiguous for use in uses):
             raise ValueError(
                 f"layer {spec.name!r} sees rows that act on no output in this batch, so that their "
                 "samples, whose weights they need, cannot be told; pass larger batches, or leave "
                 "the layer out with layers=[...]"
             )
-        for use in uses:
+        assert sums.images is not None
+        for use, image in zip(uses, sums.images, strict=True):
             x = roots.inputs(use)
             if spec.kind == "linear":
-                ops.input_covariance_(sums.inputs, x.reshape(-1, d))
+                rows = x if x.dim() == 2 else x.reshape(-1, spec.weight_inputs)
+                ops.input_covariance_(sums.inputs, rows)
             else:
                 ops.conv_input_covariance_(
                     sums.inputs,
@@ -80,39 +82,22 @@ class BatchSums:
                     spec.dilation,
                     spec.groups,
                 )
-        images = [
-            self._image_sum(use, total, roots)
-            for use, total in zip(uses, roots.input_sums[spec.name], strict=True)
-        ]
-        sums.add_images(images)
-        if spec.joint:
-            for image in images:
+            roots.add_input_sum(spec.name, use, x, image)
+            if spec.joint:
                 sums.column += unfolded(spec, image).sum(1)
-        sums.positions = roots.count * sum(_positions(spec, use) for use in uses)
-        return sums
 
-    @staticmethod
-    def _image_sum(use: LayerUse, total: Tensor, roots: BatchRoots) -> Tensor:
-        if roots.weight_root is None:
-            return total
-        weight = roots.weight_root.to(total.dtype).square()
-        return torch.tensordot(weight, use.x.to(total.dtype), dims=1)
-
-    def _add_outputs(self, roots: BatchRoots, fresh: dict[str, LayerSums]) -> None:
+    def _add_outputs(
+        self, roots: BatchRoots, fresh: dict[str, LayerSums], positions: dict[str, int]
+    ) -> None:
         """Adds the batch's output Hessians, some samples or a few root rows at a time."""
-        share = {
-            name: 1.0 / max(sum(_positions(self.specs[name], use) for use in roots.uses[name]), 1)
-            for name in fresh
-        }
+        share = {name: 1.0 / max(positions[name], 1) for name in fresh}
         blocks = roots.blocks(self.memory_budget)
         if blocks is None:
             self._add_rows(roots, fresh, share)
         else:
             self._add_blocks(blocks, fresh, share)
         for name, sums in fresh.items():
-            # Finite entries may still have squares that are not.
-            roots.check_inputs(name, sums.inputs.diagonal(dim1=-2, dim2=-1))
-            roots.check_gradients(name, sums.outputs.diagonal())
+            roots.check_sums(name, sums.inputs, sums.outputs)
 
     def _add_blocks(
         self,
@@ -171,11 +156,24 @@ class BatchSums:
             grads.clear()
 
 
+def _layout(spec: LayerSpec, uses: list[LayerUse]) -> Layout:
+    """Shapes of a layer's sums."""
+    d, m, x = spec.weight_inputs, spec.outputs, uses[0].x
+    return Layout(
+        (d, d) if spec.groups == 1 else (spec.groups, d, d),
+        (m, m),
+        (spec.groups * d,),
+        tuple(tuple(use.x.shape[1:]) for use in uses),
+        accumulator_dtype(x.dtype),
+        x.device,
+    )
+
+
 def _positions(spec: LayerSpec, use: LayerUse) -> int:
     """Positions per sample of one use."""
     x = use.x
     if spec.kind == "linear":
-        return x[0].numel() // x.shape[-1] if len(x) and x.shape[-1] else 1
+        return product(x.shape[1:-1]) if len(x) and x.shape[-1] else 1
     count = 1
     axes = zip(x.shape[2:], spec.kernel_size, spec.stride, spec.padding, spec.dilation, strict=True)
     for size, kernel, stride, padding, dilation in axes:

@@ -86,6 +86,7 @@ class Capture:
     _results: list[Any] = field(default_factory=list)
     _given: list[tuple[Any, Tensor, int]] = field(default_factory=list)
     _flat: set[Any] = field(default_factory=set)
+    _tried: set[Any] = field(default_factory=set)
     _copy: bool = False
     _hooked: bool = False
     _drew: bool = False
@@ -94,6 +95,7 @@ class Capture:
         self._modules = dict(self.model.named_modules())
         self._leaves: dict[str, Tensor] = {}
         self._biases: dict[str, Tensor] = {}
+        self._leaf_edges: dict[int, GradientEdge] = {}
         trainable: list[Tensor] = []
         for name, spec in self.specs.items():
             module, attribute = weight_of(self._modules, name)
@@ -134,7 +136,7 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._computed, self._results, self._given = {}, [], []
-        self._flat = set()
+        self._flat, self._leaf_edges = set(), {}
         self._state.__exit__(*error)
 
     @property
@@ -181,7 +183,7 @@ class Capture:
             self._results.append(grad_fn_of(z if root is None else root))
             if plain and args and isinstance(args[0], Tensor):
                 with uncounted():
-                    self._given.append((grad_fn_of(z), args[0].detach(), args[0]._version))
+                    self._given.append((grad_fn_of(z), args[0], args[0]._version))
             return root
 
         return hook
@@ -235,7 +237,7 @@ class Capture:
             leaf = self._leaves.get(name)
             edges: tuple[GradientEdge, ...]
             if leaf is not None:
-                edges, shape = (get_gradient_edge(leaf),), tuple(leaf.shape)
+                edges, shape = (self._leaf_edge(leaf),), tuple(leaf.shape)
             else:
                 edges = tuple(dict.fromkeys(self._computed.get(name, ())))
                 shape = self._shapes.get(name, spec.shape)
@@ -245,7 +247,7 @@ class Capture:
                 edges,
                 spec.kind == "conv",
                 spec.transposed,
-                None if bias is None else get_gradient_edge(bias),
+                None if bias is None else self._leaf_edge(bias),
             )
         results, self._results = self._results, []
         given, self._given = inputs_by_call(self._given), []
@@ -255,6 +257,13 @@ class Capture:
         if self._autocast[2]:
             calls = before_autocast(calls, given)
         return targets, alive, calls, others
+
+    def _leaf_edge(self, leaf: Tensor) -> GradientEdge:
+        """Where a parameter's gradient arrives: the same for as long as somebody holds it."""
+        key = id(leaf)
+        if key not in self._leaf_edges:
+            self._leaf_edges[key] = get_gradient_edge(leaf)
+        return self._leaf_edges[key]
 
     def _fitting(
         self,
@@ -411,7 +420,8 @@ class Capture:
             or any(use.arrangement.outer != 1 for layer in layers for use in layer)
         ):
             return None
-        plan = Propagation.plan(outputs, [use.edge for layer in uses.values() for use in layer])
+        edges = [use.edge for layer in uses.values() for use in layer]
+        plan = Propagation.plan(outputs, edges, self._tried)
         if plan is None:
             return None
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesskern.foreach import are_finite
+
 __all__ = ["Checks", "as_weights", "check_dense", "first_chosen", "on_host"]
 
 
@@ -56,11 +58,16 @@ def first_chosen(values: Tensor, chosen: Tensor) -> Tensor:
 
 @dataclass
 class _Condition:
-    """How an error speaks of a flag, and how many values its message takes."""
+    """How an error speaks of a flag, and how many values its message takes.
+
+    Attributes:
+        place: of two errors of a batch the one with the lower place counts.
+    """
 
     message: Callable[..., str]
     error: type[Exception]
     details: int
+    place: int = 0
 
 
 @dataclass
@@ -81,10 +88,14 @@ class _Pending:
     def raise_if_bad(self) -> None:
         values = self.values.tolist()
         details = values[len(self.conditions) :]
+        bad: dict[int, Exception] = {}
         for good, condition in zip(values, self.conditions, strict=False):
             if not good:
-                raise condition.error(condition.message(*details[: condition.details]))
+                message = condition.message(*details[: condition.details])
+                bad[condition.place] = condition.error(message)
             del details[: condition.details]
+        if bad:
+            raise bad[min(bad)]
 
 
 @dataclass
@@ -105,6 +116,8 @@ class Checks:
     _flags: list[Tensor] = field(default_factory=list)
     _details: list[Tensor] = field(default_factory=list)
     _conditions: list[_Condition] = field(default_factory=list)
+    _unseen: list[tuple[Tensor, _Condition]] = field(default_factory=list)
+    _places: int = 0
     _pending: deque[_Pending] = field(default_factory=deque)
 
     def __enter__(self) -> Checks:
@@ -139,15 +152,42 @@ class Checks:
             if not bool(good):
                 raise error(message(*(float(make()) for make in details)))
             return True
-        self._flags.append(good)
+        self._flags.append(good.reshape(1))
         self._details.extend(make().double() for make in details)
-        self._conditions.append(_Condition(message, error, len(details)))
+        self._conditions.append(_Condition(message, error, len(details), self.place()))
         return False
 
-    @property
-    def deferred(self) -> bool:
-        """Whether the current batch has conditions that nobody has looked at."""
-        return bool(self._flags)
+    def place(self) -> int:
+        """A place for a condition of which more is known later, before those still to come."""
+        self._places += 1
+        return self._places
+
+    def require_finite(
+        self, tensor: Tensor, message: Callable[[], str], place: int | None = None
+    ) -> None:
+        """Adds the condition that a tensor on a device holds no NaN or Inf.
+
+        All such tensors are looked at together, when the batch is closed or :meth:`gather` is
+        called; until then they must keep their values.
+
+        Args:
+            tensor: any shape; an empty one holds none.
+            message: of the error.
+            place: of the condition, from :meth:`place`; None: behind those before.
+        """
+        if tensor.numel():
+            place = self.place() if place is None else place
+            self._unseen.append((tensor, _Condition(message, ValueError, 0, place)))
+
+    def gather(self) -> None:
+        """Looks, on the device, at the tensors that are to be finite, and lets go of them."""
+        if not self._unseen:
+            return
+        with torch.no_grad():
+            flags, order = are_finite([tensor for tensor, _ in self._unseen])
+        self._flags += flags
+        self._conditions += [self._unseen[i][1] for i in order]
+        self._unseen = []
 
     def close(self, mark: Any = None) -> Tensor | None:
         """Ends the current batch.
@@ -161,27 +201,30 @@ class Checks:
         Raises:
             as :meth:`poll`.
         """
+        self.gather()
         if self._flags:
             # Layers, targets and weights may lie on several devices.
             device = self._flags[0].device
-            good = torch.stack([flag.to(device, non_blocking=True) for flag in self._flags])
+            good = torch.cat([flag.to(device, non_blocking=True) for flag in self._flags])
             details = [d.to(device, non_blocking=True).reshape(1) for d in self._details]
             alive = good.all()
             self.alive = alive if self.alive is None else self.alive & alive
-            values = torch.cat([good.double(), *details])
+            values = torch.cat([good.double(), *details]) if details else good.double()
             arrived = None
             host = values.to("cpu", non_blocking=True)
             if values.is_cuda:
                 arrived = torch.cuda.Event()
                 arrived.record(torch.cuda.current_stream(values.device))
             self._pending.append(_Pending(host, self._conditions, arrived, mark))
-            self._flags, self._details, self._conditions = [], [], []
+        self.drop()
         self.poll()
         return self.alive
 
     def drop(self) -> None:
         """Forgets the current batch, of which nothing is kept."""
         self._flags, self._details, self._conditions = [], [], []
+        self._unseen = []
+        self._places = 0
 
     def poll(self) -> None:
         """Looks at the batches whose flags have arrived.

@@ -44,10 +44,13 @@ class LayerUse:
 
     def by_sample(self, gradient: Tensor) -> Tensor:
         """[N, m], [N, t, m] or [N, m, (H,) W] of a gradient of the call's result."""
+        one = self.arrangement.positions == 1
         if self.convolution:
-            return self.arrangement.by_sample(gradient)[:, self.index]
+            return gradient if one else self.arrangement.by_sample(gradient)[:, self.index]
+        if one and gradient.dim() == 2:
+            return self._whole(gradient)
         rows = self.arrangement.by_sample(gradient.reshape(-1, gradient.shape[-1]))
-        return self._whole(rows[:, 0] if self.arrangement.positions == 1 else rows)
+        return self._whole(rows[:, 0] if one else rows)
 
     def in_block(self, gradient: Tensor) -> Tensor:
         """[n, r, m], [n, r, t, m] or [n, r, m, (H,) W] of [n, r, ...]; samples stand first."""
@@ -91,7 +94,7 @@ def before_autocast(
         x = given.get(use.node)
         if x is None or x.numel() != use.x.numel() or not x.is_floating_point():
             return use
-        return replace(use, x=x.reshape(use.x.shape))
+        return replace(use, x=x.detach().reshape(use.x.shape))
 
     return {name: [widened(use) for use in uses] for name, uses in calls.items()}
 
@@ -99,17 +102,24 @@ def before_autocast(
 def layer_uses(spec: LayerSpec, use: WeightUse, call: ArrangedCall) -> list[LayerUse]:
     """A call as uses that have one input of a sample each."""
     edge, arrangement, ambiguous = GradientEdge(use.node, 0), call.arrangement, call.ambiguous
+    one = arrangement.positions == 1
     if use.settings is None:
+        if one and use.x.dim() == 2:
+            return [LayerUse(use.x, edge, arrangement, spec.outputs, use.part, ambiguous=ambiguous)]
         x = arrangement.by_sample(use.x.reshape(-1, use.x.shape[-1]))
-        if arrangement.positions == 1:
+        if one:
             x = x[:, 0]
         return [LayerUse(x, edge, arrangement, spec.outputs, use.part, ambiguous=ambiguous)]
     x = use.x
     more = [p - q for p, q in zip(use.settings[1], spec.padding, strict=True)]
     if any(more):
         x = F.pad(x, [amount for axis in reversed(more) for amount in (axis, axis)])
-    images = arrangement.by_sample(x)
+    if one:
+        images = [x]
+    else:
+        by_sample = arrangement.by_sample(x)
+        images = [by_sample[:, i] for i in range(arrangement.positions)]
     return [
-        LayerUse(images[:, i], edge, arrangement, spec.outputs, None, True, i, ambiguous)
-        for i in range(arrangement.positions)
+        LayerUse(image, edge, arrangement, spec.outputs, None, True, i, ambiguous)
+        for i, image in enumerate(images)
     ]

@@ -350,14 +350,19 @@ class _CrossEntropy(Loss):
     def counted(self, outputs: Tensor, targets: Any) -> Tensor | None:
         if targets.is_floating_point():
             return None
-        mask = self._mask(outputs, targets)
-        return None if on_host(mask) and bool(mask.all()) else mask.any(1)
+        single = targets.dim() == 1
+        mask = targets != self.ignore_index if single else self._mask(outputs, targets)
+        if on_host(mask) and bool(mask.all()):
+            return None
+        return mask if single else mask.any(1)
 
     def _token_scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """[N, t]: 1/sqrt(unmasked tokens) for ``mean``, 1 for ``sum``, 0 where masked."""
-        mask = self._mask(outputs, targets).to(_at_least_float32(outputs).dtype)
-        terms = self._terms(outputs, targets)
-        return mask if terms is None else mask / terms.to(mask.dtype).sqrt().unsqueeze(1)
+        dtype = outputs.dtype if outputs.dtype == torch.float64 else torch.float32
+        mask = self._mask(outputs, targets)
+        if not self.mean or mask.shape[1] == 1:
+            return mask.to(dtype)
+        return mask.to(dtype) / mask.sum(1).clamp(min=1).to(dtype).sqrt().unsqueeze(1)
 
     def _terms(self, outputs: Tensor, targets: Any) -> Tensor | None:
         return self._mask(outputs, targets).sum(1).clamp(min=1) if self.mean else None

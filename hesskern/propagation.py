@@ -30,12 +30,19 @@ __all__ = ["Block", "Propagation"]
 
 _internal = torch.ops.hesskern_internal
 
+# Devices on which rows go together; on others autograd takes them one by one.
+_DEVICES = ("cpu", "cuda")
+
 # Elements of the largest gradient of a block: its successor and itself stay in the cache.
 _BLOCK = 2**21
 # Where single samples are large: elements that a block may have for the sake of several rows, which
 # share what they have in common, and of a sample for every thread.
 _LARGE_BLOCK = 2**23
 _ROWS = 28
+# On a device, whose launches take as long for few elements: of the largest gradient of a block.
+_DEVICE_BLOCK = 2**27
+# Gradients of the largest size that are alive at a time, beside those that are wanted.
+_ALIVE = 4
 
 # Operations that act on every element alone: the derivative is a factor per element.
 _ELEMENTWISE = frozenset(
@@ -101,7 +108,7 @@ def _shape(node: Any) -> tuple[int, ...]:
 def _dtype(node: Any) -> torch.dtype:
     """Its dtype, one that rules work in."""
     metadata = _metadata(node)
-    if metadata.dtype not in _KNOWN or metadata.device.type != "cpu":
+    if metadata.dtype not in _KNOWN:
         raise _Unknown
     dtype: torch.dtype = metadata.dtype
     return dtype
@@ -113,10 +120,18 @@ class Propagation:
     Args:
         outputs: [N, ...] of the model, with their graph.
         edges: where gradients are wanted.
+        tried: forms of graphs that have been tried on this device.
+
+    Attributes:
+        by_kernels: whether this package's kernels on the CPU take the rows; else torch's own.
     """
 
-    def __init__(self, outputs: Tensor, edges: list[GradientEdge]) -> None:
+    def __init__(
+        self, outputs: Tensor, edges: list[GradientEdge], tried: set[Any] | None = None
+    ) -> None:
+        tried = set() if tried is None else tried
         self._n = outputs.shape[0]
+        self.by_kernels = _by_kernels(outputs)
         self._start: Any = outputs.grad_fn
         self._edges = edges
         self._wanted = {edge.node for edge in edges}
@@ -125,6 +140,8 @@ class Propagation:
         self._order = self._needed(outputs)
         self._shapes = {node: self._sample_shape(_shape(node)) for node in self._order}
         self._dtypes = {node: _dtype(node) for node in self._order}
+        if any(_metadata(node).device != outputs.device for node in self._order):
+            raise _Unknown
         self._rules = {node: self._rule(node) for node in self._order}
         self._arrivals: dict[Any, int] = {}
         for node in self._order:
@@ -133,19 +150,33 @@ class Propagation:
                 self._arrivals[following] = self._arrivals.get(following, 0) + 1
         sizes = [product(shape) for shape in self._shapes.values()]
         self._largest, self._total = max(sizes, default=1), sum(sizes)
+        if not self.by_kernels:
+            wanted = [product(self._shapes[n]) for n in self._wanted if n in self._shapes]
+            self._total = sum(wanted) + _ALIVE * self._largest
         self._outputs = outputs.new_empty(0, *outputs.shape[1:])
-        self._try()
+        self._form = tuple(
+            (kind(n), self._shapes[n], self._dtypes[n], self._rules[n].operands)
+            for n in self._order
+        )
+        # A trial takes a device as many launches as a block.
+        if self.by_kernels or self._form not in tried:
+            self._try()
+            tried.add(self._form)
 
     @classmethod
-    def plan(cls, outputs: Tensor, edges: list[GradientEdge]) -> Propagation | None:
+    def plan(
+        cls, outputs: Tensor, edges: list[GradientEdge], tried: set[Any] | None = None
+    ) -> Propagation | None:
         """The plan, or None where autograd itself has to do it."""
-        if outputs.device.type != "cpu" or outputs.dtype not in _KNOWN or outputs.grad_fn is None:
+        if outputs.device.type not in _DEVICES or outputs.dtype not in _KNOWN:
+            return None
+        if outputs.grad_fn is None:
             return None
         if len(outputs) == 0 or not edges:
             return None
         with torch.no_grad():
             try:
-                return cls(outputs, edges)
+                return cls(outputs, edges, tried)
             except Exception:
                 # Whatever a rule cannot do, autograd can, or it has the better message.
                 return None
@@ -269,6 +300,9 @@ class Propagation:
         """Rows and samples of a block."""
         largest = max(1, self._largest)
         step = max(_BLOCK // (largest * self._n), min(_ROWS, _LARGE_BLOCK // largest), 1)
+        if not self.by_kernels:
+            # All samples before more rows: few samples would leave much of a device idle.
+            step = max(_DEVICE_BLOCK // (largest * self._n), 1)
         step = min(rows, step)
         if budget is not None:
             # Half is for the rows themselves, held twice while they are put together, half for
@@ -278,11 +312,14 @@ class Propagation:
             step = max(1, min(step, half // max(1, row)))
         # All blocks of about the same number of rows.
         step = -(-rows // -(-rows // step))
-        samples = max(1, _BLOCK // (largest * step))
-        threads = torch.get_num_threads()
-        shared = -(-samples // threads) * threads
-        if shared * step * largest <= max(_LARGE_BLOCK, samples * step * largest):
-            samples = shared
+        if self.by_kernels:
+            samples = max(1, _BLOCK // (largest * step))
+            threads = torch.get_num_threads()
+            shared = -(-samples // threads) * threads
+            if shared * step * largest <= max(_LARGE_BLOCK, samples * step * largest):
+                samples = shared
+        else:
+            samples = max(1, _DEVICE_BLOCK // (largest * step))
         if budget is not None and step > 1:
             samples = max(1, min(samples, half // max(1, step * self._total)))
         return step, samples
@@ -362,6 +399,11 @@ class _Memory:
         return self._tensor[:size].view(shape)
 
 
+def _by_kernels(outputs: Tensor) -> bool:
+    """Whether there are kernels for rows where the outputs lie."""
+    return outputs.device.type == "cpu"
+
+
 def _samples(factor: Tensor) -> Callable[[slice], Tensor]:
     """The samples' part of a factor [N, ...], or a factor [1, ...] of all."""
     return lambda samples: factor if factor.shape[0] == 1 else factor[samples]
@@ -396,12 +438,17 @@ _Shapes = list[tuple[int, ...]]
 _Make = Callable[["Propagation", Any, _Operands, _Shapes], _Rule]
 
 
-def _matmul(matrix: Tensor) -> Callable[[Tensor, slice, Tensor | None], list[Tensor]]:
+def _matmul(
+    matrix: Tensor, by_kernels: bool
+) -> Callable[[Tensor, slice, Tensor | None], list[Tensor]]:
     """Gradients [n, r, ..., m] times a matrix [m, d]."""
 
     memory = _Memory()
 
     def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
+        if not by_kernels:
+            # A device's allocator keeps memory for the next block by itself.
+            return [_times(torch.matmul(g, matrix), factor)]
         product = memory.take(g, (*g.shape[:-1], matrix.shape[1]))
         torch.matmul(g, matrix, out=product)
         return [product if factor is None else product.mul_(factor.unsqueeze(1))]
@@ -415,7 +462,7 @@ def _linear(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) 
         raise _Unknown
     if getattr(node, "_saved_alpha", 1) != 1:
         raise _Unknown
-    return _Rule(operands, _matmul(node._saved_mat2.detach().t()))
+    return _Rule(operands, _matmul(node._saved_mat2.detach().t(), plan.by_kernels))
 
 
 def _batched_matmul(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
@@ -439,6 +486,8 @@ def _convolution(plan: Propagation, node: Any, operands: _Operands, shapes: _Sha
     weight = node._saved_weight
     if operands != (0,) or node._saved_transposed or len(shapes[0]) != weight.dim() - 1:
         raise _Unknown
+    if not plan.by_kernels:
+        return _Rule(operands, _convolution_by_torch(node, shapes[0]))
     axes = weight.dim() - 2
     if axes not in (1, 2):
         raise _Unknown
@@ -471,6 +520,79 @@ def _convolution(plan: Propagation, node: Any, operands: _Operands, shapes: _Sha
     return _Rule(operands, apply)
 
 
+def _merged(g: Tensor) -> Tensor:
+    """[n r, C, ...] of gradients [n, r, C, ...]; a view where their memory permits."""
+    return g.flatten(0, 1)
+
+
+def _convolution_by_torch(
+    node: Any, shape: tuple[int, ...]
+) -> Callable[[Tensor, slice, Tensor | None], list[Tensor]]:
+    weight = node._saved_weight.detach()
+    axes = weight.dim() - 2
+    stride, padding, dilation = (
+        list(per_axis(values, axes))
+        for values in (node._saved_stride, node._saved_padding, node._saved_dilation)
+    )
+    groups = int(node._saved_groups)
+
+    def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
+        rows = _merged(g)
+        # Of the inputs only the shape counts.
+        inputs = rows.new_empty(1).expand(len(rows), *shape)
+        found = torch.ops.aten.convolution_backward(
+            rows,
+            inputs,
+            weight,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0] * axes,
+            groups,
+            (True, False, False),
+        )[0]
+        return [_times(found.unflatten(0, g.shape[:2]), factor)]
+
+    return apply
+
+
+def _max_pool_by_torch(
+    node: Any, shape: tuple[int, ...], apart: bool
+) -> Callable[[Tensor, slice, Tensor | None], list[Tensor]]:
+    """Args:
+    apart: whether no two windows share an element.
+    """
+    indices = node._saved_result1
+    settings = (
+        node._saved_kernel_size,
+        node._saved_stride,
+        node._saved_padding,
+        node._saved_dilation,
+        node._saved_ceil_mode,
+    )
+    size = product(shape[1:])
+
+    def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
+        chosen = indices[samples].unsqueeze(1).expand(g.shape)
+        if apart:
+            n, r, c = g.shape[:3]
+            # In the gradients' memory format, so that nobody has to copy them.
+            last = g.stride(2) == 1
+            found = g.new_zeros(n, r, size, c).mT if last else g.new_zeros(n, r, c, size)
+            found.scatter_(3, chosen.flatten(3), g.flatten(3))
+            return [_times(found.view(n, r, *shape), factor)]
+        rows = _merged(g)
+        inputs = rows.new_empty(1).expand(len(rows), *shape)
+        found = torch.ops.aten.max_pool2d_with_indices_backward(
+            rows, inputs, *settings, chosen.flatten(0, 1)
+        )
+        return [_times(found.unflatten(0, g.shape[:2]), factor)]
+
+    return apply
+
+
 def _max_pool(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes) -> _Rule:
     indices = node._saved_result1
     if operands != (0,) or len(shapes[0]) != 3 or indices.dim() != 4:
@@ -482,6 +604,10 @@ def _max_pool(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes
     memory = _Memory()
     padding, dilation = per_axis(node._saved_padding, 2), per_axis(node._saved_dilation, 2)
     window = kernel, stride, padding, dilation
+    if not plan.by_kernels:
+        reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
+        apart = all(s >= r for s, r in zip(stride, reach, strict=True))
+        return _Rule(operands, _max_pool_by_torch(node, shapes[0], apart))
 
     def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
         factor = _last_axis(factor, len(g), shapes[0])
@@ -574,7 +700,8 @@ def _multiplication(plan: Propagation, node: Any, operands: _Operands, shapes: _
         raise _Unknown
     # Masks and whole numbers as what the operation promotes them to, since products of the narrow
     # ones overflow. Python's numbers get an axis: their reciprocal without one is in float32.
-    others = [torch.atleast_1d(other.detach().to(_dtype(node))) for other in others]
+    device = _metadata(node).device
+    others = [torch.atleast_1d(other.detach().to(device, _dtype(node))) for other in others]
     if kind(node) == "Div":
         others = [other.reciprocal() for other in others]
     factors = [plan.by_sample(other.expand(plan.shape(node))) for other in others]

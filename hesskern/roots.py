@@ -33,38 +33,42 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_finite(
-    checks: Checks, tensor: Tensor, what: str, batch: int, total: Tensor | None = None
+    checks: Checks,
+    tensor: Tensor,
+    what: str,
+    batch: int,
+    total: Tensor | None = None,
+    place: int | None = None,
 ) -> None:
     """Requires that a tensor holds no NaN or Inf, at the price of its sum or extremes.
 
     Args:
         checks: of the pass.
-        tensor: any shape.
+        tensor: any shape; on a device it must keep its values until ``checks`` has looked at it.
         what: for the message, e.g. "inputs of layer 'fc1'".
         batch: index of the batch, for the message.
         total: sums of the tensor's entries, where the caller has them.
+        place: of the condition among those of the batch.
 
     Raises:
         ValueError: an entry is NaN or Inf, and the tensor lies on the host.
     """
     if not tensor.numel():
         return
-    if on_host(tensor):
-        # A sum is finite only if every entry is; it may also overflow: a bad one is looked into.
-        total = tensor.sum() if total is None else total.sum()
-        if bool(torch.isfinite(total)):
-            return
-        good = torch.isfinite(tensor).all()
-    else:
-        lowest, highest = torch.aminmax(tensor)
-        good = torch.isfinite(lowest) & torch.isfinite(highest)
-    checks.require(
-        good,
-        lambda: (
+
+    def message() -> str:
+        return (
             f"data: {what} contain NaN or Inf in batch {batch}; nothing of this batch was "
             "accumulated"
-        ),
-    )
+        )
+
+    if not on_host(tensor):
+        checks.require_finite(tensor, message, place)
+        return
+    # A sum is finite only if every entry is; it may also overflow: a bad one is looked into.
+    total = tensor.sum() if total is None else total.sum()
+    if not bool(torch.isfinite(total)):
+        checks.require(torch.isfinite(tensor).all(), message)
 
 
 def checked_targets(loss: Loss, outputs: Tensor, batch: Batch, checks: Checks) -> Any:
@@ -154,8 +158,6 @@ class BatchRoots:
         count: weighted number of samples that count (sum of the weights); a 0-dim float64 tensor
             where only the device knows it.
         uses: per reached layer, its calls with inputs in the model's dtype.
-        input_sums: per reached layer and use, the inputs summed over samples, [d], [t, d] or
-            [C, (H,) W], unweighted.
         weight_root: [N] square roots of the sample weights, or None if all are one.
     """
 
@@ -168,20 +170,56 @@ class BatchRoots:
         samples: int,
         generator: torch.Generator,
         checks: Checks,
+        sums_follow: bool = False,
     ) -> None:
         self._capture, self._batch, self._checks = capture, batch, checks
         self.outputs, self.uses = capture.forward(batch)
         self._targets = checked_targets(loss, self.outputs, batch, checks)
-        self.input_sums: dict[str, list[Tensor]] = {}
-        for name, layer in self.uses.items():
-            sums = [use.x.sum(0, dtype=accumulator_dtype(use.x.dtype)) for use in layer]
-            for use, total in zip(layer, sums, strict=True):
-                check_finite(checks, use.x, f"inputs of layer {name!r}", batch.index, total)
-            self.input_sums[name] = sums
-        check_finite(checks, self.outputs.detach(), "the model's outputs", batch.index)
+        # Before the inputs, whose weighted sums are not finite where a weight is not.
         weight, self.count = sample_weights(batch, self.outputs, loss, checks)
-        self.weight_root = None if weight is None else weight.sqrt()
+        # A mask is its own square root.
+        self._masked = batch.weight is None
+        self.weight_root = weight if weight is None or self._masked else weight.sqrt()
+        self._shaped: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._sums: dict[int, Tensor] = {}
+        self._places: dict[str, int] = {}
+        for name, layer in self.uses.items():
+            for use in layer:
+                self._check_use(name, use, sums_follow)
+        check_finite(checks, self.outputs.detach(), "the model's outputs", batch.index)
         self._rows = self._make_rows(loss, output, samples, generator)
+
+    def _check_use(self, name: str, use: LayerUse, sums_follow: bool) -> None:
+        total = None
+        if on_host(use.x):
+            total = self._sums[id(use)] = use.x.sum(0, dtype=accumulator_dtype(use.x.dtype))
+        elif sums_follow:
+            # Sums are finite only if all inputs are.
+            self._places.setdefault(name, self._checks.place())
+            return
+        check_finite(self._checks, use.x, f"inputs of layer {name!r}", self._batch.index, total)
+
+    def add_input_sum(self, name: str, use: LayerUse, x: Tensor, out: Tensor) -> None:
+        """Writes a use's inputs, weighted and summed over samples, to ``out``, and checks them.
+
+        Args:
+            name: of the layer.
+            use: one of its uses.
+            x: :meth:`inputs` of it.
+            out: [d], [t, d] or [C, (H,) W] in the accumulators' dtype.
+        """
+        total = self._sums.get(id(use))
+        if self.weight_root is None and total is not None:
+            out.copy_(total)
+        elif self._masked:
+            torch.sum(x, 0, dtype=out.dtype, out=out)
+        else:
+            assert self.weight_root is not None
+            weight = self.weight_root.to(out.dtype).square()
+            torch.mm(weight[None], use.x.to(out.dtype).flatten(1), out=out.view(1, -1))
+        if name in self._places:
+            what = f"inputs of layer {name!r}"
+            check_finite(self._checks, out, what, self._batch.index, place=self._places[name])
 
     def _make_rows(self, loss: Loss, output: str, samples: int, generator: torch.Generator) -> Rows:
         targets = self._targets
@@ -196,6 +234,12 @@ class BatchRoots:
         """Number r of root rows per sample."""
         return self._rows.count
 
+    def _row(self, index: int) -> Tensor:
+        """A root row times the square roots of the sample weights."""
+        row = self._rows.row(index)
+        # Those of samples that do not count are zero.
+        return row if self._masked else self._weighted(row)
+
     def inputs(self, use: LayerUse) -> Tensor:
         """The use's inputs times the square roots of the sample weights; shape of ``use.x``."""
         return self._weighted(use.x)
@@ -203,8 +247,11 @@ class BatchRoots:
     def _weighted(self, tensor: Tensor) -> Tensor:
         if self.weight_root is None:
             return tensor
-        shape = (-1,) + (1,) * (tensor.dim() - 1)
-        return tensor * self.weight_root.reshape(shape).to(tensor.dtype)
+        key = tensor.dim(), tensor.dtype
+        if key not in self._shaped:
+            shape = (-1,) + (1,) * (tensor.dim() - 1)
+            self._shaped[key] = self.weight_root.reshape(shape).to(tensor.dtype)
+        return tensor * self._shaped[key]
 
     def gradients(
         self, begin: int = 0, end: int | None = None
@@ -218,7 +265,7 @@ class BatchRoots:
             begin, end: which rows; all by default.
         """
         for j in range(begin, self.rows if end is None else end):
-            row = self._weighted(self._rows.row(j))
+            row = self._row(j)
             yield self._capture.backward(self.outputs, row, self.uses, last=j == self.rows - 1)
 
     def blocks(
@@ -237,18 +284,30 @@ class BatchRoots:
         return self._capture.backward_all(
             self.outputs,
             (self.rows if end is None else end) - begin,
-            lambda j: self._weighted(self._rows.row(begin + j)),
+            lambda j: self._row(begin + j),
             self.uses,
             budget,
         )
 
-    def check_inputs(self, name: str, squares: Tensor) -> None:
-        """Requires that sums of a layer's squared inputs hold no NaN or Inf."""
-        check_finite(self._checks, squares, f"squared inputs of layer {name!r}", self._batch.index)
+    def check_sums(self, name: str, inputs: Tensor, outputs: Tensor) -> None:
+        """Requires that a layer's covariance [(g,) d, d] and output Hessian [m, m] are finite.
 
-    def check_gradients(self, name: str, tensor: Tensor) -> None:
-        """Requires that a layer's gradients, or sums of their squares, hold no NaN or Inf."""
-        check_finite(self._checks, tensor, f"output gradients of layer {name!r}", self._batch.index)
+        One entry of the data that is not finite leaves a diagonal entry of theirs that is not.
+        """
+        # Finite entries may still have squares that are not.
+        sums = (("squared inputs", inputs), ("output gradients", outputs))
+        for what, matrix in sums:
+            # On a device a diagonal would be an operation of its own.
+            looked_at = matrix.diagonal(dim1=-2, dim2=-1) if on_host(matrix) else matrix
+            check_finite(self._checks, looked_at, f"{what} of layer {name!r}", self._batch.index)
+
+    def check_gradients(self, gradients: dict[str, Tensor]) -> None:
+        """Requires that layers' gradients, of any shape, hold no NaN or Inf."""
+        for name, tensor in gradients.items():
+            what = f"output gradients of layer {name!r}"
+            check_finite(self._checks, tensor, what, self._batch.index)
+        # At once: whoever has them may let go of them.
+        self._checks.gather()
 
 
 def positions_last(spec: LayerSpec, tensor: Tensor) -> Tensor:

@@ -38,9 +38,9 @@ class Arrangement:
 
     def by_sample(self, rows: Tensor) -> Tensor:
         """[samples, positions, ...] of rows [outer samples inner, ...]; a view if it can be."""
-        shaped = rows.reshape(self.outer, self.samples, self.inner, *rows.shape[1:])
         if self.outer == 1:
-            return shaped[0]
+            return rows.reshape(self.samples, self.inner, *rows.shape[1:])
+        shaped = rows.reshape(self.outer, self.samples, self.inner, *rows.shape[1:])
         return shaped.transpose(0, 1).flatten(1, 2)
 
 

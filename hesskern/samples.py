@@ -305,10 +305,11 @@ def _blocks(
 
 
 def _finished(makers: dict[str, _Maker], roots: BatchRoots) -> Iterator[tuple[str, SampleRows]]:
-    for name, maker in makers.items():
-        rows_of_layer = maker.finish()
-        roots.check_gradients(name, rows_of_layer.s)
-        yield name, rows_of_layer
+    finished = {name: maker.finish() for name, maker in makers.items()}
+    roots.check_gradients({name: rows.s for name, rows in finished.items()})
+    for name in list(finished):
+        # Whoever takes a piece may drop it before the next begins.
+        yield name, finished.pop(name)
 
 
 class _Maker:
@@ -352,6 +353,10 @@ class _Maker:
     def put(self, samples: slice, rows: slice, grads: list[Tensor | None]) -> None:
         """Takes gradients [n, r, ...] of some samples and root rows, one per use."""
         target = self._s[samples, rows]
+        first = grads[0]
+        if self._plain and first is not None and first.dim() == 3:
+            target.copy_(first)
+            return
         n, r = target.shape[:2]
         columns = [
             self._x.new_zeros(n, r, self._spec.outputs, t)
@@ -367,9 +372,14 @@ class _Maker:
             target.copy_(s)
             return
         groups = self._spec.groups
+        s = s.to(self._dtype)
+        if groups == 1:
+            # All rows of a sample share its inputs.
+            product = torch.bmm(s.flatten(1, 2), self._x[samples].transpose(1, 2))
+            target.copy_(product.view(n, r, -1))
+            return
         x = self._x[samples].unflatten(1, (groups, -1)).transpose(2, 3).unsqueeze(1)
-        product = torch.matmul(s.to(self._dtype).unflatten(2, (groups, -1)), x)
-        target.copy_(product.flatten(2))
+        target.copy_(torch.matmul(s.unflatten(2, (groups, -1)), x).flatten(2))
 
     def _columns_last(self, grad: Tensor) -> Tensor:
         """[n, r, m, t] of gradients [n, r, ...] of one use."""
@@ -382,7 +392,6 @@ class _Maker:
     def finish(self) -> SampleRows:
         x = self._x.new_ones(self._n, 1) if self._stored else self._x
         rows = SampleRows(x, self._s, self._stored)
-        # Whoever takes the piece may drop it before the next begins.
         del self._s
         return rows
 

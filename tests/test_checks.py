@@ -130,8 +130,7 @@ class TestNothingWaits:
         data, loss = CASES[case][0](), CASES[case][1]
         given: dict[str, Any] = {"output": output, "decay": decay, "bias": "joint", "seed": 1}
         stream = hk.FactorAccumulator(model(), loss, **given)
-        # Layers are new in the first batch, which is looked at for their sake.
-        stream.consume(Unwatched(data, 1))
+        stream.consume(Unwatched(data))
         with pytest.MonkeyPatch.context() as at_once:
             for module in ("checks", "roots", "losses"):
                 at_once.setattr(f"hesskern.{module}.on_host", lambda tensor: True)
@@ -279,8 +278,8 @@ class TestOrder:
         lengths = (5, 6, 7, 6, 6, 6, 6)
         stream = hk.FactorAccumulator(pooled, CE)
         stream.consume((randn(6, 2, t, seed=t), classes(6, c=4)) for t in lengths)
-        # New layers, other shapes, and the end of the pass.
-        assert settled == [1, 1, 5]
+        # Other shapes, and the end of the pass.
+        assert settled == [2, 5]
 
     def test_images_of_other_sizes(self) -> None:
         pooled = seeded(

@@ -18,6 +18,13 @@ from hesskern.propagation import Propagation
 ROWS = 5
 
 
+@pytest.fixture(params=["kernels", "torch"], autouse=True)
+def rules(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules for the CPU, and those for devices, which must hold on the CPU as well."""
+    if request.param == "torch":
+        monkeypatch.setattr("hesskern.propagation._by_kernels", lambda outputs: False)
+
+
 class Net(nn.Module):
     """Modules, and a function of them and the inputs."""
 
@@ -178,6 +185,7 @@ def test_many_samples_in_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None
     import hesskern.propagation as propagation
 
     monkeypatch.setattr(propagation, "_BLOCK", 5000)
+    monkeypatch.setattr(propagation, "_DEVICE_BLOCK", 5000)
     x = images(9, 4, 11, 10)
 
     def make() -> nn.Module:
@@ -195,6 +203,7 @@ def test_blocks_are_bounded(monkeypatch: pytest.MonkeyPatch, threads: int) -> No
 
     monkeypatch.setattr(propagation, "_BLOCK", 1 << 12)
     monkeypatch.setattr(propagation, "_LARGE_BLOCK", 1 << 14)
+    monkeypatch.setattr(propagation, "_DEVICE_BLOCK", 1 << 14)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for size in (4, 12, 30):
         x = images(20, 1, size, size)

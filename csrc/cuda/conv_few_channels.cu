@@ -9,8 +9,12 @@
 // lag_kernel: a block holds a tile of rows of all channels in shared memory, zeros around it, the
 // next tile on its way; warp dy, lanes at four columns each, C^2 (2 k - 1) sums in registers:
 // C^2 (2 k - 1) 4 fused multiply-adds for C (1 + 5) reads of 16 bytes (3 channels, 7 x 7: 468 for
-// 18). Bound by these: N H W C^2 k (2 k - 1) in all, and two reads of the images.
+// 18). Border rows are tiles of several samples; of border columns and corners a lane takes a pixel
+// instead of four columns. They have blocks of their own in the same launch, so many that all end
+// at about the same time. assemble_kernel: eight lags a block, all of their sums and entries.
+// Bound by the multiply-adds: N H W C^2 k (2 k - 1) in all, and two reads of the images.
 #include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "conv_few_channels.h"
@@ -25,278 +29,380 @@ namespace {
 
 // Zeros on both sides of a row, at least the largest lag.
 constexpr int kPad = 8;
-// Rows of a tile; elements of images that are made contiguous at a time: 256 MB; and bytes of
-// shared memory for the strips of one block, of which several should fit on a multiprocessor.
+// Rows of a tile; and elements of images that are made contiguous at a time: 256 MB.
 constexpr int kTileRows = 16;
 constexpr int64_t kPacked = 1 << 26;
-constexpr size_t kStripBytes = 48 << 10;
+// From a line of a strip to the next: what a lane reads of it, and no two of eight lanes from the
+// same banks.
+constexpr int kStripPitch = 20;
 
 // x [samples, channels, height, width] contiguous; border: how many lines at each end of an axis
 // some entries of the kernel do not see.
 struct Image {
   const float* x;
-  int64_t samples;
-  int height, width, border;
+  int samples, height, width, border;
 };
 
-// partial [blocks, dy, c, c', dx]: sums of all lags over the middle of the images.
+// How the sums are shared out. Classes of rows are the first border ones, the middle, and the last
+// ones, and so of columns; a part is the sums over some samples of one class of each. First the
+// middle's, a block each; then so many of every border row's middle, of every border column's, and
+// of every corner pixel, which border_blocks blocks take in turn.
+struct Parts {
+  int middle, border_blocks, of_row, of_column, of_corner;
+
+  __host__ __device__ int rows(int border) const { return 2 * border * of_row; }
+  __host__ __device__ int columns(int border) const { return 2 * border * of_column; }
+  __host__ __device__ int all(int border) const {
+    return middle + rows(border) + columns(border) + 4 * border * border * of_corner;
+  }
+};
+
+// Which line of `size` a border line is: the first ones, then the last.
+__device__ inline int line_of(int number, int size, int border) {
+  return number < border ? number : size - 2 * border + number;
+}
+
+// What a part sums over: rows [top, top + rows) of samples [begin, end), of them the middle columns
+// or, of `pixels`, one column; tiles of some samples or, where a sample takes several, of some
+// rows.
+struct PartTiles {
+  bool pixels;
+  int column, top, rows, tile_rows, tile_samples, chunks;
+  int begin, end, first, step, count;
+
+  template <int kLag>
+  __device__ static PartTiles of(const Image& image, const Parts& parts, int part, int pitch) {
+    constexpr int kLines = kTileRows + kLag;
+    const int border = image.border, middle_rows = image.height - 2 * border;
+    PartTiles t{false, 0, border, middle_rows, kTileRows, 1, 0, 0, image.samples, 0, 1, 0};
+    int number = part - parts.middle, of = parts.of_row;
+    if (number < 0) {
+      t.first = part;
+      t.step = parts.middle;
+    } else if (number < parts.rows(border)) {
+      t.top = line_of(number / of, image.height, border);
+      t.rows = t.tile_rows = 1;
+      t.tile_samples = kLines / (kLag + 1);
+    } else {
+      t.pixels = true;
+      number -= parts.rows(border);
+      of = parts.of_column;
+      int column = number / of;
+      if (number >= parts.columns(border)) {
+        number -= parts.columns(border);
+        of = parts.of_corner;
+        column = number / of % (2 * border);
+        t.top = line_of(number / of / (2 * border), image.height, border);
+        t.rows = 1;
+      }
+      t.column = line_of(column, image.width, border);
+      const int lines = kLines * pitch / kStripPitch;
+      t.tile_rows = t.rows < lines - kLag ? t.rows : lines - kLag;
+      t.tile_samples = t.tile_rows < t.rows ? 1 : lines / (t.tile_rows + kLag);
+    }
+    t.chunks = (t.rows + t.tile_rows - 1) / t.tile_rows;
+    if (part >= parts.middle) {
+      const int each = (image.samples + of - 1) / of;
+      t.begin = number % of * each;
+      t.end = t.begin + each < image.samples ? t.begin + each : image.samples;
+    }
+    const int samples = t.end > t.begin ? t.end - t.begin : 0;
+    t.count = (samples + t.tile_samples - 1) / t.tile_samples * t.chunks;
+    return t;
+  }
+};
+
+// One of the tiles.
+struct PartTile {
+  int sample, samples, top, rows;
+
+  __device__ PartTile(const PartTiles& t, int tile) {
+    const int chunk = tile % t.chunks * t.tile_rows;
+    sample = t.begin + tile / t.chunks * t.tile_samples;
+    samples = t.end - sample < t.tile_samples ? t.end - sample : t.tile_samples;
+    top = t.top + chunk;
+    rows = t.rows - chunk < t.tile_rows ? t.rows - chunk : t.tile_rows;
+  }
+};
+
+// Adds up kUsed values over the lanes, each half of the lanes taking half of the values with it: of
+// value i of the result, place_of says which it was. A quarter of the exchanges that sums one by
+// one take.
+template <int kMask, int kUsed, int kCount>
+__device__ inline void fold(float (&values)[kCount], int lane) {
+  constexpr int kHalf = (kUsed + 1) / 2;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) {
+    const float low = values[i], high = i + kHalf < kUsed ? values[i + kHalf] : 0.0f;
+    const bool upper = (lane & kMask) != 0;
+    values[i] = (upper ? high : low) + from_lane_xor(upper ? low : high, kMask);
+  }
+  if constexpr (kMask > 1) fold<kMask / 2, kHalf>(values, lane);
+}
+template <int kMask, int kUsed>
+__device__ inline int place_of(int i, int lane) {
+  constexpr int kHalf = (kUsed + 1) / 2;
+  if constexpr (kMask > 1) i = place_of<kMask / 2, kHalf>(i, lane);
+  if (i >= 0 && (lane & kMask) != 0) i += kHalf;
+  return i < kUsed ? i : -1;
+}
+
+// A lane's sums over lags dx of one dy.
+template <int kChannels, int kLag>
+struct LagSums {
+  static constexpr int kWide = 2 * kLag + 1;
+  float value[kChannels][kChannels][kWide];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int a = 0; a < kChannels; ++a) {
+#pragma unroll
+      for (int b = 0; b < kChannels; ++b) {
+#pragma unroll
+        for (int d = 0; d < kWide; ++d) value[a][b][d] = 0.0f;
+      }
+    }
+  }
+
+  // Of neighbouring pixels; other: the first one's place in the first channel, dy lines below and
+  // kPad to the left, at a multiple of 16 bytes.
+  template <int kCount>
+  __device__ void add(const float (&one)[kChannels][kCount], const float* other, int channel_step) {
+#pragma unroll
+    for (int b = 0; b < kChannels; ++b) {
+      const float* const from = other + b * channel_step;
+      float window[2 * kPad + 4];
+#pragma unroll
+      for (int i = 0; i < (2 * kPad + 4) / 4; ++i) {
+        // Words that no lag reaches are not read.
+        if (4 * i + 3 < kPad - kLag || 4 * i > kPad + kLag + kCount - 1) continue;
+        const Four<float> four = load_four(from + 4 * i);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) window[4 * i + e] = four.value[e];
+      }
+#pragma unroll
+      for (int a = 0; a < kChannels; ++a) {
+#pragma unroll
+        for (int d = 0; d < kWide; ++d) {
+#pragma unroll
+          for (int e = 0; e < kCount; ++e) {
+            value[a][b][d] += one[a][e] * window[kPad - kLag + d + e];
+          }
+        }
+      }
+    }
+  }
+
+  // out [c, c', dx], over all lanes.
+  __device__ void write(float* out, int lane) const {
+    constexpr int kCount = kChannels * kChannels * kWide;
+    float all[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      all[i] = value[i / kWide / kChannels][i / kWide % kChannels][i % kWide];
+    fold<16, kCount>(all, lane);
+#pragma unroll
+    for (int i = 0; i < (kCount + 31) / 32; ++i) {
+      const int place = place_of<16, kCount>(i, lane);
+      if (place >= 0) out[place] = all[i];
+    }
+  }
+};
+
+// Blocks of the next kernel that a multiprocessor's registers hold, by channels and lag / 2: what
+// the middle's loop alone would leave room for.
+constexpr int kLagBlocks[3][3] = {{9, 5, 4}, {7, 3, 2}, {6, 2, 1}};
+
+// partial [parts, dy, c, c', dx].
 template <int kChannels, int kLag, bool kVector>
-__global__ void __launch_bounds__(32 * (kLag + 1), 1) lag_kernel(Image image, float* partial) {
+__global__ void __launch_bounds__(32 * (kLag + 1), kLagBlocks[kChannels - 1][kLag / 2 - 1])
+    lag_kernel(Image image, Parts parts, float* partial) {
   constexpr int kBlock = 32 * (kLag + 1), kWide = 2 * kLag + 1, kLines = kTileRows + kLag;
   static_assert(kLag <= kPad);
   float* const memory = reinterpret_cast<float*>(dynamic_shared());
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, dy = thread / 32;
   const int fours = (image.width + 3) / 4, pitch = 4 * fours + 2 * kPad;
-  const int tile_size = kChannels * kLines * pitch;
-  const int rows = image.height - 2 * image.border;
-  const int chunks = (rows + kTileRows - 1) / kTileRows;
-  const int64_t tiles = image.samples * chunks;
-
-  // Zeros beside the rows stay.
-  for (int i = thread; i < 2 * kChannels * kLines * 2 * kPad; i += kBlock) {
-    const int line = i / (2 * kPad), place = i % (2 * kPad);
-    memory[line * pitch + (place < kPad ? place : 4 * fours + place)] = 0.0f;
-  }
-  const auto copy = [&](int64_t tile, int buffer) {
-    if (tile < tiles) {
-      const int top = image.border + static_cast<int>(tile % chunks) * kTileRows;
-      const float* const from = image.x + tile / chunks * kChannels * image.height * image.width;
-      float* const to = memory + buffer * tile_size + kPad;
-      for (int i = thread; i < kChannels * kLines * fours; i += kBlock) {
-        const int f = i % fours, line = i / fours, channel = line / kLines;
-        const int row = top + line % kLines, left = image.width - 4 * f;
-        const int count = row >= image.height ? 0 : left < 4 ? left : 4;
-        const int64_t place =
-            (static_cast<int64_t>(channel) * image.height + row) * image.width + 4 * f;
-        copy_four(to + line * pitch + 4 * f, count > 0 ? from + place : image.x, count, kVector);
-      }
+  const int channel_step = kLines * pitch, tile_size = kChannels * channel_step;
+  const int64_t plane = static_cast<int64_t>(image.height) * image.width;
+  const int all = parts.all(image.border);
+  LagSums<kChannels, kLag> sums;
+  int part = static_cast<int>(blockIdx.x);
+  while (part < all) {
+    const PartTiles tiles = PartTiles::of<kLag>(image, parts, part, pitch);
+    const int depth = tiles.tile_rows + kLag, lines = tiles.tile_samples * depth;
+    // Zeros beside the rows stay.
+    for (int i = thread; !tiles.pixels && i < 2 * kChannels * kLines * 2 * kPad; i += kBlock) {
+      const int line = i / (2 * kPad), place = i % (2 * kPad);
+      memory[line * pitch + (place < kPad ? place : 4 * fours + place)] = 0.0f;
     }
-    close_copies();
-  };
-
-  float sum[kChannels][kChannels][kWide];
-#pragma unroll
-  for (int a = 0; a < kChannels; ++a) {
-#pragma unroll
-    for (int b = 0; b < kChannels; ++b) {
-#pragma unroll
-      for (int d = 0; d < kWide; ++d) sum[a][b][d] = 0.0f;
-    }
-  }
-  copy(blockIdx.x, 0);
-  int buffer = 0;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, buffer ^= 1) {
-    copy(tile + gridDim.x, buffer ^ 1);
-    wait_for_copies<1>();
-    __syncthreads();
-    const int left = rows - static_cast<int>(tile % chunks) * kTileRows;
-    const int here = left < kTileRows ? left : kTileRows;
-    const float* const lines = memory + buffer * tile_size + kPad;
-    int row = 0, f = lane;
-    while (f >= fours) f -= fours, ++row;
-    while (row < here) {
-      const float* const place = lines + row * pitch + 4 * f;
-      float one[kChannels][4];
-#pragma unroll
-      for (int a = 0; a < kChannels; ++a) {
-        const Four<float> four = load_four(place + a * kLines * pitch);
-#pragma unroll
-        for (int e = 0; e < 4; ++e) one[a][e] = four.value[e];
-      }
-      if (4 * f < image.border || 4 * f + 4 > image.width - image.border) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int w = 4 * f + e;
-          if (w < image.border || w >= image.width - image.border) {
-#pragma unroll
-            for (int a = 0; a < kChannels; ++a) one[a][e] = 0.0f;
+    const auto copy = [&](int number, int buffer) {
+      if (number < tiles.count) {
+        const PartTile tile(tiles, number);
+        float* const to = memory + buffer * tile_size + kPad;
+        const float* const from = image.x + static_cast<int64_t>(tile.sample) * kChannels * plane;
+        const int across = tiles.pixels ? kWide : fours;
+        for (int i = thread; i < kChannels * lines * across; i += kBlock) {
+          const int f = i % across, number_of_line = i / across;
+          const int channel = number_of_line / lines, line = number_of_line % lines;
+          const int n = tiles.tile_samples == 1 ? 0 : line / depth;
+          const int row = tile.top + line - n * depth;
+          const bool inside = n < tile.samples && row < image.height;
+          const int64_t place =
+              (n * kChannels + channel) * plane + static_cast<int64_t>(row) * image.width;
+          if (tiles.pixels) {
+            const int w = tiles.column + f - kLag;
+            const bool exists = inside && w >= 0 && w < image.width;
+            copy_word(to + channel * channel_step + line * kStripPitch + f - kLag,
+                      exists ? from + place + w : image.x, exists);
+          } else {
+            const int left = image.width - 4 * f, count = !inside ? 0 : left < 4 ? left : 4;
+            copy_four(to + channel * channel_step + line * pitch + 4 * f,
+                      count > 0 ? from + place + 4 * f : image.x, count, kVector);
           }
         }
       }
+      close_copies();
+    };
+
+    sums.clear();
+    copy(tiles.first, 0);
+    int buffer = 0;
+    for (int number = tiles.first; number < tiles.count; number += tiles.step, buffer ^= 1) {
+      copy(number + tiles.step, buffer ^ 1);
+      wait_for_copies<1>();
+      __syncthreads();
+      const PartTile tile(tiles, number);
+      const float* const begin = memory + buffer * tile_size + kPad;
+      if (tiles.pixels) {
+        for (int i = lane; i < tile.samples * tile.rows; i += 32) {
+          const int n = i / tile.rows;
+          const float* const place = begin + (n * depth + i - n * tile.rows) * kStripPitch;
+          float one[kChannels][1];
 #pragma unroll
-      for (int b = 0; b < kChannels; ++b) {
-        const float* const from = place + (b * kLines + dy) * pitch - kPad;
-        float window[2 * kPad + 4];
-#pragma unroll
-        for (int i = 0; i < (2 * kPad + 4) / 4; ++i) {
-          // Words that no lag reaches are not read.
-          if (4 * i + 3 < kPad - kLag || 4 * i > kPad + kLag + 3) continue;
-          const Four<float> four = load_four(from + 4 * i);
-#pragma unroll
-          for (int e = 0; e < 4; ++e) window[4 * i + e] = four.value[e];
+          for (int a = 0; a < kChannels; ++a) one[a][0] = place[a * channel_step];
+          sums.template add<1>(one, place + dy * kStripPitch - kPad, channel_step);
         }
+      } else {
+        // Several rows of a sample, or one of several.
+        const bool alone = tiles.tile_samples == 1;
+        const int here = alone ? tile.rows : tile.samples;
+        const int row_step = alone ? pitch : depth * pitch;
+        int row = 0, f = lane;
+        while (f >= fours) f -= fours, ++row;
+        while (row < here) {
+          const float* const place = begin + row * row_step + 4 * f;
+          float one[kChannels][4];
 #pragma unroll
-        for (int a = 0; a < kChannels; ++a) {
+          for (int a = 0; a < kChannels; ++a) {
+            const Four<float> four = load_four(place + a * channel_step);
 #pragma unroll
-          for (int d = 0; d < kWide; ++d) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) sum[a][b][d] += one[a][e] * window[kPad - kLag + d + e];
+            for (int e = 0; e < 4; ++e) one[a][e] = four.value[e];
           }
+          if (4 * f < image.border || 4 * f + 4 > image.width - image.border) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const int w = 4 * f + e;
+              if (w < image.border || w >= image.width - image.border) {
+#pragma unroll
+                for (int a = 0; a < kChannels; ++a) one[a][e] = 0.0f;
+              }
+            }
+          }
+          sums.template add<4>(one, place + dy * pitch - kPad, channel_step);
+          f += 32;
+          while (f >= fours) f -= fours, ++row;
         }
       }
-      f += 32;
-      while (f >= fours) f -= fours, ++row;
+      __syncthreads();
     }
-    __syncthreads();
-  }
-  wait_for_copies<0>();
-  float* const out = partial + (static_cast<int64_t>(blockIdx.x) * (kLag + 1) + dy) *
-                                   (kChannels * kChannels * kWide);
-#pragma unroll
-  for (int a = 0; a < kChannels; ++a) {
-#pragma unroll
-    for (int b = 0; b < kChannels; ++b) {
-#pragma unroll
-      for (int d = 0; d < kWide; ++d) {
-        const float total = warp_sum(sum[a][b][d]);
-        if (lane == 0) out[(a * kChannels + b) * kWide + d] = total;
-      }
-    }
+    wait_for_copies<0>();
+    sums.write(
+        partial + (static_cast<int64_t>(part) * (kLag + 1) + dy) * (kChannels * kChannels * kWide),
+        lane);
+    part = part < parts.middle ? all : part + parts.border_blocks;
   }
 }
 
-// Which line a border class is: the first `border` ones, then, behind the middle, the last.
-__device__ inline int line_of(int number, int size, int border) {
-  return number < border ? number : size - 2 * border + number;
-}
-__device__ inline int class_of(int number, int border) {
-  return number < border ? number : number + 1;
-}
+constexpr int kAssembleThreads = 1024, kAssembledLags = 8;
+// Of an axis: border lines and the middle.
+constexpr int kMostClasses = 13;
 
-// The same sums over border lines, from strips in shared memory: blockIdx.x a border row (its
-// middle columns, and its border pixels one by one) or a border column (its middle rows),
-// blockIdx.y some samples; a thread a lag. partial [pair of classes, parts, dy, c, c', dx].
+// sum += alpha times the sums of the classes that an entry's first tap sees. partial as in
+// lag_kernel; a block has eight lags, adds up their parts, in order, and assembles their entries.
 template <int kChannels, int kLag>
-__global__ void __launch_bounds__(((kLag + 1) * (2 * kLag + 1) + 31) / 32 * 32)
-    border_kernel(Image image, int each, float* partial) {
-  constexpr int kWide = 2 * kLag + 1, kLags = (kLag + 1) * kWide;
-  constexpr int kSize = kLags * kChannels * kChannels, kWarps = (kLags + 31) / 32;
-  float* const memory = reinterpret_cast<float*>(dynamic_shared());
-  const int border = image.border, classes = 2 * border + 1;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int block = static_cast<int>(blockIdx.x);
-  const bool is_row = block < 2 * border;
-  const int number = is_row ? block : block - 2 * border;
-  // Strips [each, kChannels, lines, pitch], zeros outside of the image.
-  const int top = is_row ? line_of(number, image.height, border) : border;
-  const int first = (is_row ? 0 : line_of(number, image.width, border)) - kLag;
-  const int lines = is_row ? kLag + 1 : image.height - 2 * border + kLag;
-  const int pitch = is_row ? image.width + 2 * kLag : kWide;
-  const int channel_step = lines * pitch, sample_step = kChannels * channel_step;
-  const int64_t begin_sample = static_cast<int64_t>(blockIdx.y) * each;
-  const int64_t left = image.samples - begin_sample;
-  const int samples = left < each ? static_cast<int>(left) : each;
-  const float* const from = image.x + begin_sample * kChannels * image.height * image.width;
-  for (int line = warp; line < samples * kChannels * lines; line += kWarps) {
-    const int u = top + line % lines;
-    const float* const row =
-        from + (static_cast<int64_t>(line / lines) * image.height + u) * image.width;
+__global__ void __launch_bounds__(kAssembleThreads)
+    assemble_kernel(const float* partial, int border, Parts parts, SymmetricSum<float> sum) {
+  constexpr int kSide = kLag + 1, kWide = 2 * kLag + 1;
+  constexpr int kSize = kSide * kWide * kChannels * kChannels;
+  // Half of the threads add up the middle, the other half all else.
+  constexpr int kHalf = kAssembleThreads / 2, kDown = kHalf / kAssembledLags, kWarps = kHalf / 32;
+  static_assert(kMostClasses >= 2 * kLag + 1);
+  __shared__ float table[kMostClasses * kMostClasses][kAssembledLags];
+  __shared__ float middle[kWarps][kAssembledLags];
+  const int thread = static_cast<int>(threadIdx.x), own = thread % kAssembledLags;
+  const int first = static_cast<int>(blockIdx.x) * kAssembledLags;
+  const int classes = 2 * border + 1, pairs = classes * classes, centre = pairs / 2;
+  const bool inside = first + own < kSize;
+  const float* const from = partial + first + own;
+  if (thread < kHalf) {
+    float total = 0.0f;
 #pragma unroll 4
-    for (int place = lane; place < pitch; place += 32) {
-      const int w = first + place;
-      memory[line * pitch + place] = u < image.height && w >= 0 && w < image.width ? row[w] : 0.0f;
+    for (int i = thread / kAssembledLags; i < parts.middle; i += kDown) {
+      if (inside) total += from[static_cast<int64_t>(i) * kSize];
+    }
+    for (int mask = kAssembledLags; mask < 32; mask *= 2) total += from_lane_xor(total, mask);
+    if (thread % 32 < kAssembledLags) middle[thread / 32][own] = total;
+  } else {
+    const auto number_of = [&](int of_axis) { return of_axis < border ? of_axis : of_axis - 1; };
+    for (int pair = (thread - kHalf) / kAssembledLags; pair < pairs; pair += kDown) {
+      if (pair == centre) continue;
+      const int y = pair / classes, x = pair % classes;
+      int begin = parts.middle, count = parts.of_row;
+      if (x == border) {
+        begin += number_of(y) * count;
+      } else if (y == border) {
+        count = parts.of_column;
+        begin += parts.rows(border) + number_of(x) * count;
+      } else {
+        count = parts.of_corner;
+        begin += parts.rows(border) + parts.columns(border) +
+                 (number_of(y) * 2 * border + number_of(x)) * count;
+      }
+      float total = 0.0f;
+#pragma unroll 4
+      for (int i = begin; i < begin + count; ++i) {
+        if (inside) total += from[static_cast<int64_t>(i) * kSize];
+      }
+      table[pair][own] = total;
     }
   }
   __syncthreads();
-  if (thread >= kLags) return;
-  const int dy = thread / kWide, dx = thread % kWide - kLag;
-  const int step = is_row ? 1 : pitch;
-  const float* const here = memory + kLag;
-  const float* const there = here + dy * pitch + dx;
-  // Over elements begin, ..., end - 1 of the line, of all samples.
-  const auto add = [&](int begin, int end, int row_class, int column_class) {
-    float sum[kChannels][kChannels] = {};
-    for (int n = 0; n < samples; ++n) {
-#pragma unroll 4
-      for (int i = begin; i < end; ++i) {
-        const int at = n * sample_step + i * step;
-#pragma unroll
-        for (int a = 0; a < kChannels; ++a) {
-          const float x = here[at + a * channel_step];
-#pragma unroll
-          for (int b = 0; b < kChannels; ++b) sum[a][b] += x * there[at + b * channel_step];
-        }
-      }
-    }
-    const int64_t pair = row_class * classes + column_class;
-    float* const out = partial + (pair * gridDim.y + blockIdx.y) * kSize + dx + kLag;
-#pragma unroll
-    for (int a = 0; a < kChannels; ++a) {
-#pragma unroll
-      for (int b = 0; b < kChannels; ++b) {
-        out[((dy * kChannels + a) * kChannels + b) * kWide] = sum[a][b];
-      }
-    }
-  };
-  if (!is_row) return add(0, lines - kLag, border, class_of(number, border));
-  const int own = class_of(number, border);
-  add(border, image.width - border, own, border);
-  for (int corner = 0; corner < 2 * border; ++corner) {
-    const int place = line_of(corner, image.width, border);
-    add(place, place + 1, own, class_of(corner, border));
+  if (thread < kAssembledLags) {
+    float total = 0.0f;
+    for (int w = 0; w < kWarps; ++w) total += middle[w][thread];
+    table[centre][thread] = total;
   }
-}
-
-// table [pairs of classes, size] := sums over parts, in their order; the middle's from `middle`.
-__global__ void __launch_bounds__(kThreads)
-    gather_kernel(const float* middle, int middle_parts, const float* borders, int border_parts,
-                  int size, float* table) {
-  constexpr int kWarps = kThreads / 32;
-  __shared__ float sums[kWarps][32];
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int f = static_cast<int>(blockIdx.x) * 32 + lane;
-  const int pair = static_cast<int>(blockIdx.y), centre = static_cast<int>(gridDim.y) / 2;
-  const bool inside = f < size;
-  const float* const from =
-      pair == centre ? middle : borders + static_cast<int64_t>(pair) * border_parts * size;
-  const int parts = pair == centre ? middle_parts : border_parts;
-  float total = 0.0f;
-#pragma unroll 4
-  for (int i = warp; i < parts; i += kWarps) {
-    if (inside) total += from[static_cast<int64_t>(i) * size + f];
-  }
-  sums[warp][lane] = total;
   __syncthreads();
-  if (warp != 0 || !inside) return;
-#pragma unroll
-  for (int w = 1; w < kWarps; ++w) total += sums[w][lane];
-  table[static_cast<int64_t>(pair) * size + f] = total;
-}
-
-// sum += alpha times the sums of the classes that an entry's first tap sees; a warp an entry,
-// lanes over the pairs of classes.
-template <int kChannels, int kLag>
-__global__ void __launch_bounds__(kThreads)
-    assemble_kernel(const float* table, int border, SymmetricSum<float> sum) {
-  constexpr int kSide = kLag + 1, kOrder = kChannels * kSide * kSide, kWide = 2 * kLag + 1;
-  constexpr int kSize = (kLag + 1) * kWide * kChannels * kChannels;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-  const int column = static_cast<int>(blockIdx.x) * (kThreads / 32) + thread / 32;
-  const int row = static_cast<int>(blockIdx.y);
-  if (column >= kOrder || column < row) return;
-  int a = row / (kSide * kSide), y = row / kSide % kSide, x = row % kSide;
-  int b = column / (kSide * kSide), y2 = column / kSide % kSide, x2 = column % kSide;
-  if (y2 < y || (y2 == y && x2 < x)) {
-    int other = a;
-    a = b, b = other;
-    other = y, y = y2, y2 = other;
-    other = x, x = x2, x2 = other;
-  }
-  const int classes = 2 * border + 1, padding = kLag - border;
-  const float* const from =
-      table + (((y2 - y) * kChannels + a) * kChannels + b) * kWide + x2 - x + kLag;
-  // Of the first lines a tap sees those from tap - padding on, of the last as many as the tap is.
-  const auto seen = [&](int which, int tap) {
-    return which < border ? which >= tap - padding : which == border || which - border - 1 < tap;
-  };
-  float total = 0.0f;
-  for (int pair = lane; pair < classes * classes; pair += 32) {
-    if (seen(pair / classes, y) && seen(pair % classes, x)) {
-      total += from[static_cast<int64_t>(pair) * kSize];
+  const int padding = kLag - border;
+  for (int i = thread; i < kAssembledLags * kSide * kSide; i += kAssembleThreads) {
+    const int number = i / (kSide * kSide), lag = first + number;
+    const int y = i / kSide % kSide, x = i % kSide;
+    const int dx = lag % kWide - kLag, b = lag / kWide % kChannels;
+    const int a = lag / kWide / kChannels % kChannels, dy = lag / kWide / kChannels / kChannels;
+    if (lag >= kSize || y + dy >= kSide || x + dx < 0 || x + dx >= kSide) continue;
+    // Each pair of entries once.
+    if (dy == 0 && (dx < 0 || (dx == 0 && a > b))) continue;
+    // Of the first lines a tap sees those from tap - padding on, of the last as many as the tap is.
+    const int top = y > padding ? y - padding : 0, left = x > padding ? x - padding : 0;
+    const int bottom = border + (y < border ? y : border);
+    const int right = border + (x < border ? x : border);
+    float total = 0.0f;
+    for (int v = top; v <= bottom; ++v) {
+      for (int u = left; u <= right; ++u) total += table[v * classes + u][number];
     }
+    const int one = (a * kSide + y) * kSide + x, other = (b * kSide + y + dy) * kSide + x + dx;
+    add_to(sum, 0, one < other ? one : other, one < other ? other : one, total);
   }
-  total = warp_sum(total);
-  if (lane == 0) add_to(sum, 0, row, column, total);
 }
 
 // Images of any strides and type to out [samples, channels, height, width].
@@ -316,67 +422,68 @@ __global__ void __launch_bounds__(kThreads)
 
 // What a plan has chosen for so many samples.
 struct Schedule {
-  int blocks, pairs, each, parts;
-  size_t lag_bytes, strip_bytes;
-  // Elements of the workspace: table, sums of the middle, sums of the borders.
-  int64_t table, middle, size;
+  Parts parts;
+  size_t bytes;
+  // Elements of the workspace.
+  int64_t size;
 };
 
 template <int kChannels, int kLag, bool kVector>
 Schedule schedule(const Image& image) {
-  constexpr int kLags = (kLag + 1) * (2 * kLag + 1), kSize = kLags * kChannels * kChannels;
+  constexpr int kSize = (kLag + 1) * (2 * kLag + 1) * kChannels * kChannels;
+  const int64_t fours = ceil_div(image.width, 4), pitch = 4 * fours + 2 * kPad;
+  const int64_t rows = image.height - 2 * image.border, lines = 2 * image.border;
   Schedule s{};
-  const int64_t pitch = ceil_div(image.width, 4) * 4 + 2 * kPad;
-  s.lag_bytes = static_cast<size_t>(2 * kChannels * (kTileRows + kLag) * pitch) * sizeof(float);
+  s.bytes = static_cast<size_t>(2 * kChannels * (kTileRows + kLag) * pitch) * sizeof(float);
   const int most =
       resident_blocks(reinterpret_cast<const void*>(lag_kernel<kChannels, kLag, kVector>),
-                      32 * (kLag + 1), s.lag_bytes);
-  const int64_t tiles = image.samples * ceil_div(image.height - 2 * image.border, kTileRows);
-  s.blocks = static_cast<int>(std::min<int64_t>(most, tiles));
-  const int classes = 2 * image.border + 1;
-  s.pairs = classes * classes;
-  const int64_t row = (kLag + 1) * (image.width + 2 * kLag);
-  const int64_t column = (image.height - 2 * image.border + kLag) * (2 * kLag + 1);
-  const size_t strip = static_cast<size_t>(kChannels * std::max(row, column)) * sizeof(float);
-  // More samples a block leave fewer sums to add, as long as blocks fill the device.
-  const int64_t share = image.samples * 4 * image.border / (8 * current_device().processors);
-  s.each = static_cast<int>(std::clamp<int64_t>(
-      std::min<int64_t>(share, static_cast<int64_t>(kStripBytes / strip)), 1, image.samples));
-  // Blocks along y.
-  constexpr int64_t kMostParts = 65535;
-  s.each = static_cast<int>(std::max<int64_t>(s.each, ceil_div(image.samples, kMostParts)));
-  s.parts = image.border == 0 ? 0 : static_cast<int>(ceil_div(image.samples, s.each));
-  s.strip_bytes = strip * static_cast<size_t>(s.each);
-  s.table = static_cast<int64_t>(s.pairs) * kSize;
-  s.middle = static_cast<int64_t>(s.blocks) * kSize;
-  s.size = s.table + s.middle + static_cast<int64_t>(s.pairs) * s.parts * kSize;
+                      32 * (kLag + 1), s.bytes);
+  const int64_t tiles = image.samples * ceil_div(rows, kTileRows);
+  s.parts.middle = static_cast<int>(std::min<int64_t>(most, tiles));
+  if (lines > 0) {
+    // In steps of a lane over four columns: a pixel takes a third of one, to add up a part's sums
+    // three or so.
+    constexpr double kPixel = 1.0 / 3.0, kSums = 3.0, kLeast = 8.0;
+    const auto samples = static_cast<double>(image.samples);
+    const double of_row = samples * static_cast<double>(fours) / 32.0;
+    const double of_column = samples * static_cast<double>(rows) * kPixel / 32.0;
+    const double of_corner = samples * kPixel / 32.0;
+    const auto borders = static_cast<double>(lines);
+    const double all =
+        borders * (of_row + of_column + 2 * kSums) + borders * borders * (of_corner + kSums);
+    const double share = all / (all + of_row * static_cast<double>(rows));
+    // Blocks for both that end together, where the device is full; else, all that it holds.
+    int64_t blocks = std::clamp<int64_t>(static_cast<int64_t>(share * most + 0.5), 1, most);
+    s.parts.middle = static_cast<int>(std::min(tiles, std::max<int64_t>(most - blocks, 1)));
+    blocks = std::max<int64_t>(blocks, most - s.parts.middle);
+    const double each = std::max(all / (4.0 * static_cast<double>(blocks)), kLeast);
+    const auto parts_of = [&](double cost) {
+      return static_cast<int>(
+          std::clamp<int64_t>(static_cast<int64_t>(std::ceil(cost / each)), 1, image.samples));
+    };
+    s.parts.of_row = parts_of(of_row);
+    s.parts.of_column = parts_of(of_column);
+    s.parts.of_corner = parts_of(of_corner);
+    s.parts.border_blocks =
+        static_cast<int>(std::min<int64_t>(blocks, s.parts.all(image.border) - s.parts.middle));
+  }
+  s.size = static_cast<int64_t>(s.parts.all(image.border)) * kSize;
   return s;
 }
 
 template <int kChannels, int kLag, bool kVector>
-cudaError_t run(const Image& image, const SymmetricSum<float>& sum, const Schedule& s, float* table,
-                cudaStream_t stream) {
-  constexpr int kLags = (kLag + 1) * (2 * kLag + 1), kSize = kLags * kChannels * kChannels;
-  constexpr int kOrder = kChannels * (kLag + 1) * (kLag + 1);
-  float *middle = table + s.table, *borders = middle + s.middle;
-  cudaError_t error =
-      launch(lag_kernel<kChannels, kLag, kVector>, dim3(static_cast<unsigned>(s.blocks)),
-             dim3(32 * (kLag + 1)), s.lag_bytes, stream, image, middle);
-  if (error == cudaSuccess && s.parts > 0) {
-    error = launch(border_kernel<kChannels, kLag>,
-                   dim3(static_cast<unsigned>(4 * image.border), static_cast<unsigned>(s.parts)),
-                   dim3((kLags + 31) / 32 * 32), s.strip_bytes, stream, image, s.each, borders);
-  }
-  if (error == cudaSuccess) {
-    error = launch(gather_kernel,
-                   dim3(static_cast<unsigned>(ceil_div(kSize, 32)), static_cast<unsigned>(s.pairs)),
-                   dim3(kThreads), 0, stream, static_cast<const float*>(middle), s.blocks,
-                   static_cast<const float*>(borders), s.parts, kSize, table);
-  }
+cudaError_t run(const Image& image, const SymmetricSum<float>& sum, const Schedule& s,
+                float* partial, cudaStream_t stream) {
+  constexpr int kSize = (kLag + 1) * (2 * kLag + 1) * kChannels * kChannels;
+  const cudaError_t error =
+      launch(lag_kernel<kChannels, kLag, kVector>,
+             dim3(static_cast<unsigned>(s.parts.middle + s.parts.border_blocks)),
+             dim3(32 * (kLag + 1)), s.bytes, stream, image, s.parts, partial);
   if (error != cudaSuccess) return error;
   return launch(assemble_kernel<kChannels, kLag>,
-                dim3(static_cast<unsigned>(ceil_div(kOrder, kThreads / 32)), kOrder),
-                dim3(kThreads), 0, stream, static_cast<const float*>(table), image.border, sum);
+                dim3(static_cast<unsigned>(ceil_div(kSize, kAssembledLags))),
+                dim3(kAssembleThreads), 0, stream, static_cast<const float*>(partial), image.border,
+                s.parts, sum);
 }
 
 // visit(channels, lag, vector) as constants.
@@ -414,16 +521,14 @@ bool ConvFewChannels<In>::fits() const {
   }
   if (call.sum.groups != 1 || call.group_channels > 3) return false;
   // Entries of the kernel see all of the middle; 32-bit places within an image.
-  constexpr int64_t kLargest = 1 << 15;
-  if (std::min(call.height, call.width) < 2 * k || std::max(call.height, call.width) > kLargest) {
+  constexpr int64_t kLargest = 1 << 15, kMostTiles = int64_t{1} << 30;
+  if (std::min(call.height, call.width) < 2 * k || std::max(call.height, call.width) > kLargest ||
+      call.samples * call.height > kMostTiles) {
     return false;
   }
   const size_t lines = static_cast<size_t>(2 * call.group_channels * (kTileRows + k - 1));
   const size_t lag_bytes = lines * static_cast<size_t>(call.width + 3 + 2 * kPad) * sizeof(float);
-  const size_t strip = static_cast<size_t>(call.group_channels * (2 * k - 1) *
-                                           (std::max(call.height, call.width) + 2 * k)) *
-                       sizeof(float);
-  return std::max(lag_bytes, strip) <= current_device().shared;
+  return lag_bytes <= current_device().shared;
 }
 
 template <typename In>
@@ -441,8 +546,8 @@ Work<float> ConvFewChannels<In>::plan() const {
     constexpr bool kVector = decltype(v)::value;
     const auto image_of = [call = call, kBorder = kLag - call.padding_h](const float* x,
                                                                          int64_t samples) {
-      return Image{x, samples, static_cast<int>(call.height), static_cast<int>(call.width),
-                   static_cast<int>(kBorder)};
+      return Image{x, static_cast<int>(samples), static_cast<int>(call.height),
+                   static_cast<int>(call.width), static_cast<int>(kBorder)};
     };
     const Schedule whole = schedule<kChannels, kLag, kVector>(image_of(nullptr, step));
     const int64_t last_samples = (call.samples - 1) % step + 1;

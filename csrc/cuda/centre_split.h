@@ -19,6 +19,8 @@ struct CentreSplit {
   uint16_t* parts;
   int64_t pitch, part_step;
   int* exponents;
+  // Scratch [4, pitch].
+  int* guesses;
 
   // Whether there is a kernel for so many classes.
   bool fits() const;

@@ -259,7 +259,8 @@ CentreSplit centred_parts(const OutputHessian<float>& call, int64_t first_row,
           to.parts,
           to.padded(),
           to.part_step(),
-          to.exponents};
+          to.exponents,
+          to.flags};
 }
 
 // Whether products of 16-bit parts are faster: they begin with four launches or so.

@@ -199,6 +199,12 @@ inline float read_only(const float* pointer) {
 inline void raise_flag(int* flag) {
   __atomic_store_n(flag, 1, __ATOMIC_RELAXED);
 }
+inline void raise_to(uint32_t* place, uint32_t value) {
+  uint32_t seen = __atomic_load_n(place, __ATOMIC_RELAXED);
+  while (seen < value && !__atomic_compare_exchange_n(place, &seen, value, false, __ATOMIC_RELAXED,
+                                                      __ATOMIC_RELAXED)) {
+  }
+}
 inline void close_copies() {
   emulation::close_copies();
 }

@@ -28,8 +28,9 @@ namespace hesskern::cuda {
 constexpr int kPackedBlock = 32;
 
 // Where packed rows go: parts [parts, rows, padded] of 16-bit elements; of float32 also exponents
-// [padded], and for every kPackedBlock columns two words of flags: whether guessed exponents do not
-// do for one of them, and which were guessed from others because nothing was known of them.
+// [padded], and flags [4 padded], scratch: of pack_rows, for every kPackedBlock columns, two words:
+// whether guessed exponents do not do for one of them, and which were guessed from others because
+// nothing was known of them.
 struct PackedRows {
   uint16_t* parts;
   int64_t rows, columns;
@@ -56,7 +57,7 @@ struct PackedPlace {
       : columns(column_count), exponents(begin) {
     const int64_t padded = ceil_div(columns, 8) * 8;
     flags = exponents + (along_k ? whole_pieces(rows) : padded);
-    parts = flags + whole_pieces(2 * ceil_div(columns, kPackedBlock));
+    parts = flags + 4 * padded;
     end = parts + part_count * rows * padded / 2;
   }
 

@@ -185,6 +185,11 @@ __device__ inline void raise_flag(int* flag) {
   *flag = 1;
 }
 
+// *place = max(*place, value), by any number of threads.
+__device__ inline void raise_to(uint32_t* place, uint32_t value) {
+  atomicMax(place, value);
+}
+
 // Count neighbouring floats (1 or 4) that are read once: caches need not keep them. Aligned to all
 // of them.
 template <int Count>

@@ -351,18 +351,24 @@ cudaError_t pack(const ConvInputCovariance<In, float>& call, const Layout<In>& l
   for (size_t i = 0; i < w.borders.size(); ++i) {
     borders.w[i] = static_cast<int32_t>(w.borders[i].position);
   }
+  LagPackings<In> all{};
+  int64_t blocks = 0;
   for (int f = 0; f < 4; ++f) {
     if (layout.geometry->families[f].signals == 0) continue;
-    const LagPacking<In> packing(call, *layout.geometry, f, layout.packed_channels);
-    const cudaError_t error =
-        f == 0 && !layout.parts.empty()
-            ? pack_parts(call, layout, packing, workspace, stream)
-            : launch(pack_signals_kernel<In>, dim3(static_cast<unsigned>(packing.tiles())),
-                     dim3(kPackSide, kPackLines), 0, stream, packing, borders,
-                     workspace + layout.packed[f]);
-    if (error != cudaSuccess) return error;
+    const LagPacking<In> packing(call, *layout.geometry, f, layout.packed_channels,
+                                 layout.packed[f]);
+    if (f == 0 && !layout.parts.empty()) {
+      const cudaError_t error = pack_parts(call, layout, packing, workspace, stream);
+      if (error != cudaSuccess) return error;
+    } else {
+      blocks += packing.tiles();
+      all.families[all.count] = packing;
+      all.ends[all.count++] = blocks;
+    }
   }
-  return cudaSuccess;
+  if (blocks == 0) return cudaSuccess;
+  return launch(pack_signals_kernel<In>, dim3(static_cast<unsigned>(blocks)),
+                dim3(kPackSide, kPackLines), 0, stream, all, borders, workspace);
 }
 
 cudaError_t store(const std::vector<int32_t>& values, int32_t* out, cudaStream_t stream) {

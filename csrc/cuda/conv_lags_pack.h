@@ -27,17 +27,21 @@ struct LagPacking {
   ConvInputCovariance<In, float> call;
   LagFamily family;
   int64_t rows, groups, packed_channels, borders_w;
+  // Where they go, in elements.
+  int64_t begin;
   // Of the axes, the positions v in [low, high) that are not zero; pixel v - padding.
   int64_t first_h, low_h, high_h, first_w, low_w, high_w;
 
+  LagPacking() = default;
   LagPacking(const ConvInputCovariance<In, float>& call_, const LagPlan& plan, int f,
-             int64_t packed_channels_)
+             int64_t packed_channels_, int64_t begin_)
       : call(call_),
         family(plan.families[f]),
         rows(family.rows(call_.samples)),
         groups(call_.sum.groups),
         packed_channels(packed_channels_),
         borders_w(family.border_w ? static_cast<int64_t>(plan.w.borders.size()) : 1),
+        begin(begin_),
         first_h(plan.h.first),
         low_h(plan.h.low[0]),
         high_h(plan.h.high[0]),
@@ -51,17 +55,25 @@ struct LagPacking {
   }
 };
 
+// Families that are packed in one launch, one after another; ends: of their blocks.
+template <typename In>
+struct LagPackings {
+  LagPacking<In> families[4];
+  int64_t ends[4];
+  int count;
+};
+
 // A block's tile of 32 rows and 32 channels, which it reads along the positions of an image.
 template <typename In>
 struct LagTile {
   int64_t row0, channel0, signal, group;
 
-  __device__ explicit LagTile(const LagPacking<In>& packing) {
+  __device__ LagTile(const LagPacking<In>& packing, int64_t block) {
     const int64_t row_tiles = ceil_div(packing.rows, kPackSide);
     const int64_t channel_tiles = ceil_div(packing.packed_channels, kPackSide);
-    row0 = blockIdx.x % row_tiles * kPackSide;
-    channel0 = blockIdx.x / row_tiles % channel_tiles * kPackSide;
-    signal = blockIdx.x / row_tiles / channel_tiles;
+    row0 = block % row_tiles * kPackSide;
+    channel0 = block / row_tiles % channel_tiles * kPackSide;
+    signal = block / row_tiles / channel_tiles;
     group = signal / packing.family.signals;
   }
 
@@ -96,10 +108,14 @@ struct LagTile {
 
 template <typename In>
 __global__ void __launch_bounds__(kPackSide* kPackLines)
-    pack_signals_kernel(const __grid_constant__ LagPacking<In> packing,
+    pack_signals_kernel(const __grid_constant__ LagPackings<In> packings,
                         const __grid_constant__ LagBorders borders, float* out) {
   __shared__ float tile[kPackSide][kPackSide + 1];
-  const LagTile<In> place(packing);
+  int which = 0;
+  while (which + 1 < packings.count && blockIdx.x >= packings.ends[which]) ++which;
+  const LagPacking<In>& packing = packings.families[which];
+  out += packing.begin;
+  const LagTile<In> place(packing, blockIdx.x - (which == 0 ? 0 : packings.ends[which - 1]));
   place.read(packing, &borders, tile);
   const int x = static_cast<int>(threadIdx.x);
   for (int y = static_cast<int>(threadIdx.y); y < kPackSide; y += kPackLines) {
@@ -124,7 +140,7 @@ __global__ void __launch_bounds__(kPackSide* kPackLines)
                       int64_t exponent_pitch, int64_t part_words, uint32_t* out) {
   __shared__ float tile[kPackSide][kPackSide + 1];
   constexpr int kPairs = kPackSide / 2;
-  const LagTile<In> place(packing);
+  const LagTile<In> place(packing, blockIdx.x);
   place.read(packing, nullptr, tile);
   const int thread = static_cast<int>(threadIdx.y) * kPackSide + static_cast<int>(threadIdx.x);
   const int pair = thread % kPairs;

@@ -23,12 +23,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["NAME", "Counts", "counting", "generators", "played"]
+__all__ = ["NAME", "Counts", "OnDevice", "Waited", "counting", "generators", "played"]
 
 NAME = "played"
 
 # Values, and sizes that depend on values.
 _ASKS = frozenset("_local_scalar_dense nonzero masked_select equal unique_dim _unique2".split())
+# Torch looks whether they have succeeded.
+_LOOKED_AT = frozenset("_linalg_eigh _linalg_svd _linalg_check_errors".split())
 # Numbers of the other device are taken, too: they are copied first.
 _COPIES = frozenset(("copy_", "_to_copy", "index", "index_put_", "_index_put_impl_"))
 _ABOUT = frozenset(
@@ -38,23 +40,42 @@ _ABOUT = frozenset(
 _COUNTED: list[Counts] = []
 
 
+class Waited(AssertionError):
+    """The host would have waited where it may not."""
+
+
 @dataclass
 class Counts:
     """What happened on the device.
 
     Attributes:
-        asked: values that the host asked for, by operation.
+        strict: values may be looked at by copying them to the host alone, and tensors of the host
+            go along with nothing; both raise otherwise.
+        asked: values that the host asked for and copies to it that it waits for, by operation.
         operations: those that are no views, by name.
+        uploads: copies from the host.
     """
 
+    strict: bool = False
     asked: Counter[str] = field(default_factory=Counter)
     operations: Counter[str] = field(default_factory=Counter)
+    uploads: int = 0
+
+    @property
+    def reads(self) -> int:
+        """How often the host waited."""
+        return self.asked.total()
+
+    @property
+    def launches(self) -> int:
+        """Operations, each at least one launch."""
+        return self.operations.total()
 
 
 @contextmanager
-def counting() -> Iterator[Counts]:
-    """Counts what happens inside."""
-    counts = Counts()
+def counting(strict: bool = False) -> Iterator[Counts]:
+    """Counts what happens inside; see :class:`Counts`."""
+    counts = Counts(strict)
     _COUNTED.append(counts)
     try:
         yield counts
@@ -62,30 +83,36 @@ def counting() -> Iterator[Counts]:
         _COUNTED.remove(counts)
 
 
-def _count(kind: str, name: str) -> None:
+def _strict() -> bool:
+    return any(counts.strict for counts in _COUNTED)
+
+
+def _count_look(name: str, copied: bool = False) -> None:
+    if _strict() and not copied and name not in _LOOKED_AT:
+        raise Waited(name)
     for counts in _COUNTED:
-        getattr(counts, kind)[name] += 1
+        counts.asked[name] += 1
 
 
-class _Played(Tensor):
-    """A tensor on the device, whose values lie in the CPU tensor ``here``."""
+class OnDevice(Tensor):
+    """A tensor on the device, whose values lie in the CPU tensor ``inner``."""
 
-    here: Tensor
+    inner: Tensor
 
     @staticmethod
-    def __new__(cls, here: Tensor) -> _Played:
+    def __new__(cls, inner: Tensor) -> OnDevice:
         made = Tensor._make_wrapper_subclass(
             cls,
-            here.size(),
-            strides=here.stride(),
-            storage_offset=here.storage_offset(),
-            dtype=here.dtype,
-            layout=here.layout,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            layout=inner.layout,
             device=torch.device(NAME, 0),
             # Asked of the CPU tensor every time: some operations change them in place.
             dispatch_sizes_strides_policy="sizes",
         )
-        made.here = here
+        made.inner = inner
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -97,10 +124,10 @@ class _Played(Tensor):
         return _run(function, args, kwargs or {})
 
     def __repr__(self) -> str:  # type: ignore[override]
-        return f"{NAME}({self.here})"
+        return f"{NAME}({self.inner})"
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Played:
-        copied = _Played(self.here.clone()).requires_grad_(self.requires_grad)
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnDevice:
+        copied = OnDevice(self.inner.clone()).requires_grad_(self.requires_grad)
         if isinstance(self, nn.Parameter):
             copied._is_param = True  # type: ignore[attr-defined]
         memo[id(self)] = copied
@@ -108,35 +135,37 @@ class _Played(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # As from a file that is read to the CPU.
-        return self.here.__reduce_ex__(protocol)
+        return self.inner.__reduce_ex__(protocol)
 
     def untyped_storage(self) -> Any:
-        return self.here.untyped_storage()
+        return self.inner.untyped_storage()
 
     def data_ptr(self) -> int:
-        return self.here.data_ptr()
+        return self.inner.data_ptr()
 
     def tolist(self) -> Any:
-        _count("asked", "tolist")
-        return self.here.tolist()
+        _count_look("tolist")
+        return self.inner.tolist()
 
 
 def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = function.overloadpacket.__name__
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    there = [t for t in tensors if isinstance(t, _Played)]
+    there = [t for t in tensors if isinstance(t, OnDevice)]
     _check_one_device(function, name, tensors, there, kwargs)
     device = kwargs.get("device")
     result_there = bool(there) if device is None else _is_played(device)
-    copied_back = not result_there and not kwargs.get("non_blocking")
-    if there and (name in _ASKS or _selects_by_mask(name, args) or copied_back):
-        _count("asked", name)
-    if there and not function.is_view and name not in _ABOUT:
-        _count("operations", name)
-    kwargs = tree_map(_here, kwargs)
+    if name == "copy_":
+        result_there = isinstance(args[0], OnDevice)
+    if there:
+        _count_operation(function, name, args, kwargs, result_there)
+    if result_there and name in ("copy_", "_to_copy") and len(there) < len(tensors):
+        for counts in _COUNTED:
+            counts.uploads += 1
+    kwargs = tree_map(_inner, kwargs)
     if device is not None:
         kwargs["device"] = torch.device("cpu")
-    result = function(*tree_map(_here, args), **kwargs)
+    result = function(*tree_map(_inner, args), **kwargs)
     if not result_there or name == "equal":
         return result
 
@@ -144,14 +173,28 @@ def _run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if not isinstance(value, Tensor):
             return value
         # In place: the very tensor that was given.
-        given = [t for t in there if t.here is value]
-        return given[0] if given else _Played(value)
+        given = [t for t in there if t.inner is value]
+        return given[0] if given else OnDevice(value)
 
     return tree_map(outward, result)
 
 
-def _here(value: Any) -> Any:
-    return value.here if isinstance(value, _Played) else value
+def _count_operation(
+    function: Any, name: str, args: Any, kwargs: dict[str, Any], result_there: bool
+) -> None:
+    if name in _ABOUT:
+        return
+    if name in _ASKS or name in _LOOKED_AT or _selects_by_mask(name, args):
+        _count_look(name)
+    elif not result_there and not kwargs.get("non_blocking"):
+        _count_look(name, copied=True)
+    if not function.is_view:
+        for counts in _COUNTED:
+            counts.operations[name] += 1
+
+
+def _inner(value: Any) -> Any:
+    return value.inner if isinstance(value, OnDevice) else value
 
 
 def _selects_by_mask(name: str, args: Any) -> bool:
@@ -161,11 +204,12 @@ def _selects_by_mask(name: str, args: Any) -> bool:
 
 
 def _check_one_device(
-    function: Any, name: str, tensors: list[Tensor], there: list[_Played], kwargs: dict[str, Any]
+    function: Any, name: str, tensors: list[Tensor], there: list[OnDevice], kwargs: dict[str, Any]
 ) -> None:
     # Numbers on the host go along with an operation.
-    on_host = [t for t in tensors if not isinstance(t, _Played) and t.dim() > 0]
-    if there and on_host and name not in _COPIES:
+    on_host = [t for t in tensors if not isinstance(t, OnDevice) and t.dim() > 0]
+    copies = ("copy_", "_to_copy") if _strict() else _COPIES
+    if there and on_host and name not in copies:
         shapes = [(t.device.type, list(t.shape)) for t in tensors]
         raise RuntimeError(f"{function} on tensors of two devices: {shapes}")
 
@@ -202,7 +246,9 @@ class _Calls(TorchFunctionMode):
         generator = kwargs.get("generator")
         if generator is not None:
             tensors = tree_leaves((args, kwargs))
-            there = _is_played(kwargs.get("device")) or any(isinstance(t, _Played) for t in tensors)
+            there = _is_played(kwargs.get("device")) or any(
+                isinstance(t, OnDevice) for t in tensors
+            )
             if isinstance(generator, _Generator) != there:
                 wanted = NAME if there else "the CPU"
                 raise RuntimeError(f"{function.__name__} on {wanted}, its generator is not")

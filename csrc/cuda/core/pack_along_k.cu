@@ -165,15 +165,15 @@ __device__ inline void pack_turned(const AlongK& s, int64_t block,
     for (int half = 0; half < kTurnedDepth / 64; ++half) {
       const int k = 64 * half + 8 * (thread % 8);
       if (to_row < s.to.rows && begin + k < padded) {
-        EightHalves high, low;
+        Halves<8> high, low;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           split_pair(turned[k + 2 * i][to_lane], turned[k + 2 * i + 1][to_lane], high.words[i],
                      low.words[i]);
         }
         uint16_t* const out = s.to.parts + to_row * padded + begin + k;
-        *reinterpret_cast<EightHalves*>(out) = high;
-        *reinterpret_cast<EightHalves*>(out + s.to.part_step()) = low;
+        *reinterpret_cast<Halves<8>*>(out) = high;
+        *reinterpret_cast<Halves<8>*>(out + s.to.part_step()) = low;
       }
     }
     __syncthreads();

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # benchmarks/gpu.sh FOLDER: on a machine with a GPU, nvcc, torch (CUDA 13), ninja and pytest, without
-# a network: builds in place, proves the CUDA kernels, measures them, and leaves logs, gpu.json and
-# gpu.md in FOLDER. All of it ends within five minutes, what matters most first: a part runs, whatever
-# became of those before it, as long as there is time; the exit status is 1 if any of them failed or did
-# not run.
+# a network: builds in place, proves the CUDA kernels, measures them and whole calls, and leaves logs,
+# gpu.json, gpu.md, gpu_calls.json and gpu_calls.md in FOLDER. All of it ends within five minutes, what
+# matters most first: a part runs, whatever became of those before it, as long as there is time; the
+# exit status is 1 if any of them failed or did not run.
 set -uo pipefail
 out=$(mkdir -p "${1:?usage: benchmarks/gpu.sh FOLDER}" && cd "$1" && pwd) || exit 1
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -40,13 +40,14 @@ architecture=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device
 part build 150 env TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$architecture}" HESSKERN_CUDA=1 \
   "$python" setup.py build_ext --inplace || exit 1
 part tests 70 "${tests[@]}"
-SHOWN=200 part benchmark 90 "$python" benchmarks/gpu.py --output "$out"
+SHOWN=200 part benchmark 80 "$python" benchmarks/gpu.py --output "$out"
+SHOWN=200 part calls 80 "$python" benchmarks/gpu_calls.py --rounds 3 --output "$out"
 
 if command -v compute-sanitizer >/dev/null; then
   short='TestOperators and test_reference and dtype0 or TestStreams and queued'
   # Blocks of torch's own allocator hide what is read behind a tensor's end.
-  part memcheck 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
+  part memcheck 40 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck \
     --error-exitcode 9 "${tests[@]}" -k "$short"
-  part racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 9 "${tests[@]}" -k "$short"
+  part racecheck 40 compute-sanitizer --tool racecheck --error-exitcode 9 "${tests[@]}" -k "$short"
 fi
 exit "$status"

@@ -474,7 +474,7 @@ def _write_pairs(path: Path, result: EigenResult) -> None:
     keep_if_possible(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
 
 
-def _read_pairs(path: Path, k: int, device: torch.device) -> EigenResult | None:
+def _read_pairs(path: Path, k: int, device: torch.device | str = "cpu") -> EigenResult | None:
     """The first k pairs of a file, or None where there are not so many."""
     if not path.is_file():
         return None

@@ -22,6 +22,7 @@ from hesskern.subspace import (
     OutOfProducts,
     Subspace,
     SymmetricOperator,
+    lengths,
     on_the_host,
 )
 
@@ -55,7 +56,7 @@ def olsen(preconditioner: Preconditioner) -> Correction:
         inner = (u * vectors).sum(dim=1)
         # A shift on one of K's eigenvalues makes both terms large and the quotient still fine;
         # only v orthogonal to (K - θ I)^-1 v leaves nothing to project with.
-        safe = inner.abs() > 1e-3 * u.norm(dim=1)
+        safe = inner.abs() > 1e-3 * lengths(u)
         epsilon = torch.where(safe, (t * vectors).sum(dim=1) / torch.where(safe, inner, 1.0), 0.0)
         return epsilon[:, None] * u - t
 
@@ -145,7 +146,7 @@ def _open_pairs(
     for start in range(settled, wanted, block):
         part = slice(start, min(start + block, wanted))
         residuals = space.residuals(values[part], coefficients[:, part])
-        norms = on_the_host(residuals.norm(dim=1))
+        norms = on_the_host(lengths(residuals))
         for position, norm in enumerate(norms.tolist(), start):
             if norm > bound and len(targets) < block:
                 first_norm = first_norm or norm
@@ -193,10 +194,11 @@ def seed_preconditioner(space: Subspace, search: Search, preconditioner: Precond
     if not space.push(mixed[None]):
         return False
     space.advance([0])
-    image = space.images(torch.ones(1, 1))[0] * mixed.norm()
-    apart = on_the_host((image - (weights * kappa).to(rows) @ rows).norm())
+    image = space.images(torch.ones(1, 1))[0] * lengths(mixed)
+    apart = on_the_host(lengths(image - (weights * kappa).to(rows) @ rows))
     difference = float(apart) / math.sqrt(k)
-    if difference > 1 / 3:
+    # NaN is none: the next look says so.
+    if not difference <= 1 / 3:
         return False
     factors = (difference * kappa.abs() / largest / search.tol).clamp(min=1.0).log()
     cost = k + max(int((factors > 0).sum()), math.ceil(float(factors.sum()) / 3.2))

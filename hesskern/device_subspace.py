@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesskern.subspace import CountedOperator, Subspace, check_products, on_the_host
+from hesskern.subspace import CountedOperator, Subspace, check_products, lengths, on_the_host
 
 __all__ = ["DeviceSubspace", "block_for", "subspace_for"]
 
@@ -147,17 +147,17 @@ class DeviceSubspace(Subspace):
 
     def push(self, rows: Tensor) -> int:
         self.look()
-        norms = rows.norm(dim=1)
+        norms = lengths(rows)
         good = torch.isfinite(norms) & (norms > 0)
-        rows = torch.where(good[:, None], rows / norms[:, None], 0.0)
+        rows = torch.where(good[:, None], rows / norms[:, None].to(rows), 0.0)
         rows = rows[: len(self._basis) - self.size - self.pending]
         if not len(rows):
             return 0
         threshold = 100 * self._epsilon
-        lengths = self._orthonormalize(
+        found = self._orthonormalize(
             self._outside(rows), torch.full_like(norms, threshold), torch.zeros_like(rows), None
         )
-        outside: list[float] = on_the_host(torch.stack(lengths)).tolist()
+        outside: list[float] = on_the_host(torch.stack(found)).tolist()
         kept = [i for i, length in enumerate(outside) if length > threshold]
         first = self.size + self.pending
         if 0 < len(kept) < len(rows):
@@ -186,7 +186,7 @@ class DeviceSubspace(Subspace):
         start, stop = self.size, self.size + len(chosen)
         self._images[start:stop] = self.operator.apply(self._basis[start:stop])
         images, span, records = self._images[start:stop], self._span(), self._outbox[start:stop]
-        norms = torch.linalg.vector_norm(images, dim=1)
+        norms = lengths(images)
         records[:, -1] = norms
         coefficients = self.inner(images, span)
         records[:, : len(span)] = coefficients
@@ -234,7 +234,7 @@ class DeviceSubspace(Subspace):
         """
         first = self.size + self.pending
         tiny = torch.finfo(rows.dtype).tiny
-        lengths = []
+        found = []
         for i in range(len(rows)):
             known, place = self._basis[: first + i], self._basis[first + i : first + i + 1]
             row = rows[i : i + 1]
@@ -242,23 +242,23 @@ class DeviceSubspace(Subspace):
                 fresh = known[first:]
                 along = self.inner(row, fresh)
                 row = torch.addmm(row, along, fresh, alpha=-1)
-            length = torch.linalg.vector_norm(row)
+            length = lengths(row)[0]
             inside = length <= thresholds[i]
             row = torch.where(inside, instead[i : i + 1], row / length)
             length = length.masked_fill(inside, 0.0)
             if len(known):
                 again = self.inner(row, known)
                 row = torch.addmm(row, again, known, alpha=-1)
-            size = torch.linalg.vector_norm(row)
+            size = lengths(row)[0]
             torch.div(row, size.clamp_min(tiny), out=place)
-            lengths.append(length * size)
+            found.append(length * size)
             if records is not None:
                 record = records[i : i + 1]
                 if i:
                     record[:, first : first + i] = along
                 record[:, : first + i].add_(again * length)
-                record[0, first + i] = lengths[-1]
-        return lengths
+                record[0, first + i] = found[-1]
+        return found
 
     # Rayleigh-Ritz
 

@@ -133,13 +133,13 @@ class LayerHessian(LayerOperator):
         """
         if not self._stored:
             return None
-        self._packed.clear()
         shares = [chunk.shares() for chunk in self._stored]
         total = sum(len(piece) for piece in shares)
         keep, left_out = kept_samples(shares, tail)
         heavy_samples = sum(int(mask.sum()) for mask in keep)
         if not 0 < heavy_samples <= most * total or left_out == 0:
             return None
+        self._packed.clear()
         heavy, light = [], []
         for i, mask in enumerate(keep):
             chunk, count = self._stored[i].heavy_first(mask), int(mask.sum())

@@ -10,6 +10,7 @@ from torch import Tensor
 from hesskern.corrected import eigenvalue_corrected
 from hesskern.layer_hessian import LayerHessian
 from hesskern.operators import CurvatureOperator, EigenbasisOperator
+from hesskern.subspace import lengths
 
 __all__ = ["Lanczos", "relative_norms"]
 
@@ -32,7 +33,7 @@ class Lanczos:
     """
 
     def __init__(self, start: Tensor) -> None:
-        self.basis = (start / start.norm()).unsqueeze(0)
+        self.basis = (start / lengths(start)).unsqueeze(0)
         self.products: list[Tensor] = []
         self.norm = 0.0
         self.done = False
@@ -46,7 +47,7 @@ class Lanczos:
         previous, self.norm = self.norm, self._largest()
         for _ in range(2):
             product = product - self.basis.T @ (self.basis @ product)
-        rest, steps = float(product.norm()), len(self._diagonal)
+        rest, steps = float(lengths(product)), len(self._diagonal)
         self.done = (
             rest <= 1e-6 * self.norm
             or (steps > 5 and self.norm - previous <= 1e-4 * self.norm)

@@ -266,7 +266,7 @@ class Propagation:
             result = self.by_sample(node._saved_result.detach())
             return lambda samples: (result[samples] > 0).to(result.dtype)
         metadata = node._input_metadata[0]
-        ones = torch.ones((), dtype=metadata.dtype).expand(_shape(node))
+        ones = torch.ones((), dtype=metadata.dtype, device=metadata.device).expand(_shape(node))
         return _samples(self.by_sample(node(ones)))
 
     def _try(self) -> None:

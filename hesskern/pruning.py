@@ -194,7 +194,8 @@ def _prune_spread(chunks: list[SampleRows], shares: list[Tensor], tolerance: flo
         pieces = zip(chunks, lengths, candidates.added(seen, tried), strict=True)
         for chunk, length, samples in pieces:
             more += _weighted_gram(chunk.s, length, samples)
-        bound = float(norm_bound_of(more))
+        # Squares that are nothing in float32 are something in the shares.
+        bound = float(norm_bound_of(more)) or traces[tried]
         if bound <= allowed:
             chosen, seen, gram = tried, tried, more
             norm = min(bound, traces[tried])
@@ -224,7 +225,7 @@ def norm_bound(chunks: list[SampleRows]) -> float:
     for chunk in chunks:
         everything = torch.arange(len(chunk.x), device=chunk.x.device)
         gram += _weighted_gram(chunk.s, chunk.x.norm(dim=1), everything)
-    return min(trace, float(norm_bound_of(gram)))
+    return min(trace, float(norm_bound_of(gram)) or trace)
 
 
 def norm_bound_of(gram: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def spectral_density(
             known = basis[:, : step + 1]
             along = torch.matmul(known, rest.unsqueeze(2))
             rest = rest - torch.matmul(along.transpose(1, 2), known).squeeze(1)
-        lengths = rest.norm(dim=1).double()
+        lengths = torch.linalg.vector_norm(rest, dim=1, dtype=torch.float64)
         scale = diagonal[:, : step + 1].abs().amax(1) + beside[:, : step + 1].amax(1)
         # An invariant space ends a probe: what is left is rounding.
         alive &= lengths > 1e3 * torch.finfo(H.dtype).eps * scale

@@ -20,6 +20,7 @@ __all__ = [
     "Subspace",
     "SymmetricOperator",
     "check_products",
+    "lengths",
     "on_the_host",
 ]
 
@@ -48,6 +49,11 @@ class OutOfProducts(Exception):
 def on_the_host(tensor: Tensor) -> Tensor:
     """The tensor on the CPU: on a device the only place where the host waits for a search."""
     return tensor.cpu()
+
+
+def lengths(rows: Tensor) -> Tensor:
+    """Norms [...] of vectors [..., P], float64: in float32 small numbers have no squares."""
+    return torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
 
 
 def check_products(products: Tensor) -> None:
@@ -179,9 +185,9 @@ class Subspace:
         Returns:
             How many were added; rows that lie in the span up to rounding are left out.
         """
-        norms = rows.norm(dim=1)
+        norms = lengths(rows)
         good = torch.isfinite(norms) & (norms > 0)
-        rows = rows[good] / norms[good, None]
+        rows = rows[good] / norms[good, None].to(rows)
         self._project(rows)
         return self._admit(rows, 100 * self._epsilon, None)
 
@@ -202,7 +208,7 @@ class Subspace:
         stop = start + count
         images = self.operator.apply(self._basis[start:stop])
         self._images[start:stop] = images
-        self.scale = max(self.scale, float(images.norm(dim=1).max()))
+        self.scale = max(self.scale, float(lengths(images).max()))
         self.size, self.pending = stop, self.pending - count
         known, rest = self.coupling[:count], self.coupling[count:]
         self.coupling = torch.cat([rest, rest.new_zeros(self.pending, count)], dim=1)
@@ -267,12 +273,12 @@ class Subspace:
         """
         span = self._span()
         total = torch.zeros(len(rows), len(span), dtype=torch.float64)
-        before = rows.norm(dim=1)
+        before = lengths(rows)
         for _ in range(3 if len(span) else 0):
             coefficients = rows @ span.T
             rows.addmm_(coefficients, span, alpha=-1)
             total += _small(coefficients)
-            after = rows.norm(dim=1)
+            after = lengths(rows)
             if bool((after > before / 2).all()):
                 break
             before = after
@@ -282,7 +288,7 @@ class Subspace:
         """Orthonormalizes projected ``rows`` into the pending ones; records the coupling."""
         first = self.pending
         for position, row in enumerate(rows):
-            size = float(row.norm())
+            size = float(lengths(row))
             if size <= threshold or self.size + self.pending >= len(self._basis):
                 continue
             recorded = torch.zeros(self.pending - first, dtype=torch.float64)
@@ -295,7 +301,7 @@ class Subspace:
                     coefficients = span @ row
                     row = row - coefficients @ span
                     recorded += _small(coefficients)[len(span) - len(recorded) :]
-                before, size = size, float(row.norm())
+                before, size = size, float(lengths(row))
                 if size <= threshold or size > before / 2:
                     break
                 start = 0
@@ -366,7 +372,7 @@ class Subspace:
         for part in self._column_slices():
             block = y.T @ self._images[: self.size, part]
             block.addmm_(shifted.T, self._basis[: self.size, part], alpha=-1)
-            total += block.square().sum(dim=1)
+            total += lengths(block).square()
         return on_the_host(total.sqrt())
 
     def restart(self, values: Tensor, coefficients: Tensor) -> None:
@@ -420,7 +426,8 @@ class Subspace:
         mix = self._cast(weights / weights.norm())[None]
         true = self.operator.apply(mix @ self._basis[: self.size])
         stored = mix @ self._images[: self.size]
-        return float(on_the_host((true - stored).norm())) * self.size**0.5 / max(self.scale, 1e-300)
+        error = float(on_the_host(lengths(true - stored)))
+        return error * self.size**0.5 / max(self.scale, 1e-300)
 
     def _column_slices(self) -> list[slice]:
         total = self.operator.size

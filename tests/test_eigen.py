@@ -217,6 +217,18 @@ def test_stops_at_the_limit_of_products(budget: int, start: str) -> None:
     torch.testing.assert_close(result.residuals, fresh, rtol=1e-6, atol=1e-13)
 
 
+@pytest.mark.parametrize("scale", [1e30, 1e-18, 1e-22, 1e-30])
+@pytest.mark.parametrize("which", ["LA", "LM"])
+def test_scales_whose_squares_leave_float32(scale: float, which: str) -> None:
+    matrix = scale * symmetric(0.8 ** torch.arange(300), dtype=torch.float32)
+    result = eigsh(Counting(matrix), 6, which)
+    check(matrix, result, 6, which, 1e-4)
+    vectors, values = result.vectors.double(), result.values.double()
+    true = (matrix.double() @ vectors - vectors * values).norm(dim=0) / values[0].abs()
+    # Such residuals are what is claimed, not what is left of their squares.
+    assert torch.all(result.residuals.double() >= 0.5 * true - 1e-6)
+
+
 @pytest.mark.parametrize("k", [1, 20])
 def test_a_tolerance_below_rounding_ends_with_a_warning(k: int) -> None:
     matrix = symmetric(0.97 ** torch.arange(500), dtype=torch.float32)

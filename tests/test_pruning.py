@@ -121,3 +121,15 @@ def test_few_looks_however_many_pieces(count: int) -> None:
         prune(chunks, shares, 0.05)
     # The trace, the table of all sets, and a bound for every set that is tried.
     assert values.count + lists.count <= 2 + 8
+
+
+def test_shares_whose_squares_leave_float32() -> None:
+    """Most samples of a saturated classifier: their gradients' squares are nothing in float32."""
+    x, s = torch.full((100, 1), 1e-3), torch.full((100, 1, 2), 1e-21)
+    x[0], s[0] = 1.0, 1.0
+    chunk = SampleRows(x, s)
+    shares = chunk.shares()
+    found = prune([chunk], [shares], 0.01)
+    assert [len(c.x) for c in found.chunks] == [1]
+    assert found.norm == pytest.approx(float(shares[1:].sum()), rel=1e-9)
+    assert norm_bound([chunk.select(torch.arange(1, 100))]) >= float(shares[1:].sum()) / 2

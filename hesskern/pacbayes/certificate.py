@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -305,8 +306,8 @@ class Certificate(Portable):
     def _network(
         self, model: nn.Module | None, samples: Samples
     ) -> tuple[nn.Module, dict[str, Slot]]:
-        if model is None:
-            model = self.model
+        if model is None and self.model is not None:
+            model = copy.deepcopy(self.model).to(samples.inputs.device)
         if model is None and self.architecture is not None:
             model = rebuild(self.architecture).to(samples.inputs.device, samples.inputs.dtype)
         if model is None:

@@ -486,6 +486,7 @@ class Natural:
             "optimizer": self._optimizer.state_dict(),
             "generator": self._generator.get_state(),
             "error": None if self._error is None else float(self._error),
+            "divergence": float(self._divergence),
             "averages": self._averages,
             "averaged": self._averaged,
             "slope": self._slope,
@@ -517,8 +518,9 @@ class Natural:
             None if error is None else torch.tensor(error, dtype=torch.float64, device=device)
         )
         self._slope, self._age = state["slope"], state["age"]
-        with torch.no_grad():
-            self._divergence = torch.stack([layer.kl() for layer in self._layers.values()]).sum()
+        self._divergence = torch.tensor(
+            state.get("divergence", 0.0), dtype=torch.float64, device=device
+        )
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values."""

@@ -136,13 +136,18 @@ def certify(
         "epochs": epochs,
         "minutes": minutes,
     }
+    device = samples.inputs.device.type
+    # The noise of one device cannot be gone on with on another.
+    elsewhere = {} if device == "cpu" else {"device": device}
     outcome = optimize(
         optimizer,
         len(samples),
         budget,
         torch.Generator().manual_seed(seeds["order"]),
         checkpoint=None if checkpoint is None else Path(checkpoint),
-        identity=_plain({"method": method, **options, "data": fingerprint, "prior": _hash(centre)}),
+        identity=_plain(
+            {"method": method, **options, "data": fingerprint, "prior": _hash(centre)} | elsewhere
+        ),
         interval=SAVE_INTERVAL,
         progress=report,
         estimate=lambda error, kl: _estimate(protocol, error, kl, len(samples), len(slots)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +38,10 @@ class Recorded:
     """
 
     def __init__(self, device: torch.device, generator: torch.Generator) -> None:
-        self._generator = generator
+        self._device, self._generator = device, generator
         self._usable = device.type == "cuda"
+        # One: libraries keep workspaces for every stream.
+        self._stream: Any = torch.cuda.Stream(device) if self._usable else None
         self._plain_calls: dict[Hashable, int] = {}
         self._recordings: dict[Hashable, _Recording] = {}
 
@@ -72,15 +75,13 @@ class Recorded:
         recording.graph.replay()
         return recording.result.clone()
 
-    @staticmethod
-    def _beside(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
-        """On a stream of its own, as a recording will be: memory is kept by stream."""
-        stream = torch.cuda.Stream(inputs[0].device)
-        stream.wait_stream(torch.cuda.current_stream(inputs[0].device))
-        with torch.cuda.stream(stream):
+    def _beside(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+        """On the stream of the recordings: memory is kept by stream."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             result = function(*inputs)
-        current = torch.cuda.current_stream(inputs[0].device)
-        current.wait_stream(stream)
+        current.wait_stream(self._stream)
         result.record_stream(current)
         return result
 
@@ -89,14 +90,18 @@ class Recorded:
     ) -> _Recording | None:
         """The recording, which runs nothing; None where the function cannot be recorded."""
         own = tuple(tensor.clone() for tensor in inputs)
-        graph, drawn = torch.cuda.CUDAGraph(), self._generator.get_state()
+        drawn = self._generator.clone_state()
+        current = torch.cuda.current_stream(self._device)
         try:
-            graph.register_generator_state(self._generator)
-            with torch.cuda.graph(graph):
-                result = function(*own)
+            # A recording that fails leaves its stream as the current one.
+            with torch.cuda.device(self._device), torch.cuda.stream(current):
+                graph = torch.cuda.CUDAGraph()
+                graph.register_generator_state(self._generator)
+                with torch.cuda.graph(graph, stream=self._stream):
+                    result = function(*own)
         except (RuntimeError, AttributeError) as error:
-            torch.cuda.synchronize(own[0].device)
-            self._generator.set_state(drawn)
+            torch.cuda.synchronize(self._device)
+            self._generator.graphsafe_set_state(drawn)
             self._usable = False
             self.forget()
             warnings.warn(

@@ -41,16 +41,17 @@ def error_probability(mean: Tensor, deviation: Tensor, targets: Tensor) -> Tenso
     if mean.shape[1] == 1:
         return torch.special.ndtr(-_signs(targets, mean) * scaled[:, 0])
     margins = scaled.gather(1, targets[:, None]) - scaled
-    nodes, weights = (t.to(mean) for t in _quadrature())
+    nodes, weights = _quadrature(mean.device, mean.dtype)
     others = F.one_hot(targets, mean.shape[1]).bool().logical_not()
     logs = log_ndtr(margins[:, :, None] + nodes) * others[:, :, None]
     return 1 - logs.sum(1).exp() @ weights
 
 
 @cache
-def _quadrature() -> tuple[Tensor, Tensor]:
+def _quadrature(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
-    return torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
+    both = torch.from_numpy(np.stack([nodes, weights / weights.sum()])).to(device, dtype)
+    return both[0], both[1]
 
 
 def _signs(targets: Tensor, like: Tensor) -> Tensor:

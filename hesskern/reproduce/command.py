@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -110,8 +111,8 @@ def reproduce(
         seconds = None if budget is None else parse_budget(budget)
         overrides = Overrides(**changes)
         check_writable(output)
-        folder = output / _folder_name(profile, overrides)
         there = usable_device(device)
+        folder = output / _folder_name(profile, overrides, there)
         machine = versions(device)
         lab = Lab(folder, profile, root, overrides, progress, int(memory * 2**30), there)
         words = " ".join([command_line(context), *items])
@@ -226,7 +227,7 @@ class _Budget:
         self._measured += seconds
 
 
-def _folder_name(profile: str, overrides: Overrides) -> str:
+def _folder_name(profile: str, overrides: Overrides, device: torch.device) -> str:
     """The profile, and what was changed about it: such results are never mixed."""
     changes = replace(overrides, seeds=None, top=None)
     parts = [
@@ -234,7 +235,7 @@ def _folder_name(profile: str, overrides: Overrides) -> str:
         for key in ("data", "model", "limit", "epochs")
         if (value := getattr(changes, key)) is not None
     ]
-    return "-".join([profile, *parts])
+    return "-".join([profile, *parts, *([] if device.type == "cpu" else [device.type])])
 
 
 def _list(console: Console, profile: str) -> None:

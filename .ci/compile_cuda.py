@@ -30,6 +30,8 @@ BORNE = {
     "block_gram_kernel<BlockShape<8, 12, 6>": 64,
     "block_halves_kernel<BlockShape<8, 12, 6>": 8,
 }
+# What ptxas says where registers stay as they were at launch, or products wait for each other.
+IGNORED = re.compile(r"setmaxnreg.*ignored|wgmma.*serializ|serializ.*wgmma", re.IGNORECASE)
 # What a file with warpgroup products includes.
 WARPGROUP = re.compile(r'#include "(core/)?wgmma\.h"')
 SHARED = re.compile(r"(\d+) bytes smem")
@@ -51,6 +53,9 @@ def compile_one(source: Path, output: Path, architectures: list[str]) -> str:
     warpgroups = "90a" in architectures and WARPGROUP.search(source.read_text())
     if warpgroups and shutil.which("cuobjdump"):
         check_warpgroups(source, compiled)
+    ignored = [line for line in done.stderr.splitlines() if IGNORED.search(line)]
+    if ignored:
+        raise SystemExit(f"{source.relative_to(ROOT)}:\n" + "\n".join(ignored))
     return done.stderr
 
 

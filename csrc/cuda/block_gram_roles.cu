@@ -162,7 +162,8 @@ __device__ void make_operands(const SampleSlabs<In>& in, int count, const Cut& c
   const int slot = in.slot() * 4 / in.kSize;
   const In* const places = reinterpret_cast<const In*>(memory + cut.place);
   // Columns that do not exist repeat others.
-  const int column = 32 * warp + 4 * g < in.columns ? 32 * warp + 4 * g : 0;
+  // Where there are none the lane reads others of its group, with which it shares a scale.
+  const int column = 32 * warp + (32 * warp + 4 * g < in.columns ? 4 * g : 0);
   float* const weights = memory + cut.weights + warp * 2 * in.weight_size();
   const auto copy_weights = [&](int slab) {
     for (int set = 0; slab < count && set < in.sets; ++set) {
@@ -299,6 +300,7 @@ __device__ void multiply(int count, const Cut& cut, const float* memory, Barrier
     barrier_wait(&barriers.ready[buffer], static_cast<uint32_t>(turn / 2 % 2));
     share.add(local + buffer * (cut.operand / 4), cut.steps,
               memory + cut.backs + buffer * S::kGroups);
+    warp_barrier();
     if (threadIdx.x % 32 == 0) barrier_arrive(&barriers.freed[buffer]);
   }
   share.finish(partial);

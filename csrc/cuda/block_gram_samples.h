@@ -224,12 +224,13 @@ struct SampleSlabs {
       return (int64_t{slab} * in_.sets + set) * 4 + t_;
     }
 
-    // The lane's columns of the set's sample. Where there are none it reads others: its weights are
-    // zeros, or nobody looks at its sums.
+    // The lane's columns of the set's sample. Where there are none it reads others of its group,
+    // with which it shares a scale: its weights are zeros, or nobody looks at its sums.
     __device__ const In* find(int slab, int set) const {
       if (!in_.bulk) return own_ + set * in_.classes * kLanes;
       const bool inside = sample_of(slab, set) < in_.samples;
-      return place(inside ? set * 4 + t_ : 0) + (column_ < in_.columns ? column_ : 0);
+      const int others = 32 * warp_ < in_.columns ? 32 * warp_ : 0;
+      return place(inside ? set * 4 + t_ : 0) + (column_ < in_.columns ? column_ : others);
     }
 
     // A sample that the copy engine brought.

@@ -13,10 +13,14 @@ bool LayerInputs::pays(int64_t columns) const {
   // Ten launches a chunk are 25 microseconds or so; with fewer columns of Y tiles are mostly empty.
   constexpr double kLeast = 1 << 30;
   constexpr int64_t kFewest = 32;
+  // Of Y and its parts.
+  constexpr double kMostBytes = 4.0 * (int64_t{1} << 30);
+  const double rows = static_cast<double>(chunk_samples()) * static_cast<double>(positions);
   return columns >= kFewest && inputs >= kFewest && positions <= most_rows &&
          static_cast<double>(samples) * static_cast<double>(positions) *
                  static_cast<double>(columns) * static_cast<double>(inputs) >=
              kLeast &&
+         8 * rows * static_cast<double>(columns) <= kMostBytes && inputs <= kLongestPartsSum &&
          parts_products_available();
 }
 

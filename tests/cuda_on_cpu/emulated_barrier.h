@@ -27,6 +27,10 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   emulation::barrier_wait(barrier, parity);
 }
 inline void copy_row(void* shared, const void* global, int bytes, uint64_t* barrier) {
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global) |
+       static_cast<uintptr_t>(bytes)) % 16 != 0) {
+    emulation::fail("a bulk copy takes multiples of 16 bytes from and to such addresses");
+  }
   emulation::start_bulk_copy({{shared, global, bytes, bytes}}, bytes, barrier);
 }
 

@@ -13,7 +13,6 @@ error. On a CPU there are rested times alone.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -26,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
+from gpu_report import about, write
 from torch import Tensor, nn
 
-from hesskern import build_info, ops
-from hesskern.bench.machine import facts
+from hesskern import ops
 
 Contenders = dict[str, Callable[[], Any]]
 # Name, contenders, and by contender how many times hesskern's time its own is to be.
@@ -377,12 +376,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    about = {
-        "machine": facts(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "build": build_info(),
-        "part": arguments.part,
-    }
+    made = about(device, arguments.part)
     lines = [
         "| problem | contender | rested, ms | busy, ms | graph, ms | over | target |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -402,17 +396,7 @@ def main() -> None:
         new = rows_of(name, times, errors, targets)
         print("\n".join(new), flush=True)
         lines += new
-        write(arguments.output, about, problems, lines)
-
-
-def write(folder: Path, about: Any, problems: Any, lines: list[str]) -> None:
-    for file, text in (
-        ("gpu.json", json.dumps({"about": about, "problems": problems})),
-        ("gpu.md", f"{about['device']}\n\n" + "\n".join(lines) + "\n"),
-    ):
-        temporary = folder / f".{file}"
-        temporary.write_text(text)
-        temporary.rename(folder / file)
+        write(arguments.output, "gpu", made, problems, lines)
 
 
 if __name__ == "__main__":

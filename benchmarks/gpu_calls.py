@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -33,6 +32,7 @@ import numpy as np
 import scipy.sparse.linalg as sparse
 import torch
 import torch.nn.functional as F
+from gpu_report import about, write
 from torch import Tensor, nn
 
 import hesskern as hk
@@ -40,7 +40,6 @@ from hesskern import ops
 from hesskern.bench import cases, peers
 from hesskern.bench.cases import Case
 from hesskern.bench.contenders import LOSS, Call, eager_product, relative_difference
-from hesskern.bench.machine import facts
 from hesskern.bench.settings import Settings
 from hesskern.data import load
 from hesskern.models import build
@@ -451,12 +450,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    about = {
-        "machine": facts(torch.get_num_threads()),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "build": hk.build_info(),
-        "part": arguments.part,
-    }
+    made = about(device, arguments.part)
     lines = [
         "| problem | contender | ms | over | target | unit | peak, MiB | launches | waits | |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
@@ -469,18 +463,7 @@ def main() -> None:
             new = rows_of(results[-1])
             print("\n".join(new), flush=True)
             lines += new
-            write(arguments.output, about, results, lines)
-
-
-def write(folder: Path, about: Any, results: Any, lines: list[str]) -> None:
-    """Both files, each whole or not at all."""
-    for file, text in (
-        ("gpu_calls.json", json.dumps({"about": about, "problems": results})),
-        ("gpu_calls.md", f"{about['device']}\n\n" + "\n".join(lines) + "\n"),
-    ):
-        temporary = folder / f".{file}"
-        temporary.write_text(text)
-        temporary.rename(folder / file)
+            write(arguments.output, "gpu_calls", made, results, lines)
 
 
 if __name__ == "__main__":

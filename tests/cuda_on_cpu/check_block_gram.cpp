@@ -211,6 +211,26 @@ void not_a_number(float bad) {
   report("block_gram of " + std::to_string(bad) + " shows on the diagonal", good ? 0 : 1, 0);
 }
 
+// An infinity in the first column leaves the columns of the last group of 32 alone, some of whose
+// lanes have no columns.
+void an_infinity_stays(int64_t m) {
+  constexpr int64_t n = 9, c = 3;
+  const Memory<float> x(n * c * m), p(n * c);
+  for (int64_t i = 0; i < n * c * m; ++i) x[i] = static_cast<float>(normal());
+  for (int64_t i = 0; i < n * c; ++i) p[i] = 1.0f / c;
+  x[4 * c * m] = std::numeric_limits<float>::infinity();
+  Accumulator<float> acc(1, m, m, 1.0f);
+  const Work<float> work =
+      BlockSamples<float>{x.data(), p.data(), n, c, m, c * m, m, acc.sum}.plan();
+  const Memory<float> workspace(work.workspace);
+  bool good = work.run(workspace.data(), nullptr) == cudaSuccess && !std::isfinite(acc.at(0, 0, 0));
+  for (int64_t i = (m - 1) / 32 * 32; i < m; ++i) {
+    for (int64_t j = i; j < m; ++j) good = good && std::isfinite(acc.at(0, i, j));
+  }
+  report("block_gram of an infinity in the first of " + std::to_string(m) + " columns",
+         good ? 0 : 1, 0);
+}
+
 // The sum over a million non-negative rows as 132 blocks add it up: so many rows at a time on
 // tensor cores that cut off, small products before large ones, in float32 over a block's slabs,
 // then over blocks by eight warps.
@@ -432,6 +452,7 @@ void check_block_gram(bool few) {
   not_a_number(std::numeric_limits<float>::quiet_NaN());
   not_a_number(float_of(0x7fffffffu));
   not_a_number(-std::numeric_limits<float>::infinity());
+  for (const int64_t m : {68, 100, 132, 200}) an_infinity_stays(m);
   does_not_fit();
   long_sum(80, 132);
   long_sum(64, 2 * 132);

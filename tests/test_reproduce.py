@@ -324,9 +324,11 @@ def test_samples_of_the_curvature_are_a_part_of_the_training_data(tmp_path):
     assert laboratory.factors(replace(net, samples=None), 0).num_samples == 120
 
 
-def test_profiles_and_overrides_never_share_a_folder():
+def test_profiles_overrides_and_devices_never_share_a_folder():
+    devices = [torch.device("cpu"), torch.device("cuda")]
     folders = {
-        command._folder_name(profile, overrides)
+        command._folder_name(profile, overrides, device)
+        for device in devices
         for profile in ("quick", "paper")
         for overrides in (
             Overrides(),
@@ -336,8 +338,8 @@ def test_profiles_and_overrides_never_share_a_folder():
             Overrides(model="a.b:net"),
         )
     }
-    assert len(folders) == 10
-    assert command._folder_name("quick", Overrides(seeds=7, top=3)) == "quick"
+    assert len(folders) == 20
+    assert command._folder_name("quick", Overrides(seeds=7, top=3), devices[0]) == "quick"
     assert Lab(None, "paper").recipe(F200) == training.RECIPES["paper"]
     assert Lab(None, "quick").recipe(F200) == training.recipe_for("quick", "mnist")
 

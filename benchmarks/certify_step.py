@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -20,31 +21,36 @@ from hesskern.pacbayes.network import slots_of, state_of
 from hesskern.pacbayes.samples import Samples
 from hesskern.pacbayes.surrogates import log_loss
 
+__all__ = ["BATCH", "steps"]
+
 STEPS = 10
+BATCH = NaturalSettings().batch_size
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--net", default="T-600")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--samples", type=int, default=5000)
-    arguments = parser.parse_args()
-    net = parse_net(arguments.net)
+def steps(
+    name: str, count: int, number: int, device: torch.device
+) -> tuple[Callable[[], None], Callable[[], None]]:
+    """So many steps of a certificate's optimization, and of SGD on the same rows.
+
+    Args:
+        name: of the net.
+        count: of the samples.
+        number: of the steps.
+        device: where they run.
+    """
+    net = parse_net(name)
     generator = torch.Generator().manual_seed(0)
     # A fifth of the pixels inked, as in MNIST.
-    inputs = torch.rand(arguments.samples, 1, 28, 28, generator=generator)
+    inputs = torch.rand(count, 1, 28, 28, generator=generator)
     inputs *= torch.rand(inputs.shape, generator=generator) < 0.2
-    digits = torch.randint(0, 10, (arguments.samples,), generator=generator)
-    samples = Samples(inputs, net.targets(digits, 0))
-    model, plain = (net.build((1, 28, 28), 0) for _ in range(2))
-    state, settings = state_of(model), NaturalSettings()
-    slots = slots_of(model, inputs[:2])
-    method = Natural(model, slots, state, state, samples, Protocol(), settings, generator)
+    digits = torch.randint(0, 10, (count,), generator=generator)
+    samples = Samples(inputs, net.targets(digits, 0)).to(device)
+    model, plain = (net.build((1, 28, 28), 0).to(device) for _ in range(2))
+    state, noise = state_of(model), torch.Generator(device).manual_seed(0)
+    slots = slots_of(model, samples.inputs[:2])
+    method = Natural(model, slots, state, state, samples, Protocol(), NaturalSettings(), noise)
     sgd = torch.optim.SGD(plain.parameters(), lr=0.01)
-    batches = [
-        torch.randint(0, len(samples), (settings.batch_size,), generator=generator)
-        for _ in range(STEPS)
-    ]
+    batches = list(torch.randint(0, count, (number, BATCH), generator=generator))
 
     def certify() -> None:
         for rows in batches:
@@ -57,6 +63,16 @@ def main() -> None:
             loss.backward()
             sgd.step()
 
+    return certify, deterministic
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--net", default="T-600")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--samples", type=int, default=5000)
+    arguments = parser.parse_args()
+    certify, deterministic = steps(arguments.net, arguments.samples, STEPS, torch.device("cpu"))
     times: dict[str, list[float]] = {"certify": [], "sgd": []}
     for round_number in range(arguments.rounds + 1):
         for name, run in (("certify", certify), ("sgd", deterministic)):
@@ -66,8 +82,8 @@ def main() -> None:
                 times[name].append((time.perf_counter() - started) / STEPS * 1000)
     medians = {name: statistics.median(values) for name, values in times.items()}
     result = {
-        "net": net.name,
-        "batch": settings.batch_size,
+        "net": parse_net(arguments.net).name,
+        "batch": BATCH,
         "threads": torch.get_num_threads(),
         "certify_ms": round(medians["certify"], 2),
         "sgd_ms": round(medians["sgd"], 2),

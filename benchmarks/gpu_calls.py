@@ -32,6 +32,7 @@ import numpy as np
 import scipy.sparse.linalg as sparse
 import torch
 import torch.nn.functional as F
+from certify_step import BATCH, steps
 from gpu_report import about, write
 from torch import Tensor, nn
 
@@ -43,11 +44,6 @@ from hesskern.bench.contenders import LOSS, Call, eager_product, relative_differ
 from hesskern.bench.settings import Settings
 from hesskern.data import load
 from hesskern.models import build
-from hesskern.pacbayes import NaturalSettings, Protocol, parse_net
-from hesskern.pacbayes.natural import Natural
-from hesskern.pacbayes.network import slots_of, state_of
-from hesskern.pacbayes.samples import Samples
-from hesskern.pacbayes.surrogates import log_loss
 
 PAIRS, RESIDUAL, TOLERANCE = 20, 1e-4, 1e-4
 FEW = 64
@@ -198,33 +194,10 @@ class Problems:
 
     def certificate(self) -> Iterator[Problem]:
         """Steps of a certificate's optimization beside as many of plain SGD: T-600, batch 500."""
-        n = self._size(60_000, 1000)
-        net, settings = parse_net("T-600"), NaturalSettings()
-        generator = torch.Generator().manual_seed(4)
-        inputs = torch.rand(n, 1, 28, 28, generator=generator)
-        digits = torch.randint(10, (n,), generator=generator)
-        samples = Samples(inputs, net.targets(digits, 0)).to(self.device)
-        model, plain = (net.build((1, 28, 28), 0).to(self.device) for _ in range(2))
-        state, noise = state_of(model), torch.Generator(self.device).manual_seed(0)
-        slots = slots_of(model, samples.inputs[:2])
-        method = Natural(model, slots, state, state, samples, Protocol(), settings, noise)
-        sgd = torch.optim.SGD(plain.parameters(), lr=0.01)
-        batches = list(torch.randint(n, (STEPS, settings.batch_size), generator=generator))
-
-        def certify() -> None:
-            for rows in batches:
-                method.step(rows, 0.5)
-
-        def deterministic() -> None:
-            for rows in batches:
-                loss = log_loss(plain(samples.inputs[rows]), samples.targets[rows]).mean()
-                sgd.zero_grad()
-                loss.backward()
-                sgd.step()
-
+        certify, sgd = steps("T-600", self._size(60_000, 1000), STEPS, self.device)
         yield Problem(
-            f"{STEPS} steps of a certificate, T-600, batch {settings.batch_size}",
-            {"hesskern": certify, "SGD": deterministic},
+            f"{STEPS} steps of a certificate, T-600, batch {BATCH}",
+            {"hesskern": certify, "SGD": sgd},
             unit=("SGD", 3.0),
         )
 

@@ -271,10 +271,6 @@ def generators() -> Iterator[None]:
         torch.Generator = _Plain  # type: ignore[misc]
 
 
-class _Hooks(backend_registration._DummyPrivateUse1Hook):  # type: ignore[name-defined, misc]
-    pass
-
-
 class _Backend(backend_registration._DummyBackendModule):  # type: ignore[name-defined, misc]
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
@@ -292,9 +288,7 @@ class _Backend(backend_registration._DummyBackendModule):  # type: ignore[name-d
 @cache
 def played() -> torch.device:
     """The device, made when it is first asked for."""
-    backend_registration._setup_privateuseone_for_python_backend(
-        NAME, backend_module=_Backend(), hook=_Hooks()
-    )
+    backend_registration._setup_privateuseone_for_python_backend(NAME, backend_module=_Backend())
     library = torch.library.Library("_", "IMPL")
     library.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")
     # It lives as long as the process.
@@ -303,3 +297,7 @@ def played() -> torch.device:
 
 
 _KEPT: list[Any] = []
+
+
+# Autograd counts devices once, when it is first used.
+played()

@@ -364,6 +364,12 @@ def test_scales_whose_squares_leave_float32(scale: float) -> None:
 
 
 @pytest.mark.usefixtures("device")
+def test_products_at_the_end_of_float32_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"H: (products with H overflow|H @ v must be finite)"):
+        eigsh(Operator(torch.full((400, 400), 2e38)), 3)
+
+
+@pytest.mark.usefixtures("device")
 def test_not_finite_where_it_is_solved_densely() -> None:
     for at in (0, 5):
         with pytest.raises(ValueError, match="H: H @ v must be finite"):

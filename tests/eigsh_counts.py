@@ -1,0 +1,73 @@
+"""Vectors, products, reads and launches of ``eigsh`` on a device that the CPU plays.
+
+    python tests/eigsh_counts.py --root DIR
+
+Top 20 of F-200^2, trained on 6,000 images of MNIST, by 2,000 of them; blocks of 1, 2, 4 and 8.
+Launches are those beside the products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from played_device import Counts, counting, generators, played
+from torch import Tensor, nn
+
+import hesskern as hk
+from hesskern.data import load
+from hesskern.models import build
+
+LOSS = nn.CrossEntropyLoss()
+
+
+class Counted:
+    """An operator that keeps the launches of its products apart."""
+
+    def __init__(self, H: hk.LayerHessian, counts: Counts) -> None:
+        self.shape, self.dtype, self.device = H.shape, H.dtype, H.device
+        self._H, self._counts = H, counts
+        self.products = self.launches = 0
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        before = self._counts.launches
+        image = self._H @ v
+        self.products += 1
+        self.launches += self._counts.launches - before
+        return image
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, help="folder with MNIST's files")
+    arguments = parser.parse_args()
+    data = load("mnist", arguments.root, limit=6000)
+    inputs, targets = data.inputs.flatten(1), data.targets
+    model = build("f200x2", (784,), 10)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    order = torch.Generator().manual_seed(0)
+    for _ in range(6):
+        for rows in torch.randperm(len(targets), generator=order).split(512):
+            sgd.zero_grad()
+            LOSS(model(inputs[rows]), targets[rows]).backward()
+            sgd.step()
+    batch = [(inputs[:2000].to(played()), targets[:2000].to(played()))]
+    with generators():
+        for name, H in hk.layer_hessians(model.to(played()), batch, LOSS).items():
+            for block in (1, 2, 4, 8):
+                with counting() as counts:
+                    operator = Counted(H, counts)
+                    found = hk.eigsh(operator, 20, block=block)
+                print(
+                    f"{name} block {block}: {found.matvecs} vectors, {operator.products} products, "
+                    f"{counts.reads} reads, {counts.launches - operator.launches} launches",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -68,7 +68,7 @@ define make_venv
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install -q --upgrade pip
 	$(1)/bin/python -m pip install -q "$$(grep '^torch==' $(2))"
-	$(1)/bin/python -m pip install -q 'setuptools>=77' wheel ninja
+	$(1)/bin/python -m pip install -q 'setuptools>=64' wheel ninja
 endef
 
 $(VENV)/torch: constraints.txt

@@ -232,7 +232,10 @@ def main() -> None:
     torch = installed_torch()
     module, with_cuda = extension(torch)
     setup(
-        ext_modules=[module], cmdclass={"build_ext": build_command(config_header(torch, with_cuda))}
+        # Not in pyproject.toml: setuptools before 77 refuses the form that later ones ask for.
+        license="MIT",
+        ext_modules=[module],
+        cmdclass={"build_ext": build_command(config_header(torch, with_cuda))},
     )
 
 

@@ -336,6 +336,18 @@ class TestTorch:
         assert "setuptools" in requires
         assert "torch" not in requires
 
+    def test_the_licence_is_named_in_a_form_that_every_setuptools_reads(
+        self, tmp_path: Path
+    ) -> None:
+        project = (ROOT / "pyproject.toml").read_text().split("[project]")[1].split("\n[")[0]
+        keys = {line.split("=")[0].strip() for line in project.splitlines() if "=" in line}
+        assert not keys & {"license", "license-files"}
+        command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path)]
+        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "HESSKERN_CUDA": "0"})
+        (information,) = tmp_path.glob("*/PKG-INFO")
+        assert "\nLicense: MIT\n" in information.read_text()
+        assert "\nLicense-File: LICENSE\n" in information.read_text()
+
 
 class TestLoader:
     def use(self, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:

@@ -18,7 +18,7 @@ __all__ = ["command_line", "device_option", "root_option", "running"]
 root_option = click.option(
     "--root",
     type=click.Path(path_type=Path),
-    help="Folder with the data's files.  [default: $HESSKERN_DATA, else ../shared/data]",
+    help="Folder with the data's files.  [default: $HESSKERN_DATA]",
 )
 
 device_option = click.option(

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DATASETS", "Batches", "Dataset", "data_roots", "load"]
+__all__ = ["DATASETS", "Batches", "Dataset", "data_root", "load"]
 
 MOMENTS: dict[str, tuple[Sequence[float], Sequence[float]]] = {
     "digits": ([0.305], [0.376]),
@@ -113,7 +113,7 @@ def load(
     Args:
         name: ``"digits"``, ``"mnist"`` or ``"cifar10"``.
         root: folder that holds the files, or a folder above it as described in
-            :func:`data_roots`; digits need none.
+            :func:`data_root`; digits need none.
         train: the training split, else the test split. The digits' first 1437 images are the
             training split, the other 360 (by other writers) the test split.
         limit: only the first so many samples.
@@ -138,18 +138,10 @@ def load(
     return Dataset(name, inputs, targets, 10, source)
 
 
-def data_roots(root: str | Path | None = None) -> list[Path]:
-    """Folders that are searched, in order.
-
-    ``root`` alone if given; else ``$HESSKERN_DATA`` alone if set; else ``../shared/data`` beside
-    the current directory and beside the checkout this module stands in.
-    """
-    if root is not None:
-        return [Path(root).expanduser()]
-    if os.environ.get("HESSKERN_DATA"):
-        return [Path(os.environ["HESSKERN_DATA"]).expanduser()]
-    beside = (Path.cwd().parent, Path(__file__).resolve().parents[2])
-    return list(dict.fromkeys(folder / "shared" / "data" for folder in beside))
+def data_root(root: str | Path | None = None) -> Path | None:
+    """The folder that is searched: ``root`` if given, else ``$HESSKERN_DATA``, else none."""
+    given = root or os.environ.get("HESSKERN_DATA")
+    return Path(given).expanduser() if given else None
 
 
 def _digits(root: str | Path | None, train: bool) -> tuple[np.ndarray, np.ndarray, str]:
@@ -200,17 +192,22 @@ DATASETS: dict[str, Reader] = {"digits": _digits, "mnist": _mnist, "cifar10": _c
 def _find(
     what: str, root: str | Path | None, subfolders: Sequence[str], patterns: Sequence[str]
 ) -> list[Path]:
-    """All files of the first pattern that matches in the first folder that has one."""
-    roots = data_roots(root)
-    for folder in (base / sub for base in roots for sub in subfolders):
+    """All files of the first pattern that matches in the first of the subfolders that has one."""
+    wanted = " or ".join(patterns)
+    base = data_root(root)
+    if base is None:
+        raise ValueError(
+            f"{what}: no folder was named to look for {wanted} in; pass --root DIR or set "
+            "HESSKERN_DATA to the folder that holds it"
+        )
+    for folder in (base / sub for sub in subfolders):
         for pattern in patterns:
             if paths := sorted(p for p in folder.glob(pattern) if p.is_file()):
                 return paths
-    places = " and ".join(str(r) for r in roots)
     below = ", ".join(s for s in subfolders if s)
     raise ValueError(
-        f"{what}: found no file {' or '.join(patterns)} in {places} (nor in its subfolders "
-        f"{below}); pass --root DIR or set HESSKERN_DATA to the folder that holds it"
+        f"{what}: found no file {wanted} in {base} (nor in its subfolders {below}); pass --root "
+        "DIR or set HESSKERN_DATA to the folder that holds it"
     )
 
 

@@ -49,8 +49,7 @@ __all__ = ["bench", "run_suites"]
 @click.option(
     "--root",
     type=click.Path(path_type=Path),
-    help="Folder with MNIST's files.  [default: $HESSKERN_DATA, else ../shared/data, else "
-    "synthetic data]",
+    help="Folder with MNIST's files.  [default: $HESSKERN_DATA, else synthetic data]",
 )
 @click.option(
     "--repeats",

@@ -18,7 +18,7 @@ class Settings:
         quick: small data, for a look at whether all runs.
         threads: intra-operator threads of torch.
         repeats: rounds; in each, every contender runs once, in turn.
-        root: folder with MNIST's files; None: see :func:`hesskern.data.data_roots`.
+        root: folder with MNIST's files; None: see :func:`hesskern.data.data_root`.
         checkpoint: state dict of the trained F-200^2, so that it is trained once per run.
         memory: whether to measure peak memory.
     """

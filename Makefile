@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 CUDA_VENV ?= .venv-cuda
+# The versions that the environment is made with.
+CONSTRAINTS ?= constraints.txt
 # What `make cuda-compile` compiles for; nvcc alone, no torch.
 CUDA_ARCHITECTURES ?= 80 90a
 # More arguments for pytest, e.g. PYTEST_ARGS="-k eigsh".
@@ -71,15 +73,15 @@ define make_venv
 	$(1)/bin/python -m pip install -q 'setuptools>=64' wheel ninja
 endef
 
-$(VENV)/torch: constraints.txt
-	$(call make_venv,$(VENV),constraints.txt)
+$(VENV)/torch: $(CONSTRAINTS)
+	$(call make_venv,$(VENV),$(CONSTRAINTS))
 	@touch $@
 
 $(VENV)/built: $(VENV)/torch $(BUILD_FILES) pyproject.toml
 	@echo "Building hesskern and installing it into $(VENV)"
 	@touch $@.begun
 	PYTHONWARNINGS=ignore $(VENV)/bin/python -m pip install -q --no-build-isolation \
-		-c constraints.txt -e '.[cli,test,dev]'
+		-c $(CONSTRAINTS) -e '.[cli,test,dev]'
 	@mv $@.begun $@  # as old as the build's begin: a source edited meanwhile is newer
 
 # Preloaded: the interpreter is not instrumented, and exceptions cross from torch into hesskern.

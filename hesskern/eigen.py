@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from hesskern.subspace import (
     check_products,
     on_the_host,
 )
-from hesskern.two_level import two_level
 
 __all__ = ["eigsh"]
 
@@ -43,12 +41,11 @@ def eigsh(
     seed: int = 0,
     max_matvecs: int | None = None,
     progress: bool | Progress = False,
-    method: str = "lanczos",
     block: int | None = None,
 ) -> EigenResult:
     """The ``k`` most wanted eigenpairs of a symmetric operator.
 
-    Thick-restart Lanczos with full reorthogonalization by default; on a device the host waits for
+    Thick-restart Lanczos with full reorthogonalization; on a device the host waits for
     it only where it looks whether pairs have converged. Repeated eigenvalues are found
     with their multiplicity: when all residuals are small the search goes on from a random vector
     orthogonal to everything found, until it can tell that nothing is missing. Operators that are
@@ -71,18 +68,13 @@ def eigsh(
         seed: of the random vectors; equal seeds give equal results.
         max_matvecs: largest number of single-vector products, at least k; None: 1000 + 10 P.
         progress: True for a bar on stderr, or a callback ``("eigsh", converged pairs, k)``.
-        method: "lanczos"; or "split", for the largest eigenvalues of a :class:`LayerHessian` whose
-            samples are stored, when few of them carry its trace: these few are solved for first
-            (see :mod:`hesskern.two_level`), which takes fewer products, but no less time where a
-            product is as cheap as here. Residuals are then certified bounds. Without such a split,
-            or with ``start`` or ``max_matvecs``, it is Lanczos all the same.
         block: random directions that Lanczos begins with, at most 16, and so vectors in a product:
             fewer products with more vectors in all. None: 1 on the CPU, k // 5 but at most 4 on a
             device. The pairs and their residuals are the same, up to ``tol``.
 
     Returns:
         :class:`EigenResult`; ``matvecs`` counts single vectors (a block of b counts b, a dense
-        solution P, a product with a part of H the part of its samples).
+        solution P).
 
     Raises:
         ValueError: an argument is out of range, ``start`` does not fit, or ``H @ v`` gave NaN,
@@ -93,18 +85,12 @@ def eigsh(
     """
     operator = _checked(H, k, which, tol, max_matvecs)
     start = _checked_start(start, which, operator)
-    if method not in ("lanczos", "split"):
-        raise ValueError(f"method must be 'lanczos' or 'split', got {method!r}")
     if block is None:
         block = block_for(operator, k)
     elif isinstance(block, bool) or not isinstance(block, int) or not 1 <= block <= _PENDING:
         raise ValueError(f"block must be an integer with 1 <= block <= {_PENDING}, got {block!r}")
     report = reporter(progress)
     size = operator.size
-    if method == "split" and start is None and which != "SA" and max_matvecs is None:
-        result = _split_first(H, k, float(tol), seed, report)
-        if result is not None:
-            return result
     # Of the basis, and of the rows that may take its place.
     capacity = k + max(60, k // 2)
     small = size <= max(_SMALL, 2 * k + 40) and size <= operator.limit
@@ -153,32 +139,6 @@ def _left_out(H: Any, scale: float) -> float:
     if pruned == 0:
         return 0.0
     return pruned / scale if scale else math.inf
-
-
-def _split_first(H: Any, k: int, tol: float, seed: int, report: Progress) -> EigenResult | None:
-    """By way of the operator's own split, or None where it has none or this does not lead there."""
-    size = int(H.shape[0])
-    if not hasattr(H, "split") or size <= max(8 * _SMALL, 8 * k):
-        return None
-    split = H.split()
-    if split is None:
-        return None
-
-    def unfinished(_: str, count: int, __: int | None) -> None:
-        report("eigsh", min(count, k - 1), k)
-
-    def solve(operator: SymmetricOperator, pairs: int, tolerance: float) -> EigenResult:
-        return eigsh(operator, pairs, "LA", tolerance, None, seed, None, unfinished)
-
-    with warnings.catch_warnings():
-        # What does not converge here is left to the other way.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        result = two_level(split, k, tol, solve)
-    if result is None:
-        return None
-    report("eigsh", k, k)
-    residuals = result.residuals + _left_out(H, float(result.values[0]))
-    return replace(result, residuals=residuals)
 
 
 def _checked(H: Any, k: int, which: str, tol: float, max_matvecs: int | None) -> CountedOperator:

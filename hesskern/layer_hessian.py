@@ -24,14 +24,13 @@ from hesskern.operators import EigenbasisOperator, KroneckerOperator, LayerOpera
 from hesskern.packed_inputs import PackedInputs
 from hesskern.portable import ModelRun
 from hesskern.progress import Progress, reporter
-from hesskern.pruning import kept_samples, norm_bound, prune
+from hesskern.pruning import kept_samples, prune
 from hesskern.roots import (
     BatchRoots,
     accumulator_dtype,
     check_fraction,
 )
 from hesskern.samples import SampleRows, added_bytes, join, layer_rows
-from hesskern.split import Split
 
 __all__ = ["LayerHessian", "LayerHessians", "layer_hessians"]
 
@@ -74,7 +73,6 @@ class LayerHessian(LayerOperator):
         pruning_error: float,
         pruned_trace: float,
         cached: bool,
-        stored: list[SampleRows] | None = None,
         checked: str = "graph",
     ) -> None:
         self.name = spec.name
@@ -92,7 +90,6 @@ class LayerHessian(LayerOperator):
         self.cached = cached
         self.checked = checked
         self._chunks = chunks
-        self._spec, self._stored = spec, stored
         self._packed = PackedInputs()
 
     @contextmanager
@@ -118,51 +115,6 @@ class LayerHessian(LayerOperator):
                 product = ops.layer_hessian_matmul(chunk.x, chunk.s, rows, alpha, packed)
                 total += product.flatten(1)
         return total
-
-    def split(self, tail: float = 3e-3, most: float = 0.25) -> Split | None:
-        """The few samples that carry nearly all of the trace, and the rest, as two operators.
-
-        Both share this operator's memory, in which the samples change their order.
-
-        Args:
-            tail: part of the trace that the light samples may carry.
-            most: largest part of the samples that may count as heavy.
-
-        Returns:
-            the parts, or None where samples are not stored or the trace is spread over too many.
-        """
-        if not self._stored:
-            return None
-        shares = [chunk.shares() for chunk in self._stored]
-        total = sum(len(piece) for piece in shares)
-        keep, left_out = kept_samples(shares, tail)
-        heavy_samples = sum(int(mask.sum()) for mask in keep)
-        if not 0 < heavy_samples <= most * total or left_out == 0:
-            return None
-        self._packed.clear()
-        heavy, light = [], []
-        for i, mask in enumerate(keep):
-            chunk, count = self._stored[i].heavy_first(mask), int(mask.sum())
-            self._stored[i] = chunk
-            heavy.append(chunk.part(slice(0, count)))
-            light.append(chunk.part(slice(count, None)))
-        heavy, light = ([c for c in part if len(c.x)] for part in (heavy, light))
-        bound = norm_bound(light) / self.num_samples
-        return Split(self._part(heavy), self._part(light), heavy_samples / total, bound)
-
-    def _part(self, chunks: list[SampleRows]) -> LayerHessian:
-        return LayerHessian(
-            self._spec,
-            chunks,
-            self.num_samples,
-            self.dtype,
-            self.device,
-            inexact_reason=self.inexact_reason,
-            pruning_error=0.0,
-            pruned_trace=0.0,
-            cached=True,
-            checked=self.checked,
-        )
 
     def trace(self) -> float:
         """tr(H), exact; with ``tolerance`` of what was kept (add ``pruned_trace`` for all)."""
@@ -255,8 +207,8 @@ class LayerHessian(LayerOperator):
 
         None with more than ``limit`` rows, or where the samples are not stored.
         """
-        chunks = self._stored
-        if chunks is None or sum(c.s.shape[0] * c.s.shape[1] for c in chunks) > limit:
+        chunks = self._chunks
+        if not isinstance(chunks, list) or sum(c.s.shape[0] * c.s.shape[1] for c in chunks) > limit:
             return None
         rows = [rows for chunk in chunks for rows in chunk.dense_rows()]
         if not rows:
@@ -579,7 +531,6 @@ def _finish(
     reason: str | None,
 ) -> LayerHessian:
     norm = trace = 0.0
-    stored = None
     cached = layer.chunks is not None
     chunks: list[SampleRows] | _Rerun = rerun
     if layer.chunks is not None:
@@ -587,7 +538,7 @@ def _finish(
         if tolerance > 0:
             pruned = prune(kept, layer.shares, tolerance)
             kept, norm, trace = pruned.chunks, pruned.norm, pruned.trace
-        stored = chunks = join(kept, rerun.memory_budget // 8)
+        chunks = join(kept, rerun.memory_budget // 8)
     elif tolerance > 0:
         rerun.shares = layer.shares_by_batch()
         keep, trace = kept_samples(rerun.shares, tolerance)
@@ -604,6 +555,5 @@ def _finish(
         pruning_error=norm / count,
         pruned_trace=trace / count,
         cached=cached,
-        stored=stored,
         checked=rerun.evidence.found.get(layer.spec.name, "graph"),
     )

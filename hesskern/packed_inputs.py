@@ -45,10 +45,6 @@ class PackedInputs:
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedInputs, ()
 
-    def clear(self) -> None:
-        """Gives the memory back; the inputs are about to change."""
-        self._entries.clear()
-
     def of(self, x: Tensor, columns: int) -> Tensor | None:
         """For a product with x, what its argument ``packed`` is to be.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from hesskern import ops
 from hesskern.samples import SampleRows
 
-__all__ = ["Pruned", "kept_samples", "norm_bound", "prune"]
+__all__ = ["Pruned", "kept_samples", "norm_bound_of", "prune"]
 
 # How many budgets are told apart between the one that the trace allows and m times it, which
 # nothing fits, and how many are tried at most.
@@ -211,21 +211,6 @@ def _prune_spread(chunks: list[SampleRows], shares: list[Tensor], tolerance: flo
     kept = candidates.kept(chosen)
     chunks.reverse()
     return Pruned([chunks.pop().select(samples) for samples in kept], norm, traces[chosen])
-
-
-def norm_bound(chunks: list[SampleRows]) -> float:
-    """Bound on ‖sum_n R_n^T R_n‖_2, the tighter of both."""
-    trace = sum(float(chunk.shares().sum()) for chunk in chunks)
-    m = chunks[0].s.shape[2] if chunks else 0
-    # Rows that are stored whole and gradients of single inputs do not add up to one matrix.
-    alike = all(c.x.dim() == 2 and c.s.shape[2] == m for c in chunks)
-    if m == 0 or m > _LARGEST_ORDER or not alike or len({c.stored for c in chunks}) > 1:
-        return trace
-    gram = torch.zeros(m, m, dtype=torch.float64, device=chunks[0].s.device)
-    for chunk in chunks:
-        everything = torch.arange(len(chunk.x), device=chunk.x.device)
-        gram += _weighted_gram(chunk.s, chunk.x.norm(dim=1), everything)
-    return min(trace, float(norm_bound_of(gram)) or trace)
 
 
 def norm_bound_of(gram: Tensor) -> Tensor:

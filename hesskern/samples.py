@@ -47,17 +47,8 @@ class SampleRows:
         """Some samples: those where keep [N] is True, or by their numbers."""
         return replace(self, x=self.x[keep], s=self.s[keep])
 
-    def heavy_first(self, heavy: Tensor) -> SampleRows:
-        """The same samples, those where heavy [N] is True before the others."""
-        order = (~heavy).int().argsort(stable=True)
-        return replace(self, x=self.x[order], s=self.s[order])
-
-    def part(self, samples: slice) -> SampleRows:
-        """A run of samples, in the same memory."""
-        return replace(self, x=self.x[samples], s=self.s[samples])
-
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pickled, a run of samples would take the memory of all that it was taken from with it.
+        # A part of a larger tensor, such as a batch, would take all of that along when pickled.
         return SampleRows, (_alone(self.x), _alone(self.s), self.stored)
 
     def rotated(self) -> SampleRows:

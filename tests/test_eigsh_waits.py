@@ -479,7 +479,7 @@ def test_a_layer_hessian(device: Counts) -> None:
 
         def __matmul__(self, v: Tensor) -> Tensor:
             rows = v.T if v.dim() > 1 else v[None]
-            s, x = H._stored[0].s, H._stored[0].x  # type: ignore[index]
+            s, x = H._chunks[0].s, H._chunks[0].x  # type: ignore[index]
             blocks = rows.contiguous().unflatten(1, H.layer_shape)
             out = hk.ops.layer_hessian_matmul(
                 OnDevice(x), OnDevice(s), blocks, 1.0 / H.num_samples

@@ -175,24 +175,6 @@ def test_copies_begin_anew(
     assert len(watch.made) == made + 3
 
 
-def test_samples_in_another_order_are_packed_anew(
-    watch: Watch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    H = hessian(monkeypatch)
-    v = randn(15)
-    H @ v
-    expected = H @ v
-    before = list(watch.made)
-    parts = H.split(tail=0.5, most=0.9)
-    assert parts is not None
-    torch.testing.assert_close(parts.heavy @ v + parts.light @ v, expected)
-    assert watch.of(lambda: H @ v) == [None] * 3
-    passed = watch.of(lambda: torch.testing.assert_close(H @ v, expected))
-    assert None not in passed
-    assert not any(one is other for one in passed for other in before)
-    assert None not in watch.of(lambda: parts.light @ v)
-
-
 def test_inputs_changed_in_place_are_packed_anew(
     watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

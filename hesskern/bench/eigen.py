@@ -66,7 +66,7 @@ class _Layer:
             "residual": float(residuals.max() / pairs.values[0].abs()),
         }
 
-    def ours(self, tolerance: float, started: bool, method: str = "lanczos") -> Call:
+    def ours(self, tolerance: float, started: bool) -> Call:
         """hesskern's solver, the data passes included in what is timed."""
 
         def call() -> _Pairs:
@@ -76,7 +76,7 @@ class _Layer:
             if started:
                 factors = hk.kronecker_factors(case.model, case.batch, LOSS, layers=name)
                 start = factors[self.layer].operator()
-            found = hk.eigsh(H[self.layer], _PAIRS, tol=_RESIDUAL, start=start, method=method)
+            found = hk.eigsh(H[self.layer], _PAIRS, tol=_RESIDUAL, start=start)
             return _Pairs(found.values, found.vectors, found.matvecs)
 
         return call
@@ -134,12 +134,10 @@ def _build(name: str, settings: Settings, progress: Progress) -> Built:
     case = f200(settings)
     layer = _Layer(case, name, progress)
 
-    def ours(
-        label: str, tolerance: float, started: bool, limit: Any, method: str = "lanczos"
-    ) -> Contender:
+    def ours(label: str, tolerance: float, started: bool, limit: Any) -> Contender:
         return Contender(
             label,
-            lambda: layer.ours(tolerance, started, method),
+            lambda: layer.ours(tolerance, started),
             read=_values,
             limit=limit,
             figures=layer.figures,
@@ -147,7 +145,6 @@ def _build(name: str, settings: Settings, progress: Progress) -> Built:
 
     contenders = [
         ours("hesskern", 0.0, False, None),
-        ours("hesskern, method='split'", 0.0, False, _VALUES_AGREE, "split"),
         ours("hesskern, start=K", 0.0, True, _VALUES_AGREE),
         *(
             # Pruning moves eigenvalues by no more than its bound, tolerance times the trace.

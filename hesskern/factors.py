@@ -16,15 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hesskern.files import written_whole
-from hesskern.layers import LayerSpec
-from hesskern.reference import unfold
+from hesskern.layers import LayerSpec, unfolded
 
 if TYPE_CHECKING:
     from hesskern.operators import KroneckerOperator
     from hesskern.progress import Progress
     from hesskern.results import EigenResult
 
-__all__ = ["Factors", "LayerFactors", "kronecker_factors", "load_factors", "unfolded"]
+__all__ = ["Factors", "LayerFactors", "kronecker_factors", "load_factors"]
 
 _FORMAT = "hesskern.factors/1"
 
@@ -118,13 +117,6 @@ class LayerFactors:
     def eigsh(self, k: int) -> EigenResult:
         """Top k eigenpairs of :meth:`operator` from the factors' own, which is never formed."""
         return self.operator().eigsh(k)
-
-
-def unfolded(spec: LayerSpec, image: Tensor) -> Tensor:
-    """[d, t] columns of one use's mean input [d], [t, d] or [C, (H,) W]."""
-    if spec.kind == "linear":
-        return image.reshape(-1, image.shape[-1]).T
-    return unfold(image[None], spec.kernel_size, spec.stride, spec.padding, spec.dilation)[0]
 
 
 class Factors(Mapping[str, LayerFactors]):

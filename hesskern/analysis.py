@@ -20,9 +20,10 @@ from torch import Tensor, nn
 import hesskern
 from hesskern import data as datasets
 from hesskern import metrics, models, published, training
+from hesskern.compute import kronecker_factors
 from hesskern.devices import usable_device
 from hesskern.eigen import eigsh
-from hesskern.factors import Factors, LayerFactors, kronecker_factors
+from hesskern.factors import Factors, LayerFactors
 from hesskern.layer_hessian import LayerHessian, layer_hessians
 from hesskern.predictor import predict_overlap
 from hesskern.progress import Progress, reporter

@@ -20,10 +20,11 @@ from torch import nn
 from hesskern import data as datasets
 from hesskern import models, training
 from hesskern.analysis import plain
+from hesskern.compute import kronecker_factors
 from hesskern.data import Batches, Dataset
 from hesskern.digest import counted
 from hesskern.eigen import eigsh
-from hesskern.factors import Factors, kronecker_factors, load_factors
+from hesskern.factors import Factors, load_factors
 from hesskern.files import keep_if_possible, written_whole
 from hesskern.gauss_newton import GaussNewton
 from hesskern.layer_hessian import LayerHessian, layer_hessians

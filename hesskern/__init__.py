@@ -36,8 +36,7 @@ from hesskern.predictor import OverlapPrediction, classify_peak, predict_overlap
 from hesskern.results import EigenResult
 from hesskern.spectrum import SpectralDensity, TraceEstimate, hutchpp_trace, spectral_density
 from hesskern.stacked import StackedGaussNewton
-
-__version__ = "0.1.0"
+from hesskern.version import __version__ as __version__
 
 __all__ = [
     "AutogradHessian",

@@ -12,7 +12,6 @@ from hesskern.clustering import GradientClusters, gradient_clusters
 from hesskern.compute import kronecker_factors
 from hesskern.corrected import eigenvalue_corrected
 from hesskern.data import Batches
-from hesskern.digest import counted
 from hesskern.eigen import eigsh
 from hesskern.functional import functional_share
 from hesskern.gauss_newton import GaussNewton
@@ -26,6 +25,7 @@ from hesskern.reproduce.items import pairs_of
 from hesskern.reproduce.lab import LOSS, Lab, Network
 from hesskern.reproduce.results import Chart, Curve, Outcome, Table, judge, spread_words
 from hesskern.spectrum import SpectralDensity, spectral_density
+from hesskern.text import counted
 
 __all__ = [
     "clusters",

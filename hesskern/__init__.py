@@ -5,9 +5,10 @@ from hesskern._extension import build_info
 from hesskern.accumulate import FactorAccumulator
 from hesskern.centring import centre_inputs
 from hesskern.clustering import GradientClusters, gradient_clusters
+from hesskern.compute import kronecker_factors
 from hesskern.corrected import CorrectedOperator, eigenvalue_corrected
 from hesskern.eigen import eigsh
-from hesskern.factors import Factors, LayerFactors, kronecker_factors, load_factors
+from hesskern.factors import Factors, LayerFactors, load_factors
 from hesskern.functional import functional_share
 from hesskern.gauss_newton import GaussNewton
 from hesskern.layer_hessian import LayerHessian, LayerHessians, layer_hessians
@@ -35,8 +36,7 @@ from hesskern.predictor import OverlapPrediction, classify_peak, predict_overlap
 from hesskern.results import EigenResult
 from hesskern.spectrum import SpectralDensity, TraceEstimate, hutchpp_trace, spectral_density
 from hesskern.stacked import StackedGaussNewton
-
-__version__ = "0.1.0"
+from hesskern.version import __version__ as __version__
 
 __all__ = [
     "AutogradHessian",

@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import hesskern
 from hesskern import data as datasets
 from hesskern import metrics, models, published, training
+from hesskern._extension import build_info
+from hesskern.compute import kronecker_factors
 from hesskern.devices import usable_device
 from hesskern.eigen import eigsh
-from hesskern.factors import Factors, LayerFactors, kronecker_factors
+from hesskern.factors import Factors, LayerFactors
 from hesskern.layer_hessian import LayerHessian, layer_hessians
 from hesskern.predictor import predict_overlap
 from hesskern.progress import Progress, reporter
 from hesskern.roots import check_fraction
+from hesskern.version import __version__
 
 __all__ = ["Analysis", "Network", "Settings", "analyze", "plain", "versions"]
 
@@ -437,13 +439,13 @@ def versions(device: str) -> dict[str, Any]:
     libraries = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "scipy")}
     on_cuda = torch.device(device).type == "cuda"
     return {
-        "hesskern": hesskern.__version__,
+        "hesskern": __version__,
         "python": platform.python_version(),
         **libraries,
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
         "threads": torch.get_num_threads(),
-        "build": hesskern.build_info(),
+        "build": build_info(),
     }
 
 

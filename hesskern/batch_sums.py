@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from hesskern import ops
-from hesskern.factors import unfolded
 from hesskern.graph import product
 from hesskern.layer_sums import BatchSum, LayerSums, Layout, SumMemory
 from hesskern.layer_uses import LayerUse
-from hesskern.layers import LayerSpec
+from hesskern.layers import LayerSpec, unfolded
 from hesskern.roots import BatchRoots, accumulator_dtype, positions_last
 
 __all__ = ["BatchSums"]

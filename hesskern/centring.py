@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesskern.factors import kronecker_factors
+from hesskern.compute import kronecker_factors
 
 __all__ = ["centre_inputs"]
 

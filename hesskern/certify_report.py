@@ -10,11 +10,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from hesskern import plotting
-from hesskern.digest import number, percent, seconds
 from hesskern.figures import Figure
 from hesskern.files import drawn_or_kept
 from hesskern.pacbayes import Certificate
 from hesskern.pages import template
+from hesskern.text import number, percent, seconds
 
 __all__ = ["file_name", "render", "summarize", "write"]
 

@@ -12,19 +12,21 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save
 
-from hesskern import __version__, build_info
+from hesskern._extension import build_info
 from hesskern.analysis import Network, Settings, analyze
 from hesskern.bench.command import bench
 from hesskern.certify_command import certify_command
 from hesskern.command_line import command_line, device_option, root_option, running
 from hesskern.data import DATASETS
-from hesskern.digest import Digest, counted, listed
+from hesskern.digest import Digest
 from hesskern.files import check_writable, write_files
 from hesskern.models import KNOWN_MODELS
 from hesskern.report import write_report
 from hesskern.reproduce.command import reproduce
 from hesskern.tables import layer_table
+from hesskern.text import counted, listed
 from hesskern.training import RECIPES
+from hesskern.version import __version__
 from hesskern.wording import notes, subject, summary
 
 __all__ = ["hesskern"]

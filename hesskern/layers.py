@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hesskern.reference import unfold
+
 __all__ = [
     "LayerSpec",
     "bias_of",
@@ -20,6 +22,7 @@ __all__ = [
     "parameter_of",
     "select_layers",
     "shared_weights",
+    "unfolded",
     "weight_of",
 ]
 
@@ -70,6 +73,13 @@ class LayerSpec:
     def weight_inputs(self) -> int:
         """d without the bias."""
         return self.inputs - int(self.joint)
+
+
+def unfolded(spec: LayerSpec, image: Tensor) -> Tensor:
+    """[d, t] columns of one use's mean input [d], [t, d] or [C, (H,) W]."""
+    if spec.kind == "linear":
+        return image.reshape(-1, image.shape[-1]).T
+    return unfold(image[None], spec.kernel_size, spec.stride, spec.padding, spec.dilation)[0]
 
 
 def select_layers(

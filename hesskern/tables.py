@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from hesskern.digest import Digest, number, percent, seconds
+from hesskern.digest import Digest
+from hesskern.text import number, percent, seconds
 
 __all__ = [
     "input_rows",

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from hesskern.data import Dataset
-from hesskern.digest import counted
 from hesskern.files import check_writable, keep_if_possible
 from hesskern.progress import Progress, reporter
+from hesskern.text import counted
 
 __all__ = ["RECIPES", "History", "Recipe", "evaluate", "recipe_for", "train"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hesskern.digest import Digest, counted, listed, number, percent, seconds, span
+from hesskern.digest import Digest
+from hesskern.text import counted, listed, number, percent, seconds, span
 
 __all__ = ["eigen_words", "facts", "network_name", "notes", "subject", "summary", "training_words"]
 

@@ -13,6 +13,7 @@ from matplotlib import image
 
 from hesskern import digest, figures, files, published, report, tables, wording
 from hesskern.analysis import Settings, analyze
+from hesskern.text import number, percent
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_page_says_what_was_found_and_how_it_was_made(result, html):
     ):
         assert text in page.text
     overlap = digest.Digest(result).marked("fc2", "overlap")
-    assert digest.percent(overlap) in page.text
+    assert percent(overlap) in page.text
     assert "Beside the published figures" not in page.text
 
 
@@ -108,7 +109,7 @@ def test_published_figures_stand_beside_ours(beside_published):
     rows = {row["name"]: row for row in tables.published_overlaps(digest.Digest(beside_published))}
     assert rows["fc1"]["published"] == ["0.970", "0.940", "0.930", "0.860", "0.730"]
     ours = digest.Digest(beside_published)
-    assert rows["fc2"]["ours"][1] == digest.number(ours.at("fc2", "overlap", 9))
+    assert rows["fc2"]["ours"][1] == number(ours.at("fc2", "overlap", 9))
     assert rows["fc2"]["ours"][4] == "–"  # k = 49 of 20 eigenpairs
     (eigenvalues,) = tables.published_eigenvalues(ours)
     assert eigenvalues["name"] == "fc1"
@@ -189,7 +190,7 @@ def test_every_layer_has_a_page_with_all_its_figures(result):
         for text in ("F-8² on digits", "the exact Hessian", "worst residual", "seed 1"):
             assert text in page.text
         entry = result["models"][1]["layers"][name]
-        assert digest.number(entry["decoupling"]["frobenius"]) in page.text
+        assert number(entry["decoupling"]["frobenius"]) in page.text
         squares = [sum(v * v for v in row) for row in entry["singular_values"]]
         assert all(0 < total < 1 + 1e-5 for total in squares)
         assert [row[0] for row in entry["singular_values"]] == entry["rank_one"][:20]
@@ -243,14 +244,14 @@ def test_interruption_while_writing_keeps_the_old_files_whole(tmp_path, monkeypa
     ],
 )
 def test_numbers(value, text):
-    assert digest.number(value) == text
+    assert number(value) == text
 
 
 @pytest.mark.parametrize(
     ("share", "text"), [(0.943, "94 %"), (0.0561, "5.6 %"), (0.9996, "100.0 %"), (2e-5, "0.002 %")]
 )
 def test_percentages(share, text):
-    assert digest.percent(share) == text.replace(" ", "\u00a0")
+    assert percent(share) == text.replace(" ", "\u00a0")
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import hesskern as hk
 from hesskern.bench.cases import Case
 from hesskern.bench.settings import Settings
+from hesskern.compute import kronecker_factors
+from hesskern.layer_hessian import layer_hessians
 from hesskern.progress import Progress
 
 __all__ = [
@@ -113,12 +114,12 @@ def gradient(case: Case) -> Contender:
 
 def hesskern_factors(case: Case, output: str) -> Call:
     """Kronecker factors of every layer."""
-    return lambda: hk.kronecker_factors(case.model, case.batch, LOSS, output=output)
+    return lambda: kronecker_factors(case.model, case.batch, LOSS, output=output)
 
 
 def hesskern_product(case: Case, layer: str, vector: Tensor, tolerance: float) -> Call:
     """H v of one layer from stored samples."""
-    H = hk.layer_hessians(case.model, case.batch, LOSS, layers=[layer], tolerance=tolerance)[layer]
+    H = layer_hessians(case.model, case.batch, LOSS, layers=[layer], tolerance=tolerance)[layer]
     return lambda: H @ vector
 
 

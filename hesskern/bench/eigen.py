@@ -11,12 +11,14 @@ import scipy.sparse.linalg as sparse
 import torch
 from torch import Tensor
 
-import hesskern as hk
 from hesskern.bench import peers
 from hesskern.bench.cases import Case, f200
 from hesskern.bench.contenders import LOSS, Built, Call, Contender, Problem, eager_product
 from hesskern.bench.matvec import LAYERS, TOLERANCE
 from hesskern.bench.settings import Settings
+from hesskern.compute import kronecker_factors
+from hesskern.eigen import eigsh
+from hesskern.layer_hessian import layer_hessians
 from hesskern.progress import Progress
 
 __all__ = ["problems"]
@@ -55,7 +57,7 @@ class _Layer:
     def __init__(self, case: Case, layer: str, progress: Progress) -> None:
         self.case, self.layer, self.progress = case, layer, progress
         self.parameter = f"{layer}.weight"
-        self.exact = hk.layer_hessians(case.model, case.batch, LOSS, layers=[layer])[layer]
+        self.exact = layer_hessians(case.model, case.batch, LOSS, layers=[layer])[layer]
 
     def figures(self, pairs: _Pairs) -> dict[str, float | str]:
         """Products used, and the worst residual by the exact Hessian."""
@@ -71,12 +73,12 @@ class _Layer:
 
         def call() -> _Pairs:
             case, name = self.case, [self.layer]
-            H = hk.layer_hessians(case.model, case.batch, LOSS, layers=name, tolerance=tolerance)
+            H = layer_hessians(case.model, case.batch, LOSS, layers=name, tolerance=tolerance)
             start = None
             if started:
-                factors = hk.kronecker_factors(case.model, case.batch, LOSS, layers=name)
+                factors = kronecker_factors(case.model, case.batch, LOSS, layers=name)
                 start = factors[self.layer].operator()
-            found = hk.eigsh(H[self.layer], _PAIRS, tol=_RESIDUAL, start=start)
+            found = eigsh(H[self.layer], _PAIRS, tol=_RESIDUAL, start=start)
             return _Pairs(found.values, found.vectors, found.matvecs)
 
         return call
@@ -90,7 +92,7 @@ class _Layer:
         size = self.exact.shape[0]
         vector = torch.empty(size)
         product = eager_product(self.case, self.parameter, vector)
-        known = hk.eigsh(self.exact, _PAIRS, tol=_RESIDUAL)
+        known = eigsh(self.exact, _PAIRS, tol=_RESIDUAL)
         tolerance = _RESIDUAL * float(known.values[0] / known.values[-1])
 
         def call() -> _Pairs:

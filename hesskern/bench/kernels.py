@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import hesskern as hk
-from hesskern import reference
+from hesskern import ops, reference
 from hesskern.bench.contenders import Build, Built, Call, Contender, Problem, relative_difference
 from hesskern.bench.settings import Settings
 from hesskern.progress import Progress
@@ -97,7 +96,7 @@ def _convolution(shape: tuple[int, int, int, int], settings: Settings, progress:
     window = ((size, size), (1, 1), (size // 2, size // 2), (1, 1))
 
     def ours() -> Tensor:
-        return hk.ops.conv_input_covariance_(torch.zeros(d, d), x, *window)
+        return ops.conv_input_covariance_(torch.zeros(d, d), x, *window)
 
     def unfolded() -> Tensor:
         patches = reference.unfold(x, *window).transpose(0, 1).reshape(d, -1)
@@ -117,7 +116,7 @@ def _linear(samples: int, d: int, settings: Settings, progress: Progress) -> Bui
         f"input_covariance_: x [{count}, {d}]",
         "standard normal inputs",
         _pair(
-            lambda: hk.ops.input_covariance_(torch.zeros(d, d), x),
+            lambda: ops.input_covariance_(torch.zeros(d, d), x),
             {"torch, x.T @ x": lambda: x.T @ x},
         ),
     )
@@ -138,7 +137,7 @@ def _output(samples: int, c: int, m: int, settings: Settings, progress: Progress
         f"output_hessian_: jacobian [{count}, {c}, {m}]",
         "standard normal Jacobians, softmax of normal logits",
         _pair(
-            lambda: hk.ops.output_hessian_(torch.zeros(m, m), jacobian, probabilities),
+            lambda: ops.output_hessian_(torch.zeros(m, m), jacobian, probabilities),
             {"torch, scale, center and one GEMM": plain},
         ),
     )
@@ -160,7 +159,7 @@ def _layer(shape: tuple[int, int, int, int], settings: Settings, progress: Progr
         f"layer_hessian_matmul: x [{count}, {d}], s [{count}, {c}, {m}], V [{m}, {d}]",
         "standard normal inputs",
         [
-            Contender("hesskern", lambda: lambda: hk.ops.layer_hessian_matmul(x, s, V), read=read),
+            Contender("hesskern", lambda: lambda: ops.layer_hessian_matmul(x, s, V), read=read),
             Contender(
                 "torch, two GEMMs and two batched products",
                 lambda: plain,

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import hesskern as hk
+from hesskern import ops
 from hesskern.bench import cases, peers
 from hesskern.bench.cases import Case
 from hesskern.bench.contenders import Built, Contender, Problem, relative_difference
 from hesskern.bench.settings import Settings
+from hesskern.compute import kronecker_factors
 from hesskern.progress import Progress
 
 __all__ = ["problems"]
@@ -47,7 +48,7 @@ def _as_list(result: Any) -> list[Tensor]:
 def _factors(case: Case) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Output factors A, input factors B as curvlinops scales them, and one matrix X per layer."""
     counts = peers.positions(case)
-    factors = hk.kronecker_factors(case.model, case.batch, nn.CrossEntropyLoss())
+    factors = kronecker_factors(case.model, case.batch, nn.CrossEntropyLoss())
     generator = torch.Generator().manual_seed(3)
     A = [factors[name].output_hessian * counts[name] for name in counts]
     B = [factors[name].input_covariance / counts[name] for name in counts]
@@ -74,9 +75,7 @@ def _network(make: Callable[[Settings], Case], settings: Settings, progress: Pro
         f"{case.title}: Kronecker product of all layers with one vector",
         "factors of the same samples, exact",
         [
-            Contender(
-                "hesskern", lambda: partial(hk.ops.grouped_kron_matmul, A, B, X), read=_as_list
-            ),
+            Contender("hesskern", lambda: partial(ops.grouped_kron_matmul, A, B, X), read=_as_list),
             Contender(
                 "torch, loop of A @ X @ B.T",
                 lambda: _loop(A, B, X),
@@ -118,7 +117,7 @@ def _large(settings: Settings, progress: Progress) -> Built:
         f"random factors; {_flops(A, B) / 1e9:.3g} GFLOP. One GEMM of as many operations stands "
         "beside it: its time is the machine's GEMM rate",
         [
-            Contender("hesskern", lambda: partial(hk.ops.kron_matmul, A, B, X), read=_as_list),
+            Contender("hesskern", lambda: partial(ops.kron_matmul, A, B, X), read=_as_list),
             Contender(
                 "torch, A @ X @ B.T",
                 lambda: lambda: A @ X @ B.T,
@@ -190,7 +189,7 @@ def _eigenbasis(settings: Settings, progress: Progress) -> Built:
         "result",
         [
             Contender(
-                "hesskern", lambda: partial(hk.ops.kron_eigen_matmul, U, S, V, X), read=_as_list
+                "hesskern", lambda: partial(ops.kron_eigen_matmul, U, S, V, X), read=_as_list
             ),
             Contender(
                 "torch, U @ (S * (U.T @ X @ V)) @ V.T",
@@ -223,14 +222,12 @@ def _small_layers(settings: Settings, progress: Progress) -> Built:
         [
             Contender(
                 "hesskern, grouped",
-                lambda: partial(hk.ops.grouped_kron_matmul, A, B, X),
+                lambda: partial(ops.grouped_kron_matmul, A, B, X),
                 read=_as_list,
             ),
             Contender(
                 "hesskern, loop",
-                lambda: (
-                    lambda: [hk.ops.kron_matmul(a, b, x) for a, b, x in zip(A, B, X, strict=True)]
-                ),
+                lambda: lambda: [ops.kron_matmul(a, b, x) for a, b, x in zip(A, B, X, strict=True)],
                 read=_as_list,
                 limit=_AGREEMENT,
             ),

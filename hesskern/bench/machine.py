@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from hesskern import __version__, build_info
+from hesskern._extension import build_info
+from hesskern.version import __version__
 
 __all__ = ["PEERS", "facts", "installed_version"]
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import hesskern as hk
 from hesskern.bench import peers
 from hesskern.bench.cases import f200
 from hesskern.bench.contenders import (
@@ -24,6 +23,7 @@ from hesskern.bench.contenders import (
     relative_difference,
 )
 from hesskern.bench.settings import Settings
+from hesskern.layer_hessian import layer_hessians
 from hesskern.progress import Progress
 
 __all__ = ["LAYERS", "TOLERANCE", "problems"]
@@ -49,7 +49,7 @@ def _build(layer: str, settings: Settings, progress: Progress) -> Built:
     pruned: dict[str, Any] = {}
 
     def prepare(tolerance: float) -> Call:
-        H = hk.layer_hessians(case.model, case.batch, LOSS, layers=[layer], tolerance=tolerance)
+        H = layer_hessians(case.model, case.batch, LOSS, layers=[layer], tolerance=tolerance)
         if tolerance:
             pruned["error"] = H[layer].pruning_error
         return lambda: H[layer] @ vector

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.checks import on_host
-from hesskern.factors import kronecker_factors
+from hesskern.compute import kronecker_factors
 from hesskern.pacbayes.bound import bound_rate, kl_inverse
 from hesskern.pacbayes.evaluate import wrong
 from hesskern.pacbayes.loop import Draft

@@ -30,6 +30,7 @@ from hesskern.pacbayes.published_methods import METHODS, Published, PublishedSet
 from hesskern.pacbayes.samples import Samples, collect
 from hesskern.pacbayes.surrogates import log_loss
 from hesskern.progress import Progress, reporter
+from hesskern.version import __version__
 
 __all__ = ["certify", "train_start"]
 
@@ -383,8 +384,6 @@ def _plain(value: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    from hesskern import __version__
-
     return {
         "hesskern": __version__,
         "torch": torch.__version__,

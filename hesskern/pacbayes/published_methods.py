@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.factors import kronecker_factors
+from hesskern.compute import kronecker_factors
 from hesskern.pacbayes.evaluate import wrong
 from hesskern.pacbayes.loop import Draft
 from hesskern.pacbayes.network import Slot, evaluating, replaced

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from hesskern.centring import centre_inputs
 from hesskern.clustering import GradientClusters, gradient_clusters
+from hesskern.compute import kronecker_factors
 from hesskern.corrected import eigenvalue_corrected
 from hesskern.data import Batches
-from hesskern.digest import counted
 from hesskern.eigen import eigsh
-from hesskern.factors import kronecker_factors
 from hesskern.functional import functional_share
 from hesskern.gauss_newton import GaussNewton
 from hesskern.layer_hessian import layer_hessians
@@ -26,6 +25,7 @@ from hesskern.reproduce.items import pairs_of
 from hesskern.reproduce.lab import LOSS, Lab, Network
 from hesskern.reproduce.results import Chart, Curve, Outcome, Table, judge, spread_words
 from hesskern.spectrum import SpectralDensity, spectral_density
+from hesskern.text import counted
 
 __all__ = [
     "clusters",

@@ -21,13 +21,13 @@ from hesskern.analysis import versions
 from hesskern.command_line import command_line, device_option, root_option, running
 from hesskern.data import DATASETS
 from hesskern.devices import usable_device
-from hesskern.digest import counted
 from hesskern.files import NotDrawnError, check_writable
 from hesskern.models import KNOWN_MODELS
 from hesskern.reproduce.catalogue import ITEMS
 from hesskern.reproduce.items import Item
 from hesskern.reproduce.lab import PROFILES, Lab, Overrides
 from hesskern.reproduce.report import RESULT, describe, verdict_words, write_item, write_page
+from hesskern.text import counted
 
 __all__ = ["parse_budget", "reproduce"]
 

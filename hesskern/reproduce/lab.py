@@ -20,15 +20,16 @@ from torch import nn
 from hesskern import data as datasets
 from hesskern import models, training
 from hesskern.analysis import plain
+from hesskern.compute import kronecker_factors
 from hesskern.data import Batches, Dataset
-from hesskern.digest import counted
 from hesskern.eigen import eigsh
-from hesskern.factors import Factors, kronecker_factors, load_factors
+from hesskern.factors import Factors, load_factors
 from hesskern.files import keep_if_possible, written_whole
 from hesskern.gauss_newton import GaussNewton
 from hesskern.layer_hessian import LayerHessian, layer_hessians
 from hesskern.progress import Progress, reporter
 from hesskern.results import EigenResult
+from hesskern.text import counted
 from hesskern.wording import network_name
 
 __all__ = ["PROFILES", "PUBLISHED_SIZES", "Lab", "Network", "Overrides"]

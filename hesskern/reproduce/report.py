@@ -10,13 +10,13 @@ from statistics import fmean
 from typing import Any
 
 from hesskern.analysis import plain
-from hesskern.digest import counted, listed
 from hesskern.files import drawn_or_kept, write_files
 from hesskern.pages import svg_uri, template
 from hesskern.reproduce.drawing import draw_chart, draw_heat_map
 from hesskern.reproduce.items import Item
 from hesskern.reproduce.lab import Lab, Network
 from hesskern.reproduce.results import Outcome
+from hesskern.text import counted, listed
 
 __all__ = ["FORMAT", "describe", "verdict_words", "write_item", "write_page"]
 

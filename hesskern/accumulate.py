@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.batch_sums import BatchSums
-from hesskern.batches import Batch, batches, halves
-from hesskern.capture import Capture
-from hesskern.checks import Checks, as_weights
+from hesskern.batches import Batch, halves
+from hesskern.checks import as_weights
+from hesskern.data_pass import DataPass
 from hesskern.evidence import Evidence
 from hesskern.factors import Factors, LayerFactors
 from hesskern.forward_pass import model_device
@@ -24,11 +24,7 @@ from hesskern.memory import budget_for, out_of_memory, release
 from hesskern.portable import Portable
 from hesskern.precision import precisions
 from hesskern.progress import Progress, reporter
-from hesskern.roots import (
-    BatchRoots,
-    check_fraction,
-    check_output,
-)
+from hesskern.roots import check_fraction, check_output
 
 __all__ = ["FactorAccumulator"]
 
@@ -168,7 +164,7 @@ class FactorAccumulator(Portable):
         element: tuple[Any, ...] = (inputs, targets)
         if sample_weight is not None:
             element = (*element, as_weights(sample_weight))
-        self._pass(batches([element], model_device(self._model)))
+        self._pass([element])
 
     def consume(
         self,
@@ -193,37 +189,37 @@ class FactorAccumulator(Portable):
         report = reporter(progress)
         before = None if sample_weight is None else self.state_dict()
         try:
-            device = model_device(self._model)
-            self._pass(batches(data, device, sample_weight, report, "Kronecker factors"))
+            self._pass(data, sample_weight, report)
         except BaseException:
             if before is not None:
                 self.load_state_dict(before)
             raise
 
-    def _pass(self, data: Iterator[Batch]) -> None:
+    def _pass(
+        self,
+        data: Iterable[Any],
+        sample_weight: Tensor | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         """Adds batches until the data ends or one fails; those before it stay."""
-        checks, memory = Checks(), SumMemory()
+        memory = SumMemory()
         # Before the capture, which switches autocast off for all but the model.
         now = precisions(self._model, model_device(self._model))
+        given = self._model, data, self._loss, self._specs, sample_weight, self._evidence
+        kept, unfit = self._sums.keys(), dict(self._unfit)
+        run = DataPass(*given, progress, "Kronecker factors", kept=kept, unfit=unfit)
         try:
-            capturing = Capture(
-                self._model,
-                self._specs,
-                self._sums.keys(),
-                evidence=self._evidence,
-                unfit=dict(self._unfit),
-            )
-            with capturing as capture:
-                for batch in data:
-                    self._add(capture, batch, checks, memory)
+            with run.capture:
+                for batch in run.batches():
+                    self._add(run, batch, memory)
                     self._precisions.update(dict.fromkeys(now))
         finally:
             try:
-                # Of two errors the earlier batch's counts, which may be found last.
-                checks.settle()
+                # Also when it was interrupted: what is there stays.
+                run.checks.settle()
             finally:
-                if checks.failed is not None:
-                    self._go_back(checks.failed)
+                if run.checks.failed is not None:
+                    self._go_back(run.checks.failed)
                 self._to_host()
 
     def _go_back(self, before: _Before) -> None:
@@ -234,7 +230,7 @@ class FactorAccumulator(Portable):
         self._reasons, self._unfit = before.reasons, before.unfit
         self._precisions = before.precisions
 
-    def _add(self, capture: Capture, batch: Batch, checks: Checks, memory: SumMemory) -> None:
+    def _add(self, run: DataPass, batch: Batch, memory: SumMemory) -> None:
         """Adds one batch as a whole, or nothing at all if anything goes wrong."""
         before = _Before(
             self._batches,
@@ -245,41 +241,39 @@ class FactorAccumulator(Portable):
             dict(self._precisions),
         )
         try:
-            fresh = self._sums_in_memory(capture, batch, checks, memory)
+            fresh = self._sums_in_memory(run, batch, memory)
         except BaseException:
-            checks.drop()
+            run.checks.drop()
             self._generator.set_state(before.generator)
             raise
-        alive = checks.close(before)
+        alive = run.checks.close(before)
         if alive is not None and not self._same_shapes(fresh):
             # The images of the batches before cannot be masked.
-            checks.settle()
+            run.checks.settle()
             alive = None
         if alive is not None:
             fresh.mask(alive)
         self._commit(fresh, memory)
-        self._unfit.update(capture.unfit)
-        self._note({**self._reasons, **capture.reasons})
+        self._unfit.update(run.capture.unfit)
+        self._note({**self._reasons, **run.capture.reasons})
 
-    def _sums_in_memory(
-        self, capture: Capture, batch: Batch, checks: Checks, memory: SumMemory
-    ) -> BatchSum:
+    def _sums_in_memory(self, run: DataPass, batch: Batch, memory: SumMemory) -> BatchSum:
         """:meth:`_sums_of`, of one half after the other where memory does not suffice."""
         state = self._generator.get_state()
         try:
-            return self._sums_of(capture, batch, checks, memory)
+            return self._sums_of(run, batch, memory)
         except torch.OutOfMemoryError as error:
             parts = halves(batch)
             if len(parts) == 1:
                 raise out_of_memory(error, False) from error
         # Behind the except clause, whose error holds on to the tensors of the failed attempt.
-        checks.drop()
+        run.checks.drop()
         memory.let_go()
         self._generator.set_state(state)
         release()
         try:
-            fresh = self._sums_of(capture, parts[0], checks, SumMemory())
-            fresh.join(self._sums_of(capture, parts[1], checks, SumMemory()))
+            fresh = self._sums_of(run, parts[0], SumMemory())
+            fresh.join(self._sums_of(run, parts[1], SumMemory()))
         except (torch.OutOfMemoryError, RuntimeError) as error:
             # Something in the batch may not be cut by samples.
             raise out_of_memory(error, True) from error
@@ -303,19 +297,13 @@ class FactorAccumulator(Portable):
         for count, positions in counts:
             self._count_samples(count, positions)
 
-    def _sums_of(
-        self, capture: Capture, batch: Batch, checks: Checks, memory: SumMemory
-    ) -> BatchSum:
+    def _sums_of(self, run: DataPass, batch: Batch, memory: SumMemory) -> BatchSum:
         """A batch's sums by layer, and its weighted number of samples."""
-        settings = self._settings
-        roots = BatchRoots(
-            capture,
+        roots = run.roots(
             replace(batch, index=self._batches),
-            self._loss,
-            settings["output"],
-            settings["mc_samples"],
+            self._settings["output"],
+            self._settings["mc_samples"],
             self._generator,
-            checks,
             sums_follow=True,
         )
         names = [n for n in self._specs if n in roots.uses and n not in self._unfit]

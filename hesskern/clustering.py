@@ -9,13 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesskern.batches import batches
-from hesskern.capture import Capture
-from hesskern.checks import Checks
-from hesskern.forward_pass import model_device
+from hesskern.data_pass import DataPass
 from hesskern.layers import select_layers
 from hesskern.losses import resolve_loss
-from hesskern.roots import BatchRoots
 from hesskern.samples import layer_rows
 
 __all__ = ["GradientClusters", "gradient_clusters"]
@@ -55,9 +51,8 @@ def gradient_clusters(model: nn.Module, data: Iterable[Any], layer: str) -> Grad
     loss = resolve_loss(None, _every_logit)
     sums: Tensor | None = None
     counts = squares = torch.zeros((), dtype=torch.float64)
-    with Checks() as checks, Capture(model, specs) as capture:
-        for batch in batches(data, model_device(model)):
-            roots = BatchRoots(capture, batch, loss, "exact", 1, torch.Generator(), checks)
+    with DataPass(model, data, loss, specs) as run:
+        for batch, roots in run:
             classes = roots.outputs.shape[1]
             labels = torch.nn.functional.one_hot(batch.targets, classes).double()
             # Room for all logits at a time, so that a batch comes in one piece.
@@ -71,7 +66,6 @@ def gradient_clusters(model: nn.Module, data: Iterable[Any], layer: str) -> Grad
                 sums = by_class if sums is None else sums + by_class
                 counts = counts + labels.sum(0)
                 squares = squares + gradients.square().sum()
-            checks.close()
     if sums is None:
         raise ValueError("data yielded no samples")
     logits = sums.shape[0]

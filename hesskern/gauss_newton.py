@@ -11,21 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.batches import batches, check_iterable
-from hesskern.capture import Capture
-from hesskern.checks import Checks
+from hesskern.batches import check_iterable
+from hesskern.data_pass import RepeatedPass, with_less_memory
 from hesskern.evidence import Evidence
 from hesskern.forward_pass import model_device
-from hesskern.layers import (
-    LayerSpec,
-    left_out,
-    select_layers,
-    shared_weights,
-)
-from hesskern.losses import Loss, resolve_loss
-from hesskern.memory import budget_for, with_less_memory
+from hesskern.layers import LayerSpec, left_out, select_layers, shared_weights
+from hesskern.losses import resolve_loss
 from hesskern.operators import CurvatureOperator
-from hesskern.portable import ModelRun
 from hesskern.progress import Progress, reporter
 from hesskern.roots import BatchRoots, accumulator_dtype
 from hesskern.samples import SampleRows, added_bytes, layer_rows
@@ -96,13 +88,13 @@ class GaussNewton(CurvatureOperator):
             del specs[name]
             self.skipped[name] = f"shares its weight with {owner!r}, which stands for both"
         resolved, report = resolve_loss(loss, output_root), reporter(progress)
+        evidence = Evidence(check)
 
         def attempt(budget: int) -> tuple[_Pass, list[Piece] | None]:
-            source = _Pass(model, data, resolved, specs, sample_weight, budget, Evidence(check))
-            return source, _within_budget(source, report)
+            source = _Pass(model, data, resolved, specs, sample_weight, evidence, budget)
+            return source, source.within_budget(source(report), _added, "the samples' rows")
 
-        budget = budget_for(memory_budget, model_device(model), 4 * 2**30, 1 / 4)
-        source, pieces = with_less_memory(attempt, budget, not isinstance(data, Iterator))
+        source, pieces = with_less_memory(attempt, memory_budget, model, data)
         if not source.count > 0:
             raise ValueError("data yielded no samples, so there is no Gauss-Newton matrix")
         if layers is not None and source.reasons:
@@ -113,6 +105,7 @@ class GaussNewton(CurvatureOperator):
         if not reached:
             raise ValueError(f"no layer of the model has curvature: {source.reasons}")
         self.skipped = left_out(model, self.skipped, reached, 2 if layers is None else None)
+        source.require(spec.name for spec in reached)
         self.checked = {s.name: source.evidence.found.get(s.name, "graph") for s in reached}
         self.layer_shapes = {spec.name: spec.shape for spec in reached}
         self._transposed = [spec.name for spec in reached if spec.transposed]
@@ -133,7 +126,7 @@ class GaussNewton(CurvatureOperator):
         if isinstance(self._chunks, list):
             yield from self._chunks
         else:
-            yield from self._chunks(reporter(False))
+            yield from self._chunks()
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
         """By layer, the matrices [m, d] of a vector [P], or [k, m, d] of a block [P, k]."""
@@ -242,25 +235,9 @@ class GaussNewton(CurvatureOperator):
         return StackedGaussNewton(ops.mirror_(hessian), ordered, sizes)
 
 
-def _within_budget(source: _Pass, report: Progress) -> list[Piece] | None:
-    """The pieces of a pass, or None if they exceed its budget."""
-    pieces: list[Piece] | None = []
-    held = 0
-    for piece in source(report):
-        if pieces is None:
-            continue
-        before = pieces[-1] if pieces else {}
-        pieces.append(piece)
-        held += sum(added_bytes(rows, before.get(name)) for name, rows in piece.items())
-        if held > source.budget:
-            if isinstance(source.data, Iterator):
-                raise ValueError(
-                    f"memory_budget of {source.budget} bytes is too small for the samples' rows, "
-                    "and data can be iterated only once; raise it or pass a re-iterable (a "
-                    "DataLoader or a list)"
-                )
-            pieces = None
-    return pieces
+def _added(piece: Piece, before: Piece | None) -> int:
+    """Bytes that keeping a piece takes beside the one before it."""
+    return sum(added_bytes(rows, (before or {}).get(name)) for name, rows in piece.items())
 
 
 def _along(rows: SampleRows, vectors: Tensor) -> Tensor:
@@ -291,7 +268,7 @@ def _combined(rows: SampleRows, along: Tensor) -> Tensor:
 
 
 @dataclass
-class _Pass(ModelRun):
+class _Pass(RepeatedPass):
     """One pass over the data: the rows of all layers, piece by piece.
 
     Attributes:
@@ -301,20 +278,12 @@ class _Pass(ModelRun):
         dtype: of the rows.
     """
 
-    model: nn.Module
-    data: Iterable[Any]
-    loss: Loss
-    specs: dict[str, LayerSpec]
-    sample_weight: Tensor | None
-    budget: int
-    evidence: Evidence
-
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.count = 0.0
         self.reasons: dict[str, str] = {}
         self.input_means: dict[str, Tensor] = {}
         self.dtype = torch.float32
-        self.remember()
 
     def _about(self) -> str:
         return (
@@ -322,36 +291,21 @@ class _Pass(ModelRun):
             "product"
         )
 
-    def __call__(self, progress: Progress) -> Iterator[Piece]:
-        if self.changed:
-            raise RuntimeError(
-                "the model changed since its Gauss-Newton matrix was made; make it anew"
-            )
-        count: float | Tensor = 0.0
+    def _made(self) -> str:
+        return "its Gauss-Newton matrix was made; make it anew"
+
+    def __call__(self, progress: Progress | None = None) -> Iterator[Piece]:
         sums: dict[str, Tensor] = {}
-        capturing = Capture(self.model, dict(self.specs), evidence=self.evidence)
-        with torch.inference_mode(False), Checks() as checks, capturing as capture:
-            for batch in batches(
-                self.data,
-                model_device(self.model),
-                self.sample_weight,
-                progress,
-                "Gauss-Newton matrix",
-            ):
-                roots = BatchRoots(capture, batch, self.loss, "exact", 1, torch.Generator(), checks)
-                count = count + roots.count
+        with self.run(progress, "Gauss-Newton matrix") as run:
+            for _, roots in run:
                 for name in roots.uses:
                     dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
                     self.dtype = torch.promote_types(self.dtype, dtype)
                     _add_inputs(sums, self.specs[name], roots)
                 yield from self._batch(roots)
-                checks.close()
-            checks.settle()
-            count = float(count)
-            self.reasons = capture.reasons
-        if self.count == 0 and count > 0:
-            self.input_means = {name: total / count for name, total in sums.items()}
-        self.count = count
+        if self.count == 0 and run.count > 0:
+            self.input_means = {name: total / run.count for name, total in sums.items()}
+        self.count, self.reasons = run.count, run.capture.reasons
 
     def _batch(self, roots: BatchRoots) -> Iterator[Piece]:
         piece: Piece = {}

@@ -5,31 +5,25 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.batches import Batch, batches, check_iterable
-from hesskern.capture import Capture
+from hesskern.batches import check_iterable
 from hesskern.checks import Checks
+from hesskern.data_pass import DataPass, RepeatedPass, once_only, with_less_memory
 from hesskern.evidence import Evidence
 from hesskern.forward_pass import model_device
 from hesskern.layers import LayerSpec, left_out, select_layers
-from hesskern.losses import Loss, resolve_loss
-from hesskern.memory import budget_for, with_less_memory
+from hesskern.losses import resolve_loss
 from hesskern.operators import EigenbasisOperator, KroneckerOperator, LayerOperator
 from hesskern.packed_inputs import PackedInputs
-from hesskern.portable import ModelRun
 from hesskern.progress import Progress, reporter
 from hesskern.pruning import kept_samples, prune
-from hesskern.roots import (
-    BatchRoots,
-    accumulator_dtype,
-    check_fraction,
-)
+from hesskern.roots import accumulator_dtype, check_fraction
 from hesskern.samples import SampleRows, added_bytes, join, layer_rows
 
 __all__ = ["LayerHessian", "LayerHessians", "layer_hessians"]
@@ -327,15 +321,15 @@ def layer_hessians(
     check_iterable(data)
     resolved = resolve_loss(loss, output_root)
     specs, skipped = select_layers(model, layers, bias)
-    again = None if isinstance(data, Iterator) else data
-    device = model_device(model)
-    evidence = Evidence(check)
-    source = _Source(model, data, resolved, specs, sample_weight, reporter(progress), evidence)
-    gathered, count, reasons, inexact, budget = with_less_memory(
-        lambda budget: _gather(source, budget, tolerance),
-        budget_for(memory_budget, device, 4 * 2**30, 1 / 4),
-        again is not None,
-    )
+    report, evidence = reporter(progress), Evidence(check)
+
+    def attempt(budget: int) -> tuple[dict[str, _Layer], DataPass, int]:
+        given = model, data, resolved, specs, sample_weight, evidence
+        run = DataPass(*given, report, "Layer Hessians", examine=True)
+        return _gather(run, budget, tolerance), run, budget
+
+    gathered, run, budget = with_less_memory(attempt, memory_budget, model, data)
+    count, reasons, inexact = run.count, run.capture.reasons, run.capture.inexact
     if not count > 0:
         raise ValueError("data yielded no samples, so there are no Hessians")
     if layers is not None and reasons:
@@ -354,8 +348,8 @@ def layer_hessians(
     for name, layer in gathered.items():
         if name in reasons:
             continue
-        again_chunks = _Rerun(model, again, resolved, layer.spec, sample_weight, budget, evidence)
-        result[name] = _finish(layer, again_chunks, count, device, tolerance, inexact.get(name))
+        rerun = _Rerun(model, data, resolved, {name: layer.spec}, sample_weight, evidence, budget)
+        result[name] = _finish(layer, rerun, count, tolerance, inexact.get(name))
     if not result:
         raise ValueError(
             "no layer of the model has a Hessian: "
@@ -367,37 +361,11 @@ def layer_hessians(
     return LayerHessians(result, left_out(model, {**skipped, **reasons}, covered, 2))
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What a pass for all layers needs."""
-
-    model: nn.Module
-    data: Iterable[Any]
-    loss: Loss
-    specs: dict[str, LayerSpec]
-    sample_weight: Tensor | None
-    report: Progress
-    evidence: Evidence
-
-
-def _gather(
-    source: _Source, budget: int, tolerance: float
-) -> tuple[dict[str, _Layer], float, dict[str, str], dict[str, str], int]:
-    """One pass: layers, weighted samples, layers without curvature, inexact layers, the budget."""
-    gathered = {name: _Layer(spec) for name, spec in source.specs.items()}
-    can_rerun = not isinstance(source.data, Iterator)
-    total: float | Tensor = 0.0
-    capturing = Capture(source.model, source.specs, examine=True, evidence=source.evidence)
-    with Checks() as checks, capturing as capture:
-        for batch in batches(
-            source.data,
-            model_device(source.model),
-            source.sample_weight,
-            source.report,
-            "Layer Hessians",
-        ):
-            roots = _roots(capture, batch, source.loss, checks)
-            total = total + roots.count
+def _gather(run: DataPass, budget: int, tolerance: float) -> dict[str, _Layer]:
+    """One pass: the samples of every layer, as far as the budget goes."""
+    gathered = {name: _Layer(spec) for name, spec in run.specs.items()}
+    with run:
+        for batch, roots in run:
             wanted = {
                 n: layer.spec
                 for n, layer in gathered.items()
@@ -407,14 +375,8 @@ def _gather(
                 gathered[name].dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
             for name, chunk in layer_rows(wanted, roots, budget):
                 _keep(gathered[name], chunk, batch.index, tolerance)
-                _evict(gathered, budget, can_rerun)
-            checks.close()
-        checks.settle()
-        return gathered, float(total), capture.reasons, capture.inexact, budget
-
-
-def _roots(capture: Capture, batch: Batch, loss: Loss, checks: Checks) -> BatchRoots:
-    return BatchRoots(capture, batch, loss, "exact", 1, torch.Generator(), checks)
+                _evict(gathered, budget, run.data)
+    return gathered
 
 
 def _keep(layer: _Layer, chunk: SampleRows, batch: int, tolerance: float) -> None:
@@ -428,20 +390,17 @@ def _keep(layer: _Layer, chunk: SampleRows, batch: int, tolerance: float) -> Non
         layer.held += added_bytes(chunk, before)
 
 
-def _evict(gathered: dict[str, _Layer], budget: int, can_rerun: bool) -> None:
+def _evict(gathered: dict[str, _Layer], budget: int, data: Iterable[Any]) -> None:
     """Drops the largest layers' samples until the rest fits."""
     while sum(layer.held for layer in gathered.values()) > budget:
         name, largest = max(gathered.items(), key=lambda item: item[1].held)
-        if not can_rerun:
-            raise ValueError(
-                f"memory_budget of {budget} bytes is too small for layer {name!r}, and data can be "
-                "iterated only once; raise it or pass a re-iterable (a DataLoader or a list)"
-            )
+        if isinstance(data, Iterator):
+            raise once_only(budget, f"layer {name!r}")
         largest.chunks, largest.held = None, 0
 
 
 @dataclass
-class _Rerun(ModelRun):
+class _Rerun(RepeatedPass):
     """Sample rows of one layer made anew, batch by batch, a few root rows at a time.
 
     Attributes:
@@ -449,47 +408,33 @@ class _Rerun(ModelRun):
         shares: with ``keep``, the samples' shares [N] of the trace when ``keep`` was decided.
     """
 
-    model: nn.Module
-    data: Iterable[Any] | None
-    loss: Loss
-    spec: LayerSpec
-    sample_weight: Tensor | None
-    memory_budget: int
-    evidence: Evidence
     keep: list[Tensor] | None = None
     shares: list[Tensor] | None = None
 
     def __post_init__(self) -> None:
-        # A layer that was fit before is not to be skipped in silence.
-        self.spec = replace(self.spec, required=True)
-        self.remember()
+        super().__post_init__()
+        (self.name,) = self.specs
+        self.require([self.name])
 
     def _about(self) -> str:
         return (
-            f"the Hessian of layer {self.spec.name!r}, which exceeds memory_budget and runs the "
-            "model again at every product,"
+            f"the Hessian of layer {self.name!r}, which exceeds memory_budget and runs the model "
+            "again at every product,"
         )
 
+    def _made(self) -> str:
+        return f"the Hessian of layer {self.name!r} was made; call layer_hessians again"
+
     def __call__(self) -> Iterator[SampleRows]:
-        if self.changed:
-            raise RuntimeError(
-                f"the model changed since the Hessian of layer {self.spec.name!r} was made; call "
-                "layer_hessians again"
-            )
-        assert self.data is not None
         position = 0
-        specs = {self.spec.name: self.spec}
-        with Checks() as checks, Capture(self.model, specs, evidence=self.evidence) as capture:
-            for batch in batches(self.data, model_device(self.model), self.sample_weight):
-                roots = _roots(capture, batch, self.loss, checks)
-                pieces = layer_rows({self.spec.name: self.spec}, roots, self.memory_budget)
-                chunks = (chunk for _, chunk in pieces)
+        with self.run() as run:
+            for _, roots in run:
+                chunks = (chunk for _, chunk in layer_rows(self.specs, roots, self.budget))
                 if self.keep is None:
                     yield from chunks
-                elif self.spec.name in roots.uses and roots.rows:
-                    yield from self._kept(chunks, position, checks)
+                elif self.name in roots.uses and roots.rows:
+                    yield from self._kept(chunks, position, run.checks)
                     position += 1
-                checks.close()
         if self.keep is not None and position != len(self.keep):
             raise self._other_order()
 
@@ -518,7 +463,7 @@ class _Rerun(ModelRun):
     def _another_order(self) -> str:
         return (
             "data must come in the same order in every pass (no shuffling, no random augmentation) "
-            f"where tolerance > 0 and layer {self.spec.name!r} exceeds memory_budget"
+            f"where tolerance > 0 and layer {self.name!r} exceeds memory_budget"
         )
 
 
@@ -526,7 +471,6 @@ def _finish(
     layer: _Layer,
     rerun: _Rerun,
     count: float,
-    device: torch.device,
     tolerance: float,
     reason: str | None,
 ) -> LayerHessian:
@@ -538,7 +482,7 @@ def _finish(
         if tolerance > 0:
             pruned = prune(kept, layer.shares, tolerance)
             kept, norm, trace = pruned.chunks, pruned.norm, pruned.trace
-        chunks = join(kept, rerun.memory_budget // 8)
+        chunks = join(kept, rerun.budget // 8)
     elif tolerance > 0:
         rerun.shares = layer.shares_by_batch()
         keep, trace = kept_samples(rerun.shares, tolerance)
@@ -550,7 +494,7 @@ def _finish(
         chunks,
         count,
         layer.dtype or torch.float32,
-        device,
+        model_device(rerun.model),
         inexact_reason=reason,
         pruning_error=norm / count,
         pruned_trace=trace / count,

@@ -1,16 +1,13 @@
-"""How much memory a pass may take, and what happens when a device has less."""
+"""How much memory a pass may take, and what is said when a device has less."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-__all__ = ["budget_for", "check_budget", "has_room", "out_of_memory", "release", "with_less_memory"]
-
-Result = TypeVar("Result")
+__all__ = ["budget_for", "check_budget", "has_room", "out_of_memory", "release"]
 
 _ADVICE = "pass smaller batches, or set memory_budget= (bytes) to less than the device has free"
 
@@ -77,27 +74,3 @@ def out_of_memory(error: RuntimeError, again: bool) -> torch.OutOfMemoryError:
     """
     tries = "the device ran out of memory" + (", also with less at a time" if again else "")
     return torch.OutOfMemoryError(f"{tries}; {_ADVICE}\n{error}")
-
-
-def with_less_memory(attempt: Callable[[int], Result], budget: int, again: bool) -> Result:
-    """attempt(budget), and where memory runs out once more with a quarter of the budget.
-
-    Args:
-        attempt: leaves nothing behind when it fails.
-        budget: bytes.
-        again: whether it can be repeated.
-
-    Raises:
-        torch.OutOfMemoryError: the second time; says what to set.
-    """
-    try:
-        return attempt(budget)
-    except torch.OutOfMemoryError as error:
-        if not again:
-            raise out_of_memory(error, False) from error
-    # Behind the except clause, whose error holds on to the tensors of the failed attempt.
-    release()
-    try:
-        return attempt(budget // 4)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, True) from error

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hesskern.batches import batches, check_iterable
-from hesskern.capture import Capture
-from hesskern.checks import Checks
+from hesskern.batches import check_iterable
+from hesskern.data_pass import RepeatedPass, with_less_memory
 from hesskern.evidence import Evidence
 from hesskern.forward_pass import model_device
 from hesskern.layers import LayerSpec, select_layers
-from hesskern.losses import Loss, resolve_loss
-from hesskern.memory import budget_for
+from hesskern.losses import resolve_loss
 from hesskern.operators import LayerOperator
-from hesskern.portable import ModelRun
 from hesskern.progress import Progress, reporter
 from hesskern.roots import BatchRoots, accumulator_dtype
 from hesskern.samples import layer_rows
@@ -79,7 +76,7 @@ class PositionMeanHessian(LayerOperator):
         if isinstance(self._chunks, list):
             yield from self._chunks
         else:
-            yield from self._chunks(reporter(False))
+            yield from self._chunks()
 
     def _matmul(self, block: Tensor) -> Tensor:
         m, d = self.layer_shape
@@ -146,7 +143,8 @@ def position_mean_hessian(
             ``memory_budget``.
         layer: name of a Linear or Conv2d layer with one group.
         memory_budget: bytes of M_n and X_n kept; above it every product runs the model again. None
-            for 4 GiB, on a GPU for a quarter of its free memory.
+            for 4 GiB, on a GPU for a quarter of its free memory; where that runs out, the pass
+            begins anew with a quarter of the budget.
         progress: True for a bar with the time left, or a callback.
 
     Raises:
@@ -154,7 +152,6 @@ def position_mean_hessian(
             budget and it can be iterated only once.
         NotImplementedError: the layer is a grouped convolution.
     """
-    memory_budget = budget_for(memory_budget, model_device(model), 4 * 2**30, 1 / 4)
     check_iterable(data)
     resolved = resolve_loss(loss, output_root)
     specs, _ = select_layers(model, [layer], bias)
@@ -163,29 +160,18 @@ def position_mean_hessian(
         raise NotImplementedError(
             f"layer {layer!r} has {spec.groups} groups and no single input covariance"
         )
-    source = _Pass(model, data, resolved, spec, sample_weight, memory_budget)
-    chunks: list[_Chunk] | None = []
-    reached, held = False, 0
-    for chunk in source(reporter(progress)):
-        reached = True
-        if chunks is None:
-            continue
-        chunks.append(chunk)
-        held += chunk.nbytes
-        if held > memory_budget:
-            if isinstance(data, Iterator):
-                raise ValueError(
-                    f"memory_budget of {memory_budget} bytes is too small for the samples of "
-                    f"layer {layer!r}, and data can be iterated only once; raise it or pass a "
-                    "re-iterable (a DataLoader or a list)"
-                )
-            chunks = None
+    report, evidence = reporter(progress), Evidence()
+
+    def attempt(budget: int) -> tuple[_Pass, list[_Chunk] | None]:
+        source = _Pass(model, data, resolved, specs, sample_weight, evidence, budget)
+        whose = f"the samples of layer {layer!r}"
+        return source, source.within_budget(source(report), lambda chunk, _: chunk.nbytes, whose)
+
+    source, chunks = with_less_memory(attempt, memory_budget, model, data)
     if not source.count > 0:
         raise ValueError("data yielded no samples")
-    if not reached:
+    if chunks is not None and not chunks:
         raise ValueError(f"layer {layer!r} was not reached")
-    # A layer that was fit before is not to be skipped in silence.
-    source.spec = replace(spec, required=True)
     return PositionMeanHessian(
         spec,
         source if chunks is None else chunks,
@@ -196,7 +182,7 @@ def position_mean_hessian(
 
 
 @dataclass
-class _Pass(ModelRun):
+class _Pass(RepeatedPass):
     """One pass over the data: M_n and X_n of a batch at a time.
 
     Attributes:
@@ -204,47 +190,30 @@ class _Pass(ModelRun):
         dtype: of what is kept of them.
     """
 
-    model: nn.Module
-    data: Iterable[Any]
-    loss: Loss
-    spec: LayerSpec
-    sample_weight: Tensor | None
-    budget: int
-
     def __post_init__(self) -> None:
+        super().__post_init__()
+        (self.name,) = self.specs
         self.count = 0.0
         self.dtype = torch.float32
-        self.evidence = Evidence()
-        self.remember()
 
     def _about(self) -> str:
         return (
-            f"the operator of layer {self.spec.name!r}, which exceeds memory_budget and runs the "
-            "model again at every product,"
+            f"the operator of layer {self.name!r}, which exceeds memory_budget and runs the model "
+            "again at every product,"
         )
 
-    def __call__(self, progress: Progress) -> Iterator[_Chunk]:
-        name, device = self.spec.name, model_device(self.model)
-        if self.changed:
-            raise RuntimeError(
-                f"the model changed since the operator of layer {name!r} was made; make it anew"
-            )
-        count: float | Tensor = 0.0
-        capturing = Capture(self.model, {name: self.spec}, evidence=self.evidence)
-        specs = {name: self.spec}
-        with torch.inference_mode(False), Checks() as checks, capturing as capture:
-            for batch in batches(
-                self.data, device, self.sample_weight, progress, f"samples of {name}"
-            ):
-                roots = BatchRoots(capture, batch, self.loss, "exact", 1, torch.Generator(), checks)
-                count = count + roots.count
-                if name in roots.uses:
-                    self.dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
-                    chunk = _chunk(specs, roots, self.budget)
+    def _made(self) -> str:
+        return f"the operator of layer {self.name!r} was made; make it anew"
+
+    def __call__(self, progress: Progress | None = None) -> Iterator[_Chunk]:
+        with self.run(progress, f"samples of {self.name}") as run:
+            for _, roots in run:
+                if self.name in roots.uses:
+                    self.dtype = accumulator_dtype(roots.uses[self.name][0].x.dtype)
+                    chunk = _chunk(self.specs, roots, self.budget)
                     if chunk is not None:
                         yield chunk
-                checks.close()
-        self.count = float(count)
+        self.count = run.count
 
 
 def _chunk(specs: dict[str, LayerSpec], roots: BatchRoots, budget: int) -> _Chunk | None:

@@ -200,3 +200,23 @@ def test_stacked_form_needs_one_input_per_sample():
     G = hk.GaussNewton(seeded(ResidualConv()), data(6, 2, 5, 5), LOSS)
     with pytest.raises(NotImplementedError, match="'conv1' is a convolution or sees sequences"):
         G.stacked()
+
+
+def test_products_that_run_the_model_again_skip_no_layer():
+    class Mixing(nn.Module):
+        mixes = False
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.b(torch.relu(h - h.mean(0) if self.mixes else h))
+
+    model = seeded(Mixing())
+    G = hk.GaussNewton(model, data(20, 4), LOSS, memory_budget=0)
+    assert G.trace() > 0
+    model.mixes = True
+    with pytest.raises(ValueError, match="layer 'a' sees rows that are no samples"):
+        G.trace()

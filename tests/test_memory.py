@@ -103,7 +103,7 @@ def rows_kept(budget: int | None, fails_above: int, data: Any) -> Callable[[Any]
     """A call of a pass that stores samples, on a device that fails beyond so many bytes."""
 
     def call(function: Any) -> Any:
-        from hesskern import gauss_newton, layer_hessian, samples
+        from hesskern import gauss_newton, layer_hessian, position_mean, samples
 
         def rows(specs: Any, roots: Any, allowed: int, keep_positions: bool = False) -> Any:
             if allowed > fails_above:
@@ -111,22 +111,26 @@ def rows_kept(budget: int | None, fails_above: int, data: Any) -> Callable[[Any]
             return samples.layer_rows(specs, roots, allowed, keep_positions)
 
         with pytest.MonkeyPatch.context() as patch:
-            for module in (layer_hessian, gauss_newton):
+            for module in (layer_hessian, gauss_newton, position_mean):
                 patch.setattr(module, "layer_rows", rows)
             return function(model(), data, CE, memory_budget=budget)
 
     return call
 
 
-@pytest.mark.parametrize("function", [hk.layer_hessians, hk.GaussNewton])
+def position_means(model: nn.Module, data: Any, loss: Any, **given: Any) -> Any:
+    return hk.position_mean_hessian(model, data, loss, "0", **given)
+
+
+@pytest.mark.parametrize("function", [hk.layer_hessians, hk.GaussNewton, position_means])
 class TestStoredSamples:
     def test_a_quarter_of_the_budget(self, function: Any) -> None:
         found = rows_kept(2**20, 2**18, batches())(function)
         expected = function(model(), batches(), CE)
         pairs = (
-            [(found, expected)]
-            if function is hk.GaussNewton
-            else [(found[n], H) for n, H in expected.items()]
+            [(found[n], H) for n, H in expected.items()]
+            if function is hk.layer_hessians
+            else [(found, expected)]
         )
         for one, other in pairs:
             v = randn(other.shape[0])

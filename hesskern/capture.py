@@ -3,55 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn.utils import parametrize
 
 from hesskern.batches import Batch
-from hesskern.cuts import Cuts, uncounted
+from hesskern.cuts import Cuts
 from hesskern.evidence import Evidence
-from hesskern.forward_pass import (
-    check_repeatable,
-    frozen_eval,
-    grad_fn_of,
-    model_device,
-    noted_hooks,
-    random_state,
-    run_model,
-)
+from hesskern.forward_pass import check_repeatable
+from hesskern.frozen_model import FrozenModel
 from hesskern.graph import behind, in_order
+from hesskern.layer_hooks import LayerHooks
 from hesskern.layer_uses import LayerUse, before_autocast, inputs_by_call, layer_uses
-from hesskern.layers import LayerSpec, bias_of, calls_itself, own_parameters, weight_of
+from hesskern.layers import LayerSpec
 from hesskern.piecewise import layers_followed_by_smooth
 from hesskern.propagation import Propagation
 from hesskern.sample_probe import random_rows
 from hesskern.weight_uses import Target, WeightUse, find_uses
 
 __all__ = ["Capture"]
-
-
-class _Root(torch.autograd.Function):
-    """The same tensor, without a copy, as a non-leaf that is no view.
-
-    An in-place activation then shows up in the graph by its own name instead of as ``CopySlices``.
-    """
-
-    piecewise_linear = True
-    passes_gradients = True
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        with uncounted():
-            return z.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return grads[0]
 
 
 @dataclass
@@ -79,65 +53,20 @@ class Capture:
     inexact: dict[str, str] = field(default_factory=dict)
     unfit: dict[str, str] = field(default_factory=dict)
     _reached: set[str] = field(default_factory=set)
-    _called: set[str] = field(default_factory=set)
-    _without_gradients: set[str] = field(default_factory=set)
-    _computed: dict[str, list[GradientEdge]] = field(default_factory=dict)
-    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    _results: list[Any] = field(default_factory=list)
-    _given: list[tuple[Any, Tensor, int]] = field(default_factory=list)
     _flat: set[Any] = field(default_factory=set)
     _tried: set[Any] = field(default_factory=set)
-    _copy: bool = False
-    _hooked: bool = False
-    _drew: bool = False
+    _edges: dict[int, GradientEdge] = field(default_factory=dict)
 
     def __enter__(self) -> Capture:
-        self._modules = dict(self.model.named_modules())
-        self._leaves: dict[str, Tensor] = {}
-        self._biases: dict[str, Tensor] = {}
-        self._leaf_edges: dict[int, GradientEdge] = {}
-        trainable: list[Tensor] = []
-        for name, spec in self.specs.items():
-            module, attribute = weight_of(self._modules, name)
-            leaf = own_parameters(module).get(attribute)
-            if leaf is not None:
-                self._leaves[name] = leaf
-                trainable.append(leaf)
-            else:
-                # Computed from others: a norm and a direction, a mask and a weight.
-                trainable += [p for p in module.parameters() if p.is_floating_point()]
-            bias = bias_of(self._modules, spec) if spec.joint else None
-            if bias is not None:
-                self._biases[name] = bias
-                trainable.append(bias)
-        self._state = ExitStack()
-        self._state.enter_context(frozen_eval(self.model, trainable))
-        # Sums are never taken in the narrow dtype that autocast gives the model alone.
-        kind_of_device = model_device(self.model).type
-        self._autocast = (
-            kind_of_device,
-            torch.get_autocast_dtype(kind_of_device),
-            torch.is_autocast_enabled(kind_of_device),
-        )
-        self._state.enter_context(torch.autocast(kind_of_device, enabled=False))
-        self._handles: list[Any] = []
-        for name in self.specs:
-            module, attribute = weight_of(self._modules, name)
-            if isinstance(module, torch.jit.ScriptModule):
-                # It takes no hooks; its calls are found in the graph.
-                continue
-            self._handles += [
-                module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
-                module.register_forward_hook(self._behind(name, attribute), prepend=True),
-            ]
+        self._frozen = FrozenModel(self.model, self.specs)
+        self._frozen.__enter__()
+        self._hooks = LayerHooks(self._frozen.modules, self.specs, self._frozen.weights)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._computed, self._results, self._given = {}, [], []
-        self._flat, self._leaf_edges = set(), {}
-        self._state.__exit__(*error)
+        self._hooks.remove()
+        self._flat, self._edges = set(), {}
+        self._frozen.__exit__(*error)
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -146,47 +75,13 @@ class Capture:
         for name in self.specs:
             if name in self._reached:
                 continue
-            if name in self._without_gradients:
+            if name in self._hooks.without_gradients:
                 reasons[name] = "runs under torch.no_grad() inside the model"
-            elif name in self._called:
+            elif name in self._hooks.called:
                 reasons[name] = "was never reached from the outputs, which do not depend on it"
             else:
                 reasons[name] = "was never reached in the forward pass"
         return {**reasons, **self.unfit}
-
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if not self._copy:
-            return None
-
-        def copied(value: Any) -> Any:
-            # What is overwritten in place later is then not what the layer has read.
-            return value.clone() if isinstance(value, Tensor) else value
-
-        return tuple(map(copied, args)), {name: copied(v) for name, v in kwargs.items()}
-
-    def _behind(self, name: str, attribute: str) -> Any:
-        def hook(module: nn.Module, args: Any, z: Any) -> Tensor | None:
-            if not torch.is_grad_enabled():
-                self._without_gradients.add(name)
-                return None
-            self._called.add(name)
-            if name not in self._leaves:
-                weight = getattr(module, attribute)
-                if isinstance(weight, Tensor) and weight.requires_grad:
-                    self._shapes[name] = tuple(weight.shape)
-                    with uncounted():
-                        self._computed.setdefault(name, []).append(get_gradient_edge(weight))
-            if not isinstance(z, Tensor) or grad_fn_of(z) is None:
-                return None
-            plain = calls_itself(module)
-            root = _Root.apply(z) if z._is_view() and plain else None
-            self._results.append(grad_fn_of(z if root is None else root))
-            if plain and args and isinstance(args[0], Tensor):
-                with uncounted():
-                    self._given.append((grad_fn_of(z), args[0], args[0]._version))
-            return root
-
-        return hook
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, list[LayerUse]]]:
         """Runs the model.
@@ -211,11 +106,11 @@ class Capture:
                     "model must not overwrite its own inputs in place after a layer has read them; "
                     "let its forward() work on a copy"
                 ) from error
-            self._copy = True
+            self._hooks.copy = True
             outputs, cuts = self._run(batch)
             found = self._found(outputs)
         targets, alive, calls, others = found
-        if self._drew:
+        if self._frozen.drew:
             check_repeatable(
                 _values(outputs, calls), lambda: self._values_again(batch), batch.index
             )
@@ -234,14 +129,14 @@ class Capture:
         for name, spec in self.specs.items():
             if name in self.unfit:
                 continue
-            leaf = self._leaves.get(name)
+            leaf = self._frozen.weights.get(name)
             edges: tuple[GradientEdge, ...]
             if leaf is not None:
                 edges, shape = (self._leaf_edge(leaf),), tuple(leaf.shape)
             else:
-                edges = tuple(dict.fromkeys(self._computed.get(name, ())))
-                shape = self._shapes.get(name, spec.shape)
-            bias = self._biases.get(name)
+                edges = tuple(dict.fromkeys(self._hooks.computed.get(name, ())))
+                shape = self._hooks.shapes.get(name, spec.shape)
+            bias = self._frozen.biases.get(name)
             targets[name] = Target(
                 shape,
                 edges,
@@ -249,21 +144,21 @@ class Capture:
                 spec.transposed,
                 None if bias is None else self._leaf_edge(bias),
             )
-        results, self._results = self._results, []
-        given, self._given = inputs_by_call(self._given), []
+        results, given = self._hooks.results, inputs_by_call(self._hooks.given)
+        self._hooks.results, self._hooks.given = [], []
         self._flat = {node for node, x in given.items() if x.dim() == 2}
         alive = behind(outputs)
         calls, others = find_uses(alive, targets, results)
-        if self._autocast[2]:
+        if self._frozen.autocast:
             calls = before_autocast(calls, given)
         return targets, alive, calls, others
 
     def _leaf_edge(self, leaf: Tensor) -> GradientEdge:
         """Where a parameter's gradient arrives: the same for as long as somebody holds it."""
         key = id(leaf)
-        if key not in self._leaf_edges:
-            self._leaf_edges[key] = get_gradient_edge(leaf)
-        return self._leaf_edges[key]
+        if key not in self._edges:
+            self._edges[key] = get_gradient_edge(leaf)
+        return self._edges[key]
 
     def _fitting(
         self,
@@ -339,24 +234,12 @@ class Capture:
         outputs, _ = self._run(batch)
         return _values(outputs, self._found(outputs)[2])
 
-    def _note_hook(self) -> None:
-        self._hooked = True
-
     def _run(self, batch: Batch) -> tuple[Tensor, Cuts]:
         """Outputs [N, ...], and what the model has taken out of the graph, where that counts."""
-        self._computed, self._results, self._given = {}, [], []
+        self._hooks.forget()
         self._flat = set()
-        kind_of_device, dtype, enabled = self._autocast
-        before = random_state(model_device(self.model))
         cuts = Cuts()
-        with (
-            torch.autocast(kind_of_device, dtype, enabled=enabled),
-            parametrize.cached(),
-            noted_hooks(self._note_hook),
-            cuts if self.examine else nullcontext(),
-        ):
-            outputs = run_model(self.model, batch.inputs)
-        self._drew = random_state(model_device(self.model)) != before
+        outputs = self._frozen.run(batch.inputs, cuts if self.examine else nullcontext())
         return outputs, cuts
 
     def backward(
@@ -416,7 +299,7 @@ class Capture:
         layers = uses.values()
         if (
             rows < 2
-            or self._hooked
+            or self._frozen.hooked
             or any(use.arrangement.outer != 1 for layer in layers for use in layer)
         ):
             return None
@@ -459,7 +342,7 @@ class Capture:
                 self.inexact.setdefault(
                     name, "acts on a value that forward() takes out of the graph (detach, no_grad)"
                 )
-            elif self._hooked:
+            elif self._frozen.hooked:
                 self.inexact.setdefault(name, "lies in a model that hooks its gradients")
 
 

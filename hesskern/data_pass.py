@@ -14,8 +14,8 @@ the pass again for every product, as long as the model stays the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -34,7 +34,7 @@ from hesskern.portable import ModelRun
 from hesskern.progress import Progress
 from hesskern.roots import BatchRoots
 
-__all__ = ["DataPass", "RepeatedPass", "once_only", "with_less_memory"]
+__all__ = ["DataPass", "RepeatedPass", "once_only", "stored_or_anew", "with_less_memory"]
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -133,9 +133,15 @@ class RepeatedPass(ModelRun):
     def __post_init__(self) -> None:
         self.remember()
 
-    def _made(self) -> str:
-        """What was made of the model, and what to do once it has changed, for a message."""
+    def _what(self) -> str:
+        """What is made of the passes, for messages."""
         raise NotImplementedError
+
+    def _about(self) -> str:
+        return (
+            f"{self._what()}, which exceeds memory_budget and runs the model again at every "
+            "product,"
+        )
 
     def require(self, names: Iterable[str]) -> None:
         """These layers alone from now on: they were fit, and are not to be skipped in silence."""
@@ -144,7 +150,7 @@ class RepeatedPass(ModelRun):
     def run(self, progress: Progress | None = None, description: str = "data") -> DataPass:
         """The pass; a RuntimeError where the model has changed."""
         if self.changed:
-            raise RuntimeError(f"the model changed since {self._made()}")
+            raise RuntimeError(f"the model changed since {self._what()} was made; make it anew")
         given = self.model, self.data, self.loss, self.specs, self.sample_weight, self.evidence
         return DataPass(*given, progress, description)
 
@@ -173,6 +179,18 @@ class RepeatedPass(ModelRun):
                     raise once_only(self.budget, whose)
                 found = None
         return found
+
+
+@contextmanager
+def stored_or_anew(
+    pieces: list[Piece] | Callable[[], Generator[Piece, None, None]],
+) -> Iterator[Iterable[Piece]]:
+    """The pieces; what runs the model again is shut down at once, also after an error."""
+    if isinstance(pieces, list):
+        yield pieces
+    else:
+        with closing(pieces()) as made:
+            yield made
 
 
 def once_only(budget: int, whose: str) -> ValueError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.batches import check_iterable
-from hesskern.data_pass import RepeatedPass, with_less_memory
+from hesskern.data_pass import RepeatedPass, stored_or_anew, with_less_memory
 from hesskern.evidence import Evidence
 from hesskern.forward_pass import model_device
 from hesskern.layers import LayerSpec, left_out, select_layers, shared_weights
@@ -122,12 +121,6 @@ class GaussNewton(CurvatureOperator):
         self._chunks: list[Piece] | _Pass = source if pieces is None else pieces
         self._input_means = source.input_means
 
-    def _pieces(self) -> Generator[Piece, None, None]:
-        if isinstance(self._chunks, list):
-            yield from self._chunks
-        else:
-            yield from self._chunks()
-
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
         """By layer, the matrices [m, d] of a vector [P], or [k, m, d] of a block [P, k]."""
         return self._matrices(self._inward(vectors.T if vectors.dim() == 2 else vectors))
@@ -160,7 +153,7 @@ class GaussNewton(CurvatureOperator):
     def _matmul(self, block: Tensor) -> Tensor:
         total = torch.zeros_like(block)
         vectors = self._matrices(block)
-        with closing(self._pieces()) as pieces:
+        with stored_or_anew(self._chunks) as pieces:
             for piece in pieces:
                 # Layers of a model in several precisions have rows of several.
                 along = sum(
@@ -174,14 +167,14 @@ class GaussNewton(CurvatureOperator):
 
     def trace(self) -> float:
         """Sum of the eigenvalues, exact."""
-        with closing(self._pieces()) as pieces:
+        with stored_or_anew(self._chunks) as pieces:
             total = sum(float(r.shares().sum()) for piece in pieces for r in piece.values())
         return total / self.num_samples
 
     def diagonal(self) -> Tensor:
         """[P] diagonal, exact."""
         total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-        with closing(self._pieces()) as pieces:
+        with stored_or_anew(self._chunks) as pieces:
             for piece in pieces:
                 for name, rows in piece.items():
                     total[self.slices[name]] += rows.diagonal()
@@ -190,7 +183,7 @@ class GaussNewton(CurvatureOperator):
     def to_dense(self) -> Tensor:
         """[P, P]; for small networks."""
         total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        with closing(self._pieces()) as pieces:
+        with stored_or_anew(self._chunks) as pieces:
             for piece in pieces:
                 first = next(iter(piece.values()))
                 rows = torch.zeros(
@@ -220,7 +213,7 @@ class GaussNewton(CurvatureOperator):
                     f"layer {name!r} is a convolution or sees sequences; the stacked output "
                     "Hessian is defined for linear layers with inputs [N, d]"
                 )
-        with closing(self._pieces()) as pieces:
+        with stored_or_anew(self._chunks) as pieces:
             for piece in pieces:
                 first = next(iter(piece.values())).s
                 rows = [
@@ -285,16 +278,10 @@ class _Pass(RepeatedPass):
         self.input_means: dict[str, Tensor] = {}
         self.dtype = torch.float32
 
-    def _about(self) -> str:
-        return (
-            "a Gauss-Newton matrix that exceeds memory_budget and runs the model again at every "
-            "product"
-        )
+    def _what(self) -> str:
+        return "the Gauss-Newton matrix"
 
-    def _made(self) -> str:
-        return "its Gauss-Newton matrix was made; make it anew"
-
-    def __call__(self, progress: Progress | None = None) -> Iterator[Piece]:
+    def __call__(self, progress: Progress | None = None) -> Generator[Piece, None, None]:
         sums: dict[str, Tensor] = {}
         with self.run(progress, "Gauss-Newton matrix") as run:
             for _, roots in run:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hesskern import ops
 from hesskern.batches import check_iterable
 from hesskern.checks import Checks
-from hesskern.data_pass import DataPass, RepeatedPass, once_only, with_less_memory
+from hesskern.data_pass import DataPass, RepeatedPass, once_only, stored_or_anew, with_less_memory
 from hesskern.evidence import Evidence
 from hesskern.forward_pass import model_device
 from hesskern.layers import LayerSpec, left_out, select_layers
@@ -88,14 +88,8 @@ class LayerHessian(LayerOperator):
 
     @contextmanager
     def _samples(self) -> Iterator[Iterable[SampleRows]]:
-        """The pieces; what runs the model again is shut down at once, also after an error."""
-        with torch.inference_mode(False), torch.no_grad():
-            chunks = self._chunks if isinstance(self._chunks, list) else self._chunks()
-            try:
-                yield chunks
-            finally:
-                if isinstance(chunks, Generator):
-                    chunks.close()
+        with torch.inference_mode(False), torch.no_grad(), stored_or_anew(self._chunks) as chunks:
+            yield chunks
 
     def _matmul(self, block: Tensor) -> Tensor:
         alpha = 1.0 / self.num_samples
@@ -416,16 +410,10 @@ class _Rerun(RepeatedPass):
         (self.name,) = self.specs
         self.require([self.name])
 
-    def _about(self) -> str:
-        return (
-            f"the Hessian of layer {self.name!r}, which exceeds memory_budget and runs the model "
-            "again at every product,"
-        )
+    def _what(self) -> str:
+        return f"the Hessian of layer {self.name!r}"
 
-    def _made(self) -> str:
-        return f"the Hessian of layer {self.name!r} was made; call layer_hessians again"
-
-    def __call__(self) -> Iterator[SampleRows]:
+    def __call__(self) -> Generator[SampleRows, None, None]:
         position = 0
         with self.run() as run:
             for _, roots in run:

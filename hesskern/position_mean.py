@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.batches import check_iterable
-from hesskern.data_pass import RepeatedPass, with_less_memory
+from hesskern.data_pass import RepeatedPass, stored_or_anew, with_less_memory
 from hesskern.evidence import Evidence
 from hesskern.forward_pass import model_device
 from hesskern.layers import LayerSpec, select_layers
@@ -72,16 +71,10 @@ class PositionMeanHessian(LayerOperator):
         self.cached = isinstance(chunks, list)
         self._chunks = chunks
 
-    def _samples(self) -> Generator[_Chunk, None, None]:
-        if isinstance(self._chunks, list):
-            yield from self._chunks
-        else:
-            yield from self._chunks()
-
     def _matmul(self, block: Tensor) -> Tensor:
         m, d = self.layer_shape
         total = torch.zeros_like(block)
-        with closing(self._samples()) as chunks:
+        with stored_or_anew(self._chunks) as chunks:
             for chunk in chunks:
                 for row, out in zip(block, total, strict=True):
                     images = torch.matmul(chunk.outputs, row.reshape(m, d))
@@ -96,7 +89,7 @@ class PositionMeanHessian(LayerOperator):
         return total / self.num_samples
 
     def trace(self) -> float:
-        with closing(self._samples()) as chunks:
+        with stored_or_anew(self._chunks) as chunks:
             total = sum(
                 float((_diagonals(c.outputs).sum(1) * _input_diagonals(c).sum(1)).sum())
                 for c in chunks
@@ -105,7 +98,7 @@ class PositionMeanHessian(LayerOperator):
 
     def diagonal(self) -> Tensor:
         total = torch.zeros(self.layer_shape, dtype=torch.float64, device=self.device)
-        with closing(self._samples()) as chunks:
+        with stored_or_anew(self._chunks) as chunks:
             for chunk in chunks:
                 total += _diagonals(chunk.outputs).T @ _input_diagonals(chunk)
         return self._outward((total / self.num_samples).flatten()).to(self.dtype)
@@ -196,16 +189,10 @@ class _Pass(RepeatedPass):
         self.count = 0.0
         self.dtype = torch.float32
 
-    def _about(self) -> str:
-        return (
-            f"the operator of layer {self.name!r}, which exceeds memory_budget and runs the model "
-            "again at every product,"
-        )
+    def _what(self) -> str:
+        return f"the operator of layer {self.name!r}"
 
-    def _made(self) -> str:
-        return f"the operator of layer {self.name!r} was made; make it anew"
-
-    def __call__(self, progress: Progress | None = None) -> Iterator[_Chunk]:
+    def __call__(self, progress: Progress | None = None) -> Generator[_Chunk, None, None]:
         with self.run(progress, f"samples of {self.name}") as run:
             for _, roots in run:
                 if self.name in roots.uses:

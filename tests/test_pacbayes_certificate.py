@@ -19,9 +19,9 @@ from hesskern.pacbayes import (
     certify,
     kl_inverse,
     load_certificate,
-    parse_net,
 )
 from hesskern.pacbayes.samples import Samples, collect
+from hesskern.published_nets import parse_net
 
 
 @pytest.fixture(scope="module")

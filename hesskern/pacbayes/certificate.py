@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from hesskern import models
 from hesskern.files import written_whole
-from hesskern.pacbayes.architecture import rebuild
 from hesskern.pacbayes.bound import PriorGrid, bound_rate, draws_rate, kl_inverse
+from hesskern.pacbayes.description import rebuild
 from hesskern.pacbayes.evaluate import counted, draw_error
-from hesskern.pacbayes.network import Slot, slots_of
 from hesskern.pacbayes.posterior import LayerPosterior
 from hesskern.pacbayes.protocol import Protocol
 from hesskern.pacbayes.samples import Samples, collect
+from hesskern.pacbayes.slots import Slot, slots_of
 from hesskern.portable import Portable
 from hesskern.progress import Progress, reporter
 

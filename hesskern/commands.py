@@ -24,6 +24,7 @@ from hesskern.models import KNOWN_MODELS
 from hesskern.report import write_report
 from hesskern.reproduce.command import reproduce
 from hesskern.tables import layer_table
+from hesskern.tensor_files import savable
 from hesskern.text import counted, listed
 from hesskern.training import RECIPES
 from hesskern.version import __version__
@@ -147,10 +148,7 @@ def analyze_command(
 def _weights(networks: Sequence[Network]) -> dict[str, bytes]:
     """The trained models' state dicts as files, to be looked at again with ``--checkpoint``."""
     return {
-        # Copies: tied weights share their memory, which the format refuses.
-        f"seed{network.seed}.safetensors": save(
-            {k: v.cpu().contiguous().clone() for k, v in network.model.state_dict().items()}
-        )
+        f"seed{network.seed}.safetensors": save(savable(network.model.state_dict()))
         for network in networks
         if network.history is not None
     }

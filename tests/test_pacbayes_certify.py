@@ -1,7 +1,7 @@
 """certify: methods, bad input, resumption, interruption."""
 
 import math
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -11,11 +11,15 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedR
 
 from hesskern.pacbayes import (
     METHODS,
+    PUBLISHED,
+    CertifySettings,
+    NaturalSettings,
     PriorGrid,
     Protocol,
     PublishedSettings,
     TruncatedSettings,
     certify,
+    certify_with,
 )
 from hesskern.pacbayes.grid import on_grid
 from hesskern.pacbayes.posterior import spread_out
@@ -308,6 +312,36 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch):
     path.write_bytes(b"x")
     with pytest.raises(ValueError, match="is damaged"):
         run(checkpoint=path)
+
+
+def test_the_methods_old_name_is_the_same_method(tmp_path, monkeypatch):
+    monkeypatch.setattr("hesskern.pacbayes.procedure.SAVE_INTERVAL", 0.0)
+    assert NaturalSettings is TruncatedSettings
+    path = tmp_path / "run.pt"
+    found = run(method="natural", checkpoint=path)
+    assert found.method == "truncated"
+    # A run that was left unfinished under the old name goes on.
+    content = torch.load(path, weights_only=True)
+    content["identity"]["method"] = "natural"
+    torch.save(content, path)
+    assert same(found, run(checkpoint=path))
+
+
+def test_settings_can_be_made_beforehand():
+    settings = CertifySettings(epochs=2, protocol=TERMS, settings=FAST)
+    data = blobs()
+    assert same(run(data), certify_with(settings, built(), built(), data))
+    assert settings.method == "truncated"
+    published = CertifySettings("iter")
+    assert (published.starts_at, published.terms, published.budget.epochs) == (
+        "model",
+        PUBLISHED,
+        100,
+    )
+    with pytest.raises(FrozenInstanceError):
+        settings.seed = 1
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epoch'"):
+        run(epoch=3)
 
 
 def test_ctrl_c_certifies_what_there_is(monkeypatch):

@@ -14,6 +14,7 @@ from safetensors.torch import save
 
 from hesskern._extension import build_info
 from hesskern.analysis import Network, Settings, analyze
+from hesskern.analysis_result import AnalysisResult
 from hesskern.bench.command import bench
 from hesskern.certify_command import certify_command
 from hesskern.command_line import command_line, device_option, root_option, running
@@ -21,6 +22,7 @@ from hesskern.data import DATASETS
 from hesskern.digest import Digest
 from hesskern.files import check_writable, write_files
 from hesskern.models import KNOWN_MODELS
+from hesskern.published import figures_for
 from hesskern.report import write_report
 from hesskern.reproduce.command import reproduce
 from hesskern.tables import layer_table
@@ -128,7 +130,13 @@ def analyze_command(
         check_writable(output)
         trained: list[Network] = []
         try:
-            analysis = analyze(settings, progress, command_line(context), trained.append)
+            analysis = analyze(
+                settings,
+                progress,
+                command_line(context),
+                trained.append,
+                figures_for(settings.data, settings.model),
+            )
         except Exception:
             _keep_weights(trained, output)
             raise
@@ -167,7 +175,7 @@ def _keep_weights(trained: Sequence[Network], output: Path) -> None:
         click.echo(f"The trained weights: {error}", err=True)
 
 
-def _show(console: Console, result: dict[str, Any]) -> None:
+def _show(console: Console, result: AnalysisResult) -> None:
     """The summary's sentences and the table of layers, on the terminal."""
     digest = Digest(result)
     models = listed([model["label"] for model in result["models"]])

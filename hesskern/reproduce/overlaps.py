@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from hesskern import published
+from hesskern.analysis_result import NO_OVERLAPS, OverlapFigures, Spectra
 from hesskern.metrics import subspace_overlap
 from hesskern.reproduce.items import K_AXIS, strip_power
 from hesskern.reproduce.lab import Lab, Network
@@ -21,7 +21,8 @@ def hessian_and_kronecker(lab: Lab, networks: Sequence[Network]) -> Outcome:
     """Eigenvalues and leading spaces of H and of E[M] (x) E[x x^T], layer by layer."""
     out = Outcome()
     for network in networks:
-        figures = published.figures_for(network.data, strip_power(network.model)) or {}
+        figures = published.figures_for(network.data, strip_power(network.model))
+        spectra = figures["eigenvalues"] if figures else {}
         curves: dict[str, list[list[float]]] = {}
         values: dict[str, dict[str, list[list[float]]]] = {}
         worst = 0.0
@@ -36,13 +37,11 @@ def hessian_and_kronecker(lab: Lab, networks: Sequence[Network]) -> Outcome:
                 forms["kronecker"].append(kronecker.values.tolist())
                 worst = max(worst, float(exact.residuals.max()))
         out.numbers[network.name] = {"overlap": curves, "eigenvalues": values, "residual": worst}
-        reference = figures.get("overlap", {"k": [], "layers": {}})
+        reference = figures["overlap"] if figures else NO_OVERLAPS
         out.charts.append(_overlap_chart(network, curves, reference, lab.classes(network)))
         for index, name in enumerate(curves):
             out.charts.append(
-                _eigenvalue_chart(
-                    network, name, index, values[name], figures.get("eigenvalues", {}).get(name)
-                )
+                _eigenvalue_chart(network, name, index, values[name], spectra.get(name))
             )
             for k, figure in zip(reference["k"], reference["layers"].get(name, []), strict=False):
                 ours = [curve[k - 1] for curve in curves[name] if len(curve) >= k]
@@ -75,7 +74,7 @@ def hessian_and_kronecker(lab: Lab, networks: Sequence[Network]) -> Outcome:
 def _overlap_chart(
     network: Network,
     curves: dict[str, list[list[float]]],
-    reference: dict[str, Any],
+    reference: OverlapFigures,
     classes: int,
 ) -> Chart:
     drawn = [
@@ -115,7 +114,7 @@ def _eigenvalue_chart(
     name: str,
     index: int,
     values: dict[str, list[list[float]]],
-    figures: dict[str, list[float]] | None,
+    figures: Spectra | None,
 ) -> Chart:
     def shown(rows: list[list[float]]) -> list[list[float]]:
         floor = max(row[0] for row in rows) * 1e-8
@@ -125,17 +124,14 @@ def _eigenvalue_chart(
         Curve("exact H", shown(values["exact"]), colour=index),
         Curve("Kronecker form", shown(values["kronecker"]), colour=index, style="dashed"),
     ]
-    for form, label in (("exact", "exact H, published"), ("kronecker", "Kronecker, published")):
-        if figures:
-            drawn.append(
-                Curve(
-                    label,
-                    [figures[form]],
-                    colour=6 if form == "exact" else 1,
-                    style="points",
-                    published=True,
-                )
+    if figures:
+        drawn += [
+            Curve(label, [points], colour=shade, style="points", published=True)
+            for label, points, shade in (
+                ("exact H, published", figures["exact"], 6),
+                ("Kronecker, published", figures["kronecker"], 1),
             )
+        ]
     return Chart(
         f"eigenvalues-{name}-{network.data}-{strip_power(network.model)}",
         f"Eigenvalues of {name}, {network.name}",

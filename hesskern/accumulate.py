@@ -14,6 +14,7 @@ from hesskern.batch_sums import BatchSums
 from hesskern.batches import Batch, batches, halves
 from hesskern.capture import Capture
 from hesskern.checks import Checks, as_weights
+from hesskern.choices import Bias, Output
 from hesskern.evidence import Evidence
 from hesskern.factors import Factors, LayerFactors
 from hesskern.forward_pass import model_device
@@ -106,10 +107,10 @@ class FactorAccumulator(Portable):
         model: nn.Module,
         loss: Any = None,
         layers: Iterable[str] | None = None,
-        output: str = "exact",
+        output: Output = "exact",
         *,
         decay: float | None = None,
-        bias: str = "none",
+        bias: Bias = "none",
         mc_samples: int = 1,
         seed: int = 0,
         output_root: Callable[..., Tensor] | None = None,

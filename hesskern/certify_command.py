@@ -131,6 +131,7 @@ _SMALL_BATCH = 100
 @click.pass_context
 def certify_command(
     context: click.Context,
+    /,
     net: str | None,
     data_name: str,
     root: Path | None,

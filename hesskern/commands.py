@@ -109,6 +109,7 @@ def hesskern() -> None:
 @click.pass_context
 def analyze_command(
     context: click.Context,
+    /,
     model: str | None,
     layers: str | None,
     output: Path,

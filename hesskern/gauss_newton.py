@@ -14,6 +14,7 @@ from hesskern import ops
 from hesskern.batches import batches, check_iterable
 from hesskern.capture import Capture
 from hesskern.checks import Checks
+from hesskern.choices import Bias
 from hesskern.evidence import Evidence
 from hesskern.forward_pass import model_device
 from hesskern.layers import (
@@ -82,7 +83,7 @@ class GaussNewton(CurvatureOperator):
         loss: Any = None,
         layers: Iterable[str] | None = None,
         *,
-        bias: str = "none",
+        bias: Bias = "none",
         sample_weight: Tensor | None = None,
         output_root: Callable[..., Tensor] | None = None,
         memory_budget: int | None = None,

@@ -15,6 +15,7 @@ from hesskern import ops
 from hesskern.batches import Batch, batches, check_iterable
 from hesskern.capture import Capture
 from hesskern.checks import Checks
+from hesskern.choices import Bias
 from hesskern.evidence import Evidence
 from hesskern.forward_pass import model_device
 from hesskern.layers import LayerSpec, left_out, select_layers
@@ -281,7 +282,7 @@ def layer_hessians(
     layers: Iterable[str] | None = None,
     tolerance: float = 0.0,
     *,
-    bias: str = "none",
+    bias: Bias = "none",
     sample_weight: Tensor | None = None,
     output_root: Callable[..., Tensor] | None = None,
     memory_budget: int | None = None,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hesskern.batches import batches, check_iterable
 from hesskern.capture import Capture
 from hesskern.checks import Checks
+from hesskern.choices import Bias
 from hesskern.evidence import Evidence
 from hesskern.forward_pass import model_device
 from hesskern.layers import LayerSpec, select_layers
@@ -132,7 +133,7 @@ def position_mean_hessian(
     loss: Any,
     layer: str,
     *,
-    bias: str = "none",
+    bias: Bias = "none",
     sample_weight: Tensor | None = None,
     output_root: Callable[..., Tensor] | None = None,
     memory_budget: int | None = None,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from hesskern.choices import check_choice
 from hesskern.pacbayes.loop import Budget
 from hesskern.pacbayes.protocol import OURS, PUBLISHED, RENAMED, Protocol
 from hesskern.pacbayes.published_methods import METHODS, PublishedSettings
 from hesskern.pacbayes.truncated_method import TruncatedSettings
 
 __all__ = ["CertifySettings", "MethodSettings", "seed_for"]
+
+Start = Literal["prior", "model"]
 
 MethodSettings = TruncatedSettings | PublishedSettings
 
@@ -49,7 +52,7 @@ class CertifySettings:
     minutes: float | None = None
     protocol: Protocol | None = None
     settings: MethodSettings | None = None
-    start: str | None = None
+    start: Start | None = None
     seed: int = 0
     n: int | None = None
     prior_record: Mapping[str, Any] | None = None
@@ -67,8 +70,8 @@ class CertifySettings:
                 f"settings of method {self.method!r} must be {expected.__name__}, got "
                 f"{type(self.settings).__name__}"
             )
-        if self.start not in (None, "prior", "model"):
-            raise ValueError(f"start must be 'prior' or 'model', got {self.start!r}")
+        if self.start is not None:
+            check_choice("start", self.start, Start)
         if self.start == "prior" and not self.ours:
             raise ValueError(f"start: method {self.method!r} starts from the model's weights")
         missing = {"construction", "seed"} - self.record.keys()
@@ -94,7 +97,7 @@ class CertifySettings:
         return self.protocol or (OURS if self.ours else PUBLISHED)
 
     @property
-    def starts_at(self) -> str:
+    def starts_at(self) -> Start:
         """``start``, or the method's own."""
         return self.start or ("prior" if self.ours else "model")
 

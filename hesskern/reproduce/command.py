@@ -79,6 +79,7 @@ _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\
 @click.pass_context
 def reproduce(
     context: click.Context,
+    /,
     items: tuple[str, ...],
     listing: bool,
     profile: str,

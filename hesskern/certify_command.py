@@ -12,7 +12,14 @@ import torch
 from rich.console import Console
 
 from hesskern import certify_report, data
-from hesskern.command_line import command_line, device_option, root_option, running
+from hesskern.command_line import (
+    command_line,
+    device_option,
+    json_option,
+    output_option,
+    root_option,
+    running,
+)
 from hesskern.devices import usable_device
 from hesskern.files import check_writable, write_files
 from hesskern.pacbayes import (
@@ -117,17 +124,12 @@ _SMALL_BATCH = 100
     help="Check this certificate against the data instead of making one: everything is computed "
     "anew, and its error is drawn again.",
 )
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("hesskern-certificate"),
-    show_default=True,
-    help="Folder for certificate.html, certificate.json and the certificates themselves; an "
+@output_option(
+    "hesskern-certificate",
+    "Folder for certificate.html, certificate.json and the certificates themselves; an "
     "unfinished run is kept there too, and continued by the same command.",
 )
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the result as JSON; all else goes to stderr."
-)
+@json_option()
 @click.pass_context
 def certify_command(
     context: click.Context,

@@ -17,7 +17,14 @@ from hesskern.analysis import Network, Settings, analyze
 from hesskern.analysis_result import AnalysisResult
 from hesskern.bench.command import bench
 from hesskern.certify_command import certify_command
-from hesskern.command_line import command_line, device_option, root_option, running
+from hesskern.command_line import (
+    command_line,
+    device_option,
+    json_option,
+    output_option,
+    root_option,
+    running,
+)
 from hesskern.data import DATASETS
 from hesskern.digest import Digest
 from hesskern.files import check_writable, write_files
@@ -96,16 +103,11 @@ def hesskern() -> None:
     show_default=True,
     help="Leave out samples while the error of H is certain to stay below this part of its trace.",
 )
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("hesskern-report"),
-    show_default=True,
-    help="Folder for report.html, a page per layer, figures, result.json and the trained weights.",
+@output_option(
+    "hesskern-report",
+    "Folder for report.html, a page per layer, figures, result.json and the trained weights.",
 )
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the result as JSON; all else goes to stderr."
-)
+@json_option()
 @click.pass_context
 def analyze_command(
     context: click.Context,

@@ -9,7 +9,7 @@ from hesskern.analysis_result import NO_OVERLAPS, OverlapFigures, Spectra
 from hesskern.metrics import subspace_overlap
 from hesskern.reproduce.items import K_AXIS, strip_power
 from hesskern.reproduce.lab import Lab, Network
-from hesskern.reproduce.results import Chart, Curve, Outcome, judge
+from hesskern.reproduce.results import Chart, Curve, Outcome, judge, published_points
 
 __all__ = ["full_hessian", "hessian_and_kronecker"]
 
@@ -88,22 +88,21 @@ def _overlap_chart(
             if k <= longest
         ]
         if points:
-            drawn.append(
-                Curve(
-                    "",
-                    [[v for _, v in points]],
-                    [float(k) for k, _ in points],
-                    index,
-                    "points",
-                    published=True,
-                )
-            )
+            shown = [float(k) for k, _ in points]
+            drawn.append(published_points("", [[v for _, v in points]], shown, index))
+    title = f"H and its Kronecker form, {network.name}"
+    return _over_k("overlap", network, title, drawn, classes)
+
+
+def _over_k(
+    name: str, network: Network, title: str, curves: Sequence[Curve], classes: int
+) -> Chart:
     return Chart(
-        f"overlap-{network.data}-{strip_power(network.model)}",
-        f"H and its Kronecker form, {network.name}",
+        f"{name}-{network.data}-{strip_power(network.model)}",
+        title,
         K_AXIS,
         "overlap",
-        drawn,
+        curves,
         mark=(classes - 1, f"k = c − 1 = {classes - 1}"),
         unit=True,
     )
@@ -126,7 +125,7 @@ def _eigenvalue_chart(
     ]
     if figures:
         drawn += [
-            Curve(label, [points], colour=shade, style="points", published=True)
+            published_points(label, [points], None, shade)
             for label, points, shade in (
                 ("exact H, published", figures["exact"], 6),
                 ("Kronecker, published", figures["kronecker"], 1),
@@ -164,28 +163,10 @@ def full_hessian(lab: Lab, networks: Sequence[Network]) -> Outcome:
             for index, (label, rows) in enumerate(curves.items())
         ]
         if network.data == "mnist" and figures["k"]:
-            drawn.append(
-                Curve(
-                    "published",
-                    [figures["overlap"]],
-                    figures["k"],
-                    6,
-                    "points",
-                    published=True,
-                )
-            )
+            drawn.append(published_points("published", [figures["overlap"]], figures["k"], 6))
         classes = lab.classes(network)
-        out.charts.append(
-            Chart(
-                f"full-{network.data}-{strip_power(network.model)}",
-                f"Full Gauss-Newton matrix, {network.name}",
-                K_AXIS,
-                "overlap",
-                drawn,
-                mark=(classes - 1, f"k = c − 1 = {classes - 1}"),
-                unit=True,
-            )
-        )
+        title = f"Full Gauss-Newton matrix, {network.name}"
+        out.charts.append(_over_k("full", network, title, drawn, classes))
         for label, rows in curves.items():
             points: list[tuple[int, float | None]] = [(min(classes - 1, len(rows[0])), None)]
             if network.data == "mnist" and figures["k"]:

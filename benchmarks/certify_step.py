@@ -15,16 +15,18 @@ from collections.abc import Callable
 
 import torch
 
-from hesskern.pacbayes import NaturalSettings, Protocol, parse_net
-from hesskern.pacbayes.natural import Natural
-from hesskern.pacbayes.network import slots_of, state_of
+from hesskern.pacbayes import Protocol, TruncatedSettings
+from hesskern.pacbayes.problem import Problem
 from hesskern.pacbayes.samples import Samples
+from hesskern.pacbayes.slots import slots_of, state_of
 from hesskern.pacbayes.surrogates import log_loss
+from hesskern.pacbayes.truncated_method import Truncated
+from hesskern.published_nets import parse_net
 
 __all__ = ["BATCH", "steps"]
 
 STEPS = 10
-BATCH = NaturalSettings().batch_size
+BATCH = TruncatedSettings().batch_size
 
 
 def steps(
@@ -48,7 +50,8 @@ def steps(
     model, plain = (net.build((1, 28, 28), 0).to(device) for _ in range(2))
     state, noise = state_of(model), torch.Generator(device).manual_seed(0)
     slots = slots_of(model, samples.inputs[:2])
-    method = Natural(model, slots, state, state, samples, Protocol(), NaturalSettings(), noise)
+    problem = Problem(model, slots, state, state, samples, Protocol())
+    method = Truncated(problem, TruncatedSettings(), noise)
     sgd = torch.optim.SGD(plain.parameters(), lr=0.01)
     batches = list(torch.randint(0, count, (number, BATCH), generator=generator))
 

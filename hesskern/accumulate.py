@@ -13,6 +13,7 @@ from hesskern import ops
 from hesskern.batch_sums import BatchSums
 from hesskern.batches import Batch, halves
 from hesskern.checks import as_weights
+from hesskern.choices import Bias, Output
 from hesskern.data_pass import DataPass
 from hesskern.evidence import Evidence
 from hesskern.factors import Factors, LayerFactors
@@ -102,10 +103,10 @@ class FactorAccumulator(Portable):
         model: nn.Module,
         loss: Any = None,
         layers: Iterable[str] | None = None,
-        output: str = "exact",
+        output: Output = "exact",
         *,
         decay: float | None = None,
-        bias: str = "none",
+        bias: Bias = "none",
         mc_samples: int = 1,
         seed: int = 0,
         output_root: Callable[..., Tensor] | None = None,

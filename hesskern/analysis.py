@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hesskern import data as datasets
-from hesskern import metrics, models, published, training
+from hesskern import metrics, models, training
 from hesskern._extension import build_info
+from hesskern.analysis_result import AnalysisResult, PublishedFigures, StepTime
 from hesskern.compute import kronecker_factors
 from hesskern.devices import usable_device
 from hesskern.eigen import eigsh
@@ -92,7 +93,7 @@ class Network:
 class Analysis:
     """The numbers (ready for JSON) and the models they belong to."""
 
-    result: dict[str, Any]
+    result: AnalysisResult
     networks: list[Network]
 
 
@@ -109,7 +110,7 @@ class _Clock:
 
     def __init__(self, progress: bool | Progress) -> None:
         self._report = reporter(progress)
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[StepTime] = []
         self.label = ""
 
     def __call__(self, description: str, done: int, total: int | None) -> None:
@@ -130,6 +131,7 @@ def analyze(
     progress: bool | Progress = False,
     command: str | None = None,
     trained: Callable[[Network], None] | None = None,
+    published: PublishedFigures | None = None,
 ) -> Analysis:
     """Trains or loads the models, computes everything the report shows.
 
@@ -139,6 +141,7 @@ def analyze(
         command: the command line, for the report.
         trained: called with every model as soon as it is trained or loaded, so that its weights can
             be kept should anything fail later.
+        published: figures of the same network and data for the report to put beside.
 
     Raises:
         ValueError: a setting is wrong; the message names it. Settings, checkpoints and layers are
@@ -206,12 +209,12 @@ def analyze(
         },
         "models": entries,
         "pairs": pairs,
-        "published": published.figures_for(settings.data, settings.model),
+        "published": published,
         "warnings": list(dict.fromkeys(str(w.message) for w in caught)),
         "times": clock.rows,
         "seconds": time.perf_counter() - started,
     }
-    return Analysis(plain(result), networks)
+    return Analysis(cast("AnalysisResult", plain(result)), networks)
 
 
 def _check(settings: Settings) -> None:

@@ -12,27 +12,32 @@ import torch
 from rich.console import Console
 
 from hesskern import certify_report, data
-from hesskern.command_line import command_line, device_option, root_option, running
+from hesskern.command_line import (
+    command_line,
+    device_option,
+    json_option,
+    output_option,
+    root_option,
+    running,
+)
 from hesskern.devices import usable_device
 from hesskern.files import check_writable, write_files
 from hesskern.pacbayes import (
     METHODS,
-    NETS,
-    OURS,
-    PUBLISHED,
     TRAINED_PRIOR,
     Certificate,
-    NaturalSettings,
-    Net,
+    CertifySettings,
     PublishedSettings,
-    certify,
+    TruncatedSettings,
+    certify_with,
     load_certificate,
-    parse_net,
 )
-from hesskern.pacbayes.loop import Budget
 from hesskern.pacbayes.procedure import train_start
+from hesskern.pacbayes.protocol import RENAMED
 from hesskern.pacbayes.samples import Samples
+from hesskern.pacbayes.settings import MethodSettings
 from hesskern.progress import Progress
+from hesskern.published_nets import NETS, Net, parse_net
 
 __all__ = ["certify_command"]
 
@@ -61,10 +66,10 @@ _SMALL_BATCH = 100
 @device_option
 @click.option(
     "--method",
-    type=click.Choice(["natural", *METHODS]),
-    default="natural",
+    type=click.Choice(["truncated", *RENAMED, *METHODS]),
+    default="truncated",
     show_default=True,
-    help="natural: ours; the others as published.",
+    help="truncated (its old name: natural): ours; the others as published.",
 )
 @click.option(
     "--minutes",
@@ -111,7 +116,7 @@ _SMALL_BATCH = 100
     "rest alone. Not comparable with certificates whose prior has seen no data.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), help="Examples per step.")
-@click.option("--learning-rate", type=float, help="Rate at the start (natural: of the means).")
+@click.option("--learning-rate", type=float, help="Rate at the start (truncated: of the means).")
 @click.option(
     "--verify",
     "verified",
@@ -119,20 +124,16 @@ _SMALL_BATCH = 100
     help="Check this certificate against the data instead of making one: everything is computed "
     "anew, and its error is drawn again.",
 )
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("hesskern-certificate"),
-    show_default=True,
-    help="Folder for certificate.html, certificate.json and the certificates themselves; an "
+@output_option(
+    "hesskern-certificate",
+    "Folder for certificate.html, certificate.json and the certificates themselves; an "
     "unfinished run is kept there too, and continued by the same command.",
 )
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the result as JSON; all else goes to stderr."
-)
+@json_option()
 @click.pass_context
 def certify_command(
     context: click.Context,
+    /,
     net: str | None,
     data_name: str,
     root: Path | None,
@@ -218,12 +219,6 @@ def _run(
     progress: Progress,
     options: dict[str, Any],
 ) -> Certificate:
-    method = options["method"]
-    protocol = replace(
-        OURS if method == "natural" else PUBLISHED,
-        sampling="networks" if options["whole_networks"] else "per-example",
-        passes=options["passes"],
-    )
     samples = _samples(net, train, seed).to(device)
     model = net.build(train.input_shape, seed).to(device)
     prior = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -234,29 +229,39 @@ def _run(
     epochs, minutes = options["epochs"], options["minutes"]
     if epochs is None and minutes is None:
         epochs, minutes = _EPOCHS.get(train.name), _MINUTES.get(train.name)
-    # Both say what is wrong with them before the training that may come first.
-    settings, _ = _settings(method, len(samples), options), Budget(epochs, minutes)
     if seen is not None:
-        train_start(model, seen, options["sgd_epochs"], seed, progress)
-        prior = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         record |= {
             "construction": "SGD on held-out samples",
             "held out": options["held_out"],
             "epochs": options["sgd_epochs"],
         }
-    if method != "natural":
+    # They say what is wrong with them before the training that may come first.
+    settings = CertifySettings(
+        options["method"],
+        epochs,
+        minutes,
+        settings=_of_method(options, len(samples)),
+        seed=seed,
+        prior_record=record,
+    )
+    settings = replace(
+        settings,
+        protocol=replace(
+            settings.terms,
+            sampling="networks" if options["whole_networks"] else "per-example",
+            passes=options["passes"],
+        ),
+    )
+    if seen is not None:
+        train_start(model, seen, options["sgd_epochs"], seed, progress)
+        prior = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if not settings.ours:
         train_start(model, samples, options["sgd_epochs"], seed, progress)
-    return certify(
+    return certify_with(
+        settings,
         model,
         prior,
         samples,
-        method,
-        epochs=epochs,
-        minutes=minutes,
-        protocol=protocol,
-        settings=settings,
-        seed=seed,
-        prior_record=record,
         prior_data=seen,
         checkpoint=_checkpoint(output, seed),
         test=None if test is None else _samples(net, test, seed).to(device),
@@ -264,11 +269,12 @@ def _run(
     )
 
 
-def _settings(method: str, n: int, options: dict[str, Any]) -> NaturalSettings | PublishedSettings:
+def _of_method(options: dict[str, Any], n: int) -> MethodSettings:
+    """The method's settings, as the options change them, for n samples."""
     size, rate = options["batch_size"], options["learning_rate"]
-    settings: NaturalSettings | PublishedSettings
-    if method == "natural":
-        settings = NaturalSettings() if options["held_out"] is None else TRAINED_PRIOR
+    settings: MethodSettings
+    if options["method"] not in METHODS:
+        settings = TruncatedSettings() if options["held_out"] is None else TRAINED_PRIOR
         if n < 100 * settings.batch_size:
             settings = replace(settings, batch_size=_SMALL_BATCH)
         if rate is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -13,7 +14,16 @@ from click.core import ParameterSource
 from hesskern.files import NotDrawnError
 from hesskern.progress import Progress, reporter
 
-__all__ = ["command_line", "device_option", "root_option", "running"]
+__all__ = [
+    "command_line",
+    "device_option",
+    "json_option",
+    "output_option",
+    "root_option",
+    "running",
+]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 root_option = click.option(
     "--root",
@@ -24,6 +34,25 @@ root_option = click.option(
 device_option = click.option(
     "--device", default="cpu", show_default=True, help="Torch device, e.g. cuda."
 )
+
+
+def output_option(folder: str, help: str) -> Callable[[_F], _F]:
+    """``--output``, by default ``folder`` beside where the command is typed."""
+    return click.option(
+        "--output",
+        type=click.Path(file_okay=False, path_type=Path),
+        default=Path(folder),
+        show_default=True,
+        help=help,
+    )
+
+
+def json_option(what: str = "the result") -> Callable[[_F], _F]:
+    """``--json``, which is ``as_json`` for the command."""
+    return click.option(
+        "--json", "as_json", is_flag=True, help=f"Print {what} as JSON; all else goes to stderr."
+    )
+
 
 _INTERRUPTED = 130
 

@@ -14,16 +14,26 @@ from safetensors.torch import save
 
 from hesskern._extension import build_info
 from hesskern.analysis import Network, Settings, analyze
+from hesskern.analysis_result import AnalysisResult
 from hesskern.bench.command import bench
 from hesskern.certify_command import certify_command
-from hesskern.command_line import command_line, device_option, root_option, running
+from hesskern.command_line import (
+    command_line,
+    device_option,
+    json_option,
+    output_option,
+    root_option,
+    running,
+)
 from hesskern.data import DATASETS
 from hesskern.digest import Digest
 from hesskern.files import check_writable, write_files
 from hesskern.models import KNOWN_MODELS
+from hesskern.published import figures_for
 from hesskern.report import write_report
 from hesskern.reproduce.command import reproduce
 from hesskern.tables import layer_table
+from hesskern.tensor_files import savable
 from hesskern.text import counted, listed
 from hesskern.training import RECIPES
 from hesskern.version import __version__
@@ -93,19 +103,15 @@ def hesskern() -> None:
     show_default=True,
     help="Leave out samples while the error of H is certain to stay below this part of its trace.",
 )
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("hesskern-report"),
-    show_default=True,
-    help="Folder for report.html, a page per layer, figures, result.json and the trained weights.",
+@output_option(
+    "hesskern-report",
+    "Folder for report.html, a page per layer, figures, result.json and the trained weights.",
 )
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the result as JSON; all else goes to stderr."
-)
+@json_option()
 @click.pass_context
 def analyze_command(
     context: click.Context,
+    /,
     model: str | None,
     layers: str | None,
     output: Path,
@@ -127,7 +133,13 @@ def analyze_command(
         check_writable(output)
         trained: list[Network] = []
         try:
-            analysis = analyze(settings, progress, command_line(context), trained.append)
+            analysis = analyze(
+                settings,
+                progress,
+                command_line(context),
+                trained.append,
+                figures_for(settings.data, settings.model),
+            )
         except Exception:
             _keep_weights(trained, output)
             raise
@@ -147,10 +159,7 @@ def analyze_command(
 def _weights(networks: Sequence[Network]) -> dict[str, bytes]:
     """The trained models' state dicts as files, to be looked at again with ``--checkpoint``."""
     return {
-        # Copies: tied weights share their memory, which the format refuses.
-        f"seed{network.seed}.safetensors": save(
-            {k: v.cpu().contiguous().clone() for k, v in network.model.state_dict().items()}
-        )
+        f"seed{network.seed}.safetensors": save(savable(network.model.state_dict()))
         for network in networks
         if network.history is not None
     }
@@ -169,7 +178,7 @@ def _keep_weights(trained: Sequence[Network], output: Path) -> None:
         click.echo(f"The trained weights: {error}", err=True)
 
 
-def _show(console: Console, result: dict[str, Any]) -> None:
+def _show(console: Console, result: AnalysisResult) -> None:
     """The summary's sentences and the table of layers, on the terminal."""
     digest = Digest(result)
     models = listed([model["label"] for model in result["models"]])

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hesskern.accumulate import FactorAccumulator
+from hesskern.choices import Bias, Output
 from hesskern.factors import Factors
 from hesskern.progress import Progress
 
@@ -19,9 +20,9 @@ def kronecker_factors(
     data: Iterable[Any],
     loss: Any = None,
     layers: Iterable[str] | None = None,
-    output: str = "exact",
+    output: Output = "exact",
     *,
-    bias: str = "none",
+    bias: Bias = "none",
     mc_samples: int = 1,
     seed: int = 0,
     sample_weight: Tensor | None = None,

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hesskern.batches import Batch, batches
 from hesskern.capture import Capture
 from hesskern.checks import Checks
+from hesskern.choices import Output
 from hesskern.evidence import Evidence
 from hesskern.forward_pass import model_device
 from hesskern.layers import LayerSpec
@@ -103,14 +104,15 @@ class DataPass:
     def roots(
         self,
         batch: Batch,
-        output: str,
+        output: Output,
         samples: int,
         generator: torch.Generator,
         sums_follow: bool = False,
     ) -> BatchRoots:
         """Runs the model on a batch; arguments as those of :class:`BatchRoots`."""
-        way = (output, samples, generator, self.checks, sums_follow)
-        return BatchRoots(self.capture, batch, self.loss, *way)
+        return BatchRoots(
+            self.capture, batch, self.loss, output, samples, generator, self.checks, sums_follow
+        )
 
 
 @dataclass

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from statistics import fmean
-from typing import Any
+
+from hesskern.analysis_result import AnalysisResult, Curve, Form, LayerEntry
 
 __all__ = ["Digest"]
-
-Entry = Mapping[str, Any]
 
 
 class Digest:
@@ -23,7 +22,7 @@ class Digest:
         with_inputs: layers that have one input covariance (no groups).
     """
 
-    def __init__(self, result: Mapping[str, Any]) -> None:
+    def __init__(self, result: AnalysisResult) -> None:
         self.result = result
         self.layers: list[str] = result["network"]["layers"]
         lengths = [len(entry["overlap"]) for n in self.layers for entry in self.entries(n)]
@@ -49,38 +48,35 @@ class Digest:
         """Largest standard error of a Frobenius norm ratio; 0 where all were computed exactly."""
         return max(e["decoupling"]["frobenius_error"] for n in self.layers for e in self.entries(n))
 
-    def entries(self, name: str) -> list[Entry]:
+    def entries(self, name: str) -> list[LayerEntry]:
         """The layer's numbers, of every model."""
         return [model["layers"][name] for model in self.result["models"]]
 
-    def mean(self, name: str, pick: Callable[[Entry], float]) -> float:
+    def mean(self, name: str, pick: Callable[[LayerEntry], float]) -> float:
         """Mean over the models of one number of a layer."""
         return fmean(pick(entry) for entry in self.entries(name))
 
-    def part(self, name: str, key: str, part: str) -> float:
-        """Mean over the models of ``entry[key][part]``."""
-        return self.mean(name, lambda entry: entry[key][part])
-
-    def at(self, name: str, curve: str, k: int) -> float | None:
+    def at(self, name: str, curve: Curve, k: int) -> float | None:
         """Mean of a layer's curve at k; None where it is not that long."""
         if any(len(entry[curve]) < k for entry in self.entries(name)):
             return None
         return self.mean(name, lambda entry: entry[curve][k - 1])
 
-    def marked(self, name: str, curve: str) -> float:
+    def marked(self, name: str, curve: Curve) -> float:
         """Mean of a layer's curve at :attr:`mark`."""
         return self.mean(name, lambda entry: entry[curve][self.mark - 1])
 
     def alignment(self, name: str) -> float:
         """Mean of (v_1^T E[x])² / ‖E[x]‖² of a layer's inputs."""
-        return self.part(name, "autocorrelation", "mean_alignment")
+        return self.mean(name, lambda entry: entry["autocorrelation"]["mean_alignment"])
 
     def ratio(self, name: str) -> float | None:
         """Mean of lambda_1 / lambda_2 of E[x x^T]; None where some lambda_2 is zero."""
         ratios = [e["autocorrelation"]["eigenvalue_ratio"] for e in self.entries(name)]
-        return None if any(r is None for r in ratios) else fmean(ratios)
+        known = [ratio for ratio in ratios if ratio is not None]
+        return fmean(known) if len(known) == len(ratios) else None
 
-    def between(self, name: str, form: str, k: int) -> float | None:
+    def between(self, name: str, form: Form, k: int) -> float | None:
         """Mean overlap between models, ``form`` "exact" or "kronecker"; None where not known."""
         curves = [pair["layers"][name][form] for pair in self.result["pairs"]]
         if not curves or any(len(curve) < k for curve in curves):

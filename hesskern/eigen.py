@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesskern.choices import Which, check_choice
 from hesskern.davidson import davidson, olsen, seed_block, seed_preconditioner
 from hesskern.device_subspace import block_for, subspace_for
 from hesskern.gram import gram_eigenpairs
@@ -35,7 +36,7 @@ _CHAIN_ROOM = 20
 def eigsh(
     H: SymmetricOperator | Tensor,
     k: int,
-    which: str = "LA",
+    which: Which = "LA",
     tol: float = 1e-4,
     start: Any = None,
     seed: int = 0,
@@ -141,7 +142,7 @@ def _left_out(H: Any, scale: float) -> float:
     return pruned / scale if scale else math.inf
 
 
-def _checked(H: Any, k: int, which: str, tol: float, max_matvecs: int | None) -> CountedOperator:
+def _checked(H: Any, k: int, which: Which, tol: float, max_matvecs: int | None) -> CountedOperator:
     shape = tuple(getattr(H, "shape", ()))
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
         raise ValueError(f"H must be square, [P, P] with P >= 1, got shape {list(shape)}")
@@ -154,8 +155,7 @@ def _checked(H: Any, k: int, which: str, tol: float, max_matvecs: int | None) ->
             raise ValueError(f"H must be symmetric, got |H - H^T| up to {gap:.2g}")
     if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= shape[0]:
         raise ValueError(f"k must be an integer with 1 <= k <= P = {shape[0]}, got {k!r}")
-    if which not in ("LA", "SA", "LM"):
-        raise ValueError(f"which must be 'LA', 'SA' or 'LM', got {which!r}")
+    check_choice("which", which, Which)
     if not (isinstance(tol, float | int) and 0 < tol < math.inf):
         raise ValueError(f"tol must be positive, got {tol!r}")
     if max_matvecs is None:
@@ -165,7 +165,7 @@ def _checked(H: Any, k: int, which: str, tol: float, max_matvecs: int | None) ->
     return CountedOperator(H, max_matvecs)
 
 
-def _checked_start(start: Any, which: str, operator: CountedOperator) -> Any:
+def _checked_start(start: Any, which: Which, operator: CountedOperator) -> Any:
     size = operator.size
     if start is None:
         return None
@@ -191,14 +191,14 @@ def _checked_start(start: Any, which: str, operator: CountedOperator) -> Any:
     return start
 
 
-def _order(values: Tensor, which: str) -> Tensor:
+def _order(values: Tensor, which: Which) -> Tensor:
     if which == "LM":
         return values.abs().argsort(descending=True, stable=True)
     return values.argsort(descending=which == "LA", stable=True)
 
 
 def _dense(
-    H: Any, operator: CountedOperator, k: int, which: str
+    H: Any, operator: CountedOperator, k: int, which: Which
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Values [k], vectors [P, k], relative residuals [k] and |λ_1|, from the formed matrix."""
     if isinstance(H, Tensor) or not hasattr(H, "to_dense"):

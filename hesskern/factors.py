@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from hesskern.files import written_whole
 from hesskern.layers import LayerSpec, unfolded
 from hesskern.operators import KroneckerOperator
 from hesskern.results import EigenResult
+from hesskern.tensor_files import OpenedFile, TensorFormat
 
 __all__ = ["Factors", "LayerFactors", "load_factors"]
 
-_FORMAT = "hesskern.factors/1"
+_FILE = TensorFormat("hesskern.factors/1", "hesskern factors", "factors file")
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,16 +164,13 @@ class Factors(Mapping[str, LayerFactors]):
         Raises:
             FileNotFoundError: the folder does not exist.
         """
-        target = Path(path)
-        if not target.parent.is_dir():
-            raise FileNotFoundError(f"path: there is no folder {str(target.parent)!r}")
         tensors: dict[str, Tensor] = {}
         layers = []
         for name, f in self._layers.items():
-            tensors[f"{name}.input_covariance"] = f.input_covariance.contiguous()
-            tensors[f"{name}.output_hessian"] = f.output_hessian.contiguous()
+            tensors[f"{name}.input_covariance"] = f.input_covariance
+            tensors[f"{name}.output_hessian"] = f.output_hessian
             for i, image in enumerate(f.input_images or ()):
-                tensors[f"{name}.input_image.{i}"] = image.contiguous()
+                tensors[f"{name}.input_image.{i}"] = image
             layers.append(
                 {
                     "spec": asdict(f.spec),
@@ -187,25 +180,12 @@ class Factors(Mapping[str, LayerFactors]):
                 }
             )
         header = {
-            "format": _FORMAT,
             "num_samples": self.num_samples,
             "skipped": self.skipped,
             "settings": self.settings,
             "layers": layers,
         }
-        with written_whole(target) as temporary:
-            save_file(_apart(tensors), temporary, metadata={"hesskern": json.dumps(header)})
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, copied where two share their memory, which the file's format refuses."""
-    seen: set[int] = set()
-    found = {}
-    for name, tensor in tensors.items():
-        memory = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return found
+        _FILE.write(path, tensors, header)
 
 
 def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Factors:
@@ -219,34 +199,28 @@ def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu
         FileNotFoundError: there is no such file.
         ValueError: the file is not one of these, or is damaged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"path: there is no file {str(path)!r}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("hesskern", "null"))
-            if not isinstance(header, dict) or header.get("format") != _FORMAT:
-                raise ValueError(f"path: {str(path)!r} does not hold hesskern factors")
-            layers = [_read_layer(file, entry, device) for entry in header["layers"]]
-            for f in layers:
-                m, d = f.layer_shape
-                shape = (d, d) if f.groups == 1 else (f.groups, d, d)
-                if f.output_hessian.shape != (m, m) or f.input_covariance.shape != shape:
-                    raise ValueError(
-                        f"path: {str(path)!r} is damaged: the factors of layer {f.name!r} do not "
-                        f"have its shape {f.layer_shape}"
-                    )
-            return Factors(
-                {layer.name: layer for layer in layers},
-                header["num_samples"],
-                header["skipped"],
-                header["settings"],
-            )
-    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"path: {str(path)!r} is not a readable factors file ({error})") from error
+    with _FILE.opened(path) as file:
+        header = file.header
+        layers = [_read_layer(file, entry, device) for entry in header["layers"]]
+        for f in layers:
+            m, d = f.layer_shape
+            shape = (d, d) if f.groups == 1 else (f.groups, d, d)
+            if f.output_hessian.shape != (m, m) or f.input_covariance.shape != shape:
+                raise ValueError(
+                    f"path: {str(path)!r} is damaged: the factors of layer {f.name!r} do not "
+                    f"have its shape {f.layer_shape}"
+                )
+        return Factors(
+            {layer.name: layer for layer in layers},
+            header["num_samples"],
+            header["skipped"],
+            header["settings"],
+        )
 
 
-def _read_layer(file: Any, entry: dict[str, Any], device: str | torch.device) -> LayerFactors:
+def _read_layer(
+    file: OpenedFile, entry: dict[str, Any], device: str | torch.device
+) -> LayerFactors:
     fields: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in entry["spec"].items()
@@ -255,8 +229,7 @@ def _read_layer(file: Any, entry: dict[str, Any], device: str | torch.device) ->
     count = entry["images"]
 
     def read(name: str) -> Tensor:
-        tensor: Tensor = file.get_tensor(f"{spec.name}.{name}")
-        return tensor.to(device)
+        return file.tensor(f"{spec.name}.{name}").to(device)
 
     return LayerFactors(
         spec,

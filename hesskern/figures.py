@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from hesskern import plotting, wording
+from hesskern.analysis_result import AnalysisResult, Curve, LayerPair, Spectra
 from hesskern.digest import Digest
 from hesskern.pages import svg_uri
 
 __all__ = ["Figure", "Figures", "file_names"]
 
-Result = Mapping[str, Any]
 _LONGEST = 150
 
 
@@ -56,7 +55,7 @@ class Figures:
         layers: those of each layer's page.
     """
 
-    def __init__(self, result: Result) -> None:
+    def __init__(self, result: AnalysisResult) -> None:
         self._result = result
         self._digest = Digest(result)
         self._names = file_names(self._digest.layers)
@@ -86,7 +85,7 @@ class Figures:
     def overview(self) -> bytes:
         """A PNG of the result's three main figures side by side."""
         result, layers = self._result, self._digest.layers
-        chosen = next((n for n in layers if n in self._published("eigenvalues")), layers[0])
+        chosen = next((n for n in layers if n in self._published_eigenvalues), layers[0])
         return plotting.overview(
             wording.subject(result),
             layers,
@@ -99,12 +98,13 @@ class Figures:
 
     def _of_all_layers(self) -> list[Figure]:
         layers, mark = self._digest.layers, self._digest.mark
-        published = self._published("overlap") or None
+        published = self._result["published"]
+        overlaps = published["overlap"] if published else None
         return [
             Figure(
                 "overlap",
                 "Overlap of the top-k spaces of the exact Hessian and its Kronecker form, by layer",
-                plotting.overlap_panel(layers, self._curves("overlap"), mark, published),
+                plotting.overlap_panel(layers, self._curves("overlap"), mark, overlaps),
             ),
             Figure(
                 "rank-one",
@@ -123,7 +123,7 @@ class Figures:
                 f"eigenvalues-{file}",
                 f"Leading eigenvalues of the exact Hessian and its Kronecker form, {name}",
                 plotting.eigenvalue_panel(
-                    name, index, entry, self._published("eigenvalues").get(name)
+                    name, index, entry, self._published_eigenvalues.get(name)
                 ),
             ),
             "shares": Figure(
@@ -165,18 +165,19 @@ class Figures:
                 )
         return found
 
-    def _curves(self, key: str) -> dict[str, list[list[float]]]:
+    def _curves(self, key: Curve) -> dict[str, list[list[float]]]:
         return {name: self._curve(key, name) for name in self._digest.layers}
 
-    def _curve(self, key: str, name: str) -> list[list[float]]:
+    def _curve(self, key: Curve, name: str) -> list[list[float]]:
         return [model["layers"][name][key] for model in self._result["models"]]
 
-    def _published(self, key: str) -> Mapping[str, Any]:
+    @property
+    def _published_eigenvalues(self) -> Mapping[str, Spectra]:
         published = self._result["published"]
-        return published[key] if published else {}
+        return published["eigenvalues"] if published else {}
 
 
-def _pairs(result: Result) -> dict[str, list[dict[str, Any]]]:
+def _pairs(result: AnalysisResult) -> dict[str, list[LayerPair]]:
     if not result["pairs"]:
         return {}
     return {

@@ -96,7 +96,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 @contextmanager
 def _plain_checkpoints() -> Iterator[None]:
     """Re-entrant checkpoints of this thread call their function and keep its graph."""
-    inherited = CheckpointFunction.apply
+    inherited: Any = CheckpointFunction.apply
     thread = threading.get_ident()
 
     def apply(function: Any, preserve_rng_state: Any, *args: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.batches import check_iterable
+from hesskern.choices import Bias
 from hesskern.data_pass import RepeatedPass, stored_or_anew, with_less_memory
 from hesskern.evidence import Evidence
 from hesskern.forward_pass import model_device
@@ -73,7 +74,7 @@ class GaussNewton(CurvatureOperator):
         loss: Any = None,
         layers: Iterable[str] | None = None,
         *,
-        bias: str = "none",
+        bias: Bias = "none",
         sample_weight: Tensor | None = None,
         output_root: Callable[..., Tensor] | None = None,
         memory_budget: int | None = None,

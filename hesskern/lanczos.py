@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hesskern.choices import Which
 from hesskern.subspace import Subspace
 
 __all__ = ["Search", "confirm", "lanczos", "restart"]
@@ -34,7 +35,7 @@ class Search:
     """
 
     k: int
-    which: str
+    which: Which
     tol: float
     generator: torch.Generator
     report: Callable[[int], None]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hesskern import ops
 from hesskern.batches import check_iterable
 from hesskern.checks import Checks
+from hesskern.choices import Bias
 from hesskern.data_pass import DataPass, RepeatedPass, once_only, stored_or_anew, with_less_memory
 from hesskern.evidence import Evidence
 from hesskern.forward_pass import model_device
@@ -269,7 +270,7 @@ def layer_hessians(
     layers: Iterable[str] | None = None,
     tolerance: float = 0.0,
     *,
-    bias: str = "none",
+    bias: Bias = "none",
     sample_weight: Tensor | None = None,
     output_root: Callable[..., Tensor] | None = None,
     memory_budget: int | None = None,

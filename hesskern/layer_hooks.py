@@ -110,7 +110,7 @@ class LayerHooks:
             if not isinstance(z, Tensor) or grad_fn_of(z) is None:
                 return None
             plain = calls_itself(module)
-            root = _Root.apply(z) if z._is_view() and plain else None
+            root = _Root.apply(z) if z._is_view() and plain else None  # type: ignore[no-untyped-call]
             self.results.append(grad_fn_of(z if root is None else root))
             if plain and args and isinstance(args[0], Tensor):
                 with uncounted():

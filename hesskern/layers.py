@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hesskern.choices import Bias, check_choice
 from hesskern.reference import unfold
 
 __all__ = [
@@ -83,7 +84,7 @@ def unfolded(spec: LayerSpec, image: Tensor) -> Tensor:
 
 
 def select_layers(
-    model: nn.Module, layers: Iterable[str] | None, bias: str
+    model: nn.Module, layers: Iterable[str] | None, bias: Bias
 ) -> tuple[dict[str, LayerSpec], dict[str, str]]:
     """The layers to work on, and why others with parameters are not among them.
 
@@ -107,8 +108,7 @@ def select_layers(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if bias not in ("none", "joint"):
-        raise ValueError(f"bias must be 'none' or 'joint', got {bias!r}")
+    check_choice("bias", bias, Bias)
     if isinstance(layers, str):
         layers = [layers]
     if layers is not None and not isinstance(layers, Iterable):

@@ -19,6 +19,15 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from hesskern.analysis_result import (
+    Form,
+    LayerEntry,
+    LayerPair,
+    OverlapFigures,
+    PublishedFigures,
+    Spectra,
+)
+
 __all__ = [
     "MUTED",
     "Picture",
@@ -75,7 +84,6 @@ _STYLE: dict[str, Any] = {
     "figure.facecolor": "white",
 }
 
-Layer = Mapping[str, Any]
 Curves = Sequence[Sequence[float]]
 
 
@@ -126,7 +134,7 @@ class Picture:
 
 
 def eigenvalue_panel(
-    name: str, index: int, layer: Layer, published: Mapping[str, Sequence[float]] | None = None
+    name: str, index: int, layer: LayerEntry, published: Spectra | None = None
 ) -> Picture:
     """Leading eigenvalues of H and of its Kronecker form, on a logarithmic axis."""
     return Picture(lambda axes: _eigenvalues(axes, name, index, layer, published))
@@ -136,10 +144,10 @@ def _eigenvalues(
     axes: Axes,
     name: str,
     index: int,
-    layer: Layer,
-    published: Mapping[str, Sequence[float]] | None,
+    layer: LayerEntry,
+    published: Spectra | None,
 ) -> None:
-    looks = (
+    looks: tuple[tuple[Form, str, str, str], ...] = (
         ("exact", "exact H", "-", colour(index)),
         ("kronecker", "Kronecker form", "--", "white"),
     )
@@ -188,7 +196,7 @@ def overlap_panel(
     layers: Sequence[str],
     curves: Mapping[str, Curves],
     mark: int,
-    published: Mapping[str, Any] | None = None,
+    published: OverlapFigures | None = None,
 ) -> Picture:
     """Overlap of the top-k spaces of H and of its Kronecker form: mean and range over models.
 
@@ -206,7 +214,7 @@ def _overlap(
     layers: Sequence[str],
     curves: Mapping[str, Curves],
     mark: int,
-    published: Mapping[str, Any] | None = None,
+    published: OverlapFigures | None = None,
 ) -> None:
     for index, name in enumerate(layers):
         _band(axes, curves[name], index, name)
@@ -263,9 +271,7 @@ def mark_at(axes: Axes, x: float, text: str) -> None:
     )
 
 
-def between_panel(
-    name: str, index: int, parameters: int, pairs: Sequence[Mapping[str, Any]]
-) -> Picture:
+def between_panel(name: str, index: int, parameters: int, pairs: Sequence[LayerPair]) -> Picture:
     """Overlap of one layer's leading spaces between models trained from different seeds.
 
     Args:
@@ -276,7 +282,7 @@ def between_panel(
 
 
 def _between(
-    axes: Axes, name: str, index: int, parameters: int, pairs: Sequence[Mapping[str, Any]]
+    axes: Axes, name: str, index: int, parameters: int, pairs: Sequence[LayerPair]
 ) -> None:
     exact = [pair["exact"] for pair in pairs]
     kronecker = [pair["kronecker"] for pair in pairs]
@@ -455,11 +461,11 @@ def heat_map(axes: Axes, matrix: np.ndarray, index: int) -> None:
 def overview(
     title: str,
     layers: Sequence[str],
-    eigenvalues: tuple[str, Layer],
+    eigenvalues: tuple[str, LayerEntry],
     curves: Mapping[str, Curves],
     mark: int,
-    pairs: Mapping[str, Sequence[Mapping[str, Any]]],
-    published: Mapping[str, Any] | None = None,
+    pairs: Mapping[str, Sequence[LayerPair]],
+    published: PublishedFigures | None = None,
 ) -> bytes:
     """One PNG of three panels: eigenvalues of one layer, overlaps, the same between models.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.batches import check_iterable
+from hesskern.choices import Bias
 from hesskern.data_pass import RepeatedPass, stored_or_anew, with_less_memory
 from hesskern.evidence import Evidence
 from hesskern.forward_pass import model_device
@@ -122,7 +123,7 @@ def position_mean_hessian(
     loss: Any,
     layer: str,
     *,
-    bias: str = "none",
+    bias: Bias = "none",
     sample_weight: Tensor | None = None,
     output_root: Callable[..., Tensor] | None = None,
     memory_budget: int | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from hesskern.analysis_result import PublishedFigures
 
 __all__ = [
     "AUTOCORRELATION",
@@ -19,7 +19,7 @@ __all__ = [
 
 SOURCE = "Wu, Zhu, Wu, Wang, Ge: Dissecting Hessian, arXiv 2010.04261"
 
-_F200X2_MNIST: dict[str, Any] = {
+_F200X2_MNIST: PublishedFigures = {
     "network": "F-200² on MNIST",
     "source": SOURCE,
     "training": (
@@ -124,7 +124,7 @@ ROW_SPACE: dict[tuple[str, str], dict[str, float]] = {
 top c - 1 eigenvectors of E[M]."""
 
 
-def figures_for(data: str, model: str) -> dict[str, Any] | None:
+def figures_for(data: str, model: str) -> PublishedFigures | None:
     """The published figures for a data set and a network's name, or None."""
     if data == "mnist" and model.lower() in ("f200x2", "f200^2"):
         return _F200X2_MNIST

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from hesskern import plotting, tables, wording
+from hesskern.analysis_result import AnalysisResult
 from hesskern.digest import Digest
 from hesskern.figures import Figures, file_names
 from hesskern.files import drawn_or_kept
@@ -15,10 +15,8 @@ from hesskern.pages import template
 
 __all__ = ["render", "render_layer", "write_report"]
 
-Result = Mapping[str, Any]
 
-
-def render(result: Result, figures: Figures | None = None) -> str:
+def render(result: AnalysisResult, figures: Figures | None = None) -> str:
     """The report's HTML.
 
     Args:
@@ -40,7 +38,7 @@ def render(result: Result, figures: Figures | None = None) -> str:
     )
 
 
-def render_layer(result: Result, name: str, figures: Figures | None = None) -> str:
+def render_layer(result: AnalysisResult, name: str, figures: Figures | None = None) -> str:
     """The HTML of one layer's page, ``layers/NAME.html`` beside the report.
 
     Args:
@@ -76,7 +74,7 @@ def render_layer(result: Result, name: str, figures: Figures | None = None) -> s
 
 
 def write_report(
-    result: Result, folder: Path, others: Mapping[str, bytes] | None = None
+    result: AnalysisResult, folder: Path, others: Mapping[str, bytes] | None = None
 ) -> list[Path]:
     """Writes a result's pages, numbers and figures into ``folder``.
 

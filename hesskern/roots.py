@@ -11,6 +11,7 @@ from torch import Tensor
 from hesskern.batches import Batch
 from hesskern.capture import Capture
 from hesskern.checks import Checks, check_dense, first_chosen, on_host
+from hesskern.choices import Output, check_choice
 from hesskern.layer_uses import LayerUse
 from hesskern.layers import LayerSpec
 from hesskern.losses import Loss, Rows
@@ -166,7 +167,7 @@ class BatchRoots:
         capture: Capture,
         batch: Batch,
         loss: Loss,
-        output: str,
+        output: Output,
         samples: int,
         generator: torch.Generator,
         checks: Checks,
@@ -221,7 +222,9 @@ class BatchRoots:
             what = f"inputs of layer {name!r}"
             check_finite(self._checks, out, what, self._batch.index, place=self._places[name])
 
-    def _make_rows(self, loss: Loss, output: str, samples: int, generator: torch.Generator) -> Rows:
+    def _make_rows(
+        self, loss: Loss, output: Output, samples: int, generator: torch.Generator
+    ) -> Rows:
         targets = self._targets
         if output == "exact":
             return loss.exact(self.outputs, targets)
@@ -332,8 +335,7 @@ def check_fraction(name: str, value: Any) -> None:
 
 def check_output(output: Any, mc_samples: Any, seed: Any) -> None:
     """Raises ValueError for an unknown ``output`` or a bad number of samples or seed."""
-    if output not in ("exact", "mc", "empirical"):
-        raise ValueError(f"output must be 'exact', 'mc' or 'empirical', got {output!r}")
+    check_choice("output", output, Output)
     if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
         raise ValueError(f"mc_samples must be a positive integer, got {mc_samples!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from hesskern.analysis_result import NO_OVERLAPS, AnalysisResult, Form
 from hesskern.digest import Digest
 from hesskern.text import number, percent, seconds
 
@@ -47,7 +48,7 @@ def _layer_row(digest: Digest, name: str) -> Row:
     entries = digest.entries(name)
     shape, groups = entries[0]["shape"], entries[0]["groups"]
 
-    def largest(form: str) -> str:
+    def largest(form: Form) -> str:
         return number(digest.mean(name, lambda entry: entry["eigenvalues"][form][0]))
 
     return {
@@ -58,10 +59,10 @@ def _layer_row(digest: Digest, name: str) -> Row:
         "top_kronecker": largest("kronecker"),
         "overlaps": [number(digest.at(name, "overlap", k)) for k in digest.columns],
         "captured": percent(digest.marked(name, "captured")),
-        "spectral": number(digest.part(name, "decoupling", "spectral")),
-        "frobenius": number(digest.part(name, "decoupling", "frobenius")),
-        "trace_exact": number(digest.part(name, "trace", "exact")),
-        "trace_kronecker": number(digest.part(name, "trace", "kronecker")),
+        "spectral": number(digest.mean(name, lambda entry: entry["decoupling"]["spectral"])),
+        "frobenius": number(digest.mean(name, lambda entry: entry["decoupling"]["frobenius"])),
+        "trace_exact": number(digest.mean(name, lambda entry: entry["trace"]["exact"])),
+        "trace_kronecker": number(digest.mean(name, lambda entry: entry["trace"]["kronecker"])),
     }
 
 
@@ -163,7 +164,7 @@ def layer_models(digest: Digest, name: str) -> list[Row]:
     ]
 
 
-def model_rows(result: Mapping[str, Any]) -> list[Row]:
+def model_rows(result: AnalysisResult) -> list[Row]:
     """Per model: losses and accuracies."""
     return [
         {
@@ -178,7 +179,7 @@ def model_rows(result: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def time_rows(result: Mapping[str, Any]) -> list[Row]:
+def time_rows(result: AnalysisResult) -> list[Row]:
     """Seconds of every step, one column per model; what is done once for all comes last."""
     labels = [model["label"] for model in result["models"]]
     steps: dict[str, dict[str, float]] = {}
@@ -200,7 +201,8 @@ def time_rows(result: Mapping[str, Any]) -> list[Row]:
 
 def published_overlaps(digest: Digest) -> list[Row]:
     """Per layer: overlaps of H and its Kronecker form, ours and published."""
-    figures = (digest.result["published"] or {}).get("overlap", {"k": [], "layers": {}})
+    published = digest.result["published"]
+    figures = published["overlap"] if published else NO_OVERLAPS
     return [
         {
             "name": name,
@@ -214,16 +216,18 @@ def published_overlaps(digest: Digest) -> list[Row]:
 
 def published_eigenvalues(digest: Digest) -> list[Row]:
     """Per layer with published eigenvalues: ours of every model, and the published ones."""
-    figures = (digest.result["published"] or {}).get("eigenvalues", {})
+    published = digest.result["published"]
+    figures = published["eigenvalues"] if published else {}
+    forms: tuple[tuple[Form, str], ...] = (("exact", "exact"), ("kronecker", "Kronecker"))
     tables = []
     for name in (n for n in figures if n in digest.layers):
         count = len(figures[name]["exact"])
-        rows = []
-        for form, label in (("exact", "exact"), ("kronecker", "Kronecker")):
+        rows: list[tuple[str, Sequence[float | None], bool]] = []
+        for form, label in forms:
             for model in digest.result["models"]:
                 values = model["layers"][name]["eigenvalues"][form][:count]
-                values = values + [None] * (count - len(values))
-                rows.append((f"{label}, {model['label']}", values, False))
+                missing = [None] * (count - len(values))
+                rows.append((f"{label}, {model['label']}", [*values, *missing], False))
             rows.append((f"{label}, published", figures[name][form], True))
         tables.append(
             {

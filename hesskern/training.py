@@ -130,8 +130,9 @@ def train(
             torch.manual_seed(seed)
             state = None
             if checkpoint is not None:
-                state = _State(checkpoint, _fingerprint(recipe, seed, data, model))
-                state.restore(model, optimizer, order, history)
+                fingerprint = _fingerprint(recipe, seed, data, model)
+                state = _State(checkpoint, fingerprint, model, optimizer, order, history)
+                state.restore()
                 if len(history.loss) > recipe.epochs:
                     raise ValueError(
                         f"checkpoint {checkpoint} has {counted(len(history.loss), 'epoch')} behind "
@@ -165,7 +166,7 @@ def train(
                 now = time.perf_counter()
                 history.seconds = before + now - started
                 if state and (epoch + 1 == recipe.epochs or now - saved >= save_every):
-                    state.save(model, optimizer, order, history)
+                    state.save()
                     saved = now
     finally:
         model.train(was_training)
@@ -192,34 +193,26 @@ class _State:
 
     path: Path
     fingerprint: str
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    order: torch.Generator
+    history: History
 
-    def save(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        order: torch.Generator,
-        history: History,
-    ) -> None:
+    def save(self) -> None:
         state = {
             "fingerprint": self.fingerprint,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "order": order.get_state(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "order": self.order.get_state(),
             "random": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-            "loss": history.loss,
-            "accuracy": history.accuracy,
-            "seconds": history.seconds,
+            "loss": self.history.loss,
+            "accuracy": self.history.accuracy,
+            "seconds": self.history.seconds,
         }
         keep_if_possible(self.path, lambda temporary: torch.save(state, temporary))
 
-    def restore(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        order: torch.Generator,
-        history: History,
-    ) -> None:
+    def restore(self) -> None:
         """Does nothing where there is no file yet."""
         if not self.path.is_file():
             return
@@ -234,16 +227,16 @@ class _State:
                 f"where {self.fingerprint} is expected"
             )
         try:
-            model.load_state_dict(state["model"])
+            self.model.load_state_dict(state["model"])
         except RuntimeError as error:
             raise ValueError(f"checkpoint {self.path} does not fit the model: {error}") from error
-        optimizer.load_state_dict(state["optimizer"])
-        order.set_state(state["order"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.order.set_state(state["order"])
         torch.set_rng_state(state["random"])
         if state["cuda"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(state["cuda"])
-        history.loss, history.accuracy = state["loss"], state["accuracy"]
-        history.seconds = state["seconds"]
+        self.history.loss, self.history.accuracy = state["loss"], state["accuracy"]
+        self.history.seconds = state["seconds"]
 
 
 @torch.no_grad()

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hesskern.analysis_result import AnalysisResult
 from hesskern.digest import Digest
 from hesskern.text import counted, listed, number, percent, seconds, span
 
 __all__ = ["eigen_words", "facts", "network_name", "notes", "subject", "summary", "training_words"]
 
-Result = Mapping[str, Any]
 _DATA_NAMES = {"digits": "digits", "mnist": "MNIST", "cifar10": "CIFAR-10"}
 _SUFFIXES = {
     "bn": " with batch norm",
@@ -21,7 +21,7 @@ _SUFFIXES = {
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def subject(result: Result) -> str:
+def subject(result: AnalysisResult) -> str:
     """The network and the data, e.g. ``F-200² on MNIST``."""
     data = result["data"]["name"]
     return f"{network_name(result['network']['name'])} on {_DATA_NAMES.get(data, data)}"
@@ -47,7 +47,7 @@ def network_name(spec: str) -> str:
     return spec
 
 
-def training_words(result: Result) -> str:
+def training_words(result: AnalysisResult) -> str:
     """How the models were trained."""
     trained = [m["training"] for m in result["models"] if m["training"]]
     if not trained:
@@ -93,8 +93,8 @@ def _leading_space(digest: Digest) -> str:
 
 
 def _as_a_matrix(digest: Digest) -> str:
-    spectral = span(digest.part(name, "decoupling", "spectral") for name in digest.layers)
-    frobenius = span(digest.part(name, "decoupling", "frobenius") for name in digest.layers)
+    spectral = span(digest.mean(n, lambda e: e["decoupling"]["spectral"]) for n in digest.layers)
+    frobenius = span(digest.mean(n, lambda e: e["decoupling"]["frobenius"]) for n in digest.layers)
     return (
         f"As a matrix it is coarser: the relative error of H ≈ K is {spectral} in the spectral "
         f"norm and {frobenius} in the Frobenius norm."
@@ -149,7 +149,7 @@ def _beside_published(digest: Digest) -> list[str]:
     return [f"Overlaps at k = {digest.mark}, and in brackets the published ones: {listed(beside)}."]
 
 
-def facts(result: Result) -> list[tuple[str, str]]:
+def facts(result: AnalysisResult) -> list[tuple[str, str]]:
     """How the result was made: pairs of a name and a text."""
     data, versions, network = result["data"], result["versions"], result["network"]
     return [
@@ -184,7 +184,7 @@ def _kernels(build: Mapping[str, Any]) -> str:
     return ", ".join(text.format(build[key]) for key, text in texts.items() if build.get(key))
 
 
-def eigen_words(result: Result) -> str:
+def eigen_words(result: AnalysisResult) -> str:
     """How many eigenpairs there are, what they cost and how good they are."""
     entries = [entry for model in result["models"] for entry in model["layers"].values()]
     pairs = sum(len(entry["residuals"]) for entry in entries)
@@ -196,7 +196,7 @@ def eigen_words(result: Result) -> str:
     )
 
 
-def notes(result: Result) -> list[str]:
+def notes(result: AnalysisResult) -> list[str]:
     """What a reader has to know before trusting the numbers."""
     texts = [
         f"Layer {name} was left out: it {why}."

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from hesskern.pacbayes import NaturalSettings, parse_net
+from hesskern.pacbayes import TruncatedSettings
 from hesskern.pacbayes.samples import Samples
+from hesskern.published_nets import parse_net
 
 NET = parse_net("T-6_10")
-FAST = NaturalSettings(batch_size=50, rank_in=5, rank_out=3)
+FAST = TruncatedSettings(batch_size=50, rank_in=5, rank_out=3)
 
 
 def blobs(count: int = 150, seed: int = 0) -> Samples:

@@ -189,3 +189,17 @@ def test_missing_packages_are_named_with_what_to_install(monkeypatch):
         cli.main()
     assert "needs jinja2, scikit-learn" in str(stopped.value)
     assert 'pip install "hesskern[cli]"' in str(stopped.value)
+
+
+def test_published_figures_are_given_to_the_analysis_of_their_network(here, monkeypatch):
+    given = []
+
+    def seen(*arguments):
+        given.append(arguments[-1])
+        raise ValueError("seen")
+
+    monkeypatch.setattr("hesskern.commands.analyze", seen)
+    for arguments in (["--data", "mnist"], ["--data", "mnist", "--model", "f9x2"], []):
+        assert run("analyze", *arguments).exit_code == 1
+    assert given[0]["network"] == "F-200² on MNIST"
+    assert given[1:] == [None, None]

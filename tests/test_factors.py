@@ -448,16 +448,16 @@ def test_saving_that_fails_leaves_the_old_file_and_nothing_else(
         raise error("disk full")
 
     if stage == "write":
-        monkeypatch.setattr("hesskern.factors.save_file", half)
+        monkeypatch.setattr("hesskern.tensor_files.save_file", half)
     else:
-        monkeypatch.setattr("hesskern.factors.os.replace", fail)
+        monkeypatch.setattr("hesskern.files.os.replace", fail)
     with pytest.raises(error, match="disk full"):
         factors.save(path)
     monkeypatch.undo()
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
     new = path.with_name("other.safetensors")
-    monkeypatch.setattr("hesskern.factors.os.replace", fail)
+    monkeypatch.setattr("hesskern.files.os.replace", fail)
     with pytest.raises(error):
         factors.save(new)
     assert os.listdir(path.parent) == [path.name]

@@ -20,11 +20,11 @@ import hesskern as hk
 from hesskern import certify_command, certify_report, files
 from hesskern.files import check_writable, drawn_or_kept, keep_if_possible, write_files
 from hesskern.pacbayes import Protocol, PublishedSettings, certify, load_certificate, procedure
-from hesskern.pacbayes.architecture import describe, rebuild
 from hesskern.pacbayes.certificate import CertificateError
-from hesskern.pacbayes.natural import Natural
+from hesskern.pacbayes.description import describe, rebuild
 from hesskern.pacbayes.published_methods import Published
 from hesskern.pacbayes.samples import Samples
+from hesskern.pacbayes.truncated_method import Truncated
 
 TERMS = Protocol(passes=3)
 NAN = torch.tensor(float("nan"))
@@ -187,7 +187,7 @@ def spoiled(method: Any) -> None:
     """The last step of an epoch: no objective is computed from what it leaves."""
     parameters = (
         [layer.u for layer in method._layers.values()]
-        if isinstance(method, Natural)
+        if isinstance(method, Truncated)
         else list(method._means.values())
     )
     with torch.no_grad():
@@ -195,7 +195,7 @@ def spoiled(method: Any) -> None:
             parameter.fill_(float("nan"))
 
 
-@pytest.mark.parametrize("method", ["natural", "iter"])
+@pytest.mark.parametrize("method", ["truncated", "iter"])
 @pytest.mark.parametrize(
     ("at", "how", "why"),
     [
@@ -206,10 +206,10 @@ def spoiled(method: Any) -> None:
 def test_an_optimization_that_diverges_late_is_certified_as_it_was(
     method: str, at: int, how: Any, why: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    kind = Natural if method == "natural" else Published
+    kind = Truncated if method == "truncated" else Published
     monkeypatch.setattr(procedure, "SAVE_INTERVAL", 0.0)
     monkeypatch.setattr(kind, "step", diverging(kind, at, how))
-    options = {} if method == "natural" else {"settings": PublishedSettings(batch_size=50)}
+    options = {} if method == "truncated" else {"settings": PublishedSettings(batch_size=50)}
     path = tmp_path / "state.pt"
     with pytest.warns(RuntimeWarning, match=why + r".* after epoch \d, the last"):
         found = certified(method=method, checkpoint=path, epochs=5, **options)
@@ -233,10 +233,10 @@ def test_a_resumed_optimization_falls_back_to_its_checkpoint(
         def killed(method: Any) -> None:
             raise SystemExit
 
-        patch.setattr(Natural, "step", diverging(Natural, 5, killed))
+        patch.setattr(Truncated, "step", diverging(Truncated, 5, killed))
         with pytest.raises(SystemExit):
             certified(checkpoint=path, epochs=5)
-    monkeypatch.setattr(Natural, "step", diverging(Natural, 1, lambda _: NAN))
+    monkeypatch.setattr(Truncated, "step", diverging(Truncated, 1, lambda _: NAN))
     with pytest.warns(RuntimeWarning, match="the posterior after epoch 1"):
         found = certified(checkpoint=path, epochs=5)
     assert found.settings["epochs run"] == 1
@@ -244,7 +244,7 @@ def test_a_resumed_optimization_falls_back_to_its_checkpoint(
 
 
 def test_an_optimization_that_diverges_at_once_has_nothing_to_certify(monkeypatch: Any) -> None:
-    monkeypatch.setattr(Natural, "step", diverging(Natural, 3, spoiled))
+    monkeypatch.setattr(Truncated, "step", diverging(Truncated, 3, spoiled))
     with pytest.raises(ValueError, match="the posterior is not finite after epoch 1"):
         certified()
 

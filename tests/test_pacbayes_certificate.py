@@ -1,5 +1,6 @@
 """Certificates: saved, loaded, verified; refused when anything in them was changed."""
 
+import hashlib
 import json
 import math
 from dataclasses import fields, replace
@@ -19,9 +20,9 @@ from hesskern.pacbayes import (
     certify,
     kl_inverse,
     load_certificate,
-    parse_net,
 )
 from hesskern.pacbayes.samples import Samples, collect
+from hesskern.published_nets import parse_net
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +261,28 @@ def test_the_fingerprint_sees_samples_and_not_their_order():
 def test_public_names():
     assert hk.pacbayes.certify is certify
     assert {f.name for f in fields(LayerPosterior)} >= {"mean", "prior_mean", "variance", "U", "V"}
+
+
+def file_of_old(certificate, path):
+    """As files were written while the method was called "natural", in header and digest."""
+    header = {**certificate.header(), "method": "natural", "digest": ""}
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    tensors = certificate.tensors()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy().tobytes())
+    header["digest"] = digest.hexdigest()
+    save_file(tensors, path, metadata={"hesskern": json.dumps(header)})
+
+
+def test_a_file_of_the_methods_old_name_verifies(certificate, tmp_path):
+    path = tmp_path / "old.safetensors"
+    file_of_old(certificate, path)
+    old = load_certificate(path)
+    assert old.method == "natural"
+    old.verify(blobs(), passes=2)
+    again = tmp_path / "again.safetensors"
+    old.save(again)
+    assert again.read_bytes() == path.read_bytes()
+    with pytest.raises(CertificateError, match="digest does not fit"):
+        replace(old, method="truncated").verify()

@@ -1,7 +1,7 @@
 """certify: methods, bad input, resumption, interruption."""
 
 import math
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
@@ -11,19 +11,24 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset, WeightedR
 
 from hesskern.pacbayes import (
     METHODS,
+    PUBLISHED,
+    CertifySettings,
     NaturalSettings,
     PriorGrid,
     Protocol,
     PublishedSettings,
+    TruncatedSettings,
     certify,
+    certify_with,
 )
-from hesskern.pacbayes.natural import Natural
-from hesskern.pacbayes.network import slots_of, state_of
+from hesskern.pacbayes.grid import on_grid
 from hesskern.pacbayes.posterior import spread_out
-from hesskern.pacbayes.procedure import on_grid
+from hesskern.pacbayes.problem import Problem
 from hesskern.pacbayes.published_methods import Published
 from hesskern.pacbayes.samples import Samples
-from hesskern.pacbayes.truncated import rows_of
+from hesskern.pacbayes.slots import slots_of, state_of
+from hesskern.pacbayes.truncated_layer import rows_of
+from hesskern.pacbayes.truncated_method import Truncated
 
 TERMS = Protocol(passes=5)
 SHARED = Protocol(passes=5, form="langford-seeger", shared_variance=True)
@@ -86,7 +91,8 @@ def method_of(name, model, data):
     state = state_of(built())
     settings = PublishedSettings(batch_size=50)
     generator = torch.Generator().manual_seed(0)
-    return Published(name, model, slots, state, state_of(model), data, SHARED, settings, generator)
+    problem = Problem(model, slots, state, state_of(model), data, SHARED)
+    return Published(name, problem, settings, generator)
 
 
 def covariance_diagonal(draft, U, V):
@@ -148,21 +154,22 @@ def test_the_closed_form_hessian_of_the_last_layer_is_the_exact_one():
     torch.testing.assert_close(closed["fc1"], W.T @ A @ W / 4)
 
 
-def natural(data, **changes):
+def truncated(data, **changes):
     model = built()
     slots = slots_of(model, data.inputs[:2])
     state = state_of(model)
-    settings = NaturalSettings(**{"batch_size": 50, "rank_in": 5, "rank_out": 3, **changes})
+    settings = TruncatedSettings(**{"batch_size": 50, "rank_in": 5, "rank_out": 3, **changes})
     generator = torch.Generator().manual_seed(0)
-    return Natural(model, slots, state, state, data, TERMS, settings, generator)
+    problem = Problem(model, slots, state, state, data, TERMS)
+    return Truncated(problem, settings, generator)
 
 
 def test_bases_are_laid_out_for_inputs_under_noise():
     """What enters fc2 is relu(mean + U (deviation . noise)): its second moment, drawn here anew."""
     data = blobs(30)
-    optimizer = natural(data, prior_hidden=3.0)
+    optimizer = truncated(data, prior_hidden=3.0)
     optimizer._factor_rows = torch.arange(30)
-    found = sum(optimizer._noisy_moments()["fc2"] for _ in range(2000)) / 2000
+    found = sum(optimizer._noisy_moments().get("fc2") for _ in range(2000)) / 2000
     layer = optimizer._layers["fc1"]
     mean, deviation = layer.moments(data.inputs, optimizer._known["fc1"])
     generator = torch.Generator().manual_seed(1)
@@ -174,14 +181,13 @@ def test_bases_are_laid_out_for_inputs_under_noise():
     torch.testing.assert_close(found, drawn, rtol=0.05, atol=0.02 * float(drawn.max()))
     still = torch.cat([mean.relu(), torch.ones(30, 1)], 1).double().detach()
     assert float((still.T @ still - drawn).norm()) > 0.2 * float(drawn.norm())
-    # Nothing is collected in a step.
-    optimizer.step(torch.arange(10), 0.1)
-    assert optimizer._moments is None
+    # The layer that reads the data keeps its basis.
+    assert optimizer._noisy_moments().get("fc1") is None
 
 
 def test_refreshes_begin_the_average_anew():
     data = blobs(20)
-    optimizer = natural(data, averaged=0.9, refreshes=(0.5,))
+    optimizer = truncated(data, averaged=0.9, refreshes=(0.5,))
     optimizer.step(torch.arange(10), 0.2)
     assert optimizer._averages == 1
     optimizer.begin_epoch(0.5)
@@ -195,12 +201,12 @@ def test_refreshes_begin_the_average_anew():
 def test_a_relative_draft_moves_to_the_grid_as_a_whole():
     """Distance from the prior's mean, variances and prior are scaled alike: the KL stays."""
     data = blobs(40)
-    optimizer = natural(data)
+    optimizer = truncated(data)
     for rows in torch.arange(40).split(10):
         optimizer.step(rows, 0.1)
     drafts, state = optimizer.drafts(), state_of(built())
     protocol = replace(TERMS, grid=PriorGrid(c=1.0, b=3))
-    layers = on_grid(drafts, optimizer._slots, state, 40, protocol)
+    layers = on_grid(drafts, optimizer._problem.slots, state, 40, protocol)
     total = 0.0
     for name, layer in layers.items():
         draft, variance = drafts[name], protocol.grid.variance(layer.index)
@@ -217,7 +223,7 @@ def test_a_relative_draft_moves_to_the_grid_as_a_whole():
 def test_truncated_noise_is_that_of_the_draft():
     # The fast forward of training and the full covariance of the certificate are one distribution.
     data = blobs(20)
-    optimizer = natural(data)
+    optimizer = truncated(data)
     for rows in torch.arange(20).split(10):
         optimizer.step(rows, 0.1)
     layer, draft = optimizer._layers["fc1"], optimizer.drafts()["fc1"]
@@ -236,7 +242,7 @@ def test_truncated_noise_is_that_of_the_draft():
 
 
 def test_kl_of_the_truncated_form_is_that_of_the_draft():
-    optimizer = natural(blobs(20))
+    optimizer = truncated(blobs(20))
     for _ in range(3):
         optimizer.step(torch.arange(20), 0.1)
     total = 0.0
@@ -249,7 +255,7 @@ def test_kl_of_the_truncated_form_is_that_of_the_draft():
 
 
 def test_a_refresh_keeps_the_traces_of_the_truncated_form():
-    optimizer = natural(blobs(40))
+    optimizer = truncated(blobs(40))
     for _ in range(5):
         optimizer.step(torch.arange(40), 0.1)
     before = {name: float(draft.variance.sum()) for name, draft in optimizer.drafts().items()}
@@ -263,7 +269,7 @@ def same(a, b):
     return a.bound == b.bound and all(torch.equal(t, tensors_b[n]) for n, t in tensors_a.items())
 
 
-@pytest.mark.parametrize("method", ["natural", "iter"])
+@pytest.mark.parametrize("method", ["truncated", "iter"])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(method, tmp_path, monkeypatch):
     class Killed(Exception):
         pass
@@ -271,7 +277,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(method, tmp_path, monkeypat
     data = blobs()
     options = {"epochs": 6, "protocol": SHARED if method == "iter" else TERMS}
     options["settings"] = PublishedSettings(batch_size=50) if method == "iter" else FAST
-    kind = Published if method == "iter" else Natural
+    kind = Published if method == "iter" else Truncated
     whole = certify(trained(data), built(), data, method, **options)
     assert same(whole, certify(trained(data), built(), data, method, **options))
     monkeypatch.setattr("hesskern.pacbayes.procedure.SAVE_INTERVAL", 0.0)
@@ -308,8 +314,38 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch):
         run(checkpoint=path)
 
 
+def test_the_methods_old_name_is_the_same_method(tmp_path, monkeypatch):
+    monkeypatch.setattr("hesskern.pacbayes.procedure.SAVE_INTERVAL", 0.0)
+    assert NaturalSettings is TruncatedSettings
+    path = tmp_path / "run.pt"
+    found = run(method="natural", checkpoint=path)
+    assert found.method == "truncated"
+    # A run that was left unfinished under the old name goes on.
+    content = torch.load(path, weights_only=True)
+    content["identity"]["method"] = "natural"
+    torch.save(content, path)
+    assert same(found, run(checkpoint=path))
+
+
+def test_settings_can_be_made_beforehand():
+    settings = CertifySettings(epochs=2, protocol=TERMS, settings=FAST)
+    data = blobs()
+    assert same(run(data), certify_with(settings, built(), built(), data))
+    assert settings.method == "truncated"
+    published = CertifySettings("iter")
+    assert (published.starts_at, published.terms, published.budget.epochs) == (
+        "model",
+        PUBLISHED,
+        100,
+    )
+    with pytest.raises(FrozenInstanceError):
+        settings.seed = 1
+    with pytest.raises(TypeError, match="unexpected keyword argument 'epoch'"):
+        run(epoch=3)
+
+
 def test_ctrl_c_certifies_what_there_is(monkeypatch):
-    step, seen = Natural.step, []
+    step, seen = Truncated.step, []
 
     def interrupted(self, rows, fraction):
         seen.append(1)
@@ -317,7 +353,7 @@ def test_ctrl_c_certifies_what_there_is(monkeypatch):
             raise KeyboardInterrupt
         return step(self, rows, fraction)
 
-    monkeypatch.setattr(Natural, "step", interrupted)
+    monkeypatch.setattr(Truncated, "step", interrupted)
     data = blobs()
     found = run(data, epochs=50)
     assert found.interrupted
@@ -329,7 +365,7 @@ def test_ctrl_c_certifies_what_there_is(monkeypatch):
 def test_a_device_is_waited_for_seldom(method, monkeypatch):
     """On a device, here the CPU as one, the same run looks at objectives some steps later."""
     data = blobs()
-    settings = FAST if method == "natural" else PublishedSettings(batch_size=50)
+    settings = FAST if method == "truncated" else PublishedSettings(batch_size=50)
     at_once = run(data, method=method, epochs=3, settings=settings)
     monkeypatch.setattr("hesskern.pacbayes.loop.on_host", lambda value: False)
     monkeypatch.setattr("hesskern.pacbayes.loop._UNSEEN", 2)
@@ -340,14 +376,14 @@ def test_a_device_is_waited_for_seldom(method, monkeypatch):
 
 @pytest.mark.parametrize("at", [1, 3, 4, 5])
 def test_a_device_names_the_step_that_was_not_finite(at, monkeypatch):
-    step, seen = Natural.step, []
+    step, seen = Truncated.step, []
 
     def broken(self, rows, fraction):
         seen.append(1)
         value = step(self, rows, fraction)
         return value * math.nan if len(seen) == at else value
 
-    monkeypatch.setattr(Natural, "step", broken)
+    monkeypatch.setattr(Truncated, "step", broken)
     monkeypatch.setattr("hesskern.pacbayes.loop.on_host", lambda value: False)
     monkeypatch.setattr("hesskern.pacbayes.loop._UNSEEN", 3)
     with pytest.raises(ValueError, match=rf"objective is not finite in epoch 1, step {at}:"):
@@ -356,7 +392,7 @@ def test_a_device_names_the_step_that_was_not_finite(at, monkeypatch):
 
 def test_an_objective_that_is_not_finite_is_an_error():
     with pytest.raises(ValueError, match=r"objective is not finite in epoch 1, step"):
-        run(settings=NaturalSettings(batch_size=50, rate_ratio=1e6), epochs=20)
+        run(settings=TruncatedSettings(batch_size=50, rate_ratio=1e6), epochs=20)
 
 
 def loader(**options):
@@ -395,9 +431,9 @@ def test_samples_a_prior_has_seen_are_not_counted_again():
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"method": "best"}, ValueError, "method must be natural or one of"),
+        ({"method": "best"}, ValueError, "method must be truncated or one of"),
         ({"start": "else"}, ValueError, "start must be"),
-        ({"settings": PublishedSettings()}, TypeError, "must be NaturalSettings"),
+        ({"settings": PublishedSettings()}, TypeError, "must be TruncatedSettings"),
         ({"epochs": 0}, ValueError, "epochs must be at least 1"),
         ({"minutes": 1.0}, ValueError, "either epochs or minutes"),
         ({"epochs": None, "minutes": -1.0}, ValueError, "minutes must be positive"),
@@ -449,8 +485,8 @@ def test_bad_samples_and_models_are_named():
         lambda: Protocol(sampling="other"),
         lambda: Protocol(passes=0),
         lambda: Protocol(group=0),
-        lambda: NaturalSettings(rank_in=0),
-        lambda: NaturalSettings(rate_mean=0.0),
+        lambda: TruncatedSettings(rank_in=0),
+        lambda: TruncatedSettings(rate_mean=0.0),
         lambda: PublishedSettings(rate=-1.0),
         lambda: PublishedSettings(batch_size=0),
     ],
@@ -478,7 +514,7 @@ def test_binary_networks_have_one_output():
 
 
 def test_the_last_part_of_the_budget_is_averaged():
-    optimizer = natural(blobs(40), averaged=0.5)
+    optimizer = truncated(blobs(40), averaged=0.5)
     seen = []
     for step in range(8):
         optimizer.step(torch.arange(40), step / 8)

@@ -9,8 +9,9 @@ import torch
 from console import run
 
 from hesskern import certify_command, data
-from hesskern.pacbayes import NETS, load_certificate, parse_net
-from hesskern.pacbayes.natural import Natural
+from hesskern.pacbayes import load_certificate
+from hesskern.pacbayes.truncated_method import Truncated
+from hesskern.published_nets import NETS, parse_net
 
 TINY = ["certify", "--net", "T-8_10", "--epochs", "2", "--passes", "3"]
 
@@ -80,7 +81,7 @@ def test_published_methods_run_from_the_command(here):
 
 
 def test_ctrl_c_writes_the_certificate_of_the_current_state(here, monkeypatch):
-    step, seen = Natural.step, []
+    step, seen = Truncated.step, []
 
     def interrupted(self, rows, fraction):
         seen.append(1)
@@ -88,7 +89,7 @@ def test_ctrl_c_writes_the_certificate_of_the_current_state(here, monkeypatch):
             raise KeyboardInterrupt
         return step(self, rows, fraction)
 
-    monkeypatch.setattr(Natural, "step", interrupted)
+    monkeypatch.setattr(Truncated, "step", interrupted)
     outcome = run(*TINY)
     assert outcome.exit_code == 0, outcome.output
     assert ", interrupted" in outcome.stdout

@@ -22,10 +22,11 @@ from hesskern.pacbayes import (
     load_certificate,
     recorded,
 )
-from hesskern.pacbayes.natural import Natural
-from hesskern.pacbayes.network import slots_of, state_of
+from hesskern.pacbayes.problem import Problem
 from hesskern.pacbayes.published_methods import Published
 from hesskern.pacbayes.recorded import Recorded
+from hesskern.pacbayes.slots import slots_of, state_of
+from hesskern.pacbayes.truncated_method import Truncated
 
 TERMS = Protocol(passes=3)
 SHARED = Protocol(passes=3, form="langford-seeger", shared_variance=True)
@@ -38,8 +39,8 @@ def made() -> Iterator[None]:
         yield
 
 
-def certified(device: str, method: str = "natural", **options: Any) -> Any:
-    ours = method == "natural"
+def certified(device: str, method: str = "truncated", **options: Any) -> Any:
+    ours = method == "truncated"
     model = NET.build((1, 3, 4), 3).to(device)
     given = {
         "epochs": 6,
@@ -87,7 +88,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[_Again]:
     return made
 
 
-@pytest.mark.parametrize("method", ["natural", *METHODS])
+@pytest.mark.parametrize("method", ["truncated", *METHODS])
 def test_the_certificate_is_nearly_the_cpus(method: str, tmp_path: Path) -> None:
     found, expected = certified("played", method), certified("cpu", method)
     assert found.bound == pytest.approx(expected.bound, rel=1e-3)
@@ -130,14 +131,14 @@ def test_recorded_steps_are_the_steps(
 
 
 @pytest.mark.usefixtures("graphs")
-@pytest.mark.parametrize("method", ["natural", "base", "iter"])
+@pytest.mark.parametrize("method", ["truncated", "base", "iter"])
 def test_an_interrupted_run_goes_on(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hesskern.pacbayes.procedure.SAVE_INTERVAL", 0.0)
     whole = certified("played", method)
     path = tmp_path / "unfinished.pt"
-    kind: Any = Natural if method == "natural" else Published
+    kind: Any = Truncated if method == "truncated" else Published
     step, taken = kind.step, 0
 
     def stop(*arguments: Any) -> Any:
@@ -158,18 +159,18 @@ def test_an_interrupted_run_goes_on(
     assert len(resumed.history) == 6
 
 
-def natural(device: torch.device) -> Natural:
+def truncated(device: torch.device) -> Truncated:
     samples = blobs(600).to(device)
     model = NET.build((1, 3, 4), 3).to(device)
     state = state_of(model)
     noise = torch.Generator(device=device).manual_seed(0)
     slots = slots_of(model, samples.inputs[:2])
-    return Natural(model, slots, state, state, samples, TERMS, FAST, noise)
+    return Truncated(Problem(model, slots, state, state, samples, TERMS), FAST, noise)
 
 
 def test_a_step_asks_for_nothing_but_every_tenth() -> None:
     device = played()
-    method = natural(device)
+    method = truncated(device)
     rows = torch.arange(50).to(device)
     for fraction in (0.1, 0.5, 0.5):
         method.step(rows, fraction)
@@ -181,7 +182,7 @@ def test_a_step_asks_for_nothing_but_every_tenth() -> None:
 
 
 def test_nothing_comes_from_the_host_within_a_recording(graphs: list[_Again]) -> None:
-    method = natural(played())
+    method = truncated(played())
     rows = torch.arange(50).to(played())
     for fraction in (*[0.1] * 4, *[0.5] * 6, *[0.9] * 5):
         method.step(rows, fraction)

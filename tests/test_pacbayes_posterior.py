@@ -8,10 +8,10 @@ from torch import nn
 
 from hesskern.pacbayes import LayerPosterior, gaussian_kl
 from hesskern.pacbayes.evaluate import counted, draw_error, wrong
-from hesskern.pacbayes.network import check_fixed, slots_of, state_of
 from hesskern.pacbayes.posterior import ExampleDraw, GroupDraw
 from hesskern.pacbayes.protocol import Protocol
 from hesskern.pacbayes.samples import Samples
+from hesskern.pacbayes.slots import check_fixed, slots_of, state_of
 from hesskern.pacbayes.surrogates import error_probability, log_loss
 
 

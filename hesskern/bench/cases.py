@@ -15,6 +15,7 @@ from hesskern.bench.settings import Settings
 from hesskern.data import Dataset, load
 from hesskern.models import build, load_checkpoint
 from hesskern.progress import Progress
+from hesskern.tensor_files import savable
 from hesskern.training import Recipe, evaluate, train
 
 __all__ = ["Case", "cnn", "double", "f200", "lenet5", "mlp", "train_f200"]
@@ -133,7 +134,7 @@ def train_f200(settings: Settings, path: Path, progress: Progress) -> None:
     data = _mnist(settings)
     model = build("f200x2", data.input_shape, 10)
     train(model, data, _RECIPE, progress=progress, description="training F-200^2")
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, path)
+    save_file(savable(model.state_dict()), path)
 
 
 def _mnist(settings: Settings) -> Dataset:

@@ -62,6 +62,7 @@ __all__ = ["bench", "run_suites"]
 @click.pass_context
 def bench(
     context: click.Context,
+    /,
     suites: tuple[str, ...],
     json_file: Path | None,
     output: Path | None,

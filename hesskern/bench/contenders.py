@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hesskern.bench.cases import Case
 from hesskern.bench.settings import Settings
+from hesskern.choices import Output
 from hesskern.compute import kronecker_factors
 from hesskern.layer_hessian import layer_hessians
 from hesskern.progress import Progress
@@ -112,7 +113,7 @@ def gradient(case: Case) -> Contender:
     return Contender("one gradient (loss.backward)", prepare, unit=True)
 
 
-def hesskern_factors(case: Case, output: str) -> Call:
+def hesskern_factors(case: Case, output: Output) -> Call:
     """Kronecker factors of every layer."""
     return lambda: kronecker_factors(case.model, case.batch, LOSS, output=output)
 

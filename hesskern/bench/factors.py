@@ -20,6 +20,7 @@ from hesskern.bench.contenders import (
     relative_difference,
 )
 from hesskern.bench.settings import Settings
+from hesskern.choices import Output
 from hesskern.progress import Progress
 
 __all__ = ["problems"]
@@ -48,7 +49,7 @@ def problems() -> list[Problem]:
 
 
 def _build(
-    make: Callable[[Settings], Case], output: str, settings: Settings, progress: Progress
+    make: Callable[[Settings], Case], output: Output, settings: Settings, progress: Progress
 ) -> Built:
     case = make(settings)
     drawn = output == "mc"

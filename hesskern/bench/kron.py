@@ -45,6 +45,10 @@ def _as_list(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
+_agreeing = partial(Contender, read=_as_list, limit=_AGREEMENT)
+"""A contender whose result must be the subject's."""
+
+
 def _factors(case: Case) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Output factors A, input factors B as curvlinops scales them, and one matrix X per layer."""
     counts = peers.positions(case)
@@ -76,13 +80,8 @@ def _network(make: Callable[[Settings], Case], settings: Settings, progress: Pro
         "factors of the same samples, exact",
         [
             Contender("hesskern", lambda: partial(ops.grouped_kron_matmul, A, B, X), read=_as_list),
-            Contender(
-                "torch, loop of A @ X @ B.T",
-                lambda: _loop(A, B, X),
-                read=_as_list,
-                limit=_AGREEMENT,
-            ),
-            Contender("curvlinops KFAC", curvlinops, *_CURVLINOPS, read=_as_list, limit=_AGREEMENT),
+            _agreeing("torch, loop of A @ X @ B.T", lambda: _loop(A, B, X)),
+            _agreeing("curvlinops KFAC", curvlinops, *_CURVLINOPS),
         ],
     )
 
@@ -118,19 +117,8 @@ def _large(settings: Settings, progress: Progress) -> Built:
         "beside it: its time is the machine's GEMM rate",
         [
             Contender("hesskern", lambda: partial(ops.kron_matmul, A, B, X), read=_as_list),
-            Contender(
-                "torch, A @ X @ B.T",
-                lambda: lambda: A @ X @ B.T,
-                read=_as_list,
-                limit=_AGREEMENT,
-            ),
-            Contender(
-                "curvlinops KFAC",
-                lambda: _curvlinops_with(A, B, X),
-                *_CURVLINOPS,
-                read=_as_list,
-                limit=_AGREEMENT,
-            ),
+            _agreeing("torch, A @ X @ B.T", lambda: lambda: A @ X @ B.T),
+            _agreeing("curvlinops KFAC", lambda: _curvlinops_with(A, B, X), *_CURVLINOPS),
             Contender(
                 f"one GEMM [{m}, {m + d}] [{m + d}, {d}], as many operations",
                 lambda: lambda: left @ right,
@@ -191,19 +179,11 @@ def _eigenbasis(settings: Settings, progress: Progress) -> Built:
             Contender(
                 "hesskern", lambda: partial(ops.kron_eigen_matmul, U, S, V, X), read=_as_list
             ),
-            Contender(
+            _agreeing(
                 "torch, U @ (S * (U.T @ X @ V)) @ V.T",
                 lambda: lambda: U @ (S * (U.T @ X @ V)) @ V.T,
-                read=_as_list,
-                limit=_AGREEMENT,
             ),
-            Contender(
-                "curvlinops KFAC inverse, exact damping",
-                curvlinops_inverse,
-                *_CURVLINOPS,
-                read=_as_list,
-                limit=_AGREEMENT,
-            ),
+            _agreeing("curvlinops KFAC inverse, exact damping", curvlinops_inverse, *_CURVLINOPS),
             Contender("torch, two Kronecker products", two_products),
             Contender("curvlinops, two KFAC products", curvlinops_twice, *_CURVLINOPS),
         ],
@@ -225,17 +205,10 @@ def _small_layers(settings: Settings, progress: Progress) -> Built:
                 lambda: partial(ops.grouped_kron_matmul, A, B, X),
                 read=_as_list,
             ),
-            Contender(
+            _agreeing(
                 "hesskern, loop",
                 lambda: lambda: [ops.kron_matmul(a, b, x) for a, b, x in zip(A, B, X, strict=True)],
-                read=_as_list,
-                limit=_AGREEMENT,
             ),
-            Contender(
-                "torch, loop of A @ X @ B.T",
-                lambda: _loop(A, B, X),
-                read=_as_list,
-                limit=_AGREEMENT,
-            ),
+            _agreeing("torch, loop of A @ X @ B.T", lambda: _loop(A, B, X)),
         ],
     )

@@ -33,6 +33,14 @@ TOLERANCE = 1e-4
 _AGREEMENT = 1e-4
 
 
+def _as_it_is(product: Tensor) -> Tensor:
+    return product.reshape(-1)
+
+
+_agreeing = partial(Contender, read=_as_it_is, limit=_AGREEMENT)
+"""A contender whose result must be the subject's."""
+
+
 def problems() -> list[Problem]:
     """One problem per layer; memory is measured on the first, the largest."""
     return [
@@ -60,14 +68,7 @@ def _build(layer: str, settings: Settings, progress: Progress) -> Built:
         return float(bound + _AGREEMENT)
 
     def peer(name: str, package: str, module: str, make: Any, **options: Any) -> Contender:
-        return Contender(
-            name,
-            lambda: make(case, parameter, vector, **options),
-            package,
-            module,
-            read=_as_it_is,
-            limit=_AGREEMENT,
-        )
+        return _agreeing(name, lambda: make(case, parameter, vector, **options), package, module)
 
     return (
         f"{case.title}: one H v of {layer} {list(weight.shape)}",
@@ -80,23 +81,11 @@ def _build(layer: str, settings: Settings, progress: Progress) -> Built:
                 read=_as_it_is,
                 limit=certified,
             ),
-            Contender(
-                "autograd, double backward",
-                lambda: eager_product(case, parameter, vector),
-                read=_as_it_is,
-                limit=_AGREEMENT,
-            ),
-            Contender(
-                "autograd, graph kept",
-                lambda: kept_graph_product(case, parameter, vector),
-                read=_as_it_is,
-                limit=_AGREEMENT,
-            ),
-            Contender(
+            _agreeing("autograd, double backward", lambda: eager_product(case, parameter, vector)),
+            _agreeing("autograd, graph kept", lambda: kept_graph_product(case, parameter, vector)),
+            _agreeing(
                 "autograd, torch.compile(jvp of grad)",
                 lambda: compiled_product(case, parameter, vector),
-                read=_as_it_is,
-                limit=_AGREEMENT,
                 warm=True,
             ),
             peer(
@@ -122,7 +111,3 @@ def _build(layer: str, settings: Settings, progress: Progress) -> Built:
             gradient(case),
         ],
     )
-
-
-def _as_it_is(product: Tensor) -> Tensor:
-    return product.reshape(-1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hesskern.bench.cases import Case
 from hesskern.bench.contenders import LOSS, Call
+from hesskern.choices import Output
 
 __all__ = [
     "backpack_factors",
@@ -51,7 +52,7 @@ def positions(case: Case) -> dict[str, int]:
     return counts
 
 
-def curvlinops_kfac(case: Case, output: str) -> Any:
+def curvlinops_kfac(case: Case, output: Output) -> Any:
     """curvlinops' KFAC operator of all weights, KFAC-expand; "exact" is its type-2 Fisher."""
     from curvlinops import FisherType, KFACLinearOperator, KFACType
 
@@ -69,7 +70,7 @@ def curvlinops_kfac(case: Case, output: str) -> Any:
     )
 
 
-def curvlinops_factors(case: Case, output: str) -> Call:
+def curvlinops_factors(case: Case, output: Output) -> Call:
     """Factors by curvlinops; touching ``trace`` computes them."""
 
     def call() -> Any:
@@ -80,7 +81,7 @@ def curvlinops_factors(case: Case, output: str) -> Call:
     return call
 
 
-def backpack_factors(case: Case, output: str) -> Call:
+def backpack_factors(case: Case, output: Output) -> Call:
     """Factors by BackPACK: KFLR is exact, KFAC draws targets."""
     from backpack import backpack, extend
     from backpack.extensions import KFAC, KFLR

@@ -7,33 +7,36 @@ independent network per example: :class:`hesskern.pacbayes.posterior.ExampleDraw
 
 from hesskern.pacbayes.bound import PriorGrid, bound_rate, draws_rate, kl, kl_inverse
 from hesskern.pacbayes.certificate import Certificate, CertificateError, load_certificate
-from hesskern.pacbayes.natural import TRAINED_PRIOR, NaturalSettings
-from hesskern.pacbayes.networks import NETS, Net, parse_net
 from hesskern.pacbayes.posterior import LayerPosterior, gaussian_kl
-from hesskern.pacbayes.procedure import certify
+from hesskern.pacbayes.procedure import certify, certify_with
 from hesskern.pacbayes.protocol import OURS, PUBLISHED, Protocol
 from hesskern.pacbayes.published_methods import METHODS, PublishedSettings
+from hesskern.pacbayes.settings import CertifySettings
+from hesskern.pacbayes.truncated_method import TRAINED_PRIOR, TruncatedSettings
+
+NaturalSettings = TruncatedSettings
+"""The old name of :class:`TruncatedSettings`."""
 
 __all__ = [
     "METHODS",
-    "NETS",
     "OURS",
     "PUBLISHED",
     "TRAINED_PRIOR",
     "Certificate",
     "CertificateError",
+    "CertifySettings",
     "LayerPosterior",
     "NaturalSettings",
-    "Net",
     "PriorGrid",
     "Protocol",
     "PublishedSettings",
+    "TruncatedSettings",
     "bound_rate",
     "certify",
+    "certify_with",
     "draws_rate",
     "gaussian_kl",
     "kl",
     "kl_inverse",
     "load_certificate",
-    "parse_net",
 ]

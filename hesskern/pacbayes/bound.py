@@ -96,7 +96,7 @@ def kl_inverse(q: Tensor | float, rate: Tensor | float) -> Tensor:
     _check_probabilities("q", given)
     if not bool((limit >= 0).all()):
         raise ValueError(f"rate must be non-negative, got {_first(limit, limit >= 0)}")
-    result: Tensor = _KlInverse.apply(given, limit)
+    result: Tensor = _KlInverse.apply(given, limit)  # type: ignore[no-untyped-call]
     return result
 
 

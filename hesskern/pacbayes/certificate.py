@@ -7,31 +7,28 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from hesskern import models
-from hesskern.files import written_whole
-from hesskern.pacbayes.architecture import rebuild
 from hesskern.pacbayes.bound import PriorGrid, bound_rate, draws_rate, kl_inverse
+from hesskern.pacbayes.description import rebuild
 from hesskern.pacbayes.evaluate import counted, draw_error
-from hesskern.pacbayes.network import Slot, slots_of
 from hesskern.pacbayes.posterior import LayerPosterior
 from hesskern.pacbayes.protocol import Protocol
 from hesskern.pacbayes.samples import Samples, collect
+from hesskern.pacbayes.slots import Slot, slots_of
 from hesskern.portable import Portable
 from hesskern.progress import Progress, reporter
+from hesskern.tensor_files import TensorFormat
 
 __all__ = ["Certificate", "CertificateError", "check_prior", "load_certificate"]
 
-_FORMAT = "hesskern.certificate/1"
+_FILE = TensorFormat("hesskern.certificate/1", "a certificate", "certificate")
 _ORTHOGONALITY = 1e-8
 _AGREEMENT = 1e-9
 _TENSORS = ("mean", "prior_mean", "variance", "U", "V")
@@ -138,7 +135,7 @@ class Certificate(Portable):
         entries = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skipped}
         per_example = {name: layer.per_example for name, layer in self.layers.items()}
         return {
-            "format": _FORMAT,
+            "format": _FILE.name,
             **entries,
             "protocol": asdict(self.protocol),
             "per_example": per_example,
@@ -174,15 +171,11 @@ class Certificate(Portable):
         Raises:
             FileNotFoundError: the folder does not exist.
         """
-        target = Path(path)
-        if not target.parent.is_dir():
-            raise FileNotFoundError(f"path: there is no folder {str(target.parent)!r}")
-        with written_whole(target) as temporary:
-            temporary.write_bytes(self.content())
+        _FILE.write(path, self.tensors(), self.header())
 
     def content(self) -> bytes:
         """What :meth:`save` writes."""
-        return save(self.tensors(), metadata={"hesskern": json.dumps(self.header())})
+        return _FILE.packed(self.tensors(), self.header())
 
     def verify(
         self,
@@ -381,15 +374,9 @@ def load_certificate(path: str | os.PathLike[str]) -> Certificate:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a certificate, or is damaged.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"path: there is no file {str(path)!r}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("hesskern", "null"))
-            if not isinstance(header, dict) or header.pop("format", None) != _FORMAT:
-                raise ValueError(f"path: {str(path)!r} does not hold a certificate")
-            tensors = {name: file.get_tensor(name) for name in _names(file.keys())}
+    with _FILE.opened(path) as file:
+        header = file.header
+        tensors = {name: file.tensor(name) for name in file.names}
         protocol = header.pop("protocol")
         protocol["grid"] = PriorGrid(**protocol["grid"])
         per_example = header.pop("per_example")
@@ -407,9 +394,3 @@ def load_certificate(path: str | os.PathLike[str]) -> Certificate:
         }
         fixed = {n[len("fixed/") :]: t for n, t in tensors.items() if n.startswith("fixed/")}
         return Certificate(protocol=Protocol(**protocol), layers=layers, fixed=fixed, **header)
-    except (SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"path: {str(path)!r} is not a readable certificate ({error})") from error
-
-
-def _names(keys: Iterable[str]) -> list[str]:
-    return list(keys)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hesskern.files import keep_if_possible
+from hesskern.pacbayes.protocol import RENAMED
 
 __all__ = ["read_checkpoint", "write_checkpoint"]
 
@@ -39,6 +40,8 @@ def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any] | No
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"checkpoint {path} is not one of these; choose another file")
     found = content["identity"]
+    if "method" in found:
+        found["method"] = RENAMED.get(found["method"], found["method"])
     for key in sorted(identity.keys() | found.keys()):
         if identity.get(key) != found.get(key):
             raise ValueError(

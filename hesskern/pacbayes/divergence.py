@@ -65,5 +65,5 @@ def exponential_excess(log: Tensor) -> Tensor:
     Args:
         log: l, float64.
     """
-    found: Tensor = _ExponentialExcess.apply(log)
+    found: Tensor = _ExponentialExcess.apply(log)  # type: ignore[no-untyped-call]
     return found

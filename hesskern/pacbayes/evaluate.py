@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.pacbayes.bound import draws_rate, kl_inverse
-from hesskern.pacbayes.network import Slot, evaluating, replaced
 from hesskern.pacbayes.posterior import LayerPosterior, draws_of
 from hesskern.pacbayes.protocol import Protocol
 from hesskern.pacbayes.samples import Samples
+from hesskern.pacbayes.slots import Slot, evaluating, replaced
 from hesskern.progress import Progress
 
 __all__ = ["DrawnError", "counted", "draw_error", "wrong"]

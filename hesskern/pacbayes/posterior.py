@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hesskern import ops
 from hesskern.pacbayes.divergence import excess
-from hesskern.pacbayes.network import Slot
+from hesskern.pacbayes.slots import Slot
 
 __all__ = [
     "ExampleDraw",
@@ -70,7 +70,7 @@ class LayerPosterior:
     """Q and P of one layer: vec(W) ~ N(mean, (U (x) V) diag(variance) (U (x) V)^T), row-major.
 
     Attributes:
-        per_example: see :class:`hesskern.pacbayes.network.Slot`.
+        per_example: see :class:`hesskern.pacbayes.slots.Slot`.
         mean, prior_mean: [m, d], the bias as last column where the layer has one.
         variance: [m, d], in the basis U (x) V.
         U: [m, m] orthogonal, float64; None for the standard basis.

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 
 from hesskern.pacbayes.bound import FORMS, PriorGrid
 
-__all__ = ["OURS", "PUBLISHED", "SAMPLINGS", "Protocol"]
+__all__ = ["OURS", "PUBLISHED", "RENAMED", "SAMPLINGS", "Protocol"]
+
+RENAMED = {"natural": "truncated"}
+"""Old names of methods: taken still, and what files written under them say."""
 
 SAMPLINGS = ("per-example", "networks")
 
@@ -76,7 +79,7 @@ PUBLISHED = Protocol(
 """The terms of arXiv 2010.04261."""
 
 OURS = Protocol(grid=PriorGrid(c=1.0, b=10))
-"""The terms of "natural" if none are given: as published, with a higher and coarser grid.
+"""The terms of "truncated" if none are given: as published, with a higher and coarser grid.
 
 Every index j costs 2 log j + log(pi^2 / 6) nats. A tenth of the steps saves 2 log 10 = 4.6 nats per
 layer, and hardly any fit: mean and variances move to the grid together with the prior's.

@@ -20,22 +20,19 @@ refresh the new basis takes over the covariance's diagonal in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hesskern import ops
-from hesskern.compute import kronecker_factors
 from hesskern.pacbayes.evaluate import wrong
 from hesskern.pacbayes.loop import Draft
-from hesskern.pacbayes.network import Slot, evaluating, replaced
 from hesskern.pacbayes.posterior import eigenbasis, gaussian_kl
-from hesskern.pacbayes.protocol import Protocol
-from hesskern.pacbayes.samples import Samples
+from hesskern.pacbayes.problem import Problem, mean_over_groups
+from hesskern.pacbayes.slots import evaluating, replaced
 from hesskern.pacbayes.surrogates import log_loss
 
 __all__ = ["METHODS", "Published", "PublishedSettings"]
@@ -74,22 +71,20 @@ class Published:
     def __init__(
         self,
         name: str,
-        model: nn.Module,
-        slots: Mapping[str, Slot],
-        prior: Mapping[str, Tensor],
-        start: Mapping[str, Tensor],
-        samples: Samples,
-        protocol: Protocol,
+        problem: Problem,
         settings: PublishedSettings,
         generator: torch.Generator,
     ) -> None:
         if name not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}")
         self.batch_size = settings.batch_size
-        self._name, self._model, self._slots, self._samples = name, model, slots, samples
-        self._protocol, self._settings, self._generator = protocol, settings, generator
-        self._centres = {key: slot.matrix(prior) for key, slot in slots.items()}
-        self._means = {key: slot.matrix(start).requires_grad_(True) for key, slot in slots.items()}
+        self._name, self._problem, self._samples = name, problem, problem.samples
+        self._settings, self._generator = settings, generator
+        slots = problem.slots
+        self._centres = {key: slot.matrix(problem.prior) for key, slot in slots.items()}
+        self._means = {
+            key: slot.matrix(problem.start).requires_grad_(True) for key, slot in slots.items()
+        }
         any_mean = next(iter(self._means.values()))
         self._log_prior = torch.tensor(
             math.log(settings.prior_variance), dtype=any_mean.dtype, device=any_mean.device
@@ -116,35 +111,22 @@ class Published:
         U, V = (basis.to(matrix.dtype) for basis in self._bases[key])
         return ops.to_eigenbasis(U, V, matrix)
 
-    def _loss(self, inputs: Tensor) -> nn.Module:
-        with torch.no_grad(), evaluating(self._model):
-            outputs = self._model(inputs[:2]).shape[1]
-        return nn.BCEWithLogitsLoss() if outputs == 1 else nn.CrossEntropyLoss()
-
     def _fresh_bases(self) -> dict[str, tuple[Tensor, Tensor]]:
-        for key, slot in self._slots.items():
-            slot.load(self._means[key].detach())
-        samples = self._samples
-        loss = self._loss(samples.inputs)
-        targets = samples.targets
-        if isinstance(loss, nn.BCEWithLogitsLoss):
-            targets = targets[:, None].to(samples.inputs.dtype)
-        batches = zip(samples.inputs.split(1000), targets.split(1000), strict=True)
-        factors = kronecker_factors(self._model, batches, loss, list(self._slots), bias="joint")
+        factors = self._problem.factors({k: mean.detach() for k, mean in self._means.items()})
         closed = self._closed_form_hessians() if self._name == "iter_m" else {}
-        bases = {}
-        for key in self._slots:
-            output = closed.get(key, factors[key].output_hessian)
-            inputs = factors[key].input_covariance
-            inputs = inputs if inputs.dim() == 2 else inputs.mean(0)
-            bases[key] = (eigenbasis(output)[1], eigenbasis(inputs)[1])
-        return bases
+        return {
+            key: (
+                eigenbasis(closed.get(key, f.output_hessian))[1],
+                eigenbasis(mean_over_groups(f.input_covariance))[1],
+            )
+            for key, f in factors.items()
+        }
 
     def _closed_form_hessians(self) -> dict[str, Tensor]:
         """4^-(L - p) S^T E[A] S for every layer p of a chain of Linear layers."""
-        names = list(self._slots)
+        names = list(self._problem.slots)
         weights = []
-        for a, slot in self._slots.items():
+        for a, slot in self._problem.slots.items():
             if not slot.per_example:
                 raise NotImplementedError(
                     f"method iter_m needs a chain of Linear layers, but {a!r} is none"
@@ -153,8 +135,8 @@ class Published:
         for below, above in pairwise(weights):
             if below.shape[0] != above.shape[1]:
                 raise NotImplementedError("method iter_m needs a plain chain of Linear layers")
-        with torch.no_grad(), evaluating(self._model):
-            outputs = torch.cat([self._model(x) for x in self._samples.inputs.split(2000)])
+        with torch.no_grad(), evaluating(self._problem.model):
+            outputs = torch.cat([self._problem.model(x) for x in self._samples.inputs.split(2000)])
         if outputs.shape[1] == 1:
             p = torch.sigmoid(outputs)
             curvature = (p * (1 - p)).mean(0, keepdim=True)
@@ -224,11 +206,12 @@ class Published:
         weights = self._draw()
 
         def forward(key: str) -> Any:
-            return lambda x: self._slots[key].apply(x, weights[key])
+            return lambda x: self._problem.slots[key].apply(x, weights[key])
 
-        with evaluating(self._model), replaced(self._slots, {k: forward(k) for k in weights}):
-            outputs = self._model(self._samples.inputs[rows])
-        n, p = len(self._samples), self._protocol
+        forwards = {key: forward(key) for key in weights}
+        with evaluating(self._problem.model), replaced(self._problem.slots, forwards):
+            outputs = self._problem.model(self._samples.inputs[rows])
+        n, p = len(self._samples), self._problem.protocol
         grid = p.grid
         # j = b log(c / lambda) as a real number; below 1 it is outside the union bound.
         index = (grid.b * (math.log(grid.c) - self._log_prior.double())).clamp(min=1)

@@ -15,7 +15,15 @@ from hesskern.metrics import subspace_overlap
 from hesskern.predictor import classify_peak, peak_position, predict_overlap
 from hesskern.reproduce.items import K_AXIS, pairs_of, strip_power
 from hesskern.reproduce.lab import Lab, Network
-from hesskern.reproduce.results import Chart, Curve, Outcome, Table, judge, spread_words
+from hesskern.reproduce.results import (
+    Chart,
+    Curve,
+    Outcome,
+    Table,
+    judge,
+    published_points,
+    spread_words,
+)
 
 __all__ = ["between_models", "width_variants"]
 
@@ -216,7 +224,7 @@ def _between_chart(network: Network, name: str, index: int, found: dict[str, Any
     reference = published.BETWEEN.get((network.data, strip_power(network.model)), {})
     if name in reference:
         k, figure = reference[name]
-        curves.append(Curve("published", [[figure]], [float(k)], 6, "points", published=True))
+        curves.append(published_points("published", [[figure]], [float(k)], 6))
     return Chart(
         f"between-{name}-{network.data}-{strip_power(network.model)}",
         f"{name}, {network.name}",

@@ -18,7 +18,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from hesskern.analysis import versions
-from hesskern.command_line import command_line, device_option, root_option, running
+from hesskern.command_line import (
+    command_line,
+    device_option,
+    json_option,
+    output_option,
+    root_option,
+    running,
+)
 from hesskern.data import DATASETS
 from hesskern.devices import usable_device
 from hesskern.files import NotDrawnError, check_writable
@@ -45,12 +52,9 @@ _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\
     help="Training: minutes (fewer epochs), or the published 1000 epochs, plain or with momentum.",
 )
 @click.option("--budget", help="Time, e.g. 2h or 45m: items that do not fit are left out.")
-@click.option(
-    "--output",
-    type=click.Path(file_okay=False, path_type=Path),
-    default=Path("hesskern-reproduce"),
-    show_default=True,
-    help="Folder for pages, figures, numbers, and the checkpoints that a later run goes on from.",
+@output_option(
+    "hesskern-reproduce",
+    "Folder for pages, figures, numbers, and the checkpoints that a later run goes on from.",
 )
 @root_option
 @device_option
@@ -73,12 +77,11 @@ _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\
 @click.option("--model", help=f"Another network than the item's: {KNOWN_MODELS}.")
 @click.option("--epochs", type=click.IntRange(min=0), help="Epochs instead of the profile's.")
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many samples.")
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print the results as JSON; all else goes to stderr."
-)
+@json_option("the results")
 @click.pass_context
 def reproduce(
     context: click.Context,
+    /,
     items: tuple[str, ...],
     listing: bool,
     profile: str,

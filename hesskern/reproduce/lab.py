@@ -29,6 +29,7 @@ from hesskern.gauss_newton import GaussNewton
 from hesskern.layer_hessian import LayerHessian, layer_hessians
 from hesskern.progress import Progress, reporter
 from hesskern.results import EigenResult
+from hesskern.tensor_files import savable
 from hesskern.text import counted
 from hesskern.wording import network_name
 
@@ -466,11 +467,7 @@ def _noted(path: Path) -> dict[str, Any]:
 
 
 def _write_pairs(path: Path, result: EigenResult) -> None:
-    # Copies: results may share their memory, which the format refuses.
-    tensors = {
-        name: getattr(result, name).clone(memory_format=torch.contiguous_format)
-        for name in ("values", "vectors", "residuals")
-    }
+    tensors = savable({name: getattr(result, name) for name in ("values", "vectors", "residuals")})
     facts = {"converged": str(int(result.converged)), "matvecs": str(result.matvecs)}
     keep_if_possible(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
 

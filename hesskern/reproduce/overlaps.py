@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from hesskern import published
+from hesskern.analysis_result import NO_OVERLAPS, OverlapFigures, Spectra
 from hesskern.metrics import subspace_overlap
 from hesskern.reproduce.items import K_AXIS, strip_power
 from hesskern.reproduce.lab import Lab, Network
-from hesskern.reproduce.results import Chart, Curve, Outcome, judge
+from hesskern.reproduce.results import Chart, Curve, Outcome, judge, published_points
 
 __all__ = ["full_hessian", "hessian_and_kronecker"]
 
@@ -21,7 +21,8 @@ def hessian_and_kronecker(lab: Lab, networks: Sequence[Network]) -> Outcome:
     """Eigenvalues and leading spaces of H and of E[M] (x) E[x x^T], layer by layer."""
     out = Outcome()
     for network in networks:
-        figures = published.figures_for(network.data, strip_power(network.model)) or {}
+        figures = published.figures_for(network.data, strip_power(network.model))
+        spectra = figures["eigenvalues"] if figures else {}
         curves: dict[str, list[list[float]]] = {}
         values: dict[str, dict[str, list[list[float]]]] = {}
         worst = 0.0
@@ -36,13 +37,11 @@ def hessian_and_kronecker(lab: Lab, networks: Sequence[Network]) -> Outcome:
                 forms["kronecker"].append(kronecker.values.tolist())
                 worst = max(worst, float(exact.residuals.max()))
         out.numbers[network.name] = {"overlap": curves, "eigenvalues": values, "residual": worst}
-        reference = figures.get("overlap", {"k": [], "layers": {}})
+        reference = figures["overlap"] if figures else NO_OVERLAPS
         out.charts.append(_overlap_chart(network, curves, reference, lab.classes(network)))
         for index, name in enumerate(curves):
             out.charts.append(
-                _eigenvalue_chart(
-                    network, name, index, values[name], figures.get("eigenvalues", {}).get(name)
-                )
+                _eigenvalue_chart(network, name, index, values[name], spectra.get(name))
             )
             for k, figure in zip(reference["k"], reference["layers"].get(name, []), strict=False):
                 ours = [curve[k - 1] for curve in curves[name] if len(curve) >= k]
@@ -75,7 +74,7 @@ def hessian_and_kronecker(lab: Lab, networks: Sequence[Network]) -> Outcome:
 def _overlap_chart(
     network: Network,
     curves: dict[str, list[list[float]]],
-    reference: dict[str, Any],
+    reference: OverlapFigures,
     classes: int,
 ) -> Chart:
     drawn = [
@@ -89,22 +88,21 @@ def _overlap_chart(
             if k <= longest
         ]
         if points:
-            drawn.append(
-                Curve(
-                    "",
-                    [[v for _, v in points]],
-                    [float(k) for k, _ in points],
-                    index,
-                    "points",
-                    published=True,
-                )
-            )
+            shown = [float(k) for k, _ in points]
+            drawn.append(published_points("", [[v for _, v in points]], shown, index))
+    title = f"H and its Kronecker form, {network.name}"
+    return _over_k("overlap", network, title, drawn, classes)
+
+
+def _over_k(
+    name: str, network: Network, title: str, curves: Sequence[Curve], classes: int
+) -> Chart:
     return Chart(
-        f"overlap-{network.data}-{strip_power(network.model)}",
-        f"H and its Kronecker form, {network.name}",
+        f"{name}-{network.data}-{strip_power(network.model)}",
+        title,
         K_AXIS,
         "overlap",
-        drawn,
+        curves,
         mark=(classes - 1, f"k = c − 1 = {classes - 1}"),
         unit=True,
     )
@@ -115,7 +113,7 @@ def _eigenvalue_chart(
     name: str,
     index: int,
     values: dict[str, list[list[float]]],
-    figures: dict[str, list[float]] | None,
+    figures: Spectra | None,
 ) -> Chart:
     def shown(rows: list[list[float]]) -> list[list[float]]:
         floor = max(row[0] for row in rows) * 1e-8
@@ -125,17 +123,14 @@ def _eigenvalue_chart(
         Curve("exact H", shown(values["exact"]), colour=index),
         Curve("Kronecker form", shown(values["kronecker"]), colour=index, style="dashed"),
     ]
-    for form, label in (("exact", "exact H, published"), ("kronecker", "Kronecker, published")):
-        if figures:
-            drawn.append(
-                Curve(
-                    label,
-                    [figures[form]],
-                    colour=6 if form == "exact" else 1,
-                    style="points",
-                    published=True,
-                )
+    if figures:
+        drawn += [
+            published_points(label, [points], None, shade)
+            for label, points, shade in (
+                ("exact H, published", figures["exact"], 6),
+                ("Kronecker, published", figures["kronecker"], 1),
             )
+        ]
     return Chart(
         f"eigenvalues-{name}-{network.data}-{strip_power(network.model)}",
         f"Eigenvalues of {name}, {network.name}",
@@ -168,28 +163,10 @@ def full_hessian(lab: Lab, networks: Sequence[Network]) -> Outcome:
             for index, (label, rows) in enumerate(curves.items())
         ]
         if network.data == "mnist" and figures["k"]:
-            drawn.append(
-                Curve(
-                    "published",
-                    [figures["overlap"]],
-                    figures["k"],
-                    6,
-                    "points",
-                    published=True,
-                )
-            )
+            drawn.append(published_points("published", [figures["overlap"]], figures["k"], 6))
         classes = lab.classes(network)
-        out.charts.append(
-            Chart(
-                f"full-{network.data}-{strip_power(network.model)}",
-                f"Full Gauss-Newton matrix, {network.name}",
-                K_AXIS,
-                "overlap",
-                drawn,
-                mark=(classes - 1, f"k = c − 1 = {classes - 1}"),
-                unit=True,
-            )
-        )
+        title = f"Full Gauss-Newton matrix, {network.name}"
+        out.charts.append(_over_k("full", network, title, drawn, classes))
         for label, rows in curves.items():
             points: list[tuple[int, float | None]] = [(min(classes - 1, len(rows[0])), None)]
             if network.data == "mnist" and figures["k"]:

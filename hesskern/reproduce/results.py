@@ -7,7 +7,17 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
-__all__ = ["Chart", "Curve", "HeatMap", "Outcome", "Table", "Verdict", "judge", "spread_words"]
+__all__ = [
+    "Chart",
+    "Curve",
+    "HeatMap",
+    "Outcome",
+    "Table",
+    "Verdict",
+    "judge",
+    "published_points",
+    "spread_words",
+]
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,13 @@ class Curve:
     colour: int = 0
     style: str = "solid"
     published: bool = False
+
+
+def published_points(
+    label: str, values: Sequence[Sequence[float]], x: Sequence[float] | None, colour: int
+) -> Curve:
+    """Published figures, drawn as points."""
+    return Curve(label, values, x, colour, "points", published=True)
 
 
 @dataclass(frozen=True)

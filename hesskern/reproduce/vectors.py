@@ -9,7 +9,7 @@ from hesskern import published
 from hesskern.metrics import eigenvector_correspondence, rank_one_ratio
 from hesskern.reproduce.items import strip_power
 from hesskern.reproduce.lab import Lab, Network
-from hesskern.reproduce.results import Chart, Curve, HeatMap, Outcome, judge
+from hesskern.reproduce.results import Chart, Curve, HeatMap, Outcome, judge, published_points
 
 __all__ = ["correspondence", "rank_one"]
 
@@ -40,14 +40,7 @@ def rank_one(lab: Lab, networks: Sequence[Network]) -> Outcome:
                 continue
             _, low, high = figure
             drawn.append(
-                Curve(
-                    "",
-                    [[low, low], [high, high]],
-                    [1.0, float(count)],
-                    index,
-                    "points",
-                    published=True,
-                )
+                published_points("", [[low, low], [high, high]], [1.0, float(count)], index)
             )
             out.verdicts.append(
                 judge(

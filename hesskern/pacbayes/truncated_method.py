@@ -34,32 +34,31 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hesskern.checks import on_host
-from hesskern.compute import kronecker_factors
+from hesskern.factors import Factors
 from hesskern.pacbayes.bound import bound_rate, kl_inverse
 from hesskern.pacbayes.evaluate import wrong
 from hesskern.pacbayes.loop import Draft
-from hesskern.pacbayes.network import Slot, evaluating, replaced
 from hesskern.pacbayes.posterior import eigenbasis
-from hesskern.pacbayes.protocol import Protocol
+from hesskern.pacbayes.problem import Problem, mean_over_groups
 from hesskern.pacbayes.recorded import Recorded
-from hesskern.pacbayes.samples import Samples
+from hesskern.pacbayes.slots import Slot, evaluating, replaced
 from hesskern.pacbayes.surrogates import error_probability, log_loss
-from hesskern.pacbayes.truncated import Rotated, TruncatedLayer, rows_of
+from hesskern.pacbayes.truncated_layer import Rotated, TruncatedLayer, rows_of
 
-__all__ = ["TRAINED_PRIOR", "Natural", "NaturalSettings"]
+__all__ = ["TRAINED_PRIOR", "Truncated", "TruncatedSettings"]
 
 _FACTOR_SAMPLES = 10_000
-_FACTOR_BATCH = 1000
+_FORWARD_BATCH = 1000
 _WEIGHT_STEPS = 10
 # Of the mean error, from one step to the next.
 _MEMORY = 0.99
 
 
 @dataclass(frozen=True)
-class NaturalSettings:
+class TruncatedSettings:
     """Numbers of the method; none of them matters for a certificate's validity.
 
     Attributes:
@@ -111,52 +110,62 @@ class NaturalSettings:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-TRAINED_PRIOR = NaturalSettings(
+TRAINED_PRIOR = TruncatedSettings(
     rate_mean=0.03, prior_hidden=0.2, prior_last=0.2, warm_up=0.0, refreshes=(0.5,)
 )
 """For a centre that was trained on other samples: less noise, and no need for the log loss."""
 
 
-def _rank(settings: NaturalSettings, slot: Slot, last: bool) -> int:
+def _rank(settings: TruncatedSettings, slot: Slot, last: bool) -> int:
     if slot.reads_data:
         return settings.rank_in
     return settings.rank_last if last else settings.rank_hidden
 
 
-class Natural:
-    """The optimization of :mod:`hesskern.pacbayes.natural`, one step at a time."""
+class InputMoments:
+    """Sums of x x^T [d, d], float64, of what enters layers, by their names."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Takes up the inputs x [N, d] of a layer."""
+        x = x.double()
+        own = x.T @ x
+        self._sums[name] = self._sums[name] + own if name in self._sums else own
+
+    def get(self, name: str) -> Tensor | None:
+        """A layer's sum, None where none of its inputs were taken up."""
+        return self._sums.get(name)
+
+
+class Truncated:
+    """The optimization of :mod:`hesskern.pacbayes.truncated_method`, one step at a time."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        slots: Mapping[str, Slot],
-        prior: Mapping[str, Tensor],
-        start: Mapping[str, Tensor],
-        samples: Samples,
-        protocol: Protocol,
-        settings: NaturalSettings,
-        generator: torch.Generator,
+        self, problem: Problem, settings: TruncatedSettings, generator: torch.Generator
     ) -> None:
         self.batch_size = settings.batch_size
-        self._model, self._slots, self._samples = model, slots, samples
-        self._protocol, self._settings, self._generator = protocol, settings, generator
+        self._problem, self._settings, self._generator = problem, settings, generator
+        self._samples, self._protocol = problem.samples, problem.protocol
+        slots, samples = problem.slots, problem.samples
         self._last = next((n for n, slot in slots.items() if slot.writes_output), None)
         device = samples.inputs.device
         rows = torch.randperm(len(samples), generator=generator, device=device)
         self._factor_rows = rows[:_FACTOR_SAMPLES]
         self._layers: dict[str, TruncatedLayer] = {}
-        hidden = settings.prior_hidden or (1.0 if self._outputs() == 1 else 0.1)
+        hidden = settings.prior_hidden or (1.0 if problem.outputs == 1 else 0.1)
         for i, (name, slot) in enumerate(slots.items()):
-            centre = slot.matrix(prior)
+            centre = slot.matrix(problem.prior)
             weights = centre[:, : slot.spec.weight_inputs]
             scale = float(weights.std()) if bool(weights.any()) else weights.shape[1] ** -0.5
             last = i == len(slots) - 1
             factor = settings.prior_last if last else hidden
-            largest = math.sqrt(protocol.grid.variance(1))
+            largest = math.sqrt(self._protocol.grid.variance(1))
             self._layers[name] = TruncatedLayer(
                 slot,
                 centre,
-                slot.matrix(start),
+                slot.matrix(problem.start),
                 min(scale * factor, largest),
                 _rank(settings, slot, last),
                 settings.rank_out,
@@ -164,7 +173,7 @@ class Natural:
                 generator,
             )
         self._known: dict[str, Rotated] = {}
-        self._start_bases(start)
+        self._start_bases()
         self._error: Tensor | None = None
         self._divergence = torch.zeros((), dtype=torch.float64, device=device)
         self._slope, self._age = 0.0, 0
@@ -172,7 +181,6 @@ class Natural:
         self._recorded = None if on_host(samples.inputs) else Recorded(device, generator)
         self._errors: list[tuple[Tensor, int]] = []
         self._refreshed = 0
-        self._moments: dict[str, Tensor] | None = None
         self._averages = 0
         self._averaged: dict[str, list[Tensor]] = {}
         self._make_optimizer()
@@ -205,28 +213,16 @@ class Natural:
         for state in self._optimizer.state.values():
             state["step"] = state["step"].to(device)
 
-    def _factors(self, means: Mapping[str, Tensor]) -> Mapping[str, Any]:
-        """Kronecker factors of the network with these weights, on a part of the samples."""
-        for name, mean in means.items():
-            self._slots[name].load(mean)
-        rows = self._factor_rows
-        inputs, targets = self._samples.inputs[rows], self._samples.targets[rows]
-        loss: nn.Module = nn.CrossEntropyLoss()
-        if self._outputs() == 1:
-            loss, targets = nn.BCEWithLogitsLoss(), targets[:, None].to(inputs.dtype)
-        batches = zip(inputs.split(_FACTOR_BATCH), targets.split(_FACTOR_BATCH), strict=True)
-        return kronecker_factors(self._model, batches, loss, list(self._layers), bias="joint")
+    def _factors(self, means: Mapping[str, Tensor]) -> Factors:
+        return self._problem.factors(means, self._factor_rows)
 
-    def _outputs(self) -> int:
-        with torch.no_grad(), evaluating(self._model):
-            return int(self._model(self._samples.inputs[:2]).shape[1])
-
-    def _start_bases(self, start: Mapping[str, Tensor]) -> None:
-        factors = self._factors({name: slot.matrix(start) for name, slot in self._slots.items()})
+    def _start_bases(self) -> None:
+        slots, start = self._problem.slots, self._problem.start
+        factors = self._factors({name: slot.matrix(start) for name, slot in slots.items()})
         beta = self._settings.error_weight * self._settings.log_loss_weight * len(self._samples)
         for name, layer in self._layers.items():
             tau, U = eigenbasis(factors[name].output_hessian)
-            gamma, V = eigenbasis(_one_group(factors[name].input_covariance))
+            gamma, V = eigenbasis(mean_over_groups(factors[name].input_covariance))
             layer.set_first_bases(U, V, beta * torch.outer(tau, gamma))
             if layer.moves_in_basis:
                 self._known[name] = self._rotated(layer)
@@ -254,23 +250,24 @@ class Natural:
             for name, layer in self._layers.items():
                 V = None
                 if not layer.moves_in_basis:
-                    covariance = moments.get(name, _one_group(factors[name].input_covariance))
+                    covariance = moments.get(name)
+                    if covariance is None:
+                        covariance = mean_over_groups(factors[name].input_covariance)
                     V = eigenbasis(covariance)[1]
                 layer.rotate(eigenbasis(factors[name].output_hessian)[1], V)
 
     @torch.no_grad()
-    def _noisy_moments(self) -> dict[str, Tensor]:
-        """E[x x^T] [d, d] float64 of what enters the per-example layers, noise included.
+    def _noisy_moments(self) -> InputMoments:
+        """Of what enters the per-example layers, noise included.
 
         Noise in the layers before adds to every direction of x. At the mean weights these inputs
         nearly lie in a few directions, and variances along the others would be laid out for inputs
         that the layer never sees.
         """
-        self._moments = {}
-        for rows in self._factor_rows.split(_FACTOR_BATCH):
-            self._forward(rows)
-        found, self._moments = self._moments, None
-        return found
+        moments = InputMoments()
+        for rows in self._factor_rows.split(_FORWARD_BATCH):
+            self._forward(rows, moments)
+        return moments
 
     def step(self, rows: Tensor, fraction: float) -> Tensor:
         """One step of Adam; see the module."""
@@ -407,8 +404,15 @@ class Natural:
         # Where KL is so large that the bound is 1 to the last digit, both derivatives are zero.
         return slope if math.isfinite(slope) else self._slope or self._settings.error_weight
 
-    def _forward(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scores [B, c] under noise; with a closed-form last layer, its mean and deviations."""
+    def _forward(
+        self, rows: Tensor, moments: InputMoments | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores [B, c] under noise; with a closed-form last layer, its mean and deviations.
+
+        Args:
+            rows: [B].
+            moments: takes up what enters the layers whose bases follow it.
+        """
         kept: list[Tensor] = []
 
         def forward(name: str, layer: TruncatedLayer) -> Any:
@@ -416,9 +420,8 @@ class Natural:
                 if not layer.slot.per_example:
                     return layer.slot.apply(x, layer.weight())
                 known = self._known.get(name)
-                if self._moments is not None and known is None:
-                    inputs = layer.slot.extended(x).double()
-                    self._moments[name] = self._moments.get(name, 0) + inputs.T @ inputs
+                if moments is not None and known is None:
+                    moments.add(name, layer.slot.extended(x))
                 mean, deviation = layer.moments(x, None if known is None else rows_of(known, rows))
                 if name == self._last:
                     kept.append(deviation)
@@ -428,8 +431,8 @@ class Natural:
             return run
 
         forwards = {name: forward(name, layer) for name, layer in self._layers.items()}
-        with evaluating(self._model), replaced(self._slots, forwards):
-            outputs = self._model(self._samples.inputs[rows])
+        with evaluating(self._problem.model), replaced(self._problem.slots, forwards):
+            outputs = self._problem.model(self._samples.inputs[rows])
         return outputs, kept[0] if kept else None
 
     def error(self) -> float:
@@ -525,8 +528,3 @@ class Natural:
     def settings(self) -> dict[str, Any]:
         """The settings as plain values."""
         return asdict(self._settings)
-
-
-def _one_group(covariance: Tensor) -> Tensor:
-    """[d, d]; with groups the mean over them: any basis is valid, only the fit differs."""
-    return covariance if covariance.dim() == 2 else covariance.mean(0)

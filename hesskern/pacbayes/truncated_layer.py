@@ -11,8 +11,8 @@ from torch import Tensor
 from hesskern import ops
 from hesskern.pacbayes.divergence import exponential_excess
 from hesskern.pacbayes.loop import Draft
-from hesskern.pacbayes.network import Slot
 from hesskern.pacbayes.posterior import spread_out
+from hesskern.pacbayes.slots import Slot
 
 __all__ = ["Rotated", "TruncatedLayer", "rows_of"]
 
@@ -23,7 +23,9 @@ Rotated = tuple[Tensor, Tensor | None, Tensor]
 
 
 class TruncatedLayer:
-    """Parameters of one layer and its outputs under noise; see :mod:`hesskern.pacbayes.natural`.
+    """Parameters of one layer and its outputs under noise.
+
+    See :mod:`hesskern.pacbayes.truncated_method`.
 
     Attributes:
         u: [m, d], or [m, rank_in] where the mean moves in the leading directions alone: its

@@ -1,0 +1,122 @@
+"""Safetensors files with a header: tensors, and all else as JSON in the file's metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from hesskern.files import written_whole
+
+__all__ = ["OpenedFile", "TensorFormat", "savable"]
+
+_KEY = "hesskern"
+
+
+def savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors contiguous and on the host, copied where two share their memory.
+
+    The file's format refuses anything else.
+    """
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return found
+
+
+@dataclass(frozen=True)
+class OpenedFile:
+    """A file that is being read.
+
+    Attributes:
+        header: what was given to :meth:`TensorFormat.write`, without the format's name.
+    """
+
+    header: dict[str, Any]
+    _file: Any
+
+    @property
+    def names(self) -> list[str]:
+        """Of its tensors."""
+        return list(self._file.keys())
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, read now, on the CPU."""
+        found: Tensor = self._file.get_tensor(name)
+        return found
+
+
+@dataclass(frozen=True)
+class TensorFormat:
+    """One kind of file.
+
+    Attributes:
+        name: stands in the header, with a version.
+        content: what such a file holds, for messages.
+        kind: what such a file is, for messages.
+    """
+
+    name: str
+    content: str
+    kind: str
+
+    def packed(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
+        """A file's bytes."""
+        return save(savable(tensors), metadata=self._metadata(header))
+
+    def write(
+        self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]
+    ) -> None:
+        """Writes a file, which appears whole or not at all.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+        """
+        target = Path(path)
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"path: there is no folder {str(target.parent)!r}")
+        with written_whole(target) as temporary:
+            save_file(savable(tensors), temporary, metadata=self._metadata(header))
+
+    def _metadata(self, header: Mapping[str, Any]) -> dict[str, str]:
+        return {_KEY: json.dumps({"format": self.name, **header})}
+
+    @contextmanager
+    def opened(self, path: str | os.PathLike[str]) -> Iterator[OpenedFile]:
+        """A file to read from; what is missing or of a wrong type in it makes it a damaged one.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not one of these, or is damaged.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"path: there is no file {str(path)!r}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get(_KEY, "null"))
+                if not isinstance(header, dict) or header.pop("format", None) != self.name:
+                    raise ValueError(f"path: {str(path)!r} does not hold {self.content}")
+                yield OpenedFile(header, file)
+        except (
+            SafetensorError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            json.JSONDecodeError,
+        ) as error:
+            raise ValueError(
+                f"path: {str(path)!r} is not a readable {self.kind} ({error})"
+            ) from error

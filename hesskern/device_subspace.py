@@ -7,6 +7,10 @@ and van den Eshof, Numerische Mathematik 101 (2005), 87-100), and a random direc
 one that lies in the span, as an exhausted Krylov space is left on the CPU. What the host needs of a
 step, the coefficients of its images in the basis, goes to an outbox on the device. The host reads
 it in one piece when it next wants to know, and does then what it would have done step by step.
+
+Where Lanczos looks whether pairs have converged, the next step is queued first: while the host
+waits for the records of those before and solves their eigenproblem, the device goes on. What the
+host finds is one step late, which costs a step in the end.
 """
 
 from __future__ import annotations
@@ -61,6 +65,32 @@ class _Step:
     added: int
 
 
+class _Posted:
+    """Records of the device on their way to the host.
+
+    Args:
+        steps: that they are of.
+        records: rows of the outbox, which nobody writes to before they are read.
+    """
+
+    def __init__(self, steps: list[_Step], records: Tensor) -> None:
+        self.steps = steps
+        self._arrived: torch.cuda.Event | None = None
+        self._records = records
+        if records.is_cuda:
+            # To pinned memory, which torch takes where a copy does not wait.
+            self._records = records.to("cpu", non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(records.device))
+
+    def awaited(self) -> Tensor:
+        """The records on the CPU; waits for what was queued before them alone."""
+        if self._arrived is None:
+            return on_the_host(self._records)
+        self._arrived.synchronize()
+        return self._records
+
+
 class DeviceSubspace(Subspace):
     """:class:`Subspace` with one read of the device for all steps since the last.
 
@@ -81,6 +111,9 @@ class DeviceSubspace(Subspace):
         self._outbox = torch.zeros(self.capacity, rows + 1, dtype=torch.float64, device=device)
         self._outward = torch.zeros(self.capacity, dtype=torch.float64)
         self._steps: list[_Step] = []
+        self._posted: _Posted | None = None
+        # How large the basis was before a step that was begun ahead; None once that was told.
+        self._before: int | None = None
         self._noise = _generator(device).manual_seed(0)
         self._pieces = _pieces(operator.size)
 
@@ -111,12 +144,34 @@ class DeviceSubspace(Subspace):
         Raises:
             ValueError: the products held NaN or Inf, or their norms overflow.
         """
-        if not self._steps:
-            return
+        self._read_posted()
+        self._post()
+        self._read_posted()
+
+    def look_ahead(self) -> int:
+        """Queues the next step behind the records of those before.
+
+        The device works at it while the host waits for these and solves their small eigenproblem.
+        """
+        count = self.pending
+        if not 0 < count <= min(self.room, self.operator.left):
+            return 0
+        self._post()
+        self._before = self.size
+        self.advance(list(range(count)))
+        return count
+
+    def _post(self) -> None:
         steps, self._steps = self._steps, []
-        first = steps[0].start
-        records = on_the_host(self._outbox[first : steps[-1].stop])
-        for step in steps:
+        if steps:
+            self._posted = _Posted(steps, self._outbox[steps[0].start : steps[-1].stop])
+
+    def _read_posted(self) -> None:
+        posted, self._posted = self._posted, None
+        if posted is None:
+            return
+        records, first = posted.awaited(), posted.steps[0].start
+        for step in posted.steps:
             self._replay(step, records[step.start - first : step.stop - first])
 
     def _replay(self, step: _Step, records: Tensor) -> None:
@@ -263,8 +318,12 @@ class DeviceSubspace(Subspace):
     # Rayleigh-Ritz
 
     def ritz(self) -> tuple[Tensor, Tensor]:
-        self.look()
-        return super().ritz()
+        size, self._before = self._before, None
+        if size is None:
+            self.look()
+            return super().ritz()
+        self._read_posted()
+        return torch.linalg.eigh(self._rayleigh[:size, :size])
 
     def rayleigh_block(self, indices: list[int]) -> Tensor:
         self.look()

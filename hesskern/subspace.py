@@ -164,6 +164,16 @@ class Subspace:
     def coupling(self, coupling: Tensor) -> None:
         self._coupling = coupling
 
+    def look_ahead(self) -> int:
+        """Before a look, begins what the host need not know its outcome for.
+
+        :meth:`ritz` and :meth:`coupled`, called at once, then speak of the basis before it.
+
+        Returns:
+            How many pending directions, all or none, were moved into the basis.
+        """
+        return 0
+
     def until_check(self, k: int, missing: int) -> int:
         """How many products Lanczos makes before it looks whether the pairs have converged.
 
@@ -337,6 +347,17 @@ class Subspace:
         if self._ritz is None:
             self._ritz = torch.linalg.eigh(self._rayleigh[: self.size, : self.size])
         return self._ritz
+
+    def coupled(self, coefficients: Tensor) -> Tensor:
+        """What the images of Ritz vectors have outside the basis, by pending directions.
+
+        Args:
+            coefficients: [n, k] of the last :meth:`ritz`.
+
+        Returns:
+            B Y [c, k], float64 on the CPU.
+        """
+        return self._coupling @ coefficients
 
     def rayleigh_block(self, indices: list[int]) -> Tensor:
         """The Rayleigh matrix restricted to the basis vectors ``indices``; float64 on the CPU."""

@@ -21,7 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesskern.subspace import CountedOperator, Subspace, check_products, lengths, on_the_host
+from hesskern.subspace import (
+    CountedOperator,
+    OnItsWay,
+    Subspace,
+    check_products,
+    lengths,
+    on_the_host,
+)
 
 __all__ = ["DeviceSubspace", "block_for", "subspace_for"]
 
@@ -65,30 +72,12 @@ class _Step:
     added: int
 
 
+@dataclass(frozen=True)
 class _Posted:
-    """Records of the device on their way to the host.
+    """Records of some steps on their way to the host."""
 
-    Args:
-        steps: that they are of.
-        records: rows of the outbox, which nobody writes to before they are read.
-    """
-
-    def __init__(self, steps: list[_Step], records: Tensor) -> None:
-        self.steps = steps
-        self._arrived: torch.cuda.Event | None = None
-        self._records = records
-        if records.is_cuda:
-            # To pinned memory, which torch takes where a copy does not wait.
-            self._records = records.to("cpu", non_blocking=True)
-            self._arrived = torch.cuda.Event()
-            self._arrived.record(torch.cuda.current_stream(records.device))
-
-    def awaited(self) -> Tensor:
-        """The records on the CPU; waits for what was queued before them alone."""
-        if self._arrived is None:
-            return on_the_host(self._records)
-        self._arrived.synchronize()
-        return self._records
+    steps: list[_Step]
+    records: OnItsWay
 
 
 class DeviceSubspace(Subspace):
@@ -164,13 +153,15 @@ class DeviceSubspace(Subspace):
     def _post(self) -> None:
         steps, self._steps = self._steps, []
         if steps:
-            self._posted = _Posted(steps, self._outbox[steps[0].start : steps[-1].stop])
+            # No later step writes to these rows before they are read.
+            records = self._outbox[steps[0].start : steps[-1].stop]
+            self._posted = _Posted(steps, OnItsWay(records))
 
     def _read_posted(self) -> None:
         posted, self._posted = self._posted, None
         if posted is None:
             return
-        records, first = posted.awaited(), posted.steps[0].start
+        records, first = posted.records.awaited(), posted.steps[0].start
         for step in posted.steps:
             self._replay(step, records[step.start - first : step.stop - first])
 

@@ -16,6 +16,7 @@ from hesskern.checks import on_host
 
 __all__ = [
     "CountedOperator",
+    "OnItsWay",
     "OutOfProducts",
     "Subspace",
     "SymmetricOperator",
@@ -49,6 +50,30 @@ class OutOfProducts(Exception):
 def on_the_host(tensor: Tensor) -> Tensor:
     """The tensor on the CPU: on a device the only place where the host waits for a search."""
     return tensor.cpu()
+
+
+class OnItsWay:
+    """A tensor being copied to the CPU beside what the device is given to do next.
+
+    Args:
+        tensor: whose values nobody changes before :meth:`awaited` has returned.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._arrived: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            # To pinned memory, which torch takes where a copy does not wait.
+            self._tensor = tensor.to("cpu", non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(tensor.device))
+
+    def awaited(self) -> Tensor:
+        """The tensor on the CPU; on CUDA the host waits for what was queued before it alone."""
+        if self._arrived is None:
+            return on_the_host(self._tensor)
+        self._arrived.synchronize()
+        return self._tensor
 
 
 def lengths(rows: Tensor) -> Tensor:

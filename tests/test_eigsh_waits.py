@@ -19,11 +19,11 @@ from test_eigen import Counting, check, layer, spectra, symmetric
 from torch import Tensor, nn
 
 import hesskern as hk
-from hesskern.device_subspace import DeviceSubspace, _Posted
+from hesskern.device_subspace import DeviceSubspace
 from hesskern.eigen import eigsh
 from hesskern.lanczos import Search, lanczos, restart
 from hesskern.results import EigenResult
-from hesskern.subspace import CountedOperator, Subspace
+from hesskern.subspace import CountedOperator, OnItsWay, Subspace
 
 LA, SA, LM = "LA", "SA", "LM"
 
@@ -165,10 +165,10 @@ def test_the_device_works_while_the_host_looks(
     behind: list[int] = []
     searching = False
 
-    class Posted(_Posted):
-        def __init__(self, *args: Any) -> None:
+    class Noted(OnItsWay):
+        def __init__(self, tensor: Tensor) -> None:
             self._count = operator.count
-            super().__init__(*args)
+            super().__init__(tensor)
 
         def awaited(self) -> Tensor:
             if searching:
@@ -182,7 +182,7 @@ def test_the_device_works_while_the_host_looks(
         searching = False
         return result
 
-    monkeypatch.setattr("hesskern.device_subspace._Posted", Posted)
+    monkeypatch.setattr("hesskern.device_subspace.OnItsWay", Noted)
     monkeypatch.setattr("hesskern.eigen.lanczos", watched)
     result = eigsh(operator, 20, block=block)
     check(operator.matrix.inner, fetched(result), 20, LA, 1e-4)
@@ -244,12 +244,12 @@ def test_no_step_ahead_without_room_or_pending_directions() -> None:
     assert space.look_ahead() == 0
 
 
-def test_records_are_waited_for_by_their_event(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_is_waited_for_by_its_event(monkeypatch: pytest.MonkeyPatch) -> None:
     """As CUDA has it: the copy is queued, an event behind it, and the host waits for that alone."""
     events: list[str] = []
     host = torch.zeros(2, 3)
 
-    class Records:
+    class Far:
         is_cuda, device = True, torch.device("cuda", 0)
 
         def to(self, device: str, non_blocking: bool) -> Tensor:
@@ -267,9 +267,9 @@ def test_records_are_waited_for_by_their_event(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
-    posted = _Posted([], Records())  # type: ignore[arg-type]
+    sent = OnItsWay(Far())  # type: ignore[arg-type]
     assert events == ["copy", "stream of cuda:0"]
-    assert torch.equal(posted.awaited(), torch.full((2, 3), 7.0))
+    assert torch.equal(sent.awaited(), torch.full((2, 3), 7.0))
     assert events[2:] == ["wait"]
 
 

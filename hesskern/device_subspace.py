@@ -33,8 +33,9 @@ from hesskern.subspace import (
 __all__ = ["DeviceSubspace", "block_for", "subspace_for"]
 
 _LARGEST_BLOCK = 4
-# Of inner products: blocks enough for every multiprocessor, long enough to be worth one.
-_MOST_PIECES, _SHORTEST_PIECE = 128, 256
+# Of inner products: blocks enough for every multiprocessor, long enough to be worth one. Short
+# vectors are not cut: there the second launch takes longer than one multiprocessor does.
+_MOST_PIECES, _SHORTEST_PIECE, _SHORTEST_CUT = 128, 256, 4096
 
 
 def block_for(operator: CountedOperator, k: int) -> int:
@@ -122,6 +123,8 @@ class DeviceSubspace(Subspace):
         return max(super().until_check(k, missing), missing // 2)
 
     def inner(self, rows: Tensor, others: Tensor) -> Tensor:
+        if self._pieces == 1:
+            return rows @ others.T
         # One product of few rows would run on as few multiprocessors, each along all of P.
         a = rows.unflatten(1, (self._pieces, -1)).transpose(0, 1)
         b = others.unflatten(1, (self._pieces, -1)).permute(1, 2, 0)
@@ -337,7 +340,7 @@ class DeviceSubspace(Subspace):
 
 def _pieces(size: int) -> int:
     """Into how many equal pieces inner products of vectors [size] are cut."""
-    most = max(1, min(_MOST_PIECES, size // _SHORTEST_PIECE))
+    most = min(_MOST_PIECES, size // _SHORTEST_PIECE) if size >= _SHORTEST_CUT else 1
     return max(pieces for pieces in range(1, most + 1) if size % pieces == 0)
 
 

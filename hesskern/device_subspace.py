@@ -7,6 +7,10 @@ and van den Eshof, Numerische Mathematik 101 (2005), 87-100), and a random direc
 one that lies in the span, as an exhausted Krylov space is left on the CPU. What the host needs of a
 step, the coefficients of its images in the basis, goes to an outbox on the device. The host reads
 it in one piece when it next wants to know, and does then what it would have done step by step.
+
+Where Lanczos looks whether pairs have converged, the next step is queued first: while the host
+waits for the records of those before and solves their eigenproblem, the device goes on. What the
+host finds is one step late, which costs a step in the end.
 """
 
 from __future__ import annotations
@@ -17,13 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesskern.subspace import CountedOperator, Subspace, check_products, lengths, on_the_host
+from hesskern.subspace import (
+    CountedOperator,
+    OnItsWay,
+    Subspace,
+    check_products,
+    lengths,
+    on_the_host,
+)
 
 __all__ = ["DeviceSubspace", "block_for", "subspace_for"]
 
 _LARGEST_BLOCK = 4
-# Of inner products: blocks enough for every multiprocessor, long enough to be worth one.
-_MOST_PIECES, _SHORTEST_PIECE = 128, 256
+# Of inner products: blocks enough for every multiprocessor, long enough to be worth one. Short
+# vectors are not cut: there the second launch takes longer than one multiprocessor does.
+_MOST_PIECES, _SHORTEST_PIECE, _SHORTEST_CUT = 128, 256, 4096
 
 
 def block_for(operator: CountedOperator, k: int) -> int:
@@ -61,6 +73,14 @@ class _Step:
     added: int
 
 
+@dataclass(frozen=True)
+class _Posted:
+    """Records of some steps on their way to the host."""
+
+    steps: list[_Step]
+    records: OnItsWay
+
+
 class DeviceSubspace(Subspace):
     """:class:`Subspace` with one read of the device for all steps since the last.
 
@@ -81,6 +101,9 @@ class DeviceSubspace(Subspace):
         self._outbox = torch.zeros(self.capacity, rows + 1, dtype=torch.float64, device=device)
         self._outward = torch.zeros(self.capacity, dtype=torch.float64)
         self._steps: list[_Step] = []
+        self._posted: _Posted | None = None
+        # How large the basis was before a step that was begun ahead; None once that was told.
+        self._before: int | None = None
         self._noise = _generator(device).manual_seed(0)
         self._pieces = _pieces(operator.size)
 
@@ -100,6 +123,8 @@ class DeviceSubspace(Subspace):
         return max(super().until_check(k, missing), missing // 2)
 
     def inner(self, rows: Tensor, others: Tensor) -> Tensor:
+        if self._pieces == 1:
+            return rows @ others.T
         # One product of few rows would run on as few multiprocessors, each along all of P.
         a = rows.unflatten(1, (self._pieces, -1)).transpose(0, 1)
         b = others.unflatten(1, (self._pieces, -1)).permute(1, 2, 0)
@@ -111,12 +136,36 @@ class DeviceSubspace(Subspace):
         Raises:
             ValueError: the products held NaN or Inf, or their norms overflow.
         """
-        if not self._steps:
-            return
+        self._read_posted()
+        self._post()
+        self._read_posted()
+
+    def look_ahead(self) -> int:
+        """Queues the next step behind the records of those before.
+
+        The device works at it while the host waits for these and solves their small eigenproblem.
+        """
+        count = self.pending
+        if not 0 < count <= min(self.room, self.operator.left):
+            return 0
+        self._post()
+        self._before = self.size
+        self.advance(list(range(count)))
+        return count
+
+    def _post(self) -> None:
         steps, self._steps = self._steps, []
-        first = steps[0].start
-        records = on_the_host(self._outbox[first : steps[-1].stop])
-        for step in steps:
+        if steps:
+            # No later step writes to these rows before they are read.
+            records = self._outbox[steps[0].start : steps[-1].stop]
+            self._posted = _Posted(steps, OnItsWay(records))
+
+    def _read_posted(self) -> None:
+        posted, self._posted = self._posted, None
+        if posted is None:
+            return
+        records, first = posted.records.awaited(), posted.steps[0].start
+        for step in posted.steps:
             self._replay(step, records[step.start - first : step.stop - first])
 
     def _replay(self, step: _Step, records: Tensor) -> None:
@@ -263,8 +312,12 @@ class DeviceSubspace(Subspace):
     # Rayleigh-Ritz
 
     def ritz(self) -> tuple[Tensor, Tensor]:
-        self.look()
-        return super().ritz()
+        size, self._before = self._before, None
+        if size is None:
+            self.look()
+            return super().ritz()
+        self._read_posted()
+        return torch.linalg.eigh(self._rayleigh[:size, :size])
 
     def rayleigh_block(self, indices: list[int]) -> Tensor:
         self.look()
@@ -287,7 +340,7 @@ class DeviceSubspace(Subspace):
 
 def _pieces(size: int) -> int:
     """Into how many equal pieces inner products of vectors [size] are cut."""
-    most = max(1, min(_MOST_PIECES, size // _SHORTEST_PIECE))
+    most = min(_MOST_PIECES, size // _SHORTEST_PIECE) if size >= _SHORTEST_CUT else 1
     return max(pieces for pieces in range(1, most + 1) if size % pieces == 0)
 
 

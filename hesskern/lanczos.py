@@ -70,7 +70,8 @@ def lanczos(space: Subspace, search: Search) -> bool:
 
     Goes on from the pending directions of ``space`` (a random one if there is none), by the
     recurrence's own residual estimate. Several pending directions make it a block Lanczos whose
-    blocks hold only what the wanted pairs still need.
+    blocks hold only what the wanted pairs still need; all of them where the next step was begun
+    before they were known.
 
     Returns:
         False when the basis cannot grow: it spans R^P, and the pairs are exact. True when the
@@ -83,15 +84,15 @@ def lanczos(space: Subspace, search: Search) -> bool:
     interval = since_check = space.until_check(k, k)
     while True:
         if space.size >= k and since_check >= interval:
-            since_check = 0
+            since_check = space.look_ahead()
             _, coefficients = search.ritz(space)
-            coupled = space.coupling @ coefficients[:, :k]
+            coupled = space.coupled(coefficients[:, :k])
             converged = search.count_converged(coupled.norm(dim=0), space.scale)
             interval = space.until_check(k, k - converged)
             search.report(converged)
             if converged == k:
                 return True
-            if space.pending > 1:
+            if space.pending > 1 and not since_check:
                 _focus(space, coupled, search.tol)
         if space.pending == 0:
             count = search.block if space.size == 0 else 1

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from hesskern.checks import on_host
 from hesskern.corrected import eigenvalue_corrected
 from hesskern.layer_hessian import LayerHessian
 from hesskern.operators import CurvatureOperator, EigenbasisOperator
-from hesskern.subspace import lengths
+from hesskern.subspace import OnItsWay, lengths
 
 __all__ = ["Lanczos", "relative_norms"]
 
@@ -21,6 +23,8 @@ class Lanczos:
     """Lanczos with full reorthogonalization until the largest absolute Ritz value stands still.
 
     A norm needs no gap and no multiplicity, so this takes far fewer products than an eigenpair.
+    Steps look at no value: what they found is told to :meth:`look`, at once or some steps later,
+    and steps that turn out to be too many are forgotten.
 
     Args:
         start: [P], not zero.
@@ -40,22 +44,41 @@ class Lanczos:
         self._diagonal: list[float] = []
         self._beside: list[float] = []
 
-    def step(self, product: Tensor) -> None:
-        """Takes the product [P] with the last vector of the basis."""
+    @property
+    def open(self) -> bool:
+        """Whether another step may be of use."""
+        return not self.done and len(self.products) < min(_LANCZOS_STEPS, self.basis.shape[1])
+
+    def step(self, product: Tensor) -> Tensor:
+        """Takes the product [P] with the last vector of the basis.
+
+        Returns:
+            [2] float64, what :meth:`look` wants to know of the step.
+        """
         self.products.append(product)
-        self._diagonal.append(float(self.basis[-1].double() @ product.double()))
-        previous, self.norm = self.norm, self._largest()
+        diagonal = self.basis[-1].double() @ product.double()
         for _ in range(2):
             product = product - self.basis.T @ (self.basis @ product)
-        rest, steps = float(lengths(product)), len(self._diagonal)
+        rest = lengths(product)
+        following = product / rest.clamp_min(torch.finfo(product.dtype).tiny)
+        self.basis = torch.cat([self.basis, following.unsqueeze(0)])
+        return torch.stack([diagonal, rest])
+
+    def look(self, diagonal: float, rest: float) -> None:
+        """Learns what the first step found that it has not been told of yet."""
+        if self.done:
+            return
+        self._diagonal.append(diagonal)
+        previous, self.norm = self.norm, self._largest()
+        steps = len(self._diagonal)
         self.done = (
             rest <= 1e-6 * self.norm
             or (steps > 5 and self.norm - previous <= 1e-4 * self.norm)
-            or steps == min(_LANCZOS_STEPS, len(product))
+            or steps == min(_LANCZOS_STEPS, self.basis.shape[1])
         )
-        if not self.done:
-            self._beside.append(rest)
-            self.basis = torch.cat([self.basis, (product / rest).unsqueeze(0)])
+        self._beside.append(rest)
+        if self.done:
+            self.basis, self.products = self.basis[:steps], self.products[:steps]
 
     def _largest(self) -> float:
         tridiagonal = torch.diag(torch.tensor(self._diagonal, dtype=torch.float64))
@@ -113,6 +136,9 @@ def _run_lanczos(
 ) -> list[Lanczos]:
     """Lanczos for H minus each of these, in step: where products run the model, one run serves all.
 
+    On a device the host reads once a step for all of them, when the next step is queued: what is
+    found is the same, after one step more.
+
     Args:
         H: [P, P].
         approximations: [P, P] of H's dtype, on its device; None for zero.
@@ -120,11 +146,23 @@ def _run_lanczos(
     """
     start = _normal(H, 1, torch.Generator().manual_seed(seed))[:, 0]
     runs = [Lanczos(start) for _ in approximations]
-    while running := [i for i, run in enumerate(runs) if not run.done]:
-        vectors = torch.stack([runs[i].basis[-1] for i in running], 1)
-        for i, product in zip(running, (H @ vectors).unbind(1), strict=True):
-            K = approximations[i]
-            runs[i].step(product if K is None else product - K @ runs[i].basis[-1])
+    late = 0 if on_host(start) else 1
+    found: deque[tuple[list[int], OnItsWay]] = deque()
+    while not all(run.done for run in runs):
+        running = [i for i, run in enumerate(runs) if run.open]
+        if running:
+            vectors = torch.stack([runs[i].basis[-1] for i in running], 1)
+            numbers = []
+            for i, product in zip(running, (H @ vectors).unbind(1), strict=True):
+                K = approximations[i]
+                numbers.append(
+                    runs[i].step(product if K is None else product - K @ runs[i].basis[-1])
+                )
+            found.append((running, OnItsWay(torch.stack(numbers))))
+        if len(found) > late or not running:
+            told, values = found.popleft()
+            for i, (diagonal, rest) in zip(told, values.awaited().tolist(), strict=True):
+                runs[i].look(diagonal, rest)
     return runs
 
 

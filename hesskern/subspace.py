@@ -16,6 +16,7 @@ from hesskern.checks import on_host
 
 __all__ = [
     "CountedOperator",
+    "OnItsWay",
     "OutOfProducts",
     "Subspace",
     "SymmetricOperator",
@@ -49,6 +50,30 @@ class OutOfProducts(Exception):
 def on_the_host(tensor: Tensor) -> Tensor:
     """The tensor on the CPU: on a device the only place where the host waits for a search."""
     return tensor.cpu()
+
+
+class OnItsWay:
+    """A tensor being copied to the CPU beside what the device is given to do next.
+
+    Args:
+        tensor: whose values nobody changes before :meth:`awaited` has returned.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._arrived: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            # To pinned memory, which torch takes where a copy does not wait.
+            self._tensor = tensor.to("cpu", non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(tensor.device))
+
+    def awaited(self) -> Tensor:
+        """The tensor on the CPU; on CUDA the host waits for what was queued before it alone."""
+        if self._arrived is None:
+            return on_the_host(self._tensor)
+        self._arrived.synchronize()
+        return self._tensor
 
 
 def lengths(rows: Tensor) -> Tensor:
@@ -163,6 +188,16 @@ class Subspace:
     @coupling.setter
     def coupling(self, coupling: Tensor) -> None:
         self._coupling = coupling
+
+    def look_ahead(self) -> int:
+        """Before a look, begins what the host need not know its outcome for.
+
+        :meth:`ritz` and :meth:`coupled`, called at once, then speak of the basis before it.
+
+        Returns:
+            How many pending directions, all or none, were moved into the basis.
+        """
+        return 0
 
     def until_check(self, k: int, missing: int) -> int:
         """How many products Lanczos makes before it looks whether the pairs have converged.
@@ -337,6 +372,17 @@ class Subspace:
         if self._ritz is None:
             self._ritz = torch.linalg.eigh(self._rayleigh[: self.size, : self.size])
         return self._ritz
+
+    def coupled(self, coefficients: Tensor) -> Tensor:
+        """What the images of Ritz vectors have outside the basis, by pending directions.
+
+        Args:
+            coefficients: [n, k] of the last :meth:`ritz`.
+
+        Returns:
+            B Y [c, k], float64 on the CPU.
+        """
+        return self._coupling @ coefficients
 
     def rayleigh_block(self, indices: list[int]) -> Tensor:
         """The Rayleigh matrix restricted to the basis vectors ``indices``; float64 on the CPU."""

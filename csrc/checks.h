@@ -268,6 +268,48 @@ inline void check_layer_hessian_matmul(const at::Tensor& x, const at::Tensor& s,
   check_same(op, "x", x, "V", V);
 }
 
+// logits [N, c] or [N, c, t], uniform [N t], targets [N] or [N, t], terms [N]
+inline void check_sampled_cross_entropy_gradient(const at::Tensor& logits,
+                                                 const at::Tensor& uniform,
+                                                 const std::optional<at::Tensor>& targets,
+                                                 const std::optional<at::Tensor>& terms) {
+  const char* op = "sampled_cross_entropy_gradient";
+  TORCH_CHECK_VALUE(logits.dim() == 2 || logits.dim() == 3, op,
+                    ": logits must be [N, c] or [N, c, t], got ", logits.sizes());
+  const auto type = logits.scalar_type();
+  TORCH_CHECK_VALUE(
+      type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf, op,
+      ": logits must be float32, float64, bfloat16 or float16, got ", type);
+  const int64_t n = logits.size(0), t = logits.dim() == 3 ? logits.size(2) : 1;
+  TORCH_CHECK_VALUE(uniform.dim() == 1 && uniform.size(0) == n * t, op,
+                    ": uniform must be [N t] = [", n * t, "] for logits ", logits.sizes(), ", got ",
+                    uniform.sizes());
+  const auto expected = type == at::kDouble ? at::kDouble : at::kFloat;
+  TORCH_CHECK_VALUE(uniform.scalar_type() == expected, op, ": uniform must be ", expected,
+                    " for logits of ", type, ", got ", uniform.scalar_type());
+  TORCH_CHECK_VALUE(uniform.device() == logits.device(), op, ": logits is on ", logits.device(),
+                    " but uniform is on ", uniform.device());
+  if (targets.has_value()) {
+    const bool fits = logits.dim() == 2
+                          ? targets->dim() == 1 && targets->size(0) == n
+                          : targets->dim() == 2 && targets->size(0) == n && targets->size(1) == t;
+    TORCH_CHECK_VALUE(fits, op, ": targets must be ", logits.dim() == 2 ? "[N]" : "[N, t]",
+                      " for logits ", logits.sizes(), ", got ", targets->sizes());
+    TORCH_CHECK_VALUE(targets->scalar_type() == at::kLong, op, ": targets must be int64, got ",
+                      targets->scalar_type());
+    TORCH_CHECK_VALUE(targets->device() == logits.device(), op, ": logits is on ", logits.device(),
+                      " but targets is on ", targets->device());
+  }
+  if (terms.has_value()) {
+    TORCH_CHECK_VALUE(terms->dim() == 1 && terms->size(0) == n, op, ": terms must be [N] = [", n,
+                      "], got ", terms->sizes());
+    TORCH_CHECK_VALUE(terms->scalar_type() == at::kLong, op, ": terms must be int64, got ",
+                      terms->scalar_type());
+    TORCH_CHECK_VALUE(terms->device() == logits.device(), op, ": logits is on ", logits.device(),
+                      " but terms is on ", terms->device());
+  }
+}
+
 // factor [N, H, W, C], or none, for gradients out [N, H, W, r, C]
 inline void check_factor(const char* op, const at::Tensor& out,
                          const std::optional<at::Tensor>& factor) {

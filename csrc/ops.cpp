@@ -39,6 +39,11 @@ TORCH_LIBRARY(hesskern, m) {
       "-> Tensor");
   // x as the product above multiplies it on some GPUs, for V with k m = columns; elsewhere [0]
   m.def("pack_layer_inputs(Tensor x, int columns) -> Tensor");
+  // alpha / sqrt(terms [N]) (softmax(logits) - e_k), k drawn with uniform [N t]; zero where targets
+  // [N(, t)] are ignore_index; logits [N, c(, t)]
+  m.def(
+      "sampled_cross_entropy_gradient(Tensor logits, Tensor uniform, Tensor? targets=None, "
+      "int ignore_index=-100, Tensor? terms=None, float alpha=1.0) -> Tensor");
 }
 
 // What the package itself, tests and benchmarks need beside the contract.
@@ -66,9 +71,13 @@ namespace {
 
 constexpr const char* kAccumulating[] = {"input_covariance_", "conv_input_covariance_",
                                          "output_hessian_", "mirror_"};
-constexpr const char* kProducts[] = {"kron_matmul",          "grouped_kron_matmul",
-                                     "kron_eigen_matmul",    "grouped_kron_eigen_matmul",
-                                     "layer_hessian_matmul", "pack_layer_inputs"};
+constexpr const char* kProducing[] = {"kron_matmul",
+                                      "grouped_kron_matmul",
+                                      "kron_eigen_matmul",
+                                      "grouped_kron_eigen_matmul",
+                                      "layer_hessian_matmul",
+                                      "pack_layer_inputs",
+                                      "sampled_cross_entropy_gradient"};
 
 // Autocast of every operator: dtypes stay the caller's. Inside a model that runs under autocast,
 // the GEMMs of a float32 operator would otherwise be rounded to bfloat16.
@@ -81,7 +90,7 @@ void register_without_autocast(torch::Library& library) {
   for (const char* name : kAccumulating) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&without_autocast>());
   }
-  for (const char* name : kProducts) {
+  for (const char* name : kProducing) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&without_autocast>());
   }
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hesskern.foreach import are_finite
 
-__all__ = ["Checks", "as_weights", "check_dense", "first_chosen", "on_host"]
+__all__ = ["Checks", "as_weights", "check_dense", "on_host"]
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -49,11 +49,13 @@ def as_weights(given: Any) -> Any:
     return given
 
 
-def first_chosen(values: Tensor, chosen: Tensor) -> Tensor:
-    """[1] the first value where ``chosen`` of the same shape is True; any of them where none is."""
-    if not values.numel():
-        return values.new_zeros(1)
-    return values.flatten().gather(0, chosen.flatten().int().argmax().reshape(1))
+def _made(detail: Tensor | Callable[[], Tensor]) -> Tensor:
+    return detail if isinstance(detail, Tensor) else detail()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """[1] of a tensor of one element; a view that changes nothing is an operation, too."""
+    return tensor if tensor.dim() == 1 else tensor.reshape(1)
 
 
 @dataclass
@@ -131,15 +133,16 @@ class Checks:
         self,
         good: Tensor,
         message: Callable[..., str],
-        *details: Callable[[], Tensor],
+        *details: Tensor | Callable[[], Tensor],
         error: type[Exception] = ValueError,
     ) -> bool:
         """Adds a condition to the current batch.
 
         Args:
-            good: 0-dim bool.
+            good: bool of one element.
             message: of the error, called with the details as floats.
-            details: what the message tells, each of one element, made when they are needed.
+            details: what the message tells, each of one element, or how to make it where it is
+                needed: in an error on the host, at once on a device.
             error: what to raise.
 
         Returns:
@@ -150,10 +153,10 @@ class Checks:
         """
         if on_host(good):
             if not bool(good):
-                raise error(message(*(float(make()) for make in details)))
+                raise error(message(*(float(_made(detail)) for detail in details)))
             return True
-        self._flags.append(good.reshape(1))
-        self._details.extend(make().double() for make in details)
+        self._flags.append(_whole(good))
+        self._details.extend(_whole(_made(detail)) for detail in details)
         self._conditions.append(_Condition(message, error, len(details), self.place()))
         return False
 
@@ -206,7 +209,7 @@ class Checks:
             # Layers, targets and weights may lie on several devices.
             device = self._flags[0].device
             good = torch.cat([flag.to(device, non_blocking=True) for flag in self._flags])
-            details = [d.to(device, non_blocking=True).reshape(1) for d in self._details]
+            details = [d.to(device, non_blocking=True) for d in self._details]
             alive = good.all()
             self.alive = alive if self.alive is None else self.alive & alive
             values = torch.cat([good.double(), *details]) if details else good.double()

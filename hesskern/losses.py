@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hesskern.checks import Checks, check_dense, first_chosen, on_host
+from hesskern import ops
+from hesskern.checks import Checks, check_dense, on_host
 
 __all__ = ["MOST_ROWS", "Loss", "Rows", "resolve_loss"]
 
@@ -177,7 +178,12 @@ def _mean(loss: nn.Module) -> bool:
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x.to(_wide(x.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    # torch.promote_types would be an operator.
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _flat(outputs: Tensor) -> Tensor:
@@ -189,23 +195,6 @@ def _flat(outputs: Tensor) -> Tensor:
 def _per_sample(values: Tensor) -> Tensor:
     """[N, everything else] of [N, ...], also for N = 0."""
     return values.reshape(len(values), math.prod(values.shape[1:]))
-
-
-def _drawn(p: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-    """[n, samples] indices drawn with probabilities p [n, c], the same ones on every device."""
-    uniform = torch.rand(len(p), samples, generator=generator, dtype=p.dtype)
-    if torch.are_deterministic_algorithms_enabled() and not on_host(p):
-        # Sums along an axis have no deterministic order there.
-        host = p.cpu()
-        return _chosen(host, uniform).to(p.device, non_blocking=True)
-    return _chosen(p, uniform.to(p.device, non_blocking=True))
-
-
-def _chosen(p: Tensor, uniform: Tensor) -> Tensor:
-    """[n, samples] indices at which the sums of p [n, c] pass ``uniform`` [n, samples]."""
-    sums = p.cumsum(1)
-    # Rounded sums may end a little below or above one, and a draw must not lie behind them.
-    return torch.searchsorted(sums, uniform * sums[:, -1:], right=True).clamp(max=p.shape[1] - 1)
 
 
 def _check_count(rows: int, outputs: Tensor) -> int:
@@ -285,19 +274,20 @@ class _CrossEntropy(Loss):
         check_dense(targets, "targets")
         if targets.is_floating_point():
             _same_shape(outputs, targets, "cross-entropy with probabilities")
-            total = targets.sum(1)
             if targets.numel():
+                least = targets.amin()
+                lowest, highest = targets.sum(1).aminmax()
                 checks.require(
                     # Written so that NaN fails.
-                    (targets >= 0).all() & ((total - 1).abs() <= 1e-3).all(),
+                    (least >= 0) & (lowest >= 1 - 1e-3) & (highest <= 1 + 1e-3),
                     lambda least, lowest, highest: (
                         "targets given as probabilities must be non-negative and sum to one over "
                         f"the class axis; found values down to {least:g} and sums from "
                         f"{lowest:g} to {highest:g}"
                     ),
-                    targets.min,
-                    total.min,
-                    total.max,
+                    least,
+                    lowest,
+                    highest,
                 )
             return targets
         expected = [outputs.shape[0], *outputs.shape[2:]]
@@ -308,18 +298,22 @@ class _CrossEntropy(Loss):
             raise TypeError(
                 f"targets must be class indices (int64) or probabilities, got {targets.dtype}"
             )
-        classes = outputs.shape[1]
-        bad = ((targets < 0) | (targets >= classes)) & (targets != self.ignore_index)
-        looked_at = checks.require(
-            ~bad.any(),
-            lambda found: (
-                f"targets must lie in [0, {classes}) or equal ignore_index={self.ignore_index}; "
-                f"found {found:.0f}"
-            ),
-            lambda: first_chosen(targets, bad),
-        )
-        # A device stops for good at a class that is none.
-        return targets if looked_at else targets.masked_fill(bad, 0)
+        if targets.numel():
+            classes = outputs.shape[1]
+            # Of uint8 neither ignore_index nor the number of classes need be one.
+            labels = targets.long()
+            labels = labels.masked_fill(labels == self.ignore_index, 0).flatten()
+            least, most = labels.aminmax(dim=0, keepdim=True)
+            checks.require(
+                (least >= 0) & (most < classes),
+                lambda least, most: (
+                    f"targets must lie in [0, {classes}) or equal ignore_index="
+                    f"{self.ignore_index}; found {least if least < 0 else most:.0f}"
+                ),
+                least,
+                most,
+            )
+        return targets
 
     @staticmethod
     def _check_class_axis(outputs: Tensor, targets: Tensor) -> None:
@@ -340,25 +334,28 @@ class _CrossEntropy(Loss):
             f"in axis 1, as in nn.CrossEntropyLoss: let the model return logits.{moved}"
         )
 
+    def _unmasked(self, targets: Tensor) -> Tensor:
+        """Which class indices [N, t...] count; bool of their shape."""
+        return targets.long() != self.ignore_index
+
     def _mask(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """[N, t] bool, tokens that count."""
         if targets.is_floating_point():
             size = (len(outputs), math.prod(outputs.shape[2:]))
             return torch.ones(size, dtype=torch.bool, device=outputs.device)
-        return _per_sample(targets != self.ignore_index)
+        return _per_sample(self._unmasked(targets))
 
     def counted(self, outputs: Tensor, targets: Any) -> Tensor | None:
         if targets.is_floating_point():
             return None
-        single = targets.dim() == 1
-        mask = targets != self.ignore_index if single else self._mask(outputs, targets)
+        mask = self._unmasked(targets)
         if on_host(mask) and bool(mask.all()):
             return None
-        return mask if single else mask.any(1)
+        return mask if mask.dim() == 1 else _per_sample(mask).any(1)
 
     def _token_scale(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """[N, t]: 1/sqrt(unmasked tokens) for ``mean``, 1 for ``sum``, 0 where masked."""
-        dtype = outputs.dtype if outputs.dtype == torch.float64 else torch.float32
+        dtype = _wide(outputs.dtype)
         mask = self._mask(outputs, targets)
         if not self.mean or mask.shape[1] == 1:
             return mask.to(dtype)
@@ -409,25 +406,43 @@ class _CrossEntropy(Loss):
     def sampled(
         self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
     ) -> Rows:
-        flat = _flat(outputs)
-        n, c, tokens = flat.shape
-        p = flat.softmax(1)
-        scale = self._token_scale(outputs, targets).unsqueeze(1) / samples**0.5
-        draws = _drawn(p.transpose(1, 2).reshape(n * tokens, c), samples, generator)
-        labels = draws.reshape(n, tokens, samples)
-        numbers = torch.arange(c, device=p.device).reshape(1, c, 1)
+        tokens = math.prod(outputs.shape[2:])
+        together = outputs.dim() > 3
+        logits = outputs.detach().flatten(2) if together else outputs
+        labels = None
+        if not targets.is_floating_point():
+            labels = _per_sample(targets.long()) if together else targets.long()
+        terms = self._terms(outputs, targets) if tokens > 1 else None
+        # Drawn on the host, and therefore the same on every device.
+        uniform = torch.rand(
+            len(outputs) * tokens,
+            samples,
+            generator=generator,
+            dtype=_wide(outputs.dtype),
+        ).to(outputs.device, non_blocking=True)
 
         def row(index: int) -> Tensor:
-            own = labels[..., index].unsqueeze(1) == numbers
-            return ((p - own.to(p.dtype)) * scale).reshape(outputs.shape).to(outputs.dtype)
+            gradient = ops.sampled_cross_entropy_gradient(
+                logits, uniform[:, index], labels, self.ignore_index, terms, samples**-0.5
+            )
+            return gradient.unflatten(2, outputs.shape[2:]) if together else gradient
 
         return Rows(samples, row)
 
+    def _classes(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Class indices of which none stops a device for good; the checks report them."""
+        if on_host(targets):
+            return targets
+        labels = targets.long()
+        inside = labels.clamp(0, max(outputs.shape[1] - 1, 0))
+        return labels.where(labels == self.ignore_index, inside)
+
     def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
+        soft = targets.is_floating_point()
         losses = _per_sample(
             F.cross_entropy(
                 outputs,
-                targets.to(outputs.dtype) if targets.is_floating_point() else targets,
+                targets.to(outputs.dtype) if soft else self._classes(outputs, targets),
                 reduction="none",
                 ignore_index=self.ignore_index,
                 label_smoothing=self.label_smoothing,
@@ -449,8 +464,10 @@ class _Elementwise(Loss):
         """Second derivative of every element's loss, the outputs' shape."""
 
     @abstractmethod
-    def _sampled_gradient(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """Random [N, ...] with mean outer product diag(curvature)."""
+    def _sampled_gradient(
+        self, outputs: Tensor, scale: float, generator: torch.Generator
+    ) -> Tensor:
+        """``scale`` times a random [N, ...] with mean outer product diag(curvature)."""
 
     def check(self, outputs: Tensor, targets: Any, checks: Checks) -> Any:
         return _same_shape(outputs, targets, self.name)
@@ -481,7 +498,7 @@ class _Elementwise(Loss):
         flat = _at_least_float32(outputs.detach())
         scale = (self._scale(outputs) / samples) ** 0.5
         return _drawn_rows(
-            samples, lambda: (scale * self._sampled_gradient(flat, generator)).to(outputs.dtype)
+            samples, lambda: self._sampled_gradient(flat, scale, generator).to(outputs.dtype)
         )
 
 
@@ -495,9 +512,11 @@ class _MeanSquaredError(_Elementwise):
     def _curvature(self, outputs: Tensor) -> Tensor:
         return torch.full_like(outputs, 2.0)
 
-    def _sampled_gradient(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def _sampled_gradient(
+        self, outputs: Tensor, scale: float, generator: torch.Generator
+    ) -> Tensor:
         noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype)
-        return 2.0**0.5 * noise.to(outputs.device, non_blocking=True)
+        return noise.mul_(2.0**0.5 * scale).to(outputs.device, non_blocking=True)
 
     def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
         losses = _per_sample(F.mse_loss(outputs, targets.to(outputs), reduction="none"))
@@ -514,24 +533,30 @@ class _BinaryCrossEntropy(_Elementwise):
     def check(self, outputs: Tensor, targets: Any, checks: Checks) -> Any:
         super().check(outputs, targets, checks)
         if targets.numel():
+            least, most = targets.aminmax()
             checks.require(
-                ((targets >= 0) & (targets <= 1)).all(),
+                # Written so that NaN fails.
+                (least >= 0) & (most <= 1),
                 lambda lowest, highest: (
                     "targets must lie in [0, 1] for BCEWithLogitsLoss; found values from "
                     f"{lowest:g} to {highest:g}"
                 ),
-                targets.min,
-                targets.max,
+                least,
+                most,
             )
         return targets
 
     def _curvature(self, outputs: Tensor) -> Tensor:
         return outputs.sigmoid() * (-outputs).sigmoid()
 
-    def _sampled_gradient(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def _sampled_gradient(
+        self, outputs: Tensor, scale: float, generator: torch.Generator
+    ) -> Tensor:
         p = outputs.sigmoid()
         uniform = torch.rand(p.shape, generator=generator, dtype=p.dtype)
-        return p - (uniform.to(p.device, non_blocking=True) < p).to(p.dtype)
+        drawn = uniform.to(p.device, non_blocking=True) < p
+        # A difference of numbers and flags is refused, their sum is not.
+        return torch.add(p, drawn, alpha=-1).mul_(scale)
 
     def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
         losses = _per_sample(

@@ -32,6 +32,7 @@ __all__ = [
     "mirror_",
     "output_hessian_",
     "pack_layer_inputs",
+    "sampled_cross_entropy_gradient",
     "to_eigenbasis",
 ]
 
@@ -347,6 +348,49 @@ def pack_layer_inputs(x: Tensor, columns: int) -> Tensor:
         return _ops.pack_layer_inputs(x, columns)
 
 
+def sampled_cross_entropy_gradient(
+    logits: Tensor,
+    uniform: Tensor,
+    targets: Tensor | None = None,
+    ignore_index: int = -100,
+    terms: Tensor | None = None,
+    alpha: float = 1.0,
+) -> Tensor:
+    """``alpha / sqrt(terms_n) * (p_nt - e_k)``, p = softmax(logits), for a class k drawn from p_nt.
+
+    The gradient of softmax cross-entropy in its logits at a class drawn from the model; its outer
+    products have the mean ``alpha^2 / terms_n * (diag(p) - p p^T)``. k is the first class at which
+    the sum of p, in the order of the classes and taken in float64, passes ``uniform``; a class of
+    probability zero is never drawn. The logits are data: no gradient flows through them.
+
+    Args:
+        logits: [N, c] or [N, c, t]; float32, float64, bfloat16 or float16. One that is NaN or
+            infinite makes its token's row NaN; minus infinity is a class of probability zero.
+        uniform: [N t], from [0, 1), those of a sample's tokens one after another; float64 for
+            float64 logits, else float32.
+        targets: [N] or [N, t] int64. Tokens whose target is ``ignore_index`` get zeros, whatever
+            their logits; no other value matters. None: there is none.
+        ignore_index: see ``targets``.
+        terms: [N] int64, positive; None: ones.
+        alpha: factor.
+
+    Returns:
+        The shape, dtype and, where they leave no gaps, the strides of ``logits``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the argument.
+    """
+    with _route():
+        return _ops.sampled_cross_entropy_gradient(
+            logits.detach() if torch.compiler.is_compiling() else logits,
+            uniform,
+            targets,
+            ignore_index,
+            terms,
+            alpha,
+        )
+
+
 # A call with one meta tensor runs the fake kernel: without these checks it would do nothing, and
 # say nothing.
 def _check_devices(op: str, **tensors: Tensor | None) -> None:
@@ -420,6 +464,25 @@ def _(x: Tensor, columns: int) -> Tensor:
     # What a GPU can do decides, which no shape tells.
     size = torch.library.get_ctx().new_dynamic_size() if x.device.type == "cuda" else 0
     return x.new_empty((size,), dtype=torch.int32)
+
+
+@torch.library.register_fake("hesskern::sampled_cross_entropy_gradient")
+def _(
+    logits: Tensor,
+    uniform: Tensor,
+    targets: Tensor | None = None,
+    ignore_index: int = -100,
+    terms: Tensor | None = None,
+    alpha: float = 1.0,
+) -> Tensor:
+    _check_devices(
+        "sampled_cross_entropy_gradient",
+        logits=logits,
+        uniform=uniform,
+        targets=targets,
+        terms=terms,
+    )
+    return torch.empty_like(logits)
 
 
 # Gradients are written with the differentiable operators themselves, so that

@@ -19,6 +19,7 @@ __all__ = [
     "kron_matmul",
     "layer_hessian_matmul",
     "output_hessian",
+    "sampled_cross_entropy_gradient",
     "unfold",
 ]
 
@@ -96,3 +97,26 @@ def layer_hessian_matmul(x: Tensor, s: Tensor, V: Tensor, alpha: float = 1.0) ->
     block = V if V.dim() == 3 else V.unsqueeze(0)
     out = torch.einsum("kmd,ncmd,ncij->kij", block, rows, rows) * alpha
     return out if V.dim() == 3 else out[0]
+
+
+def sampled_cross_entropy_gradient(
+    logits: Tensor,
+    uniform: Tensor,
+    targets: Tensor | None = None,
+    ignore_index: int = -100,
+    terms: Tensor | None = None,
+    alpha: float = 1.0,
+) -> Tensor:
+    """``alpha / sqrt(terms_n) (p_nt - e_k)``, k drawn from p by ``uniform``; as in ``ops``."""
+    rows = logits if logits.dim() == 3 else logits.unsqueeze(-1)
+    n, c, t = rows.shape
+    p = rows.softmax(1)
+    sums = p.double().cumsum(1)
+    passed = sums > uniform.double().reshape(n, 1, t) * sums[:, -1:]
+    own = F.one_hot(passed.int().argmax(1), c).movedim(-1, 1)
+    out = alpha * (p - own.to(p.dtype))
+    if terms is not None:
+        out = out / terms.to(p.dtype).sqrt().reshape(n, 1, 1)
+    if targets is not None:
+        out = out.masked_fill((targets == ignore_index).reshape(n, 1, t), 0)
+    return out.reshape(logits.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from hesskern.batches import Batch
 from hesskern.capture import Capture
-from hesskern.checks import Checks, check_dense, first_chosen, on_host
+from hesskern.checks import Checks, check_dense, on_host
 from hesskern.choices import Output, check_choice
 from hesskern.layer_uses import LayerUse
 from hesskern.layers import LayerSpec
@@ -109,15 +110,18 @@ def sample_weights(
         if not isinstance(weight, Tensor) or weight.shape != (n,):
             found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
             raise ValueError(f"sample_weight must be [N] = [{n}] per batch, got {found}")
-        bad = ~torch.isfinite(weight) | (weight < 0)
-        given = weight
-        checks.require(
-            ~bad.any(),
-            lambda found: (
-                f"sample_weight must be finite and non-negative, got {found} in batch {batch.index}"
-            ),
-            lambda: first_chosen(given, bad),
-        )
+        if n:
+            least, most = weight.aminmax()
+            checks.require(
+                # Written so that NaN, which both are if one weight is, fails.
+                (least >= 0) & (most < math.inf),
+                lambda least, most: (
+                    "sample_weight must be finite and non-negative, got "
+                    f"{most if least >= 0 else least} in batch {batch.index}"
+                ),
+                least,
+                most,
+            )
         weight = weight.to(dtype)
     counted = loss.counted(outputs, batch.given_targets)
     if counted is not None:
@@ -187,7 +191,7 @@ class BatchRoots:
         for name, layer in self.uses.items():
             for use in layer:
                 self._check_use(name, use, sums_follow)
-        check_finite(checks, self.outputs.detach(), "the model's outputs", batch.index)
+        check_finite(checks, self.outputs, "the model's outputs", batch.index)
         self._rows = self._make_rows(loss, output, samples, generator)
 
     def _check_use(self, name: str, use: LayerUse, sums_follow: bool) -> None:

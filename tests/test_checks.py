@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from networks import classes, randn, seeded
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -357,14 +357,14 @@ def test_conditions_on_the_host_are_looked_at_at_once() -> None:
     found.settle()
 
 
-def first(values: Tensor, chosen: Tensor) -> float:
-    return float(checks.first_chosen(values, chosen))
-
-
-def test_the_first_of_the_bad_values() -> None:
-    values = torch.tensor([[3, -7], [5, -9]])
-    assert first(values, values < 0) == -7
-    assert first(values[:0], values[:0] < 0) == 0
+def test_values_that_are_there_are_told_as_they_are() -> None:
+    with pytest.raises(ValueError, match=r"9007199254740991 and -2\.5"):
+        checks.Checks().require(
+            torch.tensor([False]),
+            lambda whole, part: f"{whole:.0f} and {part}",
+            torch.tensor(2**53 - 1),
+            torch.tensor([-2.5]),
+        )
 
 
 @pytest.mark.parametrize("layout", ["to_sparse", "to_mkldnn"])

@@ -30,6 +30,11 @@ from torch.utils import _pytree as pytree
 
 from hesskern import ops
 
+
+def uniform(count: int) -> Tensor:
+    return torch.linspace(0, 0.99, count)
+
+
 # Arguments of every operator; gradients go to the tensors that take one.
 SAMPLES: dict[str, list[Callable[[], tuple]]] = {
     "input_covariance_": [
@@ -90,6 +95,22 @@ SAMPLES: dict[str, list[Callable[[], tuple]]] = {
         lambda: (f64(6, 4, 5), 21),
         lambda: (f32(0, 4), 0),
     ],
+    "sampled_cross_entropy_gradient": [
+        lambda: (f32(5, 4), uniform(5)),
+        lambda: (
+            f64(4, 5).t(),
+            uniform(5).double(),
+            torch.tensor([0, -1, 2, 3, 9]),
+            -1,
+        ),
+        lambda: (f32(2, 3, 4), uniform(8), None, -100, torch.tensor([2, 4]), 0.5),
+        lambda: (
+            random((2, 4, 3), BF16).mT,
+            uniform(16)[::2],
+            torch.zeros(2, 4).long(),
+        ),
+        lambda: (f32(0, 4, 3), uniform(0)),
+    ],
 }
 MUTATING = ("input_covariance_", "conv_input_covariance_", "output_hessian_", "mirror_")
 CASES = [
@@ -109,7 +130,7 @@ def require_grad(name: str, arguments: tuple) -> tuple:
         wanted = list(range(1, len(arguments)))
     elif name == "layer_hessian_matmul":
         wanted = [2]
-    elif name == "pack_layer_inputs":
+    elif name in ("pack_layer_inputs", "sampled_cross_entropy_gradient"):
         wanted = []
     else:
         wanted = list(range(len(arguments)))
@@ -144,7 +165,7 @@ class TestRegistration:
         if any(isinstance(t, Tensor) and t.requires_grad for t in pytree.tree_leaves(arguments)):
             torch.library.opcheck(overload(name), arguments, test_utils=ALL_TESTS)
         else:
-            assert name in ("mirror_", "pack_layer_inputs")
+            assert name in ("mirror_", "pack_layer_inputs", "sampled_cross_entropy_gradient")
 
     def test_fake_results(self, name: str, sample: Callable[[], tuple]) -> None:
         """Shapes, dtypes and strides of the fake kernel are those of the real one."""

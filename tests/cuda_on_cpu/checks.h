@@ -17,6 +17,7 @@ void check_root_rows(bool few);
 void check_block_gram(bool few);
 void check_centre_split(bool few);
 void check_mirror(bool few);
+void check_sampled_cross_entropy(bool few);
 void check_products(bool few);
 void check_pack_along_k(bool few);
 void check_grouped_products(bool few);

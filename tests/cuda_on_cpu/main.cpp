@@ -35,6 +35,7 @@ int main(int count, char** arguments) {
       {"root_rows", check::check_root_rows},
       {"block_gram", check::check_block_gram},
       {"centre_split", check::check_centre_split},
+      {"sampled_cross_entropy", check::check_sampled_cross_entropy},
       {"products", check::check_products},
       {"pack_along_k", check::check_pack_along_k},
       {"grouped_products", check::check_grouped_products},

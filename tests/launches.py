@@ -1,8 +1,8 @@
 """What a pass asks of a device, counted on the CPU, which plays it.
 
 Every dispatched operator takes the host some microseconds; all but views and bare allocations are
-launches. ``python tests/launches.py [mlp | lenet5 | resnet18] [mc | exact | hessians]`` shows where
-the operators of one batch come from.
+launches. ``python tests/launches.py [mlp | cnn | lenet5 | resnet18] [mc | exact | hessians]`` shows
+where the operators of one batch come from.
 """
 
 from __future__ import annotations
@@ -122,8 +122,21 @@ def mlp(depth: int = 3) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(200, 10))
 
 
+def cnn() -> nn.Module:
+    """64-64-M-128-128-M-256-256-M, an eighth as wide, for images of 16 x 16."""
+    layers: list[nn.Module] = []
+    before = 3
+    for channels in (8, 16, 32):
+        for _ in range(2):
+            layers += [nn.Conv2d(before, channels, 3, padding=1), nn.ReLU()]
+            before = channels
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * 2 * 2, 10))
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "mlp": lambda: Case(mlp(), (784,)),
+    "cnn": lambda: Case(cnn(), (3, 16, 16)),
     "lenet5": lambda: Case(build("lenet5", (3, 32, 32), 10), (3, 32, 32)),
     "resnet18": lambda: Case(build("resnet18-w2-bn", (3, 32, 32), 10), (3, 32, 32)),
 }

@@ -64,7 +64,7 @@ def test_operators_row_by_row(name: str, kind: str, monkeypatch: pytest.MonkeyPa
 
 
 class _Copies(TorchDispatchMode):
-    """Copies of n samples' r rows of images, and what transposed convolutions take and return of them."""
+    """Copies of rows [n, r, ...] of images, and what transposed convolutions take and return."""
 
     def __init__(self, n: int, r: int) -> None:
         super().__init__()

@@ -24,21 +24,22 @@ struct Window {
   }
 };
 
-// How [N, H, W, r, C] or [N, H, W, C] lies in memory, with gaps behind rows of pixels.
+// How [N, H, W, r, C] or [N, H, W, C] lies in memory, with gaps behind lines of pixels and images.
 enum class Format { kChannelsLast, kChannelsFirst };
 
 struct Layout {
   ImageStrides strides;
   int64_t row, size;
 
-  Layout(Format format, int64_t n, int64_t h, int64_t w, int64_t r, int64_t c, int64_t gap) {
+  Layout(Format format, int64_t n, int64_t h, int64_t w, int64_t r, int64_t c, int64_t gap,
+         int64_t image_gap = 0) {
     // [N, r, H, W, C] or [N, r, C, H, W].
     if (format == Format::kChannelsLast) {
       strides = {0, w * c + gap, c, 1};
-      row = h * strides.y;
+      row = h * strides.y + image_gap;
     } else {
       strides = {0, w + gap, 1, h * (w + gap)};
-      row = c * strides.channel;
+      row = c * strides.channel + image_gap;
     }
     strides.sample = r * row;
     size = n * strides.sample;
@@ -57,6 +58,7 @@ struct Case {
   int64_t offset = 0;  // of gradients, in elements from a multiple of 16 bytes
   int64_t gap = 0;
   int processors = 2;
+  int64_t image_gap = 0;
   bool bad = false;  // NaN and infinities among the gradients, indices out of range
 };
 
@@ -67,7 +69,8 @@ void pooled(const char* type, const Case& s) {
   const int h = s.height, w = s.width;
   const Window& window = s.window;
   const int ho = window.outputs(h, s.ceil_mode), wo = window.outputs(w, s.ceil_mode);
-  const Layout out(s.out, n, h, w, r, c, s.gap), grad(s.out, n, ho, wo, r, c, s.gap);
+  const Layout out(s.out, n, h, w, r, c, s.gap, s.image_gap);
+  const Layout grad(s.out, n, ho, wo, r, c, s.gap, s.image_gap);
   const Layout relu(s.forward, n, h, w, 1, c, 0), index(s.forward, n, ho, wo, 1, c, 0);
   const Layout factor(s.out, n, h, w, 1, c, 0);
   const Memory<T> results(relu.size), factors(factor.size);
@@ -205,6 +208,7 @@ void check_max_pool(bool few) {
   pooled<float>("float", {1, 5, 8, 6, 6, halves, kLast, kFirst, true, false, false, 1});
   pooled<float>("float", {1, 2, 68, 12, 14, halves, kLast, kFirst, true, true, false, 0, 4});
   pooled<float>("float", {1, 2, 8, 12, 14, halves, kLast, kFirst, true, true, false, 0, 3});
+  pooled<float>("float", {3, 4, 8, 6, 6, halves, kLast, kFirst, true, false, false, 0, 0, 2, 1});
   pooled<float>("float", {2, 3, 3, 5, 6, overlapping, kFirst, kFirst, true, true, false, 2, 5});
   // Blocks with all rows, and with a few of them each.
   pooled<float>("float", {5, 13, 16, 16, 16, halves, kLast, kFirst, true, false, false, 0, 0, 1});
@@ -213,9 +217,10 @@ void check_max_pool(bool few) {
   pooled<double>("double", {1, 1, 1, 1, 1, {1, 1, 0, 1}, kFirst});
   pooled<float>("float", {0, 2, 4, 4, 4, halves});
   pooled<float>("float", {2, 0, 4, 4, 4, halves});
-  pooled<float>("float", {2, 3, 8, 6, 6, halves, kLast, kFirst, true, false, false, 0, 0, 2, true});
-  pooled<double>("double",
-                 {2, 3, 8, 6, 6, overlapping, kFirst, kFirst, true, false, false, 0, 0, 2, true});
+  pooled<float>("float",
+                {2, 3, 8, 6, 6, halves, kLast, kFirst, true, false, false, 0, 0, 2, 0, true});
+  pooled<double>(
+      "double", {2, 3, 8, 6, 6, overlapping, kFirst, kFirst, true, false, false, 0, 0, 2, 0, true});
 }
 
 }  // namespace hesskern::cuda::check

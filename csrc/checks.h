@@ -310,15 +310,15 @@ inline void check_sampled_cross_entropy_gradient(const at::Tensor& logits,
   }
 }
 
-// factor [N, H, W, C], or none, for gradients out [N, H, W, r, C]
+// factor [N, H, W, C], or none, for gradients out [N, H, W, r, C]; name: of the argument
 inline void check_factor(const char* op, const at::Tensor& out,
-                         const std::optional<at::Tensor>& factor) {
+                         const std::optional<at::Tensor>& factor, const char* name = "factor") {
   if (!factor.has_value()) return;
   const std::vector<int64_t> expected{out.size(0), out.size(1), out.size(2), out.size(4)};
-  TORCH_CHECK_VALUE(factor->sizes() == at::IntArrayRef(expected), op,
-                    ": factor must be [N, H, W, C] = ", at::IntArrayRef(expected), ", got ",
+  TORCH_CHECK_VALUE(factor->sizes() == at::IntArrayRef(expected), op, ": ", name,
+                    " must be [N, H, W, C] = ", at::IntArrayRef(expected), ", got ",
                     factor->sizes());
-  check_same(op, "out", out, "factor", *factor);
+  check_same(op, "out", out, name, *factor);
 }
 
 // out [N, H, W, r, C], grad [N, Ho, Wo, r, c] with Ho, Wo of windows of that geometry
@@ -335,7 +335,6 @@ inline void check_window_gradients(const char* op, const at::Tensor& out, const 
                       ": kernel_size, stride, padding and dilation must have 2 entries, got ",
                       values);
   }
-  TORCH_CHECK_VALUE(out.is_contiguous(), op, ": out must be contiguous");
   check_same(op, "out", out, "grad", grad);
   for (int64_t i = 0; i < 2; ++i) {
     TORCH_CHECK_VALUE(kernel_size[i] >= 1 && stride[i] >= 1 && padding[i] >= 0 && dilation[i] >= 1,
@@ -362,6 +361,7 @@ inline void check_conv_input_gradient(const at::Tensor& out, const at::Tensor& g
   TORCH_CHECK_VALUE(weight.dim() == 4, op, ": weight must be [m, C / g, kh, kw], got ",
                     weight.sizes());
   check_window_gradients(op, out, grad, weight.sizes().slice(2), stride, padding, dilation, false);
+  TORCH_CHECK_VALUE(out.is_contiguous(), op, ": out must be contiguous");
   TORCH_CHECK_VALUE(weight.size(0) == grad.size(4), op, ": weight must have m = ", grad.size(4),
                     " rows for grad ", grad.sizes(), ", got ", weight.sizes());
   TORCH_CHECK_VALUE(
@@ -371,14 +371,17 @@ inline void check_conv_input_gradient(const at::Tensor& out, const at::Tensor& g
   check_factor(op, out, factor);
 }
 
-// out [N, H, W, r, C], grad [N, Ho, Wo, r, C], indices [N, Ho, Wo, C], factor [N, H, W, C]
+// out [N, H, W, r, C], grad [N, Ho, Wo, r, C], indices [N, Ho, Wo, C], factor and relu [N, H, W, C]
 inline void check_max_pool_input_gradient(const at::Tensor& out, const at::Tensor& grad,
                                           const at::Tensor& indices, at::IntArrayRef kernel_size,
                                           at::IntArrayRef stride, at::IntArrayRef padding,
                                           at::IntArrayRef dilation,
-                                          const std::optional<at::Tensor>& factor) {
+                                          const std::optional<at::Tensor>& factor,
+                                          const std::optional<at::Tensor>& relu) {
   const char* op = "max_pool_input_gradient_";
   check_window_gradients(op, out, grad, kernel_size, stride, padding, dilation, true);
+  TORCH_CHECK_VALUE(out.is_non_overlapping_and_dense(), op,
+                    ": out must fill its memory, got strides ", out.strides());
   TORCH_CHECK_VALUE(out.size(4) == grad.size(4), op, ": out must have ", grad.size(4),
                     " channels for grad ", grad.sizes(), ", got ", out.sizes());
   TORCH_CHECK_VALUE(
@@ -387,7 +390,10 @@ inline void check_max_pool_input_gradient(const at::Tensor& out, const at::Tenso
       op, ": indices must be [N, Ho, Wo, C] for grad ", grad.sizes(), ", got ", indices.sizes());
   TORCH_CHECK_VALUE(indices.scalar_type() == at::kLong, op, ": indices must be int64, got ",
                     indices.scalar_type());
+  TORCH_CHECK_VALUE(indices.device() == out.device(), op, ": out is on ", out.device(),
+                    " but indices is on ", indices.device());
   check_factor(op, out, factor);
+  check_factor(op, out, relu, "relu");
 }
 
 }  // namespace hesskern

@@ -61,10 +61,12 @@ TORCH_LIBRARY(hesskern_internal, m) {
   m.def(
       "conv_input_gradient_(Tensor(a!) out, Tensor grad, Tensor weight, int[2] stride, "
       "int[2] padding, int[2] dilation, int groups, Tensor? factor=None) -> ()");
-  // the same of max pooling: grad [N, Ho, Wo, r, C], indices [N, Ho, Wo, C] into [H, W]
+  // the same of max pooling: grad [N, Ho, Wo, r, C], indices [N, Ho, Wo, C] into [H, W]; only where
+  // relu [N, H, W, C], the result of a ReLU before it, is positive; out of any strides
   m.def(
       "max_pool_input_gradient_(Tensor(a!) out, Tensor grad, Tensor indices, int[2] kernel_size, "
-      "int[2] stride, int[2] padding, int[2] dilation, Tensor? factor=None) -> ()");
+      "int[2] stride, int[2] padding, int[2] dilation, Tensor? factor=None, Tensor? relu=None) "
+      "-> ()");
 }
 
 namespace {

@@ -7,7 +7,8 @@ together, few enough to stay in the cache from one operation to the next.
 
 A gradient of a tensor [N, ...] is [n, r, ...] for n of the samples and r of the rows. Tensors whose
 first axis merges samples with something else, [N t, ...], count as [N, t, ...]. Images keep their
-channels last in memory, behind the rows.
+channels last in memory, behind the rows, on the CPU; on a device where its convolutions want them
+so, every row with its channels last.
 
 Hooks that a model registers on its activations change no gradient here: the graph does not show
 them.
@@ -83,13 +84,18 @@ class _Rule:
         operands: positions of those operands of the node that gradients go on to.
         apply: (gradient [n, r, ...], samples, factor [n, ...] or None) to the operands' gradients;
             a factor, given only where there is one operand, multiplies that operand's gradient.
+        masked: instead of ``apply`` on a device, where there is one operand: the same, with the
+            result [n, ...] of a ReLU or None behind the factor, through which gradients go, too.
         factor: instead of ``apply``, for an elementwise operation: samples to its derivative
             [n or 1, ...], which broadcasts against the operand, in the operation's dtype.
+        relu: for a ReLU its result [N, ...], beside ``factor``.
     """
 
     operands: tuple[int, ...]
     apply: Callable[[Tensor, slice, Tensor | None], list[Tensor]] | None = None
+    masked: Callable[[Tensor, slice, Tensor | None, Tensor | None], Tensor] | None = None
     factor: Callable[[slice], Tensor] | None = None
+    relu: Tensor | None = None
 
 
 def _metadata(node: Any) -> Any:
@@ -253,6 +259,9 @@ class Propagation:
         shapes = [self._shapes[following[i][0]] for i in operands]
         if name in _ELEMENTWISE:
             self.check_same(node, shapes)
+            if name == "Relu":
+                result = self.by_sample(node._saved_result.detach())
+                return _Rule(operands, factor=_is_positive(result), relu=result)
             return _Rule(operands, factor=self._derivative(node))
         if name in _SAME_VALUES:
             return _Rule(operands, lambda g, _, factor: [_times(_view(g, shapes[0]), factor)])
@@ -262,9 +271,6 @@ class Propagation:
         return make(self, node, operands, shapes)
 
     def _derivative(self, node: Any) -> Callable[[slice], Tensor]:
-        if kind(node) == "Relu":
-            result = self.by_sample(node._saved_result.detach())
-            return lambda samples: (result[samples] > 0).to(result.dtype)
         metadata = node._input_metadata[0]
         ones = torch.ones((), dtype=metadata.dtype, device=metadata.device).expand(_shape(node))
         return _samples(self.by_sample(node(ones)))
@@ -301,8 +307,9 @@ class Propagation:
         largest = max(1, self._largest)
         step = max(_BLOCK // (largest * self._n), min(_ROWS, _LARGE_BLOCK // largest), 1)
         if not self.by_kernels:
-            # All samples before more rows: few samples would leave much of a device idle.
-            step = max(_DEVICE_BLOCK // (largest * self._n), 1)
+            # Rows before samples: masks and places of maxima are read once for all of them.
+            together = min(_ROWS, _DEVICE_BLOCK // largest)
+            step = max(_DEVICE_BLOCK // (largest * self._n), together, 1)
         step = min(rows, step)
         if budget is not None:
             # Half is for the rows themselves, held twice while they are put together, half for
@@ -320,6 +327,7 @@ class Propagation:
                 samples = shared
         else:
             samples = max(1, _DEVICE_BLOCK // (largest * step))
+            samples = -(-self._n // -(-self._n // samples))
         if budget is not None and step > 1:
             samples = max(1, min(samples, half // max(1, step * self._total)))
         return step, samples
@@ -345,15 +353,11 @@ class Propagation:
             rule = self._rules[node]
             if not rule.operands:
                 continue
-            if rule.apply is None:
-                target, factor = self._through(node, samples)
-                results = [gradient * factor.unsqueeze(1)]
-                targets = [target]
-            elif len(rule.operands) == 1:
-                target, chained = self._through(node, samples, own=False)
-                results = rule.apply(gradient, samples, chained)
-                targets = [target]
+            if len(rule.operands) == 1:
+                target, result = self._pass_on(node, gradient, samples)
+                targets, results = [target], [result]
             else:
+                assert rule.apply is not None
                 results = rule.apply(gradient, samples, None)
                 targets = [node.next_functions[i][0] for i in rule.operands]
             for target, result in zip(targets, results, strict=True):
@@ -366,22 +370,51 @@ class Propagation:
                 arrived[target] = result if before is None else before + result
         return [found.get(edge.node) for edge in self._edges]
 
-    def _through(self, node: Any, samples: slice, own: bool = True) -> tuple[Any, Any]:
-        """The next node behind elementwise ones that nothing else meets, and their joint factor."""
+    def _pass_on(self, node: Any, gradient: Tensor, samples: slice) -> tuple[Any, Tensor]:
+        """A gradient through a node of one operand and the elementwise ones behind it.
+
+        Returns:
+            the next node, and the gradient that arrives there.
+        """
+        rule = self._rules[node]
+        target, factor, relu = self._through(node, samples)
+        if rule.masked is not None:
+            return target, rule.masked(gradient, samples, factor, relu)
+        if rule.apply is not None:
+            if self.by_kernels:
+                return target, rule.apply(gradient, samples, factor)[0]
+            gradient = rule.apply(gradient, samples, None)[0]
+            # Before a factor makes up for what is missing.
+            if gradient.shape[2:] != self._shapes[node.next_functions[rule.operands[0]][0]]:
+                raise _Unknown
+        return target, _times(gradient, factor) if relu is None else _cut(gradient, factor, relu)
+
+    def _through(self, node: Any, samples: slice) -> tuple[Any, Tensor | None, Tensor | None]:
+        """The next node behind elementwise ones that nothing else meets, this one among them.
+
+        Returns:
+            the next node; what they multiply gradients by, [n or 1, ...] or None; on a device the
+            result [n, ...] of a ReLU that is none of the factors, or None.
+        """
         factor: Tensor | None = None
-        if own:
-            derivative = self._rules[node].factor
-            assert derivative is not None
-            factor = derivative(samples)
-        target = node.next_functions[self._rules[node].operands[0]][0]
-        while self._arrivals[target] == 1 and target not in self._wanted:
-            derivative = self._rules[target].factor
-            if derivative is None or self._dtypes[target] != self._dtypes[node]:
+        relu: Tensor | None = None
+        target = node
+        while True:
+            rule = self._rules[target]
+            if rule.factor is None:
+                if target is not node:
+                    break
+            elif relu is None and rule.relu is not None and not self.by_kernels:
+                relu = rule.relu[samples]
+            else:
+                part = rule.factor(samples)
+                factor = part if factor is None else factor * part
+            target = target.next_functions[rule.operands[0]][0]
+            if self._arrivals[target] > 1 or target in self._wanted:
                 break
-            part = derivative(samples)
-            factor = part if factor is None else factor * part
-            target = target.next_functions[self._rules[target].operands[0]][0]
-        return target, factor
+            if self._dtypes[target] != self._dtypes[node]:
+                break
+        return target, factor, relu
 
 
 class _Memory:
@@ -409,6 +442,11 @@ def _samples(factor: Tensor) -> Callable[[slice], Tensor]:
     return lambda samples: factor if factor.shape[0] == 1 else factor[samples]
 
 
+def _is_positive(result: Tensor) -> Callable[[slice], Tensor]:
+    """1 where the samples' part of a tensor [N, ...] is positive, 0 elsewhere."""
+    return lambda samples: (result[samples] > 0).to(result.dtype)
+
+
 def _view(g: Tensor, shape: tuple[int, ...]) -> Tensor:
     """[n, r, *shape] of a gradient [n, r, ...]."""
     return g if tuple(g.shape[2:]) == shape else g.reshape(*g.shape[:2], *shape)
@@ -416,6 +454,38 @@ def _view(g: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _times(g: Tensor, factor: Tensor | None) -> Tensor:
     return g if factor is None else g * factor.unsqueeze(1)
+
+
+def _cut(g: Tensor, factor: Tensor | None, relu: Tensor) -> Tensor:
+    """Gradients [n, r, ...] times a factor where a ReLU's result [n, ...] is positive."""
+    if _channels_are_last(g):
+        # Read across the rows' memory format it would take as long as all of them.
+        relu = relu.contiguous(memory_format=torch.channels_last)
+    if factor is not None:
+        factor = torch.ops.aten.threshold_backward(factor.expand_as(relu), relu, 0.0)
+        return _times(g, factor)
+    return torch.ops.aten.threshold_backward(g, relu.unsqueeze(1), 0.0)
+
+
+def _channels_are_last(g: Tensor) -> bool:
+    """Whether channels of gradients [n, r, C, H, W] are last in memory."""
+    return g.dim() == 5 and g.stride(2) == 1 and g.shape[2] > 1
+
+
+def _channels_last(g: Tensor) -> Tensor:
+    """Gradients [n, r, C, H, W] with their channels last in memory; copied where they are not."""
+    return g.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
+def _wants_channels_last(dtype: torch.dtype, *channels: int) -> bool:
+    """Whether a device convolves images with their channels last as they are, others in copies.
+
+    Tensor cores multiply TF32 in such images, four channels at once.
+    """
+    # torch's stubs do not know the newer flags.
+    cudnn: Any = torch.backends.cudnn
+    rounded = dtype == torch.float32 and cudnn.conv.fp32_precision == "tf32"
+    return rounded and all(count % 4 == 0 for count in channels)
 
 
 def _images(g: Tensor) -> Tensor:
@@ -530,11 +600,13 @@ def _convolution_by_torch(
 ) -> Callable[[Tensor, slice, Tensor | None], list[Tensor]]:
     weight = node._saved_weight.detach()
     axes = weight.dim() - 2
+    groups = int(node._saved_groups)
+    if axes == 2 and groups == 1 and _wants_channels_last(weight.dtype, *weight.shape[:2]):
+        return _convolution_channels_last(node, shape)
     stride, padding, dilation = (
         list(per_axis(values, axes))
         for values in (node._saved_stride, node._saved_padding, node._saved_dilation)
     )
-    groups = int(node._saved_groups)
 
     def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
         rows = _merged(g)
@@ -558,35 +630,30 @@ def _convolution_by_torch(
     return apply
 
 
-def _max_pool_by_torch(
-    node: Any, shape: tuple[int, ...], apart: bool
+def _convolution_channels_last(
+    node: Any, shape: tuple[int, ...]
 ) -> Callable[[Tensor, slice, Tensor | None], list[Tensor]]:
-    """Args:
-    apart: whether no two windows share an element.
+    """The same with channels last in memory, before and behind.
+
+    A convolution's backward function takes the memory format from inputs that it does not read; the
+    transposed convolution, which it is, from the gradients.
     """
-    indices = node._saved_result1
-    settings = (
-        node._saved_kernel_size,
-        node._saved_stride,
-        node._saved_padding,
-        node._saved_dilation,
-        node._saved_ceil_mode,
+    weight = node._saved_weight.detach().contiguous(memory_format=torch.channels_last)
+    stride, padding, dilation = (
+        list(per_axis(values, 2))
+        for values in (node._saved_stride, node._saved_padding, node._saved_dilation)
     )
-    size = product(shape[1:])
+    reach = [d * (k - 1) + 1 for k, d in zip(weight.shape[2:], dilation, strict=True)]
+    # Inputs behind the last window.
+    rest = [
+        (size + 2 * p - r) % s
+        for size, p, r, s in zip(shape[1:], padding, reach, stride, strict=True)
+    ]
 
     def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
-        chosen = indices[samples].unsqueeze(1).expand(g.shape)
-        if apart:
-            n, r, c = g.shape[:3]
-            # In the gradients' memory format, so that nobody has to copy them.
-            last = g.stride(2) == 1
-            found = g.new_zeros(n, r, size, c).mT if last else g.new_zeros(n, r, c, size)
-            found.scatter_(3, chosen.flatten(3), g.flatten(3))
-            return [_times(found.view(n, r, *shape), factor)]
-        rows = _merged(g)
-        inputs = rows.new_empty(1).expand(len(rows), *shape)
-        found = torch.ops.aten.max_pool2d_with_indices_backward(
-            rows, inputs, *settings, chosen.flatten(0, 1)
+        rows = _merged(g).contiguous(memory_format=torch.channels_last)
+        found = torch.ops.aten.convolution(
+            rows, weight, None, stride, padding, dilation, True, rest, 1
         )
         return [_times(found.unflatten(0, g.shape[:2]), factor)]
 
@@ -601,13 +668,24 @@ def _max_pool(plan: Propagation, node: Any, operands: _Operands, shapes: _Shapes
     size = list(shapes[0][1:])
     kernel = per_axis(node._saved_kernel_size, 2)
     stride = per_axis(node._saved_stride, 2) or kernel
-    memory = _Memory()
     padding, dilation = per_axis(node._saved_padding, 2), per_axis(node._saved_dilation, 2)
     window = kernel, stride, padding, dilation
     if not plan.by_kernels:
-        reach = [d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True)]
-        apart = all(s >= r for s, r in zip(stride, reach, strict=True))
-        return _Rule(operands, _max_pool_by_torch(node, shapes[0], apart))
+        last = _wants_channels_last(_dtype(node), shapes[0][0])
+
+        def masked(g: Tensor, samples: slice, factor: Tensor | None, relu: Tensor | None) -> Tensor:
+            n, r, c = g.shape[:3]
+            g = _channels_last(g) if last else g.contiguous()
+            found = g.new_empty(n, r, *((*size, c) if last else (c, *size)))
+            found = found.permute(0, 1, 4, 2, 3) if last else found
+            factor, relu = (_last_axis(each, n, shapes[0]) for each in (factor, relu))
+            _internal.max_pool_input_gradient_(
+                _images(found), _images(g), where[samples], *window, factor, relu
+            )
+            return found
+
+        return _Rule(operands, masked=masked)
+    memory = _Memory()
 
     def apply(g: Tensor, samples: slice, factor: Tensor | None) -> list[Tensor]:
         factor = _last_axis(factor, len(g), shapes[0])

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
-from launches import CASES, PASSES, Case, mlp, of_a_batch, of_the_model, waits_of_a_pass
-from torch import nn
+from launches import (
+    CASES,
+    LOSS,
+    PASSES,
+    Case,
+    mlp,
+    of_a_batch,
+    of_the_model,
+    playing_device,
+    waits_of_a_pass,
+)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hesskern as hk
 from hesskern import foreach
@@ -54,6 +68,49 @@ def test_operators_of_a_batch(name: str, kind: str) -> None:
 def test_operators_row_by_row(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hesskern.propagation._DEVICES", ())
     assert of_a_batch(CASES[name](), PASSES[kind]).dispatched <= ROW_BY_ROW[name, kind]
+
+
+class _Copies(TorchDispatchMode):
+    """Copies of rows [n, r, ...] of images, and what transposed convolutions take and return."""
+
+    def __init__(self, n: int, r: int) -> None:
+        super().__init__()
+        self.n, self.r = n, r
+        self.copied: list[tuple[int, ...]] = []
+        self.rows: list[Tensor] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+        name = function.overloadpacket.__name__
+        found = function(*args, **(kwargs or {}))
+        if name in ("clone", "copy_", "_to_copy"):
+            shape = tuple(found.shape)
+            merged = shape[:1] == (self.n * self.r,)
+            if len(shape) > 3 and (merged or shape[:2] == (self.n, self.r)):
+                self.copied.append(shape)
+        if name == "convolution" and args[6]:
+            self.rows += [args[0], found]
+        return found
+
+
+def test_rows_keep_their_channels_last() -> None:
+    """Between convolutions, ReLUs and poolings nothing copies them."""
+    case, n, rows = CASES["cnn"](), 5, 9
+    copies = _Copies(n, rows)
+
+    class Watched:
+        def __iter__(self) -> Iterator[Any]:
+            first, second = case.batches(2, n)
+            yield first
+            with copies:
+                yield second
+
+    with playing_device():
+        hk.kronecker_factors(case.model, Watched(), LOSS)
+    # Those that come from the linear layer have their channels first.
+    assert copies.copied == [(n, rows, 2, 2, 32)]
+    assert len(copies.rows) == 10
+    for tensor in copies.rows:
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -136,6 +136,8 @@ def test_nan_is_not_left_out() -> None:
     channels=st.integers(1, 20),
     r=st.integers(1, 12),
     scaled=st.booleans(),
+    cut=st.booleans(),
+    channels_first=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_max_pooling(
@@ -149,11 +151,15 @@ def test_max_pooling(
     channels: int,
     r: int,
     scaled: bool,
+    cut: bool,
+    channels_first: bool,
     seed: int,
 ) -> None:
     padding = (kernel[0] // 2, kernel[1] // 2) if padded else (0, 0)
     assume(min(output_size(size, kernel, (stride, padding, dilation))) >= 1)
     x = randn(max(n, 1), channels, *size, seed=seed)[:n]
+    # Windows without a positive value have the maximum 0, where ReLU has no gradient.
+    x = x.relu() if cut else x
     geometry: tuple[Any, ...] = (kernel, stride, padding, dilation, ceil_mode)
     if n:
         pooled, indices = torch.ops.aten.max_pool2d_with_indices(x, *geometry)
@@ -163,14 +169,21 @@ def test_max_pooling(
         indices = torch.empty(0, channels, *positions, dtype=torch.int64)
     grad = randn(n, *positions, r, channels, seed=seed + 1)
     factor = randn(n, *size, channels, seed=seed + 2) if scaled else None
-    out = torch.full((n, *size, r, channels), torch.nan, dtype=torch.float64)
+    order = (0, 3, 4, 1, 2)
+    if channels_first:
+        out = torch.full((n, r, channels, *size), torch.nan, dtype=torch.float64).permute(order)
+        grad = grad.permute(0, 3, 4, 1, 2).contiguous().permute(order)
+    else:
+        out = torch.full((n, *size, r, channels), torch.nan, dtype=torch.float64)
     where = indices.permute(0, 2, 3, 1)
-    _ops.max_pool_input_gradient_(out, grad, where, kernel, stride, padding, dilation, factor)
+    relu = x.permute(0, 2, 3, 1) if cut else None
+    _ops.max_pool_input_gradient_(out, grad, where, kernel, stride, padding, dilation, factor, relu)
     for row in range(r if n else 0):
         expected = torch.ops.aten.max_pool2d_with_indices_backward(
             grad[:, :, :, row].permute(0, 3, 1, 2).contiguous(), x, *geometry, indices
         ).permute(0, 2, 3, 1)
         expected = expected if factor is None else expected * factor
+        expected = expected if relu is None else expected * (relu > 0)
         torch.testing.assert_close(out[:, :, :, row], expected, rtol=1e-13, atol=1e-13)
 
 
@@ -221,6 +234,7 @@ def pool_arguments(**changed: Any) -> list[Any]:
         "padding": (0, 0),
         "dilation": (1, 1),
         "factor": None,
+        "relu": None,
     }
     return list({**arguments, **changed}.values())
 
@@ -248,6 +262,10 @@ def pool_arguments(**changed: Any) -> list[Any]:
         ),
         ({"padding": (0,)}, ValueError, "padding and dilation must have 2 entries"),
         ({"factor": torch.zeros(2, 6, 6)}, ValueError, r"factor must be \[N, H, W, C\]"),
+        ({"relu": torch.zeros(2, 6, 6, 3)}, ValueError, r"relu must be \[N, H, W, C\]"),
+        ({"relu": torch.zeros(2, 6, 6, 4).double()}, ValueError, "out is Float but relu is Double"),
+        ({"out": torch.empty(2, 6, 6, 3, 1).expand(-1, -1, -1, -1, 4)}, ValueError,
+         "out must fill its memory"),
     ],
 )  # fmt: skip
 def test_max_pooling_errors(changed: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -18,11 +18,13 @@ from hesskern.propagation import Propagation
 ROWS = 5
 
 
-@pytest.fixture(params=["kernels", "torch"], autouse=True)
+@pytest.fixture(params=["kernels", "torch", "channels last"], autouse=True)
 def rules(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rules for the CPU, and those for devices, which must hold on the CPU as well."""
-    if request.param == "torch":
+    if request.param != "kernels":
         monkeypatch.setattr("hesskern.propagation._by_kernels", lambda outputs: False)
+    if request.param == "channels last":
+        monkeypatch.setattr("hesskern.propagation._wants_channels_last", lambda *_: True)
 
 
 class Net(nn.Module):

@@ -289,6 +289,7 @@ struct Pooling {
   const T* grad;           // [N, h.out, w.out, r, C]
   const int64_t* indices;  // [N, h.out, w.out, C] into [h.in, w.in]
   const T* factor;         // [N, h.in, w.in, C] or null
+  const T* relu;           // the same
   T* out;                  // [N, h.in, w.in, r, C]
   Axis h, w;
   int64_t r, channels;
@@ -316,9 +317,9 @@ void scatter_maxima(const Pooling<T>& p, int64_t sample) {
       TORCH_CHECK_INDEX(where >= 0 && where < p.positions(),
                         "max_pool_input_gradient_: indices must lie in [0, ", p.positions(),
                         "), got ", where);
-      const T scale =
-          p.factor == nullptr ? T(1) : p.factor[(sample * p.positions() + where) * p.channels + c];
-      if (scale == T(0)) continue;
+      const int64_t input = (sample * p.positions() + where) * p.channels + c;
+      const T scale = p.factor == nullptr ? T(1) : p.factor[input];
+      if (scale == T(0) || (p.relu != nullptr && !(p.relu[input] > T(0)))) continue;
       T* cell = target + where * p.r * p.channels + c;
       for (int64_t i = 0; i < p.r; ++i) cell[i * p.channels] += scale * source[i * p.channels + c];
     }
@@ -339,12 +340,15 @@ void select_maxima(const Pooling<T>& p, int64_t first, int64_t last, T* scale) {
       for (int64_t y = top; y < top + p.h.kernel; ++y) {
         for (int64_t x = left; x < left + p.w.kernel; ++x) {
           const int64_t where = y * p.w.in + x;
-          const T* factor = p.factor == nullptr
-                                ? nullptr
-                                : p.factor + (sample * p.positions() + where) * p.channels;
+          const int64_t input = (sample * p.positions() + where) * p.channels;
           for (int64_t c = 0; c < p.channels; ++c) scale[c] = index[c] == where ? T(1) : T(0);
-          if (factor != nullptr) {
-            for (int64_t c = 0; c < p.channels; ++c) scale[c] *= factor[c];
+          if (p.factor != nullptr) {
+            for (int64_t c = 0; c < p.channels; ++c) scale[c] *= p.factor[input + c];
+          }
+          if (p.relu != nullptr) {
+            for (int64_t c = 0; c < p.channels; ++c) {
+              scale[c] = p.relu[input + c] > T(0) ? scale[c] : T(0);
+            }
           }
           T* cell = p.out + (sample * p.positions() + where) * size;
           for (int64_t i = 0; i < p.r; ++i) {
@@ -359,14 +363,24 @@ void select_maxima(const Pooling<T>& p, int64_t first, int64_t last, T* scale) {
   });
 }
 
-// out [N, H, W, r, C] := gradients of every row, times the factor; grad [N, Ho, Wo, r, C],
-// indices [N, Ho, Wo, C] of positions in [0, H W), factor [N, H, W, C] or none
+// out [N, H, W, r, C] := gradients of every row, times the factor, where relu is positive; grad
+// [N, Ho, Wo, r, C], indices [N, Ho, Wo, C] of positions in [0, H W), factor and relu [N, H, W, C]
+// or none
 void max_pool_input_gradient_(at::Tensor& out, const at::Tensor& grad, const at::Tensor& indices,
                               at::IntArrayRef kernel_size, at::IntArrayRef stride,
                               at::IntArrayRef padding, at::IntArrayRef dilation,
-                              const std::optional<at::Tensor>& factor) {
-  check_max_pool_input_gradient(out, grad, indices, kernel_size, stride, padding, dilation, factor);
+                              const std::optional<at::Tensor>& factor,
+                              const std::optional<at::Tensor>& relu) {
+  check_max_pool_input_gradient(out, grad, indices, kernel_size, stride, padding, dilation, factor,
+                                relu);
   if (out.numel() == 0) return;
+  if (!out.is_contiguous()) {
+    at::Tensor packed = at::empty_like(out, at::MemoryFormat::Contiguous);
+    max_pool_input_gradient_(packed, grad, indices, kernel_size, stride, padding, dilation, factor,
+                             relu);
+    out.copy_(packed);
+    return;
+  }
   if (grad.numel() == 0) {
     out.zero_();
     return;
@@ -374,14 +388,19 @@ void max_pool_input_gradient_(at::Tensor& out, const at::Tensor& grad, const at:
   const int64_t n = grad.size(0), r = grad.size(3), channels = grad.size(4);
   const at::Tensor g = grad.contiguous(), index = indices.contiguous();
   const at::Tensor f = factor.has_value() ? factor->contiguous() : at::Tensor();
+  const at::Tensor results = relu.has_value() ? relu->contiguous() : at::Tensor();
   AT_DISPATCH_FLOATING_TYPES(grad.scalar_type(), "max_pool_input_gradient_", [&] {
     const auto axis = [&](int64_t i) {
       return Axis{out.size(1 + i), grad.size(1 + i), kernel_size[i],
                   stride[i],       padding[i],       dilation[i]};
     };
+    const auto data = [](const at::Tensor& t) {
+      return t.defined() ? t.const_data_ptr<scalar_t>() : nullptr;
+    };
     const Pooling<scalar_t> pooling{g.const_data_ptr<scalar_t>(),
                                     index.const_data_ptr<int64_t>(),
-                                    f.defined() ? f.const_data_ptr<scalar_t>() : nullptr,
+                                    data(f),
+                                    data(results),
                                     out.mutable_data_ptr<scalar_t>(),
                                     axis(0),
                                     axis(1),

@@ -16,6 +16,7 @@ void check_narrow_rows(bool few);
 void check_root_rows(bool few);
 void check_block_gram(bool few);
 void check_centre_split(bool few);
+void check_max_pool(bool few);
 void check_mirror(bool few);
 void check_sampled_cross_entropy(bool few);
 void check_products(bool few);

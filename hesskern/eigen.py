@@ -46,7 +46,8 @@ def eigsh(
     """The ``k`` most wanted eigenpairs of a symmetric operator.
 
     Thick-restart Lanczos with full reorthogonalization; on a device the host waits for
-    it only where it looks whether pairs have converged. Repeated eigenvalues are found
+    it only where it looks whether pairs have converged, with the next step queued (at the price of
+    a step too many in the end, within ``max_matvecs``). Repeated eigenvalues are found
     with their multiplicity: when all residuals are small the search goes on from a random vector
     orthogonal to everything found, until it can tell that nothing is missing. Operators that are
     hardly larger than the basis this takes (and all with P <= 128) are formed and solved densely;

@@ -33,6 +33,9 @@ from hesskern.subspace import (
 __all__ = ["DeviceSubspace", "block_for", "subspace_for"]
 
 _LARGEST_BLOCK = 4
+# Of the basis: blocks fill more of it, and a restart before the pairs are confirmed has the host
+# wait for what it does to their orthogonality.
+_MORE_ROOM = 20
 # Of inner products: blocks enough for every multiprocessor, long enough to be worth one. Short
 # vectors are not cut: there the second launch takes longer than one multiprocessor does.
 _MOST_PIECES, _SHORTEST_PIECE, _SHORTEST_CUT = 128, 256, 4096
@@ -53,8 +56,9 @@ def block_for(operator: CountedOperator, k: int) -> int:
 
 def subspace_for(operator: CountedOperator, capacity: int, pending: int) -> Subspace:
     """The form of :class:`Subspace` for the operator's device."""
-    kind = Subspace if operator.device.type == "cpu" else DeviceSubspace
-    return kind(operator, capacity, pending)
+    if operator.device.type == "cpu":
+        return Subspace(operator, capacity, pending)
+    return DeviceSubspace(operator, capacity + _MORE_ROOM, pending)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,8 @@ def eigsh(
     """The ``k`` most wanted eigenpairs of a symmetric operator.
 
     Thick-restart Lanczos with full reorthogonalization; on a device the host waits for
-    it only where it looks whether pairs have converged. Repeated eigenvalues are found
+    it only where it looks whether pairs have converged, with the next step queued (at the price of
+    a step too many in the end, within ``max_matvecs``). Repeated eigenvalues are found
     with their multiplicity: when all residuals are small the search goes on from a random vector
     orthogonal to everything found, until it can tell that nothing is missing. Operators that are
     hardly larger than the basis this takes (and all with P <= 128) are formed and solved densely;
@@ -231,8 +232,9 @@ def _by_gram(
 
 def _iterate(space: Subspace, search: Search, start: Any) -> tuple[Tensor, Tensor, Tensor, float]:
     """As :func:`_dense`, by products alone."""
+    residuals = None
     with contextlib.suppress(OutOfProducts):
-        _search(space, search, start)
+        residuals = _search(space, search, start)
     values, coefficients = search.wanted(space)
     vectors = space.combine(coefficients)
     if space.restarts:
@@ -240,12 +242,18 @@ def _iterate(space: Subspace, search: Search, start: Any) -> tuple[Tensor, Tenso
         inverse = torch.linalg.inv(torch.linalg.cholesky(gram))
         vectors = inverse.to(vectors) @ vectors
         coefficients = coefficients @ inverse.T
-    residuals = space.residual_norms(values, coefficients)
+    if residuals is None or space.restarts:
+        residuals = space.residual_norms(values, coefficients)
     scale = space.scale
     return values, vectors.T.contiguous(), residuals / scale if scale else residuals, scale
 
 
-def _search(space: Subspace, search: Search, start: Any) -> None:
+def _search(space: Subspace, search: Search, start: Any) -> Tensor | None:
+    """Expands ``space`` until nothing is missing.
+
+    Returns:
+        The residuals' norms [k] of what is found, where they are known already.
+    """
     block = max(4, min(8, search.k // 25))
     preconditioned = _seed(space, search, start)
     corrections = olsen(start) if preconditioned and not isinstance(start, Tensor) else None
@@ -254,12 +262,12 @@ def _search(space: Subspace, search: Search, start: Any) -> None:
         if preconditioned:
             davidson(space, search, block, corrections)
         elif not lanczos(space, search):
-            return
+            return None
         if space.room < _CHAIN_ROOM:
             restart(space, search)
         complete = confirm(space, search, chains)
-        if complete and _settled(space, search, block):
-            return
+        if complete and (norms := _settled(space, search, block)) is not None:
+            return norms
         # More copies at a time, as long as one chain outside the basis has room to be conclusive.
         chains = 2 if chains == 1 else 1
 
@@ -278,8 +286,8 @@ def _seed(space: Subspace, search: Search, start: Any) -> bool:
     return space.size > 0
 
 
-def _settled(space: Subspace, search: Search, block: int) -> bool:
-    """Whether the residuals computed from vectors are within the tolerance as they are.
+def _settled(space: Subspace, search: Search, block: int) -> Tensor | None:
+    """The norms [k] of the residuals, from vectors, if they are within the tolerance as they are.
 
     If not, what a recurrence has lost to rounding is made up by corrections; where these no longer
     help, the images are recomputed, and what then remains is what the tolerance is raised to.
@@ -289,14 +297,14 @@ def _settled(space: Subspace, search: Search, block: int) -> bool:
         values, coefficients = search.wanted(space)
         norms = space.residual_norms(values, coefficients)
         if search.count_converged(norms, space.scale) == search.k:
-            return at_once
+            return norms if at_once else None
         at_once = False
         before = space.operator.count
         if davidson(space, search, block, None) and space.operator.count > before:
             continue
         if refreshed:
             search.tol = 1.5 * float(norms.max()) / space.scale
-            return False
+            return None
         space.restart(*search.wanted(space))
         space.refresh()
         refreshed = True

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 import hesskern as hk
 from hesskern import certify_command, certify_report, files
 from hesskern.files import check_writable, drawn_or_kept, keep_if_possible, write_files
-from hesskern.pacbayes import Protocol, PublishedSettings, certify, load_certificate, procedure
+from hesskern.pacbayes import (
+    CertifySettings,
+    Protocol,
+    PublishedSettings,
+    certify,
+    load_certificate,
+    procedure,
+)
 from hesskern.pacbayes.certificate import CertificateError
 from hesskern.pacbayes.description import describe, rebuild
 from hesskern.pacbayes.published_methods import Published
@@ -314,14 +321,14 @@ def test_options_are_read_before_the_start_is_trained(
 
 
 def test_certificates_of_finished_seeds_stay(here: Path, monkeypatch: Any) -> None:
-    done = certify_command.certify
+    done = certify_command.certify_with
 
-    def second_fails(*arguments: Any, **options: Any) -> Any:
-        if options["seed"] == 1:
+    def second_fails(settings: CertifySettings, *arguments: Any, **options: Any) -> Any:
+        if settings.seed == 1:
             raise ValueError("the objective is not finite")
-        return done(*arguments, **options)
+        return done(settings, *arguments, **options)
 
-    monkeypatch.setattr(certify_command, "certify", second_fails)
+    monkeypatch.setattr(certify_command, "certify_with", second_fails)
     outcome = run(*TINY, "--seeds", "2")
     assert outcome.exit_code == 1
     text = " ".join(outcome.output.split())
@@ -341,7 +348,7 @@ def test_a_page_that_cannot_be_drawn_costs_no_certificate(here: Path, monkeypatc
 
 @pytest.mark.skipif(os.name == "nt", reason="folders are replaced in another way on Windows")
 def test_a_folder_that_went_away_costs_no_certificate(here: Path, monkeypatch: Any) -> None:
-    done = certify_command.certify
+    done = certify_command.certify_with
 
     def folder_goes(*arguments: Any, **options: Any) -> Any:
         found = done(*arguments, **options)
@@ -349,7 +356,7 @@ def test_a_folder_that_went_away_costs_no_certificate(here: Path, monkeypatch: A
         (here / "hesskern-certificate").write_text("in the way")
         return found
 
-    monkeypatch.setattr(certify_command, "certify", folder_goes)
+    monkeypatch.setattr(certify_command, "certify_with", folder_goes)
     outcome = run(*TINY)
     assert outcome.exit_code == 1
     said = " ".join(outcome.output.split())

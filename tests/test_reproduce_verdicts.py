@@ -127,7 +127,7 @@ def overlap_curves(lab, network=PLAIN):
 
 
 def publish_overlaps(monkeypatch, ks, layers):
-    table = {"overlap": {"k": ks, "layers": layers}}
+    table = {"overlap": {"k": ks, "layers": layers}, "eigenvalues": {}}
     monkeypatch.setattr(
         published,
         "figures_for",

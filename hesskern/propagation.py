@@ -317,6 +317,8 @@ class Propagation:
             half = budget // (2 * self._outputs.element_size())
             row = 2 * self._n * product(self._outputs.shape[1:])
             step = max(1, min(step, half // max(1, row)))
+            if not self.by_kernels:
+                step = max(1, min(step, half // max(1, self._total)))
         # All blocks of about the same number of rows.
         step = -(-rows // -(-rows // step))
         if self.by_kernels:

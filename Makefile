@@ -16,7 +16,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+CSRC := $(sort $(shell find csrc -type f))
 BUILD_FILES := $(CSRC) setup.py hesskern/_digest.py
 # What a copy of the tree needs in order to build and to run the tests.
 TREE := $(wildcard setup.py pyproject.toml MANIFEST.in README.md LICENSE csrc docs/losses.md hesskern \
@@ -112,9 +112,9 @@ cuda-compile: ## every .cu file with nvcc alone, warnings and spills as errors; 
 # Not position-independent, so that addresses are those of the symbols.
 EMULATED_address = -O1 -no-pie -fsanitize=address,undefined -fno-sanitize-recover=undefined
 EMULATED_thread = -O1 -fsanitize=thread -DHESSKERN_EMULATE_THREADS
-EMULATED_SOURCES := $(wildcard csrc/cuda/*.cu csrc/cuda/core/*.cu tests/cuda_on_cpu/*.cpp) \
+EMULATED_SOURCES := $(filter csrc/cuda/%.cu,$(CSRC)) $(wildcard tests/cuda_on_cpu/*.cpp) \
 	csrc/conv_plan.cpp
-EMULATED_HEADERS := $(wildcard csrc/cuda/*.h csrc/cuda/core/*.h tests/cuda_on_cpu/*.h) csrc/conv_plan.h
+EMULATED_HEADERS := $(filter csrc/cuda/%.h,$(CSRC)) $(wildcard tests/cuda_on_cpu/*.h) csrc/conv_plan.h
 EMULATED = build/cuda-emulate
 
 define emulated_build

@@ -167,7 +167,7 @@ def extension(torch):
     sanitize = switch("HESSKERN_SANITIZE", "0", ("0", "1")) == "1"
     cxx, link = compiler_flags(sys.platform, torch_root, sanitize)
     options = {"cxx": cxx}
-    sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").glob("*.cpp")]
+    sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").rglob("*.cpp")]
     if with_cuda:
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures(torch._C._cuda_getArchFlags() or "")
         sources += [p for p in (ROOT / "csrc" / "cuda").rglob("*") if p.suffix in (".cpp", ".cu")]

@@ -33,7 +33,7 @@ BORNE = {
 # What ptxas says where registers stay as they were at launch, or products wait for each other.
 IGNORED = re.compile(r"setmaxnreg.*ignored|wgmma.*serializ|serializ.*wgmma", re.IGNORECASE)
 # What a file with warpgroup products includes.
-WARPGROUP = re.compile(r'#include "(core/)?wgmma\.h"')
+WARPGROUP = re.compile(r'#include "(\S*core/)?wgmma\.h"')
 SHARED = re.compile(r"(\d+) bytes smem")
 
 

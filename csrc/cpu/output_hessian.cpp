@@ -16,10 +16,10 @@
 #include <utility>
 
 #include "checks.h"
-#include "pack.h"
+#include "cpu/blas/pack.h"
+#include "cpu/blas/symmetric_update.h"
+#include "cpu/blas/triangle.h"
 #include "scratch.h"
-#include "symmetric_update.h"
-#include "triangle.h"
 
 namespace hesskern::cpu {
 

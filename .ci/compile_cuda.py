@@ -39,7 +39,7 @@ SHARED = re.compile(r"(\d+) bytes smem")
 
 def compile_one(source: Path, output: Path, architectures: list[str]) -> str:
     """Messages of nvcc; raises with them if it fails."""
-    command = ["nvcc", "-std=c++17", "-O3", "--Werror", "all-warnings"]
+    command = ["nvcc", "-std=c++20", "-O3", "--Werror", "all-warnings"]
     command += ["-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v", "-I", str(ROOT / "csrc")]
     for architecture in architectures:
         command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]

@@ -24,7 +24,7 @@ void update(T* acc, int64_t ld, const T* rows, int64_t K, int64_t d, int64_t str
     few_rows_update(acc, ld, rows, stride_row, K, d, alpha);
     return;
   }
-  const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
+  const int64_t W = panel_width<T>();
   const int64_t threads = gram_threads(K, d);
   auto pack = [&](T* dst, int64_t panel, int64_t row, int64_t count) {
     pack_panel<T>(dst, W, rows + row * stride_row + panel * W * stride_col, stride_row, stride_col,
@@ -36,10 +36,7 @@ void update(T* acc, int64_t ld, const T* rows, int64_t K, int64_t d, int64_t str
   gram<T>(acc, ld, d, K, alpha, threads, pack,
           [&](T* buffer, int64_t row, int64_t count) -> Panels<T> {
             if (direct && row + count <= safe_rows) return {rows + row * stride_row, W, stride_row};
-            for (int64_t panel = 0; panel < panels; ++panel) {
-              pack(buffer + panel * kPanelRows * W, panel, row, count);
-            }
-            return {buffer, kPanelRows * W, W};
+            return packed_panels<T>(buffer, d, row, count, pack);
           });
 }
 

@@ -37,6 +37,17 @@ struct Panels {
   int64_t stride, ld;
 };
 
+// The panels of rows [row, row + rows) of d columns in buffer [panels, kPanelRows, W], each filled
+// by pack(dst [rows, W], panel, row, rows).
+template <class T, class Pack>
+inline Panels<T> packed_panels(T* buffer, int64_t d, int64_t row, int64_t rows, const Pack& pack) {
+  const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    pack(buffer + panel * kPanelRows * W, panel, row, rows);
+  }
+  return {buffer, kPanelRows * W, W};
+}
+
 // c [R, N lanes] (rows ldc apart) += sum_k a[k lda + (0..R)] b[k ldb + lanes]. Small
 // tiles keep U sums apart: one multiply-add would wait for the one before.
 template <class T, class Isa, int R, int N>
@@ -223,6 +234,9 @@ void gram_split_rows(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t 
   });
 }
 
+// Elements that are packed at a time for all threads: 4 MB of float32.
+constexpr int64_t kChunk = 1 << 20;
+
 // acc [d, d] (rows ld apart, upper triangle) += alpha P^T P, P [K, d], the units of
 // the triangle split among threads: for large d. A chunk of rows is packed once for
 // all threads: pack(dst [rows, W], panel, row0, rows) fills one panel, with zeros
@@ -230,7 +244,6 @@ void gram_split_rows(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t 
 template <class T, class Pack>
 void gram_split_units(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads,
                       const Pack& pack) {
-  constexpr int64_t kChunk = 1 << 20;  // packed elements: 4 MB of float32
   const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
   const int64_t slab = panels * kPanelRows * W;
   const int64_t slabs =
@@ -282,7 +295,7 @@ inline int64_t gram_threads(int64_t K, int64_t d) {
 }
 
 // acc [d, d] += alpha P^T P by the driver that suits the shape; pack and panels_of
-// as above.
+// as above, the latter by packing unless it is given.
 template <class T, class Pack, class PanelsOf>
 void gram(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads, const Pack& pack,
           const PanelsOf& panels_of) {
@@ -292,6 +305,12 @@ void gram(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads, co
   } else {
     gram_split_units<T>(acc, ld, d, K, alpha, threads, pack);
   }
+}
+template <class T, class Pack>
+void gram(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads, const Pack& pack) {
+  gram<T>(acc, ld, d, K, alpha, threads, pack, [&](T* buffer, int64_t row, int64_t rows) {
+    return packed_panels<T>(buffer, d, row, rows, pack);
+  });
 }
 
 }  // namespace hesskern::cpu

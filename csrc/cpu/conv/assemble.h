@@ -14,9 +14,14 @@ struct ChannelTile {
   int64_t row0, rows, col0, cols;
 };
 
+// Elements of work that assemble_tile needs: two lines of all taps.
+inline int64_t assembly_size(const ConvAxis& h, const ConvAxis& w, int64_t lanes) {
+  return 2 * h.taps * w.taps * lanes;
+}
+
 // acc [C k k, C k k] (rows ld apart, upper triangle) += alpha times the blocks of
 // the tile; terms [axis_h.terms, axis_w.terms, R, L] is summed along its chains in
-// place. Needs work of 2 taps L elements.
+// place. Needs work of assembly_size() elements.
 template <class T, class Isa>
 HESSKERN_FORCE_INLINE void assemble_tile(T* acc, int64_t ld, const ConvAxis& axis_h,
                                          const ConvAxis& axis_w, const ChannelTile& tile, T* terms,

@@ -24,9 +24,7 @@ std::string_view cheapest(const ConvCall& call) {
   const double patches = patches_cost(x, g, lanes);
   // Small calls are done before the lags are planned.
   if (patches <= least_planned_cost(g)) return "patches";
-  const ConvAxis h =
-      make_axis(x.height, g.kernel_h, g.stride_h, g.padding_h, g.dilation_h, g.out_h);
-  const ConvAxis w = make_axis(x.width, g.kernel_w, g.stride_w, g.padding_w, g.dilation_w, g.out_w);
+  const ConvAxis h = call.axis_h(), w = call.axis_w();
   const double lags = lags_cost(x, g, h, w, lanes);
   const double spectral = spectral_cost(x, g, h, w, lanes);
   if (patches <= std::min(lags, spectral)) return "patches";

@@ -12,13 +12,11 @@
 
 #include "checks.h"
 #include "conv_plan.h"
+#include "cpu/blas/triangle.h"
 #include "fft.h"
+#include "paths.h"
 
 namespace hesskern::cpu {
-
-struct ConvCosts {
-  double patches, lags, spectral;
-};
 
 struct ConvSizes {
   int64_t samples, channels, height, width;
@@ -47,17 +45,13 @@ inline double idle_factor(double tasks) {
   return threads / std::min(threads, std::max(tasks, 1.0));
 }
 
-inline double ceil_to(double value, double multiple) {
-  return std::ceil(value / multiple) * multiple;
-}
-
 inline double patches_cost(const ConvSizes& x, const ConvGeometry& g, double lanes) {
   const double d = static_cast<double>(x.channels / g.groups * g.taps());
   const double rows = static_cast<double>(x.samples * g.positions());
   const double width = 2 * lanes, panels = std::ceil(d / width);
   const double products = d <= lanes ? d : (panels * (panels + 1) / 2 - panels / 4) * width * 2;
   const double pack = g.stride_w == 1 ? cost::kPack : cost::kPackStrided;
-  const double chunks = std::ceil(rows * panels * width / (1 << 20));
+  const double chunks = std::ceil(rows * panels * width / static_cast<double>(kChunk));
   return static_cast<double>(g.groups) *
          (rows * (products + pack * d) + chunks * d * d / 2 * cost::kUpdate);
 }
@@ -101,7 +95,8 @@ inline double spectral_cost(const ConvSizes& x, const ConvGeometry& g, const Con
        grid * (cost::kFft * (0.5 + fft_factors(h.span + h.max_lag)) + cost::kScatter));
 
   const double per_pair = grid * blocks * 2 * lanes;
-  const double chunk = std::clamp(static_cast<double>(1 << 21) / per_pair, 16.0, pairs);
+  const double fewest = static_cast<double>(kFewestPairs);
+  const double chunk = std::clamp(static_cast<double>(kSignals) / per_pair, fewest, pairs);
   const double chunks = std::ceil(pairs / std::max(chunk, 1.0));
   const double lags_h = static_cast<double>(h.max_lag), lags_w = static_cast<double>(w.lags.size());
   const double singles_h = static_cast<double>(h.singles.size());
@@ -128,20 +123,18 @@ inline double lags_cost(const ConvSizes& x, const ConvGeometry& g, const ConvAxi
   const double n = static_cast<double>(x.samples), taps = static_cast<double>(g.taps());
   const double dot = channels < 2 ? cost::kSingleDot : cost::kDot;
   double total = 0;
-  for (int family = 0; family < 4; ++family) {
-    const bool single_h = (family & 1) != 0, single_w = (family & 2) != 0;
-    const double products = static_cast<double>(single_h ? h.singles.size() : h.lags.size()) *
-                            static_cast<double>(single_w ? w.singles.size() : w.lags.size()) / 2;
+  for (const ConvFamily& family : make_families(h, w)) {
+    const double products =
+        static_cast<double>(family.border_h ? h.singles.size() : h.lags.size()) *
+        static_cast<double>(family.border_w ? w.singles.size() : w.lags.size()) / 2;
     if (products == 0) continue;
-    const double signals = static_cast<double>(single_h ? h.borders.size() : h.phases) *
-                           static_cast<double>(single_w ? w.borders.size() : w.phases);
-    const double lines = single_h ? 1 : static_cast<double>(h.span + h.max_lag);
-    const double pitch = single_w ? 1 : static_cast<double>(w.span + w.max_lag);
-    const double runs = std::ceil(n * lines * pitch / 4096);
+    const double signals = static_cast<double>(family.signals);
+    const double elements = n * static_cast<double>(family.lines * family.pitch);
+    const double runs = std::ceil(elements / static_cast<double>(kRun));
     const double idle = idle_factor(static_cast<double>(g.groups) * runs);
-    total += idle * products * channels * channels *
-             (n * lines * pitch / lanes * dot + runs * cost::kDotSum);
-    total += idle * signals * channels * n * lines * pitch / lanes * 2;
+    total +=
+        idle * products * channels * channels * (elements / lanes * dot + runs * cost::kDotSum);
+    total += idle * signals * channels * elements / lanes * 2;
   }
   const double terms = static_cast<double>(h.terms * w.terms);
   const double assembly = channels * channels * (2 * terms + cost::kAssemble * taps * taps) +

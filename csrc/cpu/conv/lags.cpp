@@ -9,7 +9,6 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -22,22 +21,14 @@ namespace hesskern::cpu {
 
 namespace {
 
-// Elements of a flat array that one register tile runs over.
-constexpr int64_t kRun = 4096;
-
-// Signals of one kind: whole images (by phase pair), border rows (by border and
-// horizontal phase), border columns (by border and vertical phase) or pixels (by
-// border pair). A signal is [lines, pixels] per sample; a flat array puts a gap of
-// zeros after each line and zero lines after each sample.
-struct Family {
-  bool border_h, border_w;
-  int64_t lines, pitch;  // per sample, zeros included
-  int64_t signals, samples, margin, length, stride;
+// So many samples in one flat array; its length without and with the margins.
+struct Family : ConvFamily {
+  int64_t samples, length, stride;
 };
 
-// A product of conv_plan.h on both axes, and the one with its two sides exchanged.
+// A product of conv_plan.h, and where it and the one with its two sides exchanged are added.
 struct Product {
-  int64_t a, b, shift;  // signals, and the flat shift of b against a
+  int64_t a, b, shift;
   std::vector<std::pair<int64_t, int>> terms, transposed;  // term, sign
 };
 
@@ -48,56 +39,33 @@ struct Lags {
   const ConvAxis &h, &w;
   int64_t channels;
   Family families[4];
-  std::vector<Product> products[4];  // sorted by left signal
+  std::vector<Product> products[4];  // by left signal
 
   Lags(const ConvCall& call, const at::Tensor& images, const ConvAxis& h, const ConvAxis& w)
       : call(call), images(images), h(h), w(w), channels(call.group_channels()) {
-    const int64_t borders_h = static_cast<int64_t>(h.borders.size());
-    const int64_t borders_w = static_cast<int64_t>(w.borders.size());
-    for (int f = 0; f < 4; ++f) {
-      Family& family = families[f];
-      family.border_h = (f & 1) != 0;
-      family.border_w = (f & 2) != 0;
-      family.lines = family.border_h ? 1 : h.span + h.max_lag;
-      family.pitch = family.border_w ? 1 : w.span + w.max_lag;
-      family.signals =
-          (family.border_h ? borders_h : h.phases) * (family.border_w ? borders_w : w.phases);
-      const int64_t sample = family.lines * family.pitch;
-      family.samples = std::clamp<int64_t>(kRun / sample, 1, images.size(0));
-      family.margin =
-          (family.border_h ? 0 : h.max_lag * family.pitch) + (family.border_w ? 0 : w.max_lag);
+    const auto geometry = make_families(h, w);
+    for (size_t f = 0; f < geometry.size(); ++f) {
+      const int64_t sample = geometry[f].lines * geometry[f].pitch;
+      const int64_t samples = std::clamp<int64_t>(kRun / sample, 1, images.size(0));
       // Runs end on whole vectors of any width.
-      family.length = (family.samples * sample + 15) / 16 * 16;
-      family.stride = family.length + 2 * family.margin;
+      const int64_t length = (samples * sample + 15) / 16 * 16;
+      families[f] = {geometry[f], samples, length, length + 2 * geometry[f].margin};
     }
     const auto list_h = axis_products(h), list_w = axis_products(w);
-    const auto other_h = exchanged(list_h), other_w = exchanged(list_w);
-    for (size_t i = 0; i < list_h.size(); ++i) {
-      for (size_t j = 0; j < list_w.size(); ++j) {
-        const int64_t index = i * list_w.size() + j;
-        const int64_t other = other_h[i] * list_w.size() + other_w[j];
-        if (other < index) continue;
-        const AxisProduct &ph = list_h[i], &pw = list_w[j];
-        const int f = (ph.single ? 1 : 0) + (pw.single ? 2 : 0);
-        const int64_t per_h = pw.single ? borders_w : w.phases;
-        Product product{
-            ph.a * per_h + pw.a, ph.b * per_h + pw.b, ph.lag * families[f].pitch + pw.lag, {}, {}};
-        auto combine = [&](const AxisProduct& a, const AxisProduct& b) {
-          std::vector<std::pair<int64_t, int>> terms;
-          for (const auto& [th, sh] : a.terms) {
-            for (const auto& [tw, sw] : b.terms) terms.emplace_back(th * w.terms + tw, sh * sw);
-          }
-          return terms;
-        };
-        product.terms = combine(ph, pw);
-        if (other != index) product.transposed = combine(list_h[other_h[i]], list_w[other_w[j]]);
-        products[f].push_back(std::move(product));
+    const auto combine = [&](const AxisProduct& a, const AxisProduct& b) {
+      std::vector<std::pair<int64_t, int>> terms;
+      for (const auto& [th, sh] : a.terms) {
+        for (const auto& [tw, sw] : b.terms) terms.emplace_back(th * w.terms + tw, sh * sw);
       }
-    }
-    for (auto& list : products) {
-      std::sort(list.begin(), list.end(), [](const Product& l, const Product& r) {
-        return std::tie(l.a, l.b, l.shift) < std::tie(r.a, r.b, r.shift);
-      });
+      return terms;
+    };
+    for (const ConvProduct& product : conv_products(geometry, list_h, list_w)) {
+      const auto transposed =
+          product.symmetric() ? std::vector<std::pair<int64_t, int>>()
+                              : combine(list_h[product.transposed_h], list_w[product.transposed_w]);
+      products[product.family].push_back({product.a, product.b, product.shift,
+                                          combine(list_h[product.h], list_w[product.w]),
+                                          transposed});
     }
   }
 
@@ -113,9 +81,8 @@ struct Lags {
 template <class T>
 void Lags<T>::fill(T* flat, const Family& family, int64_t group, int64_t n0, int64_t n1) const {
   std::fill(flat, flat + family.signals * channels * family.stride, T(0));
-  const int64_t count_w = family.border_w ? static_cast<int64_t>(w.borders.size()) : w.phases;
   for (int64_t signal = 0; signal < family.signals; ++signal) {
-    const int64_t sh = signal / count_w, sw = signal % count_w;
+    const int64_t sh = signal / family.signals_w, sw = signal % family.signals_w;
     const int64_t ph = family.border_h ? h.borders[sh].phase : sh;
     const int64_t pw = family.border_w ? w.borders[sw].phase : sw;
     const int64_t v0 = family.border_h ? h.borders[sh].position : h.low[ph];
@@ -286,11 +253,7 @@ void Lags<T>::run() const {
 }  // namespace
 
 void conv_lags(const ConvCall& call) {
-  const ConvGeometry& g = call.geometry;
-  const ConvAxis h =
-      make_axis(call.images.size(2), g.kernel_h, g.stride_h, g.padding_h, g.dilation_h, g.out_h);
-  const ConvAxis w =
-      make_axis(call.images.size(3), g.kernel_w, g.stride_w, g.padding_w, g.dilation_w, g.out_w);
+  const ConvAxis h = call.axis_h(), w = call.axis_w();
   if (h.span <= 0 || w.span <= 0) return;  // windows see padding alone
   const int64_t step = call.chunk_samples();
   for (int64_t start = 0; start < call.samples(); start += step) {

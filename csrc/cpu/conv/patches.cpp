@@ -70,7 +70,7 @@ void run(const ConvCall& call) {
   const ConvGeometry& g = call.geometry;
   const int64_t channels = call.images.size(1), height = call.images.size(2),
                 width = call.images.size(3);
-  const int64_t W = panel_width<T>(), d = call.order(), panels = (d + W - 1) / W;
+  const int64_t W = panel_width<T>(), d = call.order();
   const int64_t step = call.chunk_samples();
   for (int64_t start = 0; start < call.samples(); start += step) {
     const int64_t n = std::min(step, call.samples() - start);
@@ -90,13 +90,7 @@ void run(const ConvCall& call) {
       auto pack = [&](T* dst, int64_t panel, int64_t row, int64_t count) {
         patches.pack(dst, W, panel, row, count);
       };
-      gram<T>(acc, call.acc.stride(1), d, rows, static_cast<T>(call.alpha), threads, pack,
-              [&](T* buffer, int64_t row, int64_t count) -> Panels<T> {
-                for (int64_t p = 0; p < panels; ++p) {
-                  pack(buffer + p * kPanelRows * W, p, row, count);
-                }
-                return {buffer, kPanelRows * W, W};
-              });
+      gram<T>(acc, call.acc.stride(1), d, rows, static_cast<T>(call.alpha), threads, pack);
     }
   }
 }

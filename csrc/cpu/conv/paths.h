@@ -6,8 +6,15 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "conv_plan.h"
 
 namespace hesskern::cpu {
+
+// Elements of one float32 sum of a register tile in conv_lags and conv_pointwise.
+constexpr int64_t kRun = 4096;
+// Elements of the signals that conv_spectral keeps at a time: 8 MB of float32; but below so many
+// pairs of samples the inverse transforms outweigh the products.
+constexpr int64_t kSignals = 1 << 21, kFewestPairs = 16;
 
 struct ConvCall {
   at::Tensor acc;     // [g, d, d] with unit column stride, float32 or float64
@@ -18,6 +25,14 @@ struct ConvCall {
   int64_t samples() const { return images.size(0); }
   int64_t group_channels() const { return images.size(1) / geometry.groups; }
   int64_t order() const { return acc.size(1); }
+  ConvAxis axis_h() const {
+    return make_axis(images.size(2), geometry.kernel_h, geometry.stride_h, geometry.padding_h,
+                     geometry.dilation_h, geometry.out_h);
+  }
+  ConvAxis axis_w() const {
+    return make_axis(images.size(3), geometry.kernel_w, geometry.stride_w, geometry.padding_w,
+                     geometry.dilation_w, geometry.out_w);
+  }
   // Samples that a path converts and lays out anew at a time: 16 MB of float32.
   int64_t chunk_samples() const {
     return std::max<int64_t>(1, (int64_t(1) << 22) * samples() / images.numel());

@@ -14,8 +14,8 @@ namespace hesskern::cpu {
 
 namespace {
 
-// Pixels in one float32 sum, and multiply-adds that are worth a thread.
-constexpr int64_t kRun = 4096, kThreadWork = 1 << 17;
+// Multiply-adds that are worth a thread.
+constexpr int64_t kThreadWork = 1 << 17;
 // Pixels below which samples are put together first.
 constexpr int64_t kShort = 1024;
 // Independent sums of one array's squares: as many as hide the latency of an addition.

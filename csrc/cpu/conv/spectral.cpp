@@ -127,10 +127,8 @@ struct Spectral {
 
   explicit Spectral(const ConvCall& call)
       : call(call),
-        h(make_axis(call.images.size(2), call.geometry.kernel_h, call.geometry.stride_h,
-                    call.geometry.padding_h, call.geometry.dilation_h, call.geometry.out_h)),
-        w(make_axis(call.images.size(3), call.geometry.kernel_w, call.geometry.stride_w,
-                    call.geometry.padding_w, call.geometry.dilation_w, call.geometry.out_w)),
+        h(call.axis_h()),
+        w(call.axis_w()),
         fft_h(fft_length(h.span + h.max_lag)),
         fft_w(fft_length(w.span + w.max_lag)),
         waves_h(fft_h.length, h.max_lag),
@@ -146,115 +144,187 @@ struct Spectral {
         group_blocks((group_channels + lanes - 1) / lanes),
         blocks(group_blocks * call.geometry.groups) {}
 
-  void transform(const at::Tensor& images, T* signals) const;
+  void transform(const at::Tensor& chunk, T* signals) const;
   void accumulate(const T* signals, int64_t pairs) const;
   void run() const;
 
   int64_t tile_terms() const { return h.terms * w.terms * lanes * lanes; }
 };
 
-// images [n, C, H, W] -> signals [slices, blocks, (n + 1) / 2, 2, lanes]
+// Images [n, C, H, W] in memory.
 template <class T>
-void Spectral<T>::transform(const at::Tensor& images, T* signals) const {
-  const int64_t n = images.size(0), pairs = (n + 1) / 2, width = images.size(3);
-  const int64_t stride_n = images.stride(0), stride_c = images.stride(1),
-                stride_h = images.stride(2), stride_w = images.stride(3);
-  const T* x = images.const_data_ptr<T>();
-  const int64_t element = 2 * lanes, slice = blocks * pairs * element;
-  const int64_t length_h = slices.length_h, length_w = slices.length_w;
-  // A row of pixels with the zeros that transforms read before and after it.
-  const int64_t before = w.stride, after = w.stride * length_w;
-  // Row spectra of one phase pair; columns of them map to different cache sets.
-  const int64_t pitch = (length_w + 1) * element, grid = length_h * pitch;
-  const int64_t line = (before + width + after) * element;
-  const int64_t columns_size = slices.borders_w * length_h * element;
-  const int64_t work_size = 2 * std::max(length_h, length_w) * element;
+struct Images {
+  const T* x;
+  int64_t samples, width, stride_n, stride_c, stride_h, stride_w;
+
+  explicit Images(const at::Tensor& images)
+      : x(images.const_data_ptr<T>()),
+        samples(images.size(0)),
+        width(images.size(3)),
+        stride_n(images.stride(0)),
+        stride_c(images.stride(1)),
+        stride_h(images.stride(2)),
+        stride_w(images.stride(3)) {}
+};
+
+// One thread's memory in a transform; whatever is not written stays zero.
+template <class T>
+struct TransformMemory {
+  int64_t pitch, grid, columns_size;  // elements of a row of spectra, of all rows of a phase
+  Scratch<T> scratch;
+  T* pixels;   // [W, 2, lanes], with the zeros that transforms read before and after
+  T* rows;     // [phases_w, T_h, T_w + 1, 2, lanes]: columns map to different cache sets
+  T* columns;  // [borders_w, T_h, 2, lanes]
+  T* work;
+
+  TransformMemory(const Spectral<T>& plan, int64_t width)
+      : pitch((plan.slices.length_w + 1) * 2 * plan.lanes),
+        grid(plan.slices.length_h * pitch),
+        columns_size(plan.slices.borders_w * plan.slices.length_h * 2 * plan.lanes),
+        scratch(line(plan, width) + plan.w.phases * grid + columns_size +
+                2 * std::max(plan.slices.length_h, plan.slices.length_w) * 2 * plan.lanes),
+        pixels(scratch.data() + plan.w.stride * 2 * plan.lanes),
+        rows(scratch.data() + line(plan, width)),
+        columns(rows + plan.w.phases * grid),
+        work(columns + columns_size) {
+    std::fill(scratch.data(), work, T(0));
+  }
+
+ private:
+  static int64_t line(const Spectral<T>& plan, int64_t width) {
+    return (plan.w.stride * (1 + plan.slices.length_w) + width) * 2 * plan.lanes;
+  }
+};
+
+// The signals of a pair of samples in one block of channels: row by row of each vertical phase,
+// then along its columns.
+template <class T, class Isa>
+struct TransformTask {
+  static constexpr int L = kLanes<T, Isa>;
+  static constexpr int64_t kElement = 2 * L;
+  const Spectral<T>& plan;
+  const Images<T>& images;
+  const std::vector<int64_t>& unused;  // pixels of a row that no window sees
+  const TransformMemory<T>& memory;
+  const T* x;  // the first sample's first channel
+  int64_t samples, channels;
+  T* signals;  // in slice 0
+  int64_t slice;
+
+  HESSKERN_FORCE_INLINE static void copy(T* to, const T* from) {
+    Vector<T, Isa> re, im;
+    load<T, Isa>(re, from);
+    load<T, Isa>(im, from + L);
+    store<T, Isa>(to, re);
+    store<T, Isa>(to + L, im);
+  }
+
+  // pixels := the image row of position v of a phase, of both samples
+  HESSKERN_FORCE_INLINE void read(int64_t phase, int64_t v) const {
+    T* pixels = memory.pixels;
+    for (int64_t part = 0; part < samples; ++part) {
+      const T* from = x + part * images.stride_n + plan.h.pixel(phase, v) * images.stride_h;
+      if (images.stride_w == 1) {
+        transpose<T, Isa>(pixels + part * L, kElement, from, images.stride_c, channels,
+                          images.width);
+        continue;
+      }
+      for (int64_t i = 0; i < images.width; ++i) {
+        for (int64_t c = 0; c < channels; ++c) {
+          pixels[i * kElement + part * L + c] = from[c * images.stride_c + i * images.stride_w];
+        }
+      }
+    }
+    for (const int64_t i : unused) {
+      std::fill(pixels + i * kElement, pixels + (i + 1) * kElement, T(0));
+    }
+  }
+
+  // Row v, counted from the first, of a phase: its spectra, its pixels in the border columns, and
+  // both as signals where it is a border itself.
+  HESSKERN_FORCE_INLINE void row(int64_t phase, int64_t v) const {
+    const ConvAxis &h = plan.h, &w = plan.w;
+    const Slices& slices = plan.slices;
+    T *rows = memory.rows + v * memory.pitch, *column = memory.columns + v * kElement;
+    const int64_t position = h.first + v, step = slices.length_h * kElement;
+    if (position < h.low[phase] || position >= h.high[phase]) {
+      for (int64_t pw = 0; pw < w.phases; ++pw) {
+        std::fill_n(rows + pw * memory.grid, memory.pitch, T(0));
+      }
+      return;
+    }
+    read(phase, position);
+    for (int64_t b = 0; b < slices.borders_w; ++b) {
+      copy(column + b * step,
+           memory.pixels + w.pixel(w.borders[b].phase, w.borders[b].position) * kElement);
+    }
+    for (int64_t pw = 0; pw < w.phases; ++pw) {
+      fft<T, Isa>(plan.fft_w, memory.pixels + w.pixel(pw, w.first) * kElement, w.stride * kElement,
+                  rows + pw * memory.grid, kElement, memory.work);
+    }
+    for (int64_t b = 0; b < slices.borders_h; ++b) {
+      if (h.borders[b].phase != phase || h.borders[b].position != position) continue;
+      for (int64_t pw = 0; pw < w.phases; ++pw) {
+        for (int64_t f = 0; f < slices.length_w; ++f) {
+          copy(signals + slices.row(b, pw, f) * slice, rows + pw * memory.grid + f * kElement);
+        }
+      }
+      for (int64_t c = 0; c < slices.borders_w; ++c) {
+        copy(signals + slices.pixel(b, c) * slice, column + c * step);
+      }
+    }
+  }
+
+  // The columns of a phase's spectra, and its border columns.
+  HESSKERN_FORCE_INLINE void column(int64_t phase) const {
+    const Slices& slices = plan.slices;
+    for (int64_t pw = 0; pw < plan.w.phases; ++pw) {
+      for (int64_t f = 0; f < slices.length_w; ++f) {
+        fft<T, Isa>(plan.fft_h, memory.rows + pw * memory.grid + f * kElement, memory.pitch,
+                    signals + slices.image(phase, pw, 0, f) * slice, slice, memory.work);
+      }
+    }
+    for (int64_t b = 0; b < slices.borders_w; ++b) {
+      fft<T, Isa>(plan.fft_h, memory.columns + b * slices.length_h * kElement, kElement,
+                  signals + slices.column(b, phase, 0) * slice, slice, memory.work);
+    }
+  }
+
+  HESSKERN_FORCE_INLINE void run() const {
+    // Lanes and parts that this task does not set may hold an earlier one's.
+    if (samples < 2 || channels < L) std::fill_n(memory.pixels, images.width * kElement, T(0));
+    for (int64_t phase = 0; phase < plan.h.phases; ++phase) {
+      std::fill_n(memory.columns, memory.columns_size, T(0));
+      for (int64_t v = 0; v < plan.h.span; ++v) row(phase, v);
+      column(phase);
+    }
+  }
+};
+
+// chunk [n, C, H, W] -> signals [slices, blocks, (n + 1) / 2, 2, lanes]
+template <class T>
+void Spectral<T>::transform(const at::Tensor& chunk, T* signals) const {
+  const Images<T> images(chunk);
+  const int64_t pairs = (images.samples + 1) / 2;
   const std::vector<int64_t> unused = unused_pixels(w);
   at::parallel_for(0, blocks * pairs, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> scratch(line + w.phases * grid + columns_size + work_size);
-    T* pixels = scratch.data() + before * element;  // [W, 2, lanes]
-    T* rows = scratch.data() + line;                // [phases_w, T_h, T_w + 1, 2, lanes]
-    T* columns = rows + w.phases * grid;            // [borders_w, T_h, 2, lanes]
-    T* work = columns + columns_size;
-    std::fill(scratch.data(), work, T(0));
+    const TransformMemory<T> memory(*this, images.width);
     with_simd([&](auto isa) HESSKERN_INLINE {
-      using Isa = decltype(isa);
-      using V = Vector<T, Isa>;
-      constexpr int L = kLanes<T, Isa>;
-      auto copy = [](T* to, const T* from) HESSKERN_INLINE {
-        V re, im;
-        load<T, Isa>(re, from);
-        load<T, Isa>(im, from + L);
-        store<T, Isa>(to, re);
-        store<T, Isa>(to + L, im);
-      };
       for (int64_t task = begin; task < end; ++task) {
         const int64_t block = task % blocks, pair = task / blocks;
-        const int64_t channel = block / group_blocks * group_channels + block % group_blocks * L;
-        const int64_t channels = std::min<int64_t>(L, group_channels - block % group_blocks * L);
-        const int64_t parts = std::min<int64_t>(2, n - 2 * pair);
-        T* target = signals + (block * pairs + pair) * element;
-        // Lanes and parts that this task does not set may hold an earlier one's.
-        if (parts < 2 || channels < L) std::fill(pixels, pixels + width * element, T(0));
-        for (int64_t ph = 0; ph < h.phases; ++ph) {
-          std::fill(columns, columns + columns_size, T(0));
-          for (int64_t v = 0; v < h.span; ++v) {
-            const int64_t position = h.first + v;
-            if (position < h.low[ph] || position >= h.high[ph]) {
-              for (int64_t pw = 0; pw < w.phases; ++pw) {
-                T* row = rows + pw * grid + v * pitch;
-                std::fill(row, row + pitch, T(0));
-              }
-              continue;
-            }
-            for (int64_t part = 0; part < parts; ++part) {
-              const T* from = x + (2 * pair + part) * stride_n + channel * stride_c +
-                              h.pixel(ph, position) * stride_h;
-              if (stride_w == 1) {
-                transpose<T, Isa>(pixels + part * L, element, from, stride_c, channels, width);
-              } else {
-                for (int64_t i = 0; i < width; ++i) {
-                  for (int64_t c = 0; c < channels; ++c) {
-                    pixels[i * element + part * L + c] = from[c * stride_c + i * stride_w];
-                  }
-                }
-              }
-            }
-            for (const int64_t i : unused) {
-              std::fill(pixels + i * element, pixels + (i + 1) * element, T(0));
-            }
-            for (int64_t b = 0; b < slices.borders_w; ++b) {
-              copy(columns + (b * length_h + v) * element,
-                   pixels + w.pixel(w.borders[b].phase, w.borders[b].position) * element);
-            }
-            for (int64_t pw = 0; pw < w.phases; ++pw) {
-              fft<T, Isa>(fft_w, pixels + w.pixel(pw, w.first) * element, w.stride * element,
-                          rows + pw * grid + v * pitch, element, work);
-            }
-            for (int64_t b = 0; b < slices.borders_h; ++b) {
-              if (h.borders[b].phase != ph || h.borders[b].position != position) continue;
-              for (int64_t pw = 0; pw < w.phases; ++pw) {
-                const T* row = rows + pw * grid + v * pitch;
-                for (int64_t f = 0; f < length_w; ++f) {
-                  copy(target + slices.row(b, pw, f) * slice, row + f * element);
-                }
-              }
-              for (int64_t c = 0; c < slices.borders_w; ++c) {
-                copy(target + slices.pixel(b, c) * slice, columns + (c * length_h + v) * element);
-              }
-            }
-          }
-          for (int64_t pw = 0; pw < w.phases; ++pw) {
-            for (int64_t f = 0; f < length_w; ++f) {
-              fft<T, Isa>(fft_h, rows + pw * grid + f * element, pitch,
-                          target + slices.image(ph, pw, 0, f) * slice, slice, work);
-            }
-          }
-          for (int64_t b = 0; b < slices.borders_w; ++b) {
-            fft<T, Isa>(fft_h, columns + b * length_h * element, element,
-                        target + slices.column(b, ph, 0) * slice, slice, work);
-          }
-        }
+        const int64_t first = block % group_blocks * lanes;
+        const int64_t channel = block / group_blocks * group_channels + first;
+        TransformTask<T, decltype(isa)>{
+            *this,
+            images,
+            unused,
+            memory,
+            images.x + 2 * pair * images.stride_n + channel * images.stride_c,
+            std::min<int64_t>(2, images.samples - 2 * pair),
+            std::min(lanes, group_channels - first),
+            signals + (block * pairs + pair) * 2 * lanes,
+            blocks * pairs * 2 * lanes}
+            .run();
       }
     });
   });
@@ -274,10 +344,14 @@ struct SpectralTask {
   int64_t slice, pairs;
   int64_t part, parts;
   T* terms;  // [terms_h, terms_w, L, L]
-  T* work;   // tiles of R L elements, as many as work_tiles()
+  T* work;   // work_size() elements
 
-  static int64_t work_tiles(const Spectral<T>& plan) {
-    return 4 * kBatch + 4 * (plan.h.max_lag + 1) + std::max(plan.w.lags.size(), plan.h.lags.size());
+  // images() lays out 2 kBatch and 2 lags complex tiles, border() one and a real tile per lag.
+  static int64_t work_size(const Spectral<T>& plan) {
+    const int64_t of_images = 2 * (2 * kBatch + 2 * (plan.h.max_lag + 1));
+    const int64_t of_border =
+        2 + static_cast<int64_t>(std::max(plan.h.lags.size(), plan.w.lags.size()));
+    return R * L * std::max(of_images, of_border);
   }
   HESSKERN_FORCE_INLINE T* term(int64_t th, int64_t tw, int64_t row) const {
     return terms + ((th * plan.w.terms + tw) * L + row) * L;
@@ -470,18 +544,17 @@ struct SpectralTask {
 // signals [slices, blocks, pairs, 2, lanes]
 template <class T>
 void Spectral<T>::accumulate(const T* signals, int64_t pairs) const {
-  const int64_t groups = call.geometry.groups, taps = call.geometry.taps();
+  const int64_t groups = call.geometry.groups;
   const int64_t tiles = groups * group_blocks * (group_blocks + 1) / 2;
   const int64_t threads = at::get_num_threads();
   // Few tiles: their frequencies are split among the threads as well.
   const int64_t parts =
       tiles >= 4 * threads ? 1 : std::min(slices.length_w, (4 * threads + tiles - 1) / tiles);
   const int64_t slice = blocks * pairs * 2 * lanes;
-  const int64_t rows_per_tile = 8;
-  const int64_t work = std::max<int64_t>(
-      rows_per_tile * lanes *
-          (8 * kBatch + 4 * (h.max_lag + 1) + std::max(h.lags.size(), w.lags.size())),
-      2 * taps * lanes);
+  int64_t work = 0;
+  with_simd([&](auto isa) {
+    work = std::max(SpectralTask<T, decltype(isa)>::work_size(*this), assembly_size(h, w, lanes));
+  });
   T* acc = call.acc.mutable_data_ptr<T>();
   const int64_t ld = call.acc.stride(1), group_stride = call.acc.stride(0);
   const T alpha = static_cast<T>(call.alpha);
@@ -548,11 +621,9 @@ void Spectral<T>::accumulate(const T* signals, int64_t pairs) const {
 template <class T>
 void Spectral<T>::run() const {
   if (h.span <= 0 || w.span <= 0) return;  // windows see padding alone
-  constexpr int64_t kSignals = 1 << 21;    // elements of a chunk's signals: 8 MB of float32
   const int64_t per_pair = slices.count() * blocks * 2 * lanes;
   const int64_t n = call.samples();
-  // Below 16 pairs a chunk the inverse transforms outweigh the products.
-  const int64_t pairs = std::min(std::max<int64_t>(kSignals / per_pair, 16), (n + 1) / 2);
+  const int64_t pairs = std::min(std::max(kSignals / per_pair, kFewestPairs), (n + 1) / 2);
   const int64_t chunks = ((n + 1) / 2 + pairs - 1) / pairs;
   const int64_t step = 2 * (((n + 1) / 2 + chunks - 1) / chunks);
   Scratch<T> signals(pairs * per_pair);

@@ -1,6 +1,5 @@
-#include <algorithm>
 #include <map>
-#include <tuple>
+#include <utility>
 
 #include "lags_plan.h"
 
@@ -49,49 +48,24 @@ LagPlan make_plan(const LagGeometry& g) {
   const auto parts_h = parts_of_terms(h, list_h), parts_w = parts_of_terms(w, list_w);
   if (parts_of_pairs(h, parts_h) * parts_of_pairs(w, parts_w) > kMostEntries) return plan;
   plan.fits = true;
-  for (int f = 0; f < 4; ++f) {
-    LagFamily& family = plan.families[f];
-    family.border_h = (f & 1) != 0;
-    family.border_w = (f & 2) != 0;
-    family.signals = static_cast<int64_t>((family.border_h ? h.borders.size() : 1) *
-                                          (family.border_w ? w.borders.size() : 1));
-    family.lines = family.border_h ? 1 : h.span + h.max_lag;
-    family.pitch = family.border_w ? 1 : w.span + w.max_lag;
-    family.margin =
-        (family.border_h ? 0 : h.max_lag * family.pitch) + (family.border_w ? 0 : w.max_lag);
-  }
+  const auto families = make_families(h, w);
+  for (size_t f = 0; f < families.size(); ++f) plan.families[f] = {families[f]};
 
-  const auto other_h = exchanged(list_h), other_w = exchanged(list_w);
-  const auto number = [&](int64_t i, int64_t j) {
-    return static_cast<size_t>(i) * list_w.size() + static_cast<size_t>(j);
-  };
-  // Family, signals, shift and number of every product; of two that are each other's transpose one.
-  using Key = std::tuple<int, int64_t, int64_t, int64_t, size_t>;
-  std::vector<Key> keys;
-  for (size_t i = 0; i < list_h.size(); ++i) {
-    for (size_t j = 0; j < list_w.size(); ++j) {
-      const AxisProduct &ph = list_h[i], &pw = list_w[j];
-      const size_t index = i * list_w.size() + j;
-      if (number(other_h[i], other_w[j]) < index) continue;
-      const int f = (ph.single ? 1 : 0) + (pw.single ? 2 : 0);
-      const int64_t across = pw.single ? static_cast<int64_t>(w.borders.size()) : 1;
-      keys.emplace_back(f, (ph.single ? ph.a : 0) * across + (pw.single ? pw.a : 0),
-                        (ph.single ? ph.b : 0) * across + (pw.single ? pw.b : 0),
-                        ph.lag * plan.families[f].pitch + pw.lag, index);
-    }
-  }
-  std::sort(keys.begin(), keys.end());
-  std::vector<int32_t> block_of(list_h.size() * list_w.size(), -1);
-  for (const auto& [f, a, b, shift, index] : keys) {
+  const auto number = [&](size_t i, size_t j) { return i * list_w.size() + j; };
+  // A block of a pair of axis products, and whether it is that block transposed.
+  std::vector<std::pair<int32_t, bool>> block_of(list_h.size() * list_w.size());
+  for (const ConvProduct& product : conv_products(families, list_h, list_w)) {
     LagRun* last = plan.runs.empty() ? nullptr : &plan.runs.back();
-    if (last == nullptr || last->family != f || last->a != a || last->b != b ||
-        last->shift + last->count != shift) {
-      plan.runs.push_back({f, a, b, shift, 0, plan.blocks});
+    if (last == nullptr || last->family != product.family || last->a != product.a ||
+        last->b != product.b || last->shift + last->count != product.shift) {
+      plan.runs.push_back({product.family, product.a, product.b, product.shift, 0, plan.blocks});
       last = &plan.runs.back();
     }
     ++last->count;
-    block_of[index] = static_cast<int32_t>(plan.blocks++);
-    if (f == 0) plan.whole_blocks = plan.blocks;
+    const auto block = static_cast<int32_t>(plan.blocks++);
+    block_of[number(product.transposed_h, product.transposed_w)] = {block, true};
+    block_of[number(product.h, product.w)] = {block, false};
+    if (product.family == 0) plan.whole_blocks = plan.blocks;
   }
 
   const int64_t taps = h.taps * w.taps;
@@ -102,9 +76,8 @@ LagPlan make_plan(const LagGeometry& g) {
     const int64_t term_w = w.term_of_pair[static_cast<size_t>(o % w.taps * w.taps + p % w.taps)];
     for (const auto& [i, sign_h] : parts_h[static_cast<size_t>(term_h)]) {
       for (const auto& [j, sign_w] : parts_w[static_cast<size_t>(term_w)]) {
-        const int32_t own = block_of[i * list_w.size() + j];
-        const int32_t block = own >= 0 ? own : block_of[number(other_h[i], other_w[j])];
-        plan.entries.push_back(4 * block + (own < 0 ? 2 : 0) + (sign_h * sign_w < 0 ? 1 : 0));
+        const auto& [block, transposed] = block_of[number(i, j)];
+        plan.entries.push_back(4 * block + (transposed ? 2 : 0) + (sign_h * sign_w < 0 ? 1 : 0));
       }
     }
   }

@@ -15,12 +15,7 @@ namespace hesskern::cuda {
 // Border lines of an axis at most.
 constexpr size_t kMostBorders = 64;
 
-// Signals of one kind: whole images, border rows, border columns or corner pixels; a flat array
-// puts zeros behind every line and lines of zeros behind every sample.
-struct LagFamily {
-  bool border_h, border_w;
-  int64_t signals, lines, pitch, margin;
-
+struct LagFamily : ConvFamily {
   // Rows of a signal's flat array, between its margins and with them.
   int64_t inner(int64_t samples) const { return samples * lines * pitch; }
   int64_t rows(int64_t samples) const { return inner(samples) + 2 * margin; }

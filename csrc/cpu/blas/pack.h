@@ -9,7 +9,8 @@
 
 namespace hesskern::cpu {
 
-#if defined(__GNUC__) && (defined(__clang__) || __GNUC__ >= 12)
+// __builtin_shufflevector came to GCC with 12.
+#if defined(__clang__) || __GNUC__ >= 12
 #define HESSKERN_SHUFFLE 1
 // Exchanges the off-diagonal blocks of order S in the L x L matrix of rows a, b
 // that are S apart.

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/vector.h"
 #include "fitting.h"
@@ -92,32 +93,12 @@ HESSKERN_FORCE_INLINE void update_block(T* out, int64_t out_stride, const T* y, 
   }
 }
 
-template <typename T, class Isa, int kVectors>
-HESSKERN_FORCE_INLINE void dot_rows(T* y, int64_t y_stride, const T* x, int64_t x_stride,
-                                    int64_t rows, const T* v, int64_t v_stride, int64_t d) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    dot_block<T, Isa, 4, kVectors>(y + r * y_stride, y_stride, x + r * x_stride, x_stride, v,
-                                   v_stride, d);
-  }
-  for (; r < rows; ++r) {
-    dot_block<T, Isa, 1, kVectors>(y + r * y_stride, y_stride, x + r * x_stride, x_stride, v,
-                                   v_stride, d);
-  }
-}
-
-template <typename T, class Isa, int kVectors>
-HESSKERN_FORCE_INLINE void update_rows(T* out, int64_t out_stride, const T* y, int64_t y_stride,
-                                       const T* x, int64_t x_stride, int64_t rows, int64_t d) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    update_block<T, Isa, 4, kVectors>(out, out_stride, y + r * y_stride, y_stride, x + r * x_stride,
-                                      x_stride, d);
-  }
-  for (; r < rows; ++r) {
-    update_block<T, Isa, 1, kVectors>(out, out_stride, y + r * y_stride, y_stride, x + r * x_stride,
-                                      x_stride, d);
-  }
+// block(first, count) for the indices below count in fours, then one by one; count a constant.
+template <class Block>
+HESSKERN_FORCE_INLINE void in_fours(int64_t count, const Block& block) {
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) block(i, std::integral_constant<int, 4>{});
+  for (; i < count; ++i) block(i, std::integral_constant<int, 1>{});
 }
 
 }  // namespace detail
@@ -127,13 +108,13 @@ template <typename T, class Isa>
 HESSKERN_FORCE_INLINE void row_dots(T* y, int64_t y_stride, const T* x, int64_t x_stride,
                                     int64_t rows, const T* v, int64_t v_stride, int64_t vectors,
                                     int64_t d) {
-  int64_t b = 0;
-  for (; b + 4 <= vectors; b += 4) {
-    detail::dot_rows<T, Isa, 4>(y + b, y_stride, x, x_stride, rows, v + b * v_stride, v_stride, d);
-  }
-  for (; b < vectors; ++b) {
-    detail::dot_rows<T, Isa, 1>(y + b, y_stride, x, x_stride, rows, v + b * v_stride, v_stride, d);
-  }
+  detail::in_fours(vectors, [&](int64_t b, auto wide) HESSKERN_INLINE {
+    detail::in_fours(rows, [&](int64_t r, auto tall) HESSKERN_INLINE {
+      detail::dot_block<T, Isa, decltype(tall)::value, decltype(wide)::value>(
+          y + r * y_stride + b, y_stride, x + r * x_stride, x_stride, v + b * v_stride, v_stride,
+          d);
+    });
+  });
 }
 
 // out [vectors, out_stride] in pieces += y^T x, y [rows, vectors], x [rows, d]
@@ -141,15 +122,13 @@ template <typename T, class Isa>
 HESSKERN_FORCE_INLINE void row_updates(T* out, int64_t out_stride, const T* y, int64_t y_stride,
                                        const T* x, int64_t x_stride, int64_t rows, int64_t vectors,
                                        int64_t d) {
-  int64_t b = 0;
-  for (; b + 4 <= vectors; b += 4) {
-    detail::update_rows<T, Isa, 4>(out + b * out_stride, out_stride, y + b, y_stride, x, x_stride,
-                                   rows, d);
-  }
-  for (; b < vectors; ++b) {
-    detail::update_rows<T, Isa, 1>(out + b * out_stride, out_stride, y + b, y_stride, x, x_stride,
-                                   rows, d);
-  }
+  detail::in_fours(vectors, [&](int64_t b, auto wide) HESSKERN_INLINE {
+    detail::in_fours(rows, [&](int64_t r, auto tall) HESSKERN_INLINE {
+      detail::update_block<T, Isa, decltype(tall)::value, decltype(wide)::value>(
+          out + b * out_stride, out_stride, y + r * y_stride + b, y_stride, x + r * x_stride,
+          x_stride, d);
+    });
+  });
 }
 
 }  // namespace hesskern::cpu

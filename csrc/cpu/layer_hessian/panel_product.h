@@ -79,9 +79,9 @@ class PanelProduct {
                 std::min(width_, columns_ - item * width_), 1, h_.d);
   }
 
-  // sum [rows, sum_stride] += the product's part of samples [begin, end)
   void finish_packing(T*) const {}
 
+  // sum [rows, sum_stride] += the product's part of samples [begin, end)
   void accumulate(T* sum, const T* packed, int64_t begin, int64_t end) const {
     const int64_t capacity = samples_ * h_.t;
     Tile tile{Scratch<T>(panels_ * capacity * width_), Scratch<T>(capacity * y_stride_),

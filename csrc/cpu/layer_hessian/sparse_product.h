@@ -179,7 +179,7 @@ class SparseProduct {
         const T* x = tile.x + n * h_.x_n + w * kWord;
         const T* rows = packed + w * kWord * stride_ + column;
         for (uint64_t bits = tile.by_row[n * words_ + w]; bits != 0; bits &= bits - 1) {
-          const int j = lowest_bit(bits);
+          const int j = __builtin_ctzll(bits);
           const T e = x[j] - frequent_;
           HESSKERN_UNROLL
           for (int i = 0; i < kWidth; ++i) {
@@ -209,7 +209,7 @@ class SparseProduct {
           HESSKERN_UNROLL
           for (int i = 0; i < kWidth; ++i) load<T, Isa>(sum[i], row + i * L);
           for (; bits != 0; bits &= bits - 1) {
-            const int n = lowest_bit(bits);
+            const int n = __builtin_ctzll(bits);
             const T e = x[n * h_.x_n + j] - frequent_;
             HESSKERN_UNROLL
             for (int i = 0; i < kWidth; ++i) {

@@ -108,15 +108,4 @@ inline void transpose_bits(uint64_t* words) {
   }
 }
 
-// Index of the lowest set bit of bits != 0.
-inline int lowest_bit(uint64_t bits) {
-#if defined(__GNUC__)
-  return __builtin_ctzll(bits);
-#else
-  int index = 0;
-  for (; !(bits & 1); bits >>= 1) ++index;
-  return index;
-#endif
-}
-
 }  // namespace hesskern::cpu

@@ -16,7 +16,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+CSRC := $(sort $(shell find csrc -type f))
 BUILD_FILES := $(CSRC) setup.py hesskern/_digest.py
 # What a copy of the tree needs in order to build and to run the tests.
 TREE := $(wildcard setup.py pyproject.toml MANIFEST.in README.md LICENSE csrc docs/losses.md hesskern \
@@ -24,7 +24,8 @@ TREE := $(wildcard setup.py pyproject.toml MANIFEST.in README.md LICENSE csrc do
 COPY = rm -rf $(1)/csrc $(1)/hesskern $(1)/tests && mkdir -p $(1) && \
 	tar -cf - --exclude='*.so' --exclude=__pycache__ $(TREE) | tar -xf - -C $(1)
 
-.PHONY: help demo test fuzz lint format package sanitize cuda-compile cuda-emulate cuda-build clean
+.PHONY: help demo test fuzz lint format package sanitize cuda-compile cuda-bindings cuda-emulate \
+	cuda-build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | \
@@ -107,20 +108,24 @@ sanitize: $(VENV)/built ## the operators' tests under AddressSanitizer and UBSan
 cuda-compile: ## every .cu file with nvcc alone, warnings and spills as errors; no GPU, no torch
 	$(PYTHON) .ci/compile_cuda.py --output build/cuda-compile $(CUDA_ARCHITECTURES)
 
+cuda-bindings: $(VENV)/torch ## every CUDA binding with any torch and the toolkit's headers; no GPU
+	$(VENV)/bin/python .ci/check_bindings.py
+
 # The kernels on the CPU: every thread of a block a fiber under AddressSanitizer and UBSan; for
 # ThreadSanitizer, which looks for races, a real thread, with fewer cases.
 # Not position-independent, so that addresses are those of the symbols.
-EMULATED_address = -O1 -no-pie -fsanitize=address,undefined -fno-sanitize-recover=undefined
-EMULATED_thread = -O1 -fsanitize=thread -DHESSKERN_EMULATE_THREADS
-EMULATED_SOURCES := $(wildcard csrc/cuda/*.cu csrc/cuda/core/*.cu tests/cuda_on_cpu/*.cpp) \
+# One with the standard of newer torch's builds, one with that of older ones.
+EMULATED_address = -std=c++20 -O1 -no-pie -fsanitize=address,undefined -fno-sanitize-recover=undefined
+EMULATED_thread = -std=c++17 -O1 -fsanitize=thread -DHESSKERN_EMULATE_THREADS
+EMULATED_SOURCES := $(filter csrc/cuda/%.cu,$(CSRC)) $(wildcard tests/cuda_on_cpu/*.cpp) \
 	csrc/conv_plan.cpp
-EMULATED_HEADERS := $(wildcard csrc/cuda/*.h csrc/cuda/core/*.h tests/cuda_on_cpu/*.h) csrc/conv_plan.h
+EMULATED_HEADERS := $(filter csrc/cuda/%.h,$(CSRC)) $(wildcard tests/cuda_on_cpu/*.h) csrc/conv_plan.h
 EMULATED = build/cuda-emulate
 
 define emulated_build
 $(EMULATED)/$(1)/%.o: % $(EMULATED_HEADERS)
 	@mkdir -p $$(@D)
-	$$$${CXX:-c++} -std=c++17 -g1 -Wall -Wextra -Wno-unknown-pragmas -Werror $$(EMULATED_$(1)) \
+	$$$${CXX:-c++} -g1 -Wall -Wextra -Wno-unknown-pragmas -Werror $$(EMULATED_$(1)) \
 		-DHESSKERN_SM90A -Itests/cuda_on_cpu -Icsrc/cuda -Icsrc -x c++ -c $$< -o $$@
 
 $(EMULATED)/$(1)/cuda_on_cpu: $(EMULATED_SOURCES:%=$(EMULATED)/$(1)/%.o)

@@ -132,9 +132,7 @@ def compiler_flags(platform: str, torch_root: Path, sanitize: bool) -> tuple[lis
     so that there is one thread pool and torch.set_num_threads holds.
     """
     if platform == "win32":
-        if sanitize:
-            raise SystemExit("HESSKERN_SANITIZE=1 needs GCC or Clang")
-        return ["/O2", "/openmp"], []
+        raise SystemExit("hesskern is built with GCC or Clang, which torch for Windows is not")
     # Nothing but the module's entry point leaves the library.
     compile_flags = ["-O3", "-g0", "-Wall", "-fvisibility=hidden"]
     link_flags: list[str] = []
@@ -167,7 +165,7 @@ def extension(torch):
     sanitize = switch("HESSKERN_SANITIZE", "0", ("0", "1")) == "1"
     cxx, link = compiler_flags(sys.platform, torch_root, sanitize)
     options = {"cxx": cxx}
-    sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").glob("*.cpp")]
+    sources = [*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc" / "cpu").rglob("*.cpp")]
     if with_cuda:
         os.environ["TORCH_CUDA_ARCH_LIST"] = cuda_architectures(torch._C._cuda_getArchFlags() or "")
         sources += [p for p in (ROOT / "csrc" / "cuda").rglob("*") if p.suffix in (".cpp", ".cu")]

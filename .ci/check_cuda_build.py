@@ -16,7 +16,7 @@ assert info["cuda_architectures"], info
 cuda = Path(hesskern.__file__).parents[1] / "csrc" / "cuda"
 registered = [
     name
-    for binding in cuda.glob("*_binding.cpp")
+    for binding in cuda.rglob("*_binding.cpp")
     for name in re.findall(r'm\.impl\("(\w+)"', binding.read_text())
 ]
 contract = (Path(hesskern.__file__).parents[1] / "csrc" / "ops.cpp").read_text()

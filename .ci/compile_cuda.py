@@ -33,13 +33,13 @@ BORNE = {
 # What ptxas says where registers stay as they were at launch, or products wait for each other.
 IGNORED = re.compile(r"setmaxnreg.*ignored|wgmma.*serializ|serializ.*wgmma", re.IGNORECASE)
 # What a file with warpgroup products includes.
-WARPGROUP = re.compile(r'#include "(core/)?wgmma\.h"')
+WARPGROUP = re.compile(r'#include "(\S*core/)?wgmma\.h"')
 SHARED = re.compile(r"(\d+) bytes smem")
 
 
 def compile_one(source: Path, output: Path, architectures: list[str]) -> str:
     """Messages of nvcc; raises with them if it fails."""
-    command = ["nvcc", "-std=c++17", "-O3", "--Werror", "all-warnings"]
+    command = ["nvcc", "-std=c++20", "-O3", "--Werror", "all-warnings"]
     command += ["-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v", "-I", str(ROOT / "csrc")]
     for architecture in architectures:
         command += ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]

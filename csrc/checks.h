@@ -177,18 +177,25 @@ inline void check_same(const OpName& op, const char* name_a, const at::Tensor& a
                     name_b, " is on ", b.device());
 }
 
+// X [m, d] or [k, m, d] of floating-point numbers, for two other operands
+inline void check_multiplied(const OpName& op, const at::Tensor& X, int64_t m, int64_t d,
+                             const char* name_a, const at::Tensor& a, const char* name_b,
+                             const at::Tensor& b) {
+  TORCH_CHECK_VALUE(X.dim() == 2 || X.dim() == 3, op, ": X must be [m, d] or [k, m, d], got ",
+                    X.sizes());
+  TORCH_CHECK_VALUE(X.size(-2) == m && X.size(-1) == d, op, ": X must end in [m, d] = [", m, ", ",
+                    d, "] for ", name_a, " ", a.sizes(), " and ", name_b, " ", b.sizes(), ", got ",
+                    X.sizes());
+  TORCH_CHECK_VALUE(at::isFloatingType(X.scalar_type()), op,
+                    ": X must be a floating-point tensor, got ", X.scalar_type());
+}
+
 // A [m', m], B [d', d], X [m, d] or [k, m, d]
 inline void check_kron_matmul(const at::Tensor& A, const at::Tensor& B, const at::Tensor& X,
                               const OpName& op = "kron_matmul") {
   TORCH_CHECK_VALUE(A.dim() == 2, op, ": A must be [m', m], got ", A.sizes());
   TORCH_CHECK_VALUE(B.dim() == 2, op, ": B must be [d', d], got ", B.sizes());
-  TORCH_CHECK_VALUE(X.dim() == 2 || X.dim() == 3, op, ": X must be [m, d] or [k, m, d], got ",
-                    X.sizes());
-  TORCH_CHECK_VALUE(X.size(-2) == A.size(1) && X.size(-1) == B.size(1), op,
-                    ": X must end in [m, d] = [", A.size(1), ", ", B.size(1), "] for A ", A.sizes(),
-                    " and B ", B.sizes(), ", got ", X.sizes());
-  TORCH_CHECK_VALUE(at::isFloatingType(X.scalar_type()), op,
-                    ": X must be a floating-point tensor, got ", X.scalar_type());
+  check_multiplied(op, X, A.size(1), B.size(1), "A", A, "B", B);
   check_same(op, "A", A, "X", X);
   check_same(op, "B", B, "X", X);
 }
@@ -201,13 +208,7 @@ inline void check_kron_eigen_matmul(const at::Tensor& U, const at::Tensor& S, co
   TORCH_CHECK_VALUE(S.dim() == 2 && S.size(0) == U.size(1) && S.size(1) == V.size(1), op,
                     ": S must be [r, q] = [", U.size(1), ", ", V.size(1), "] for U ", U.sizes(),
                     " and V ", V.sizes(), ", got ", S.sizes());
-  TORCH_CHECK_VALUE(X.dim() == 2 || X.dim() == 3, op, ": X must be [m, d] or [k, m, d], got ",
-                    X.sizes());
-  TORCH_CHECK_VALUE(X.size(-2) == U.size(0) && X.size(-1) == V.size(0), op,
-                    ": X must end in [m, d] = [", U.size(0), ", ", V.size(0), "] for U ", U.sizes(),
-                    " and V ", V.sizes(), ", got ", X.sizes());
-  TORCH_CHECK_VALUE(at::isFloatingType(X.scalar_type()), op,
-                    ": X must be a floating-point tensor, got ", X.scalar_type());
+  check_multiplied(op, X, U.size(0), V.size(0), "U", U, "V", V);
   check_same(op, "U", U, "X", X);
   check_same(op, "S", S, "X", X);
   check_same(op, "V", V, "X", X);

@@ -12,6 +12,20 @@ int64_t ceil_div(int64_t a, int64_t b) {
   return a >= 0 ? (a + b - 1) / b : -(-a / b);
 }
 
+// Index of the product with the sides of product i exchanged.
+std::vector<size_t> exchanged(const std::vector<AxisProduct>& list) {
+  std::vector<size_t> other(list.size());
+  for (size_t i = 0; i < list.size(); ++i) {
+    for (size_t j = 0; j < list.size(); ++j) {
+      if (list[i].single == list[j].single && list[i].a == list[j].b && list[i].b == list[j].a &&
+          list[i].lag == -list[j].lag) {
+        other[i] = j;
+      }
+    }
+  }
+  return other;
+}
+
 }  // namespace
 
 ConvAxis make_axis(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation,
@@ -128,18 +142,43 @@ std::vector<AxisProduct> axis_products(const ConvAxis& axis) {
   return list;
 }
 
-// Index of the product with the sides of product i exchanged.
-std::vector<int64_t> exchanged(const std::vector<AxisProduct>& list) {
-  std::vector<int64_t> other(list.size(), -1);
-  for (size_t i = 0; i < list.size(); ++i) {
-    for (size_t j = 0; j < list.size(); ++j) {
-      if (list[i].single == list[j].single && list[i].a == list[j].b && list[i].b == list[j].a &&
-          list[i].lag == -list[j].lag) {
-        other[i] = static_cast<int64_t>(j);
-      }
+std::array<ConvFamily, 4> make_families(const ConvAxis& h, const ConvAxis& w) {
+  std::array<ConvFamily, 4> families{};
+  for (size_t f = 0; f < families.size(); ++f) {
+    ConvFamily& family = families[f];
+    family.border_h = (f & 1) != 0;
+    family.border_w = (f & 2) != 0;
+    family.signals_w = family.border_w ? static_cast<int64_t>(w.borders.size()) : w.phases;
+    family.signals =
+        (family.border_h ? static_cast<int64_t>(h.borders.size()) : h.phases) * family.signals_w;
+    family.lines = family.border_h ? 1 : h.span + h.max_lag;
+    family.pitch = family.border_w ? 1 : w.span + w.max_lag;
+    family.margin =
+        (family.border_h ? 0 : h.max_lag * family.pitch) + (family.border_w ? 0 : w.max_lag);
+  }
+  return families;
+}
+
+std::vector<ConvProduct> conv_products(const std::array<ConvFamily, 4>& families,
+                                       const std::vector<AxisProduct>& list_h,
+                                       const std::vector<AxisProduct>& list_w) {
+  const auto other_h = exchanged(list_h), other_w = exchanged(list_w);
+  std::vector<ConvProduct> products;
+  for (size_t i = 0; i < list_h.size(); ++i) {
+    for (size_t j = 0; j < list_w.size(); ++j) {
+      if (std::tie(other_h[i], other_w[j]) < std::tie(i, j)) continue;
+      const AxisProduct &ph = list_h[i], &pw = list_w[j];
+      const int f = (ph.single ? 1 : 0) + (pw.single ? 2 : 0);
+      const ConvFamily& family = families[static_cast<size_t>(f)];
+      products.push_back({f, ph.a * family.signals_w + pw.a, ph.b * family.signals_w + pw.b,
+                          ph.lag * family.pitch + pw.lag, i, j, other_h[i], other_w[j]});
     }
   }
-  return other;
+  std::sort(products.begin(), products.end(), [](const ConvProduct& l, const ConvProduct& r) {
+    return std::tie(l.family, l.a, l.b, l.shift, l.h, l.w) <
+           std::tie(r.family, r.a, r.b, r.shift, r.h, r.w);
+  });
+  return products;
 }
 
 }  // namespace hesskern

@@ -19,6 +19,8 @@
 //     single x single  products of corner pixels
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -76,7 +78,33 @@ struct AxisProduct {
 
 std::vector<AxisProduct> axis_products(const ConvAxis& axis);
 
-// Index of the product with the sides of product i exchanged.
-std::vector<int64_t> exchanged(const std::vector<AxisProduct>& list);
+// Signals of one kind: whole images (a signal per pair of phases), border rows (per border and
+// horizontal phase), border columns (per vertical phase and border) or pixels (per pair of
+// borders). A flat array puts zeros after every line, lines of zeros after every sample and a
+// margin of zeros at both ends, so that a two-dimensional lag is one shift.
+struct ConvFamily {
+  bool border_h, border_w;
+  int64_t signals, signals_w;  // in all, and of one border row or vertical phase
+  int64_t lines, pitch;        // of a sample, zeros included
+  int64_t margin;
+};
+
+// Whole images, border rows, border columns, pixels.
+std::array<ConvFamily, 4> make_families(const ConvAxis& h, const ConvAxis& w);
+
+// A product on both axes: of two signals of a family, b shifted against a in their flat arrays.
+struct ConvProduct {
+  int family;
+  int64_t a, b, shift;
+  size_t h, w;                        // places in the axes' lists
+  size_t transposed_h, transposed_w;  // of the product with its two sides exchanged
+  bool symmetric() const { return h == transposed_h && w == transposed_w; }
+};
+
+// All products of two axes' lists in the order of their families, signals and shifts; of two that
+// are each other's transpose one.
+std::vector<ConvProduct> conv_products(const std::array<ConvFamily, 4>& families,
+                                       const std::vector<AxisProduct>& list_h,
+                                       const std::vector<AxisProduct>& list_w);
 
 }  // namespace hesskern

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "checks.h"
-#include "symmetric_update.h"
+#include "cpu/blas/symmetric_update.h"
 
 namespace hesskern::cpu {
 

@@ -16,10 +16,10 @@
 #include <utility>
 
 #include "checks.h"
-#include "pack.h"
+#include "cpu/blas/pack.h"
+#include "cpu/blas/symmetric_update.h"
+#include "cpu/blas/triangle.h"
 #include "scratch.h"
-#include "symmetric_update.h"
-#include "triangle.h"
 
 namespace hesskern::cpu {
 
@@ -225,17 +225,10 @@ class PositionRoots {
 template <typename T>
 void update_by_rows(T* acc, int64_t ld, const Jacobian<T>& jacobian, T alpha) {
   const RowRoots<T> source(jacobian);
-  const int64_t m = jacobian.m, panels = (m + panel_width<T>() - 1) / panel_width<T>();
-  const auto fill = [&](T* dst, int64_t panel, int64_t row, int64_t rows) {
-    source.fill(dst, panel, row, rows);
-  };
-  gram<T>(acc, ld, m, source.rows(), alpha, gram_threads(source.rows(), m), fill,
-          [&](T* buffer, int64_t row, int64_t rows) -> Panels<T> {
-            const int64_t W = panel_width<T>();
-            for (int64_t panel = 0; panel < panels; ++panel) {
-              fill(buffer + panel * kPanelRows * W, panel, row, rows);
-            }
-            return {buffer, kPanelRows * W, W};
+  const int64_t m = jacobian.m;
+  gram<T>(acc, ld, m, source.rows(), alpha, gram_threads(source.rows(), m),
+          [&](T* dst, int64_t panel, int64_t row, int64_t rows) {
+            source.fill(dst, panel, row, rows);
           });
 }
 
@@ -259,11 +252,11 @@ void update_by_positions(T* acc, int64_t ld, const Jacobian<T>& jacobian, T alph
         source.find(roots.data(), first, count);
         for (int64_t row = 0; row < rows; row += kPanelRows) {
           const int64_t used = std::min(kPanelRows, rows - row);
-          for (int64_t panel = 0; panel < panels; ++panel) {
-            source.fill(packed.data() + panel * kPanelRows * W, roots.data(), first, panel, row,
-                        used);
-          }
-          sum.add(used, Panels<T>{packed.data(), kPanelRows * W, W});
+          sum.add(used, packed_panels<T>(packed.data(), m, row, used,
+                                         [&](T* dst, int64_t panel, int64_t from, int64_t count) {
+                                           source.fill(dst, roots.data(), first, panel, from,
+                                                       count);
+                                         }));
         }
       }
     });

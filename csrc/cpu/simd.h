@@ -1,16 +1,17 @@
 // Run-time choice of the instruction set for hand-written loops, so that one
 // portable binary uses AVX-512 or AVX2 where the machine has them.
-//
-// A loop is written once, as an always-inline lambda; vectorize() compiles it
-// into one function per instruction set and calls the best one:
-//
-//   vectorize([&]() HESSKERN_INLINE { for (...) y[i] += a * x[i]; });
+// What is written once as an always-inline lambda, with_simd() of vector.h compiles
+// into one function per instruction set.
 #pragma once
 
 #include <cstdlib>
 #include <string_view>
 
-#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+#if !defined(__GNUC__)
+#error "hesskern is built with GCC or Clang"
+#endif
+
+#if defined(__x86_64__)
 #define HESSKERN_X86 1
 #define HESSKERN_INLINE __attribute__((always_inline))
 #define HESSKERN_TARGET_AVX512 \
@@ -67,20 +68,5 @@ HESSKERN_TARGET_AVX2 __attribute__((noinline)) void run_avx2(Loop& loop) {
   loop();
 }
 #endif
-
-template <class Loop>
-inline void vectorize(Loop loop) {
-#if HESSKERN_X86
-  switch (simd_level()) {
-    case Simd::avx512:
-      return run_avx512(loop);
-    case Simd::avx2:
-      return run_avx2(loop);
-    default:
-      break;
-  }
-#endif
-  loop();
-}
 
 }  // namespace hesskern

@@ -6,29 +6,20 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "simd.h"
 
 #if defined(__clang__)
 #define HESSKERN_UNROLL _Pragma("clang loop unroll(full)")
-#elif defined(__GNUC__)
-#define HESSKERN_UNROLL _Pragma("GCC unroll 32")
 #else
-#define HESSKERN_UNROLL
+#define HESSKERN_UNROLL _Pragma("GCC unroll 32")
 #endif
 
-#if defined(__GNUC__)
 #define HESSKERN_FORCE_INLINE inline __attribute__((always_inline))
 #define HESSKERN_PREFETCH(address) __builtin_prefetch(address)
 // Towards the second-level cache only, for memory that is read much later.
 #define HESSKERN_PREFETCH_FAR(address) __builtin_prefetch(address, 0, 2)
-#else
-#define HESSKERN_FORCE_INLINE inline
-#define HESSKERN_PREFETCH(address) ((void)(address))
-#define HESSKERN_PREFETCH_FAR(address) ((void)(address))
-#endif
 
 namespace hesskern {
 
@@ -49,7 +40,6 @@ struct Baseline {
                        kDotColumns = 5;
 };
 
-#if defined(__GNUC__)
 template <class T, int Bytes>
 struct VectorType;
 #define HESSKERN_VECTOR(T, Bytes)                                                \
@@ -78,45 +68,6 @@ template <class T, class Isa>
 HESSKERN_FORCE_INLINE void store(T* p, const Vector<T, Isa>& v) {
   *reinterpret_cast<typename VectorType<T, Isa::kBytes>::unaligned*>(p) = v;
 }
-#else
-// Compilers without vector extensions get an array that they may vectorize.
-template <class T, int Lanes>
-struct ArrayVector {
-  T lane[Lanes];
-  T& operator[](int i) { return lane[i]; }
-  T operator[](int i) const { return lane[i]; }
-#define HESSKERN_OPERATOR(op)                                                  \
-  friend ArrayVector operator op(const ArrayVector& a, const ArrayVector& b) { \
-    ArrayVector r;                                                             \
-    for (int i = 0; i < Lanes; ++i) r.lane[i] = a.lane[i] op b.lane[i];        \
-    return r;                                                                  \
-  }                                                                            \
-  friend ArrayVector operator op(T a, const ArrayVector& b) {                  \
-    ArrayVector r;                                                             \
-    for (int i = 0; i < Lanes; ++i) r.lane[i] = a op b.lane[i];                \
-    return r;                                                                  \
-  }                                                                            \
-  ArrayVector& operator op## = (const ArrayVector& b) {                        \
-    return *this = *this op b;                                                 \
-  }
-  HESSKERN_OPERATOR(+)
-  HESSKERN_OPERATOR(-)
-  HESSKERN_OPERATOR(*)
-#undef HESSKERN_OPERATOR
-};
-
-template <class T, class Isa>
-using Vector = ArrayVector<T, Isa::kBytes / sizeof(T)>;
-
-template <class T, class Isa>
-HESSKERN_FORCE_INLINE void load(Vector<T, Isa>& v, const T* p) {
-  std::memcpy(&v, p, sizeof(v));
-}
-template <class T, class Isa>
-HESSKERN_FORCE_INLINE void store(T* p, const Vector<T, Isa>& v) {
-  std::memcpy(p, &v, sizeof(v));
-}
-#endif
 
 template <class T, class Isa>
 constexpr int kLanes = Isa::kBytes / static_cast<int>(sizeof(T));

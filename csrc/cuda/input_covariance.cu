@@ -7,11 +7,11 @@
 // copied to shared memory three steps ahead; others, and those with ones, go through registers.
 // On compute capability 9.0 larger sums are products of core/parts_product.h.
 // Contiguous rows of few columns have kernels of their own (narrow_rows.cu, block_gram.cu,
-// block_gram_halves.cu).
+// block_gram/halves.cu).
 #include <type_traits>
 
-#include "block_gram.h"
-#include "block_gram_halves.h"
+#include "block_gram/block_gram.h"
+#include "block_gram/halves.h"
 #include "core/elements.h"
 #include "core/stage.h"
 #include "core/symmetric.h"

@@ -12,7 +12,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "block_gram.h"
+#include "block_gram/block_gram.h"
 #include "centre_split.h"
 #include "core/elements.h"
 #include "core/stage.h"

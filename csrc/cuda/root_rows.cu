@@ -1,12 +1,12 @@
 // Output Hessian from rows of a root of it: a Gram matrix of the Jacobian's rows.
 //
 // Contiguous rows of positions have kernels of their own (narrow_positions.cu, block_gram.cu,
-// block_gram_halves.cu); all others are an input covariance (input_covariance.cu), which has some
+// block_gram/halves.cu); all others are an input covariance (input_covariance.cu), which has some
 // for narrow rows.
 #include <type_traits>
 
-#include "block_gram.h"
-#include "block_gram_halves.h"
+#include "block_gram/block_gram.h"
+#include "block_gram/halves.h"
 #include "input_covariance.h"
 #include "narrow_positions.h"
 #include "root_rows.h"

@@ -1,11 +1,11 @@
-// block_gram.cu, block_gram_halves.cu and block_gram_roles.cu on the CPU.
+// block_gram.cu, block_gram/halves.cu and block_gram/roles.cu on the CPU.
 #include <algorithm>
 #include <array>
 #include <utility>
 
 #include "accumulator.h"
-#include "block_gram.h"
-#include "block_gram_halves.h"
+#include "block_gram/block_gram.h"
+#include "block_gram/halves.h"
 #include "check.h"
 #include "checks.h"
 #include "core/warp.h"

@@ -1,11 +1,11 @@
-// layer_hessian_coefficients.cu on the CPU.
+// layer_hessian/coefficients.cu on the CPU.
 #include <algorithm>
 #include <utility>
 
 #include "check.h"
 #include "checks.h"
 #include "core/packed_rows.h"
-#include "layer_hessian_coefficients.h"
+#include "layer_hessian/coefficients.h"
 
 namespace hesskern::cuda::check {
 

@@ -7,8 +7,8 @@
 #include "core/large_products.h"
 #include "core/products.h"
 #include "kron_matmul.h"
-#include "layer_hessian_matmul.h"
-#include "layer_hessian_parts.h"
+#include "layer_hessian/layer_hessian_matmul.h"
+#include "layer_hessian/parts.h"
 
 namespace hesskern::cuda::check {
 

@@ -1,0 +1,316 @@
+// Gram products P^T P on one triangle: register-tiled kernels over panels of
+// columns, and the drivers that share them among threads.
+//
+// The columns of P [K, d] are taken in panels of W; the triangle consists of units
+// [W, W], one per pair of panels. What fills the panels is the caller's: rows of a
+// matrix, patches of an image.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/scratch.h"
+#include "cpu/vector.h"
+
+namespace hesskern::cpu {
+
+// Columns of a panel.
+template <class T, class Isa>
+constexpr int kPanel = kLanes<T, Isa> * Isa::kVectors;
+
+template <class T>
+inline int64_t panel_width() {
+  return simd_lanes<T>() * 2;
+}
+static_assert(Avx512::kVectors == 2 && Avx2::kVectors == 2 && Baseline::kVectors == 2);
+
+// Rows of P that a panel holds at once: 16 KB of float32, half the first-level cache.
+constexpr int64_t kPanelRows = 128;
+
+// Where the panels of a range of rows are: element (k, c) of panel p is at
+// base[p * stride + k * ld + c]. Row-major storage has stride = W.
+template <class T>
+struct Panels {
+  const T* base;
+  int64_t stride, ld;
+};
+
+// The panels of rows [row, row + rows) of d columns in buffer [panels, kPanelRows, W], each filled
+// by pack(dst [rows, W], panel, row, rows).
+template <class T, class Pack>
+inline Panels<T> packed_panels(T* buffer, int64_t d, int64_t row, int64_t rows, const Pack& pack) {
+  const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    pack(buffer + panel * kPanelRows * W, panel, row, rows);
+  }
+  return {buffer, kPanelRows * W, W};
+}
+
+// c [R, N lanes] (rows ldc apart) += sum_k a[k lda + (0..R)] b[k ldb + lanes]. Small
+// tiles keep U sums apart: one multiply-add would wait for the one before.
+template <class T, class Isa, int R, int N>
+HESSKERN_FORCE_INLINE void gram_tile(int64_t K, const T* a, int64_t lda, const T* b, int64_t ldb,
+                                     T* c, int64_t ldc) {
+  using V = Vector<T, Isa>;
+  constexpr int L = kLanes<T, Isa>, U = R * N >= 8 ? 1 : 8 / (R * N);
+  V sum[U][R][N];
+  HESSKERN_UNROLL
+  for (int u = 0; u < U; ++u) {
+    HESSKERN_UNROLL
+    for (int i = 0; i < R; ++i) {
+      HESSKERN_UNROLL
+      for (int j = 0; j < N; ++j) sum[u][i][j] = V{};
+    }
+  }
+  auto step = [&](int64_t k, int u) HESSKERN_INLINE {
+    V right[N];
+    HESSKERN_UNROLL
+    for (int j = 0; j < N; ++j) load<T, Isa>(right[j], b + k * ldb + j * L);
+    HESSKERN_UNROLL
+    for (int i = 0; i < R; ++i) {
+      const T left = a[k * lda + i];
+      HESSKERN_UNROLL
+      for (int j = 0; j < N; ++j) sum[u][i][j] += left * right[j];
+    }
+  };
+  int64_t k = 0;
+  for (; k + U <= K; k += U) {
+    HESSKERN_UNROLL
+    for (int u = 0; u < U; ++u) step(k + u, u);
+  }
+  for (; k < K; ++k) step(k, 0);
+  HESSKERN_UNROLL
+  for (int i = 0; i < R; ++i) {
+    HESSKERN_UNROLL
+    for (int j = 0; j < N; ++j) {
+      V old;
+      load<T, Isa>(old, c + i * ldc + j * L);
+      HESSKERN_UNROLL
+      for (int u = 0; u < U; ++u) old += sum[u][i][j];
+      store<T, Isa>(c + i * ldc + j * L, old);
+    }
+  }
+}
+
+// unit [W, W] += P_i^T P_j over K rows, for the first rows of panel i and the first
+// cols of panel j (more are written). On the diagonal, vectors that lie left of it
+// are left out.
+template <class T, class Isa>
+HESSKERN_FORCE_INLINE void gram_unit(int64_t K, const Panels<T>& p, int64_t i, int64_t j,
+                                     int64_t rows, int64_t cols, T* unit) {
+  constexpr int W = kPanel<T, Isa>, L = kLanes<T, Isa>;
+  const T* a = p.base + i * p.stride;
+  const T* b = p.base + j * p.stride;
+  auto block = [&](auto count, int64_t row) HESSKERN_INLINE {
+    constexpr int R = decltype(count)::value;
+    if (cols <= L) {
+      gram_tile<T, Isa, R, 1>(K, a + row, p.ld, b, p.ld, unit + row * W, W);
+    } else if (i == j && row >= L) {
+      gram_tile<T, Isa, R, 1>(K, a + row, p.ld, b + L, p.ld, unit + row * W + L, W);
+    } else {
+      gram_tile<T, Isa, R, 2>(K, a + row, p.ld, b, p.ld, unit + row * W, W);
+    }
+  };
+  constexpr int R = Isa::kRows;
+  int64_t row = 0;
+  for (; row + R <= rows; row += R) block(std::integral_constant<int, R>{}, row);
+  if constexpr (R > 4) {
+    if (row + 4 <= rows) {
+      block(std::integral_constant<int, 4>{}, row);
+      row += 4;
+    }
+  }
+  if (row + 2 <= rows) {
+    block(std::integral_constant<int, 2>{}, row);
+    row += 2;
+  }
+  if (row < rows) block(std::integral_constant<int, 1>{}, row);
+}
+
+// Number of the unit of panels i <= j, and its panels.
+inline int64_t unit_index(int64_t i, int64_t j) {
+  return j * (j + 1) / 2 + i;
+}
+
+// acc [d, d] (rows ld apart) += alpha times unit (i, j), on and above the diagonal.
+template <class T>
+inline void add_unit(T* acc, int64_t ld, int64_t d, int64_t W, int64_t i, int64_t j, T alpha,
+                     const T* unit) {
+  const int64_t rows = std::min(W, d - i * W), cols = std::min(W, d - j * W);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* to = acc + (i * W + r) * ld + j * W;
+    const T* from = unit + r * W;
+    for (int64_t c = i == j ? r : 0; c < cols; ++c) to[c] += alpha * from[c];
+  }
+}
+
+// Float32 sums of many equal terms drift apart from the true sum, all in one
+// direction. Sums therefore have levels: kPanelRows terms in a register, this many
+// of those in a unit, and units in what is added to acc.
+constexpr int64_t kLevel = 64;
+
+// One thread's sum of P^T P, all units of the triangle.
+template <class T>
+class PrivateSum {
+ public:
+  static int64_t units_size(int64_t d) {
+    const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
+    return unit_index(0, panels) * W * W;
+  }
+  static int64_t size(int64_t d) { return 2 * units_size(d); }
+
+  PrivateSum(T* memory, int64_t d) : total_(memory), recent_(memory + units_size(d)), d_(d) {
+    std::fill(memory, memory + size(d), T(0));
+  }
+  // At most kPanelRows rows.
+  void add(int64_t rows, const Panels<T>& p) {
+    const int64_t W = panel_width<T>(), panels = (d_ + W - 1) / W;
+    with_simd([&](auto isa) HESSKERN_INLINE {
+      using Isa = decltype(isa);
+      for (int64_t j = 0; j < panels; ++j) {
+        for (int64_t i = 0; i <= j; ++i) {
+          gram_unit<T, Isa>(rows, p, i, j, std::min(W, d_ - i * W), std::min(W, d_ - j * W),
+                            recent_ + unit_index(i, j) * W * W);
+        }
+      }
+    });
+    if (++count_ == kLevel) flush();
+  }
+  void flush() {
+    const int64_t size = units_size(d_);
+    for (int64_t i = 0; i < size; ++i) total_[i] += recent_[i];
+    std::fill(recent_, recent_ + size, T(0));
+    count_ = 0;
+  }
+
+ private:
+  T *total_, *recent_;
+  int64_t d_, count_ = 0;
+};
+
+// acc [d, d] (rows ld apart, upper triangle) += alpha times what each thread adds to
+// its own sum: body(thread, sum). For small d.
+template <class T, class Body>
+void gram_private_sums(T* acc, int64_t ld, int64_t d, T alpha, int64_t threads, const Body& body) {
+  const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
+  const int64_t per_thread = PrivateSum<T>::size(d);
+  Scratch<T> scratch(threads * per_thread);
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t thread = first; thread < last; ++thread) {
+      PrivateSum<T> sum(scratch.data() + thread * per_thread, d);
+      body(thread, sum);
+      sum.flush();
+    }
+  });
+  for (int64_t j = 0; j < panels; ++j) {
+    for (int64_t i = 0; i <= j; ++i) {
+      T* sum = scratch.data() + unit_index(i, j) * W * W;
+      for (int64_t thread = 1; thread < threads; ++thread) {
+        const T* other = sum + thread * per_thread;
+        for (int64_t n = 0; n < W * W; ++n) sum[n] += other[n];
+      }
+      add_unit<T>(acc, ld, d, W, i, j, alpha, sum);
+    }
+  }
+}
+
+// acc [d, d] (rows ld apart, upper triangle) += alpha P^T P, P [K, d], split by rows
+// among threads: for small d, where a private sum per thread is cheap.
+// panels_of(buffer, row0, rows) returns where the panels of those rows are, having
+// packed them into buffer [panels, kPanelRows, W] where they do not lie well.
+template <class T, class PanelsOf>
+void gram_split_rows(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads,
+                     const PanelsOf& panels_of) {
+  const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
+  gram_private_sums<T>(acc, ld, d, alpha, threads, [&](int64_t thread, PrivateSum<T>& sum) {
+    const Scratch<T> buffer(panels * kPanelRows * W);
+    const int64_t begin = K * thread / threads, end = K * (thread + 1) / threads;
+    for (int64_t row = begin; row < end; row += kPanelRows) {
+      const int64_t rows = std::min(kPanelRows, end - row);
+      sum.add(rows, panels_of(buffer.data(), row, rows));
+    }
+  });
+}
+
+// Elements that are packed at a time for all threads: 4 MB of float32.
+constexpr int64_t kChunk = 1 << 20;
+
+// acc [d, d] (rows ld apart, upper triangle) += alpha P^T P, P [K, d], the units of
+// the triangle split among threads: for large d. A chunk of rows is packed once for
+// all threads: pack(dst [rows, W], panel, row0, rows) fills one panel, with zeros
+// beyond d.
+template <class T, class Pack>
+void gram_split_units(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads,
+                      const Pack& pack) {
+  const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
+  const int64_t slab = panels * kPanelRows * W;
+  const int64_t slabs =
+      std::min({std::max<int64_t>(1, kChunk / slab), kLevel, (K + kPanelRows - 1) / kPanelRows});
+  Scratch<T> packed(slabs * slab);
+  const int64_t units = unit_index(0, panels);
+  for (int64_t chunk = 0; chunk < K; chunk += slabs * kPanelRows) {
+    const int64_t rows = std::min(K - chunk, slabs * kPanelRows);
+    const int64_t used = (rows + kPanelRows - 1) / kPanelRows;
+    auto slab_rows = [&](int64_t s) { return std::min(kPanelRows, rows - s * kPanelRows); };
+    at::parallel_for(0, used * panels, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t s = item / panels, panel = item % panels;
+        pack(packed.data() + s * slab + panel * kPanelRows * W, panel, chunk + s * kPanelRows,
+             slab_rows(s));
+      }
+    });
+    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      const int64_t begin = units * first / threads, end = units * last / threads;
+      with_simd([&](auto isa) HESSKERN_INLINE {
+        using Isa = decltype(isa);
+        constexpr int width = kPanel<T, Isa>;
+        alignas(64) T unit[width * width];
+        for (int64_t j = 0; j < panels; ++j) {
+          const int64_t i0 = std::max<int64_t>(begin - unit_index(0, j), 0);
+          const int64_t i1 = std::min<int64_t>(end - unit_index(0, j), j + 1);
+          for (int64_t i = i0; i < i1; ++i) {
+            std::fill(unit, unit + width * width, T(0));
+            for (int64_t s = 0; s < used; ++s) {
+              const Panels<T> p{packed.data() + s * slab, kPanelRows * W, W};
+              gram_unit<T, Isa>(slab_rows(s), p, i, j, std::min(W, d - i * W),
+                                std::min(W, d - j * W), unit);
+            }
+            add_unit<T>(acc, ld, d, W, i, j, alpha, unit);
+          }
+        }
+      });
+    });
+  }
+}
+
+// Up to this order every thread keeps a sum of its own (147 KB of float32).
+constexpr int64_t kPrivateOrder = 256;
+
+// Threads worth starting for K rows of order d: one for about a million
+// multiply-adds.
+inline int64_t gram_threads(int64_t K, int64_t d) {
+  return std::clamp<int64_t>(K * d * (d + 32) / (1 << 20), 1, at::get_num_threads());
+}
+
+// acc [d, d] += alpha P^T P by the driver that suits the shape; pack and panels_of
+// as above, the latter by packing unless it is given.
+template <class T, class Pack, class PanelsOf>
+void gram(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads, const Pack& pack,
+          const PanelsOf& panels_of) {
+  // A private sum is set to zero, added up and read back: worth it for many rows.
+  if (d <= kPrivateOrder && K >= 8 * threads && K >= d / 2) {
+    gram_split_rows<T>(acc, ld, d, K, alpha, threads, panels_of);
+  } else {
+    gram_split_units<T>(acc, ld, d, K, alpha, threads, pack);
+  }
+}
+template <class T, class Pack>
+void gram(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads, const Pack& pack) {
+  gram<T>(acc, ld, d, K, alpha, threads, pack, [&](T* buffer, int64_t row, int64_t rows) {
+    return packed_panels<T>(buffer, d, row, rows, pack);
+  });
+}
+
+}  // namespace hesskern::cpu

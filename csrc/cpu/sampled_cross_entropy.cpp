@@ -66,19 +66,22 @@ at::Tensor sampled_cross_entropy_gradient(const at::Tensor& logits, const at::Te
         const T* probabilities = p.const_data_ptr<T>();
         const T* u = uniform.const_data_ptr<T>();
         scalar_t* rows = out.mutable_data_ptr<scalar_t>();
-        const int64_t grain = std::max<int64_t>(1, kGrain / c);
+        const int64_t out_n = out.stride(0), out_c = out.stride(1), out_t = position_stride(out);
+        const int64_t p_n = p.stride(0), p_c = p.stride(1), p_t = position_stride(p);
+        const int64_t u_step = uniform.stride(0), grain = std::max<int64_t>(1, kGrain / c);
         at::parallel_for(0, logits.size(0) * positions, grain, [&](int64_t begin, int64_t end) {
+          int64_t n = begin / positions, t = begin % positions;
           for (int64_t index = begin; index < end; ++index) {
-            const int64_t n = index / positions, t = index % positions;
-            scalar_t* row = rows + n * out.stride(0) + t * position_stride(out);
+            scalar_t* row = rows + n * out_n + t * out_t;
             if (target && target[n * target_n + t * target_t] == ignore_index) {
-              for (int64_t k = 0; k < c; ++k) row[k * out.stride(1)] = scalar_t(0);
-              continue;
+              for (int64_t k = 0; k < c; ++k) row[k * out_c] = scalar_t(0);
+            } else {
+              const double scale =
+                  term ? alpha / std::sqrt(static_cast<double>(term[n * term_n])) : alpha;
+              write_row(probabilities + n * p_n + t * p_t, p_c, row, out_c, c, u[index * u_step],
+                        static_cast<T>(scale));
             }
-            const double scale =
-                term ? alpha / std::sqrt(static_cast<double>(term[n * term_n])) : alpha;
-            write_row(probabilities + n * p.stride(0) + t * position_stride(p), p.stride(1), row,
-                      out.stride(1), c, u[index * uniform.stride(0)], static_cast<T>(scale));
+            if (++t == positions) t = 0, ++n;
           }
         });
       });

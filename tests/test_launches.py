@@ -107,7 +107,7 @@ def test_rows_keep_their_channels_last() -> None:
     with playing_device():
         hk.kronecker_factors(case.model, Watched(), LOSS)
     # Those that come from the linear layer have their channels first.
-    assert copies.copied == [(n, rows, 2, 2, 32)]
+    assert copies.copied == [(n, rows, 4, 4, 16)]
     assert len(copies.rows) == 10
     for tensor in copies.rows:
         assert tensor.is_contiguous(memory_format=torch.channels_last)

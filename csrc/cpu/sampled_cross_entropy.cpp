@@ -53,7 +53,10 @@ at::Tensor sampled_cross_entropy_gradient(const at::Tensor& logits, const at::Te
   if (out.numel() == 0) return out;
   const int64_t c = logits.size(1), positions = logits.dim() == 3 ? logits.size(2) : 1;
   const auto position_stride = [](const at::Tensor& t) { return t.dim() == 3 ? t.stride(2) : 0; };
-  const at::Tensor p = at::_softmax(logits.to(uniform.scalar_type()), 1, false);
+  // Torch's softmax over a last axis takes three times as long where it fills no vector.
+  const bool few = logits.dim() == 2 && c < 16;
+  const at::Tensor wide = logits.to(uniform.scalar_type());
+  const at::Tensor p = at::_softmax(few ? wide.unsqueeze(2) : wide, 1, false);
   const int64_t* target = targets.has_value() ? targets->const_data_ptr<int64_t>() : nullptr;
   const int64_t target_n = target ? targets->stride(0) : 0;
   const int64_t target_t = target && targets->dim() == 2 ? targets->stride(1) : 0;
@@ -66,19 +69,22 @@ at::Tensor sampled_cross_entropy_gradient(const at::Tensor& logits, const at::Te
         const T* probabilities = p.const_data_ptr<T>();
         const T* u = uniform.const_data_ptr<T>();
         scalar_t* rows = out.mutable_data_ptr<scalar_t>();
-        const int64_t grain = std::max<int64_t>(1, kGrain / c);
+        const int64_t out_n = out.stride(0), out_c = out.stride(1), out_t = position_stride(out);
+        const int64_t p_n = p.stride(0), p_c = p.stride(1), p_t = position_stride(p);
+        const int64_t u_step = uniform.stride(0), grain = std::max<int64_t>(1, kGrain / c);
         at::parallel_for(0, logits.size(0) * positions, grain, [&](int64_t begin, int64_t end) {
+          int64_t n = begin / positions, t = begin % positions;
           for (int64_t index = begin; index < end; ++index) {
-            const int64_t n = index / positions, t = index % positions;
-            scalar_t* row = rows + n * out.stride(0) + t * position_stride(out);
+            scalar_t* row = rows + n * out_n + t * out_t;
             if (target && target[n * target_n + t * target_t] == ignore_index) {
-              for (int64_t k = 0; k < c; ++k) row[k * out.stride(1)] = scalar_t(0);
-              continue;
+              for (int64_t k = 0; k < c; ++k) row[k * out_c] = scalar_t(0);
+            } else {
+              const double scale =
+                  term ? alpha / std::sqrt(static_cast<double>(term[n * term_n])) : alpha;
+              write_row(probabilities + n * p_n + t * p_t, p_c, row, out_c, c, u[index * u_step],
+                        static_cast<T>(scale));
             }
-            const double scale =
-                term ? alpha / std::sqrt(static_cast<double>(term[n * term_n])) : alpha;
-            write_row(probabilities + n * p.stride(0) + t * position_stride(p), p.stride(1), row,
-                      out.stride(1), c, u[index * uniform.stride(0)], static_cast<T>(scale));
+            if (++t == positions) t = 0, ++n;
           }
         });
       });

@@ -97,7 +97,7 @@ void sampled(const char* type, const Case& s, int processors) {
         p[k] = std::exp(value_of(logits[place(in, n, k, t)]) - largest);
         total += p[k];
       }
-      // Twelve digits behind an edge at most, no class is the only right one; none lies there here.
+      // No number here lies within rounding of a class's edge.
       int64_t drawn = s.c - 1;
       double up_to = 0;
       for (int64_t k = s.c - 1; k >= 0 && p[k] == 0; --k) drawn = k - 1;
@@ -184,6 +184,8 @@ void check_sampled_cross_entropy(bool few) {
     // The last class has no probability, and must not be drawn.
     some(4, 34, 2, Special::kAbsent, last);
     some(4, 34, 2, Special::kAbsent, 0);
+    // No number of [0, 1), but where rounding leaves no class, it is the last one that has any.
+    some(4, 70, 2, Special::kAbsent, 1);
     some(5, 300, 2, Special::kHuge, -1);
     some(3, 40, 2, Special::kNan, -1);
     some(3, 5, 2, Special::kInfinite, -1);

@@ -17,10 +17,9 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 CSRC := $(sort $(shell find csrc -type f))
-BUILD_FILES := $(CSRC) setup.py hesskern/_digest.py
+BUILD_FILES := $(CSRC) setup.py hesskern/ops/source_digest.py
 # What a copy of the tree needs in order to build and to run the tests.
-TREE := $(wildcard setup.py pyproject.toml MANIFEST.in README.md LICENSE csrc docs/losses.md hesskern \
-	tests)
+TREE := $(wildcard setup.py pyproject.toml MANIFEST.in Makefile *.md LICENSE csrc docs hesskern tests)
 COPY = rm -rf $(1)/csrc $(1)/hesskern $(1)/tests && mkdir -p $(1) && \
 	tar -cf - --exclude='*.so' --exclude=__pycache__ $(TREE) | tar -xf - -C $(1)
 
@@ -90,8 +89,8 @@ SANITIZERS = LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:
 	ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=1 \
 	UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2
 # Not the sizes beyond 2^31: instrumented, one of them takes minutes.
-SANITIZE_TESTS ?= $(filter-out tests/test_ops_scale.py,$(wildcard tests/test_ops*.py)) \
-	tests/test_conv_covariance.py tests/test_kernel_paths.py
+SANITIZE_TESTS ?= $(filter-out tests/ops/test_ops_scale.py,$(wildcard tests/ops/test_ops*.py)) \
+	tests/ops/test_conv_covariance.py tests/ops/test_kernel_paths.py
 
 sanitize: $(VENV)/built ## the operators' tests under AddressSanitizer and UBSan
 	@test -n "$(SANITIZE_TESTS)" || { echo "SANITIZE_TESTS names no test" >&2; exit 1; }

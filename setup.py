@@ -192,7 +192,8 @@ def extension(torch):
 
 def config_header(torch, with_cuda: bool) -> str:
     """What csrc/ops.cpp reports in build_info()."""
-    digest = runpy.run_path(str(ROOT / "hesskern" / "_digest.py"))["source_digest"](ROOT / "csrc")
+    script = ROOT / "hesskern" / "ops" / "source_digest.py"
+    digest = runpy.run_path(str(script))["source_digest"](ROOT / "csrc")
     macros = {
         "HESSKERN_SOURCES": digest,
         "HESSKERN_CUDA_VERSION": torch.version.cuda if with_cuda else "",

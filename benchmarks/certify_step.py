@@ -15,13 +15,13 @@ from collections.abc import Callable
 
 import torch
 
+from hesskern.apps.certify.published_nets import parse_net
 from hesskern.pacbayes import Protocol, TruncatedSettings
 from hesskern.pacbayes.problem import Problem
 from hesskern.pacbayes.samples import Samples
 from hesskern.pacbayes.slots import slots_of, state_of
 from hesskern.pacbayes.surrogates import log_loss
 from hesskern.pacbayes.truncated_method import Truncated
-from hesskern.published_nets import parse_net
 
 __all__ = ["BATCH", "steps"]
 

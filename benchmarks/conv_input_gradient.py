@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import hesskern  # noqa: F401  (registers the operators)
-from hesskern.bench.contenders import Built, Contender, Problem, relative_difference
-from hesskern.bench.settings import Settings
+from hesskern.apps.bench.contenders import Built, Contender, Problem, relative_difference
+from hesskern.apps.bench.settings import Settings
 from hesskern.progress import Progress
 
 _ROWS = 9

@@ -38,12 +38,12 @@ from torch import Tensor, nn
 
 import hesskern as hk
 from hesskern import ops
-from hesskern.bench import cases, peers
-from hesskern.bench.cases import Case
-from hesskern.bench.contenders import LOSS, Call, eager_product, relative_difference
-from hesskern.bench.settings import Settings
-from hesskern.data import load
-from hesskern.models import build
+from hesskern.apps.bench import cases, peers
+from hesskern.apps.bench.cases import Case
+from hesskern.apps.bench.contenders import LOSS, Call, eager_product, relative_difference
+from hesskern.apps.bench.settings import Settings
+from hesskern.zoo.data import load
+from hesskern.zoo.models import build
 
 PAIRS, RESIDUAL, TOLERANCE = 20, 1e-4, 1e-4
 FEW = 64

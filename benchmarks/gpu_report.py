@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hesskern import build_info
-from hesskern.bench.machine import facts
+from hesskern.apps.bench.machine import facts
 
 __all__ = ["about", "write"]
 

@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from hesskern.bench.contenders import Call, Contender, Problem, relative_difference
-from hesskern.bench.machine import facts
-from hesskern.bench.results import Group, Row, quartiles
-from hesskern.bench.runner import run_problem
-from hesskern.bench.settings import Settings
+from hesskern.apps.bench.contenders import Call, Contender, Problem, relative_difference
+from hesskern.apps.bench.machine import facts
+from hesskern.apps.bench.results import Group, Row, quartiles
+from hesskern.apps.bench.runner import run_problem
+from hesskern.apps.bench.settings import Settings
 from hesskern.progress import reporter
 
 __all__ = ["compare", "normal", "options", "spread", "upper", "write"]

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import hesskern as hk
-from hesskern.bench.contenders import Built, Contender, Problem, relative_difference
-from hesskern.bench.settings import Settings
+from hesskern.apps.bench.contenders import Built, Contender, Problem, relative_difference
+from hesskern.apps.bench.settings import Settings
 from hesskern.progress import Progress
 
 _AGREEMENT = 1e-4

@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from hesskern.bench import cases
-from hesskern.bench.contenders import hesskern_factors
-from hesskern.bench.settings import Settings
+from hesskern.apps.bench import cases
+from hesskern.apps.bench.contenders import hesskern_factors
+from hesskern.apps.bench.settings import Settings
 
 
 def main() -> None:

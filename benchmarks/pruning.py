@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import hesskern as hk
-from hesskern.data import load
-from hesskern.models import build
+from hesskern.zoo.data import load
+from hesskern.zoo.models import build
 
 LOSS = nn.CrossEntropyLoss()
 

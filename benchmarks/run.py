@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hesskern.bench.command import bench
+from hesskern.apps.bench.command import bench
 
 if __name__ == "__main__":
     bench(prog_name="python benchmarks/run.py")

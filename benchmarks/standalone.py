@@ -11,11 +11,11 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from hesskern.bench import report
-from hesskern.bench.contenders import Problem
-from hesskern.bench.machine import facts
-from hesskern.bench.runner import run_problem
-from hesskern.bench.settings import Settings
+from hesskern.apps.bench import report
+from hesskern.apps.bench.contenders import Problem
+from hesskern.apps.bench.machine import facts
+from hesskern.apps.bench.runner import run_problem
+from hesskern.apps.bench.settings import Settings
 
 
 def main(make_problems: Callable[[], list[Problem]]) -> None:

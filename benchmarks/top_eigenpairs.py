@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 import hesskern as hk
-from hesskern import data, models, training
-from hesskern.bench.machine import facts
+from hesskern.apps.bench.machine import facts
+from hesskern.zoo import data, models, training
 
 
 @click.command()

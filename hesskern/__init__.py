@@ -1,18 +1,10 @@
 """Curvature of neural-network layers: Kronecker factors, exact layer-wise Hessians, eigenspaces."""
 
 from hesskern import ops, pacbayes
-from hesskern._extension import build_info
-from hesskern.accumulate import FactorAccumulator
-from hesskern.centring import centre_inputs
-from hesskern.clustering import GradientClusters, gradient_clusters
-from hesskern.compute import kronecker_factors
-from hesskern.corrected import CorrectedOperator, eigenvalue_corrected
-from hesskern.eigen import eigsh
-from hesskern.factors import Factors, LayerFactors, load_factors
-from hesskern.functional import functional_share
-from hesskern.gauss_newton import GaussNewton
-from hesskern.layer_hessian import LayerHessian, LayerHessians, layer_hessians
-from hesskern.metrics import (
+from hesskern.diagnostics.centring import centre_inputs
+from hesskern.diagnostics.clustering import GradientClusters, gradient_clusters
+from hesskern.diagnostics.functional import functional_share
+from hesskern.diagnostics.metrics import (
     Correspondence,
     DecouplingError,
     InputAutocorrelation,
@@ -23,19 +15,32 @@ from hesskern.metrics import (
     singular_values,
     subspace_overlap,
 )
-from hesskern.nearest import nearest_kronecker
-from hesskern.operators import AutogradHessian, CurvatureOperator, KroneckerOperator
-from hesskern.output_space import (
+from hesskern.diagnostics.output_space import (
     RowSpaceOverlap,
     closed_form_output_hessian,
     row_space_overlap,
     weight_product,
 )
-from hesskern.position_mean import PositionMeanHessian, position_mean_hessian
-from hesskern.predictor import OverlapPrediction, classify_peak, predict_overlap
-from hesskern.results import EigenResult
-from hesskern.spectrum import SpectralDensity, TraceEstimate, hutchpp_trace, spectral_density
-from hesskern.stacked import StackedGaussNewton
+from hesskern.diagnostics.predictor import OverlapPrediction, classify_peak, predict_overlap
+from hesskern.factors.accumulator import FactorAccumulator
+from hesskern.factors.compute import kronecker_factors
+from hesskern.factors.result import Factors, LayerFactors, load_factors
+from hesskern.operators.base import AutogradHessian, CurvatureOperator, KroneckerOperator
+from hesskern.operators.corrected import CorrectedOperator, eigenvalue_corrected
+from hesskern.operators.gauss_newton import GaussNewton
+from hesskern.operators.layer_hessian import LayerHessian, LayerHessians, layer_hessians
+from hesskern.operators.nearest import nearest_kronecker
+from hesskern.operators.position_mean import PositionMeanHessian, position_mean_hessian
+from hesskern.operators.stacked import StackedGaussNewton
+from hesskern.ops.extension import build_info
+from hesskern.solvers.eigsh import eigsh
+from hesskern.solvers.result import EigenResult
+from hesskern.solvers.spectrum import (
+    SpectralDensity,
+    TraceEstimate,
+    hutchpp_trace,
+    spectral_density,
+)
 from hesskern.version import __version__ as __version__
 
 __all__ = [

@@ -1,6 +1,6 @@
 """``python -m hesskern``."""
 
-from hesskern.cli import main
+from hesskern.apps.cli import main
 
 if __name__ == "__main__":
     main()

@@ -1,10 +1,11 @@
-"""Devices by their names."""
+"""Devices by their names, and whether a value lies where the host can see it."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-__all__ = ["usable_device"]
+__all__ = ["on_host", "usable_device"]
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -18,3 +19,8 @@ def usable_device(name: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"device {str(name)!r} cannot be used here ({reason})") from None
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether the tensor's values can be looked at without waiting for a device."""
+    return tensor.device.type == "cpu"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from hesskern.apps.certify.published_nets import parse_net
 from hesskern.pacbayes import TruncatedSettings
 from hesskern.pacbayes.samples import Samples
-from hesskern.published_nets import parse_net
 
 NET = parse_net("T-6_10")
 FAST = TruncatedSettings(batch_size=50, rank_in=5, rank_out=3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from click.testing import CliRunner, Result
 
-from hesskern import commands
+from hesskern.apps import commands
 
 
 def run(*arguments: object) -> Result:

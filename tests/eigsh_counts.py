@@ -19,8 +19,8 @@ from played_device import Counts, counting, generators, played
 from torch import Tensor, nn
 
 import hesskern as hk
-from hesskern.data import load
-from hesskern.models import build
+from hesskern.zoo.data import load
+from hesskern.zoo.models import build
 
 LOSS = nn.CrossEntropyLoss()
 

@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hesskern as hk
-from hesskern.checks import Checks
-from hesskern.models import build
+from hesskern.passes.checks import Checks
+from hesskern.zoo.models import build
 
 _NO_LAUNCH = frozenset(
     (
@@ -81,8 +81,8 @@ def playing_device() -> Iterator[None]:
     """The CPU as a device: no value is looked at, and rows go backwards by torch's operations."""
     with ExitStack() as stack:
         for module in ("checks", "roots", "losses"):
-            stack.enter_context(mock.patch(f"hesskern.{module}.on_host", return_value=False))
-        rows = mock.patch("hesskern.propagation._by_kernels", return_value=False)
+            stack.enter_context(mock.patch(f"hesskern.passes.{module}.on_host", return_value=False))
+        rows = mock.patch("hesskern.graph.propagation._by_kernels", return_value=False)
         stack.enter_context(rows)
         yield
 

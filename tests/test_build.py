@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import hesskern
-from hesskern import _extension
-from hesskern._digest import source_digest
+from hesskern.ops import extension as _extension
+from hesskern.ops.source_digest import source_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = ("HESSKERN_CUDA", "HESSKERN_SANITIZE", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "CUDA_PATH")

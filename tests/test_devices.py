@@ -15,7 +15,8 @@ from tensors import F32, F64, INPUT_LAYOUTS, arrange, assert_near, random, softm
 from torch import Tensor, nn
 
 import hesskern as hk
-from hesskern import ops, reference
+from hesskern import ops
+from hesskern.ops import reference
 
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 

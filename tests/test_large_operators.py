@@ -14,7 +14,8 @@ from tensors import BF16, F16, F32, F64
 from torch import Tensor, nn
 
 import hesskern as hk
-from hesskern import ops, reference
+from hesskern import ops
+from hesskern.ops import reference
 
 pytestmark = needs_cuda
 

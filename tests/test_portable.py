@@ -17,9 +17,9 @@ from networks import classes, randn, seeded
 from torch import Tensor, nn
 
 import hesskern as hk
-from hesskern.losses import resolve_loss
+from hesskern.operators.samples import SampleRows
 from hesskern.pacbayes import Protocol, certify
-from hesskern.samples import SampleRows
+from hesskern.passes.losses import resolve_loss
 
 LOSS = nn.CrossEntropyLoss()
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesskern import models
 from hesskern.pacbayes.bound import PriorGrid, bound_rate, draws_rate, kl_inverse
 from hesskern.pacbayes.description import rebuild
 from hesskern.pacbayes.evaluate import counted, draw_error
@@ -25,6 +24,7 @@ from hesskern.pacbayes.slots import Slot, slots_of
 from hesskern.portable import Portable
 from hesskern.progress import Progress, reporter
 from hesskern.tensor_files import TensorFormat
+from hesskern.zoo import models
 
 __all__ = ["Certificate", "CertificateError", "check_prior", "load_certificate"]
 

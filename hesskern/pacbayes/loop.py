@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hesskern.checks import on_host
+from hesskern.devices import on_host
 from hesskern.pacbayes.checkpoint import read_checkpoint, write_checkpoint
 from hesskern.progress import Progress
 

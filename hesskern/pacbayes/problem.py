@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from hesskern.compute import kronecker_factors
-from hesskern.factors import Factors
+from hesskern.factors.compute import kronecker_factors
+from hesskern.factors.result import Factors
 from hesskern.pacbayes.protocol import Protocol
 from hesskern.pacbayes.samples import Samples
 from hesskern.pacbayes.slots import Slot, evaluating

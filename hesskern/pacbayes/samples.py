@@ -65,7 +65,7 @@ def collect(data: Any, n: int | None = None) -> Samples:
 
     Args:
         data: an iterable of (inputs [B, *shape], targets [B]) batches: a
-            :class:`hesskern.data.Dataset`, a DataLoader, a list.
+            :class:`hesskern.zoo.data.Dataset`, a DataLoader, a list.
         n: the number of samples there must be.
 
     Raises:

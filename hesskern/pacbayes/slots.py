@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from hesskern.layers import LayerSpec, calls_itself, select_layers
+from hesskern.passes.layers import LayerSpec, calls_itself, select_layers
 
 __all__ = ["Slot", "check_fixed", "evaluating", "replaced", "slots_of", "state_of"]
 

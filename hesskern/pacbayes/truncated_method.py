@@ -36,8 +36,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesskern.checks import on_host
-from hesskern.factors import Factors
+from hesskern.devices import on_host
+from hesskern.factors.result import Factors
 from hesskern.pacbayes.bound import bound_rate, kl_inverse
 from hesskern.pacbayes.evaluate import wrong
 from hesskern.pacbayes.loop import Draft

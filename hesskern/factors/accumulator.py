@@ -1,0 +1,503 @@
+"""Streaming accumulation of Kronecker factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesskern import ops
+from hesskern.choices import Bias, Output
+from hesskern.factors.batch_sums import BatchSums
+from hesskern.factors.layer_sums import (
+    BatchSum,
+    LayerSums,
+    SumMemory,
+    add_sums,
+    bordered,
+    scale_sums,
+)
+from hesskern.factors.precision import precisions
+from hesskern.factors.result import Factors, LayerFactors
+from hesskern.graph.evidence import Evidence
+from hesskern.passes.batches import Batch, halves
+from hesskern.passes.checks import as_weights
+from hesskern.passes.data_pass import DataPass
+from hesskern.passes.forward_pass import model_device
+from hesskern.passes.layers import LayerSpec, left_out, select_layers
+from hesskern.passes.losses import resolve_loss
+from hesskern.passes.memory import budget_for, out_of_memory, release
+from hesskern.passes.roots import check_fraction, check_output
+from hesskern.portable import Portable
+from hesskern.progress import Progress, reporter
+
+__all__ = ["FactorAccumulator"]
+
+_STATE = ("count", "batches", "reasons", "unfit", "generator", "settings", "layers")
+
+
+@dataclass(frozen=True)
+class _Before:
+    """What an accumulator goes back to when a batch turns out bad, whose sums were masked."""
+
+    batches: int
+    generator: Tensor
+    layers: frozenset[str]
+    reasons: dict[str, str]
+    unfit: dict[str, str]
+    precisions: dict[str, None]
+
+
+class _Held:
+    """Weighted numbers of samples that the device holds until the pass ends."""
+
+    def __init__(self) -> None:
+        self._shrunk: Tensor | None = None
+        self._counts: dict[tuple[tuple[str, int], ...], Tensor] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._counts)
+
+    def zero(self, counts: list[float | Tensor]) -> Tensor:
+        """0-dim float64 zero where these counts, or those held, lie."""
+        tensors = [count for count in counts if isinstance(count, Tensor)]
+        return (*tensors, *self._counts.values())[0].new_zeros(())
+
+    def add(self, count: Tensor, positions: dict[str, int]) -> None:
+        """Adds a 0-dim float64 number of samples with so many positions in every layer."""
+        key = tuple(positions.items())
+        self._counts[key] = self._counts[key] + count if key in self._counts else count
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiplies everything that was counted, by the host as well, by a 0-dim number."""
+        self._shrunk = factor if self._shrunk is None else self._shrunk * factor
+        self._counts = {key: count * factor for key, count in self._counts.items()}
+
+    def read(self) -> tuple[float, list[tuple[float, dict[str, int]]]]:
+        """What the host has counted is to be multiplied by, and what is to be added; waits once."""
+        if not self._counts:
+            return 1.0, []
+        counts = list(self._counts.values())
+        shrunk = counts[0].new_ones(()) if self._shrunk is None else self._shrunk
+        factor, *numbers = torch.stack([shrunk, *(c.to(shrunk.device) for c in counts)]).tolist()
+        return factor, [(n, dict(key)) for n, key in zip(numbers, self._counts, strict=True)]
+
+
+class FactorAccumulator(Portable):
+    """Kronecker factors from a stream of batches.
+
+    >>> acc = FactorAccumulator(model, nn.CrossEntropyLoss())
+    >>> for inputs, targets in loader:
+    ...     acc.update(inputs, targets)
+    >>> factors = acc.factors()
+
+    Args:
+        model, loss, layers, output, bias, mc_samples, seed, output_root, check: as in
+            :func:`hesskern.kronecker_factors`. What is found out about the samples holds for the
+            batches that follow, as long as the model's graph and its shapes stay the same.
+        decay: None for means over everything seen; a number in [0, 1) for moving averages over
+            batches, ``decay * old + (1 - decay) * new``, with the start-up bias removed.
+        memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
+            on a GPU for a sixteenth of its free memory. A batch for which a GPU's memory does not
+            suffice is taken in two halves.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Any = None,
+        layers: Iterable[str] | None = None,
+        output: Output = "exact",
+        *,
+        decay: float | None = None,
+        bias: Bias = "none",
+        mc_samples: int = 1,
+        seed: int = 0,
+        output_root: Callable[..., Tensor] | None = None,
+        memory_budget: int | None = None,
+        check: bool = True,
+    ) -> None:
+        check_output(output, mc_samples, seed)
+        if decay is not None:
+            check_fraction("decay", decay)
+        self._loss = resolve_loss(loss, output_root)
+        self._specs, self._skipped = select_layers(model, layers, bias)
+        self._by_name = layers is not None
+        self._model = model
+        self._decay = decay
+        budget = budget_for(memory_budget, model_device(model), 2**30, 1 / 16)
+        self._batch_sums = BatchSums(self._specs, budget)
+        self._settings: dict[str, Any] = {
+            "output": output,
+            "bias": bias,
+            "mc_samples": mc_samples,
+            "seed": seed,
+            "decay": decay,
+        }
+        self._generator = torch.Generator().manual_seed(seed)
+        self._evidence = Evidence(check)
+        self._sums: dict[str, LayerSums] = {}
+        self._reasons: dict[str, str] = {}
+        self._unfit: dict[str, str] = {}
+        self._count = 0.0
+        self._held = _Held()
+        self._batches = 0
+        self._precisions: dict[str, None] = {}
+
+    def _given(self) -> dict[str, Any]:
+        return {"model": self._model, "loss": self._loss}
+
+    def _about(self) -> str:
+        return "a FactorAccumulator, which runs its model (state_dict() holds the sums alone),"
+
+    @property
+    def num_samples(self) -> float:
+        """Weighted number of samples behind the factors (with decay: of averaged batches)."""
+        return self._count
+
+    def update(self, inputs: Any, targets: Any, sample_weight: Tensor | None = None) -> None:
+        """Adds one batch.
+
+        Args:
+            inputs: what the model takes: a tensor, a tuple of arguments, or a dict of them.
+            targets: what the loss takes.
+            sample_weight: [N] non-negative weights.
+
+        Raises:
+            ValueError: bad targets or weights, NaN or Inf; what was accumulated before stays.
+        """
+        element: tuple[Any, ...] = (inputs, targets)
+        if sample_weight is not None:
+            element = (*element, as_weights(sample_weight))
+        self._pass([element])
+
+    def consume(
+        self,
+        data: Iterable[Any],
+        *,
+        sample_weight: Tensor | None = None,
+        progress: bool | Progress = False,
+    ) -> None:
+        """Adds every batch of ``data``, as :meth:`update` does.
+
+        A batch that fails ends it; the batches before it stay. With ``sample_weight``, whose
+        entries belong to the data as a whole, all of the data is added or nothing.
+
+        Args:
+            data: iterable of (inputs, targets) or (inputs, targets, weight [N]).
+            sample_weight: [total samples] weights in the order of the data.
+            progress: True for a bar with the time left, or a callback.
+
+        Raises:
+            ValueError: as :meth:`update`, or ``sample_weight`` has another length than the data.
+        """
+        report = reporter(progress)
+        before = None if sample_weight is None else self.state_dict()
+        try:
+            self._pass(data, sample_weight, report)
+        except BaseException:
+            if before is not None:
+                self.load_state_dict(before)
+            raise
+
+    def _pass(
+        self,
+        data: Iterable[Any],
+        sample_weight: Tensor | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Adds batches until the data ends or one fails; those before it stay."""
+        memory = SumMemory()
+        # Before the capture, which switches autocast off for all but the model.
+        now = precisions(self._model, model_device(self._model))
+        given = self._model, data, self._loss, self._specs, sample_weight, self._evidence
+        kept, unfit = self._sums.keys(), dict(self._unfit)
+        run = DataPass(*given, progress, "Kronecker factors", kept=kept, unfit=unfit)
+        try:
+            with run.capture:
+                for batch in run.batches():
+                    self._add(run, batch, memory)
+                    self._precisions.update(dict.fromkeys(now))
+        finally:
+            try:
+                # Also when it was interrupted: what is there stays.
+                run.checks.settle()
+            finally:
+                if run.checks.failed is not None:
+                    self._go_back(run.checks.failed)
+                self._to_host()
+
+    def _go_back(self, before: _Before) -> None:
+        """Undoes what masked batches have changed besides sums."""
+        self._batches = before.batches
+        self._generator.set_state(before.generator)
+        self._sums = {name: sums for name, sums in self._sums.items() if name in before.layers}
+        self._reasons, self._unfit = before.reasons, before.unfit
+        self._precisions = before.precisions
+
+    def _add(self, run: DataPass, batch: Batch, memory: SumMemory) -> None:
+        """Adds one batch as a whole, or nothing at all if anything goes wrong."""
+        before = _Before(
+            self._batches,
+            self._generator.get_state(),
+            frozenset(self._sums),
+            dict(self._reasons),
+            dict(self._unfit),
+            dict(self._precisions),
+        )
+        try:
+            fresh = self._sums_in_memory(run, batch, memory)
+        except BaseException:
+            run.checks.drop()
+            self._generator.set_state(before.generator)
+            raise
+        alive = run.checks.close(before)
+        if alive is not None and not self._same_shapes(fresh):
+            # The images of the batches before cannot be masked.
+            run.checks.settle()
+            alive = None
+        if alive is not None:
+            fresh.mask(alive)
+        self._commit(fresh, memory)
+        self._unfit.update(run.capture.unfit)
+        self._note({**self._reasons, **run.capture.reasons})
+
+    def _sums_in_memory(self, run: DataPass, batch: Batch, memory: SumMemory) -> BatchSum:
+        """:meth:`_sums_of`, of one half after the other where memory does not suffice."""
+        state = self._generator.get_state()
+        try:
+            return self._sums_of(run, batch, memory)
+        except torch.OutOfMemoryError as error:
+            parts = halves(batch)
+            if len(parts) == 1:
+                raise out_of_memory(error, False) from error
+        # Behind the except clause, whose error holds on to the tensors of the failed attempt.
+        run.checks.drop()
+        memory.let_go()
+        self._generator.set_state(state)
+        release()
+        try:
+            fresh = self._sums_of(run, parts[0], SumMemory())
+            fresh.join(self._sums_of(run, parts[1], SumMemory()))
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            # Something in the batch may not be cut by samples.
+            raise out_of_memory(error, True) from error
+        return fresh
+
+    def _same_shapes(self, fresh: BatchSum) -> bool:
+        """Whether a batch takes no images away from the layers that are there."""
+        return all(
+            name not in self._sums or self._sums[name].fits(sums)
+            for name, sums in fresh.layers.items()
+        )
+
+    def _to_host(self) -> None:
+        """Numbers that the device held in the meantime."""
+        factor, counts = self._held.read()
+        self._held = _Held()
+        if factor != 1.0:
+            self._count *= factor
+            for sums in self._sums.values():
+                sums.positions *= factor
+        for count, positions in counts:
+            self._count_samples(count, positions)
+
+    def _sums_of(self, run: DataPass, batch: Batch, memory: SumMemory) -> BatchSum:
+        """A batch's sums by layer, and its weighted number of samples."""
+        roots = run.roots(
+            replace(batch, index=self._batches),
+            self._settings["output"],
+            self._settings["mc_samples"],
+            self._generator,
+            sums_follow=True,
+        )
+        names = [n for n in self._specs if n in roots.uses and n not in self._unfit]
+        return self._batch_sums.of(roots, names, memory)
+
+    def _note(self, reasons: dict[str, str]) -> None:
+        """Keeps the reasons of layers that no batch has reached."""
+        merged = {**reasons, **self._unfit}
+        self._reasons = {n: reason for n, reason in merged.items() if n not in self._sums}
+
+    def _commit(self, fresh: BatchSum, memory: SumMemory) -> None:
+        """Adds a batch's sums to those so far."""
+        if self._decay is not None:
+            self._average(fresh, self._decay)
+        known = {n: sums for n, sums in fresh.layers.items() if n in self._sums}
+        add_sums((self._sums[name], sums) for name, sums in known.items())
+        for name, sums in fresh.layers.items():
+            if name not in known:
+                self._sums[name] = sums.copy() if known else sums
+        if not known:
+            # It holds the running sums from now on.
+            memory.let_go()
+        for count, positions in fresh.counts:
+            if isinstance(count, Tensor):
+                self._held.add(count, positions)
+            else:
+                self._count_samples(count, positions)
+        self._batches += 1
+
+    def _count_samples(self, count: float, positions: dict[str, int]) -> None:
+        self._count += count
+        for name, number in positions.items():
+            if name in self._sums:
+                self._sums[name].positions += count * number
+
+    def _average(self, fresh: BatchSum, decay: float) -> None:
+        """Scales the sums so far, and those of a batch so that it counts as 1 - decay in all."""
+        counts = [count for count, _ in fresh.counts]
+        known = [count for count in counts if not isinstance(count, Tensor)]
+        old: float | Tensor
+        new: float | Tensor
+        if len(known) == len(counts) and not self._held:
+            if not sum(known) > 0:
+                return
+            old, new = decay, (1 - decay) / sum(known)
+            self._count *= decay
+        else:
+            total = self._held.zero(counts)
+            for count in counts:
+                total = total + count
+            seen = total > 0
+            old = 1 - (1 - decay) * seen.double()
+            new = torch.where(seen, (1 - decay) / total, 0.0)
+            self._held.scale(old)
+        scale_sums(self._sums.values(), old)
+        scale_sums(fresh.layers.values(), new)
+        fresh.counts = [(count * new, positions) for count, positions in fresh.counts]
+
+    def factors(self) -> Factors:
+        """The factors of everything seen so far; the accumulator can go on afterwards.
+
+        Raises:
+            ValueError: no samples were seen, or a layer asked for by name was never reached.
+
+        Warns:
+            UserWarning: naming linear layers and convolutions that were left out, and why.
+        """
+        return self.finished(2)
+
+    def finished(self, stacklevel: int) -> Factors:
+        """:meth:`factors`, with warnings ``stacklevel`` calls above."""
+        if not self.num_samples > 0:
+            raise ValueError("data yielded no samples, so there are no factors")
+        if self._by_name and self._reasons:
+            name, reason = next(iter(self._reasons.items()))
+            raise ValueError(f"layers: {name!r} {reason}")
+        layers = {
+            name: self._layer(self._specs[name], self._sums[name])
+            for name in self._specs
+            if name in self._sums
+        }
+        if not layers:
+            reasons = "; ".join(f"{name!r} {reason}" for name, reason in self._reasons.items())
+            raise ValueError(f"no layer of the model has factors: {reasons}")
+        skipped = left_out(
+            self._model,
+            {**self._skipped, **self._reasons},
+            [f.spec for f in layers.values()],
+            None if self._by_name else stacklevel,
+        )
+        checked = {name: self._evidence.found.get(name, "graph") for name in layers}
+        settings = {
+            **self._settings,
+            "precision": "; ".join(self._precisions),
+            "checked": checked,
+        }
+        return Factors(layers, self.num_samples, skipped, settings)
+
+    def _layer(self, spec: LayerSpec, sums: LayerSums) -> LayerFactors:
+        count, positions = self.num_samples, float(sums.positions) / self.num_samples
+        inputs = ops.mirror_(sums.inputs / count)
+        outputs = ops.mirror_(sums.outputs / count)
+        images = None if sums.images is None else tuple(image / count for image in sums.images)
+        if spec.joint:
+            inputs = bordered(inputs, sums.column / count, positions)
+        return LayerFactors(spec, inputs, outputs, count, positions, images)
+
+    def merge(self, other: FactorAccumulator) -> None:
+        """Adds what another accumulator of the same model and settings has seen.
+
+        Raises:
+            TypeError: ``other`` is not a FactorAccumulator.
+            ValueError: its layers or settings differ, or one of both skips a layer that the other
+                has; nothing is added then.
+        """
+        if not isinstance(other, FactorAccumulator):
+            raise TypeError(f"other must be a FactorAccumulator, got {type(other).__name__}")
+        same = {k: v for k, v in self._settings.items() if k != "seed"}
+        if same != {k: v for k, v in other._settings.items() if k != "seed"}:
+            raise ValueError(
+                f"other was made with settings {other._settings}, this one with {self._settings}"
+            )
+        if self._specs != other._specs:
+            raise ValueError("other has other layers than this accumulator")
+        for one, another in ((self, other), (other, self)):
+            for name in one._sums.keys() & another._unfit.keys():
+                raise ValueError(
+                    f"other does not fit: layer {name!r} {another._unfit[name]} in one of both and "
+                    "has factors in the other (leave the layer out with layers=[...])"
+                )
+        shared = [(self._sums[n], sums) for n, sums in other._sums.items() if n in self._sums]
+        add_sums(shared)
+        for name, sums in other._sums.items():
+            if name not in self._sums:
+                self._sums[name] = sums.copy()
+        self._count += other._count
+        self._batches += other._batches
+        self._precisions.update(other._precisions)
+        self._unfit = {**other._unfit, **self._unfit}
+        for name, how in other._evidence.found.items():
+            self._evidence.note(name, [how])
+        self._note({**other._reasons, **self._reasons})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything accumulated, as tensors and plain numbers: to stop and go on later."""
+        return {
+            "count": self.num_samples,
+            "batches": self._batches,
+            "reasons": dict(self._reasons),
+            "unfit": dict(self._unfit),
+            "generator": self._generator.get_state(),
+            "settings": dict(self._settings),
+            "checked": dict(self._evidence.found),
+            "precisions": list(self._precisions),
+            "layers": {name: vars(sums.copy()) for name, sums in self._sums.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what :meth:`state_dict` gave, in place of what was accumulated here.
+
+        Raises:
+            ValueError: the state is none, or belongs to other settings or other layers; what was
+                accumulated here then stays.
+        """
+        missing = [key for key in _STATE if key not in state]
+        if missing:
+            raise ValueError(f"state must come from state_dict(); it lacks {', '.join(missing)}")
+        if state["settings"] != self._settings:
+            raise ValueError(
+                f"state was made with settings {state['settings']}, this one with {self._settings}"
+            )
+        device = model_device(self._model)
+        loaded = {name: LayerSums(**sums).copy(device) for name, sums in state["layers"].items()}
+        for name, sums in loaded.items():
+            spec = self._specs.get(name)
+            if spec is None:
+                raise ValueError(f"state has a layer {name!r} that this accumulator lacks")
+            found = (sums.outputs.shape[0], sums.inputs.shape[-1])
+            if found != (spec.outputs, spec.weight_inputs):
+                raise ValueError(
+                    f"state has layer {name!r} with (m, d) = {found}, the model has "
+                    f"{(spec.outputs, spec.weight_inputs)}"
+                )
+        self._generator.set_state(state["generator"])
+        self._sums = loaded
+        self._count, self._batches = state["count"], state["batches"]
+        self._precisions = dict.fromkeys(state.get("precisions", ()))
+        self._reasons, self._unfit = dict(state["reasons"]), dict(state["unfit"])
+        self._evidence.found = dict(state.get("checked", {}))

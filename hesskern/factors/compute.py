@@ -1,0 +1,96 @@
+"""Kronecker factors of every layer, from data that are there as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from hesskern.choices import Bias, Output
+from hesskern.factors.accumulator import FactorAccumulator
+from hesskern.factors.result import Factors
+from hesskern.progress import Progress
+
+__all__ = ["kronecker_factors"]
+
+
+def kronecker_factors(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Any = None,
+    layers: Iterable[str] | None = None,
+    output: Output = "exact",
+    *,
+    bias: Bias = "none",
+    mc_samples: int = 1,
+    seed: int = 0,
+    sample_weight: Tensor | None = None,
+    output_root: Callable[..., Tensor] | None = None,
+    memory_budget: int | None = None,
+    check: bool = True,
+    progress: bool | Progress = False,
+    group: Any = None,
+) -> Factors:
+    """Kronecker factors E[x x^T] and E[M] of every layer, in one pass over the data.
+
+    Args:
+        model: any module; runs in eval mode and comes back as it was.
+        data: iterable of (inputs, targets) or (inputs, targets, weight [N]); inputs are a tensor, a
+            tuple of arguments or a dict of them. A pass does not wait for a GPU: a tensor in pinned
+            memory must keep its values until it ends (those of a DataLoader do).
+        loss: ``nn.CrossEntropyLoss()``, ``nn.MSELoss()``, ``nn.BCEWithLogitsLoss()``, or an object
+            with ``output_root(outputs, targets) -> [N, r, c]``.
+        layers: names from ``model.named_modules()``; None for all Linear, Conv1d and Conv2d.
+        output: "exact" (all classes), "mc" (targets drawn from the model), or "empirical" (the
+            targets of the data). All three are scaled as the loss of a sample is, under
+            ``reduction="mean"`` the mean over its T labelled tokens (cross-entropy) or outputs:
+            E[M] is 1/T times that of the terms' sum. "mc" and "empirical" take the gradient of the
+            sum divided by sqrt(T), so that for targets drawn from the model their expectation is
+            the exact E[M]. Drawn from the model means class k with probability p_k, 1 with
+            probability sigma(f), a normal value around f with variance 1/2 (MSELoss); a custom
+            loss's ``per_sample`` is differentiated as it is. "exact" takes as many backward passes
+            as a sample has root rows, (c - 1) T or one per output, and is refused above 65,536
+            (unless they come from ``output_root``).
+        bias: "none": weights only, as in arXiv 2010.04261; "joint": append 1 to x.
+        mc_samples: draws per sample for ``output="mc"``.
+        seed: for these draws.
+        sample_weight: [total samples] non-negative weights of the samples' losses, in the order of
+            the data; means become weighted means.
+        output_root: a custom loss as a function, with ``loss=None``.
+        memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
+            on a GPU for a sixteenth of its free memory.
+        check: whether it is found out which rows of a layer belong to which samples. Mostly the
+            graph proves it; where it does not, a batch of two or more samples runs backwards a few
+            times more (in float32 twice up to 64 samples, three times up to 4,096): the first of
+            its shapes and its route through the model, and each one where values could move or mix
+            rows. A layer whose rows are no samples, or act on
+            several, is then left out with the reason. False takes the first axis for the samples.
+        progress: True for a bar with the time left, or a callback (description, done, total).
+        group: reserved for torch.distributed; must be None.
+
+    Returns:
+        :class:`Factors`, keyed by layer name, in float32 (float64 for a float64 model).
+
+    Raises:
+        ValueError: bad arguments, targets out of range, NaN or Inf in the data (names layer and
+            batch), or no data at all.
+        TypeError: arguments of a wrong type.
+        NotImplementedError: unsupported layers asked for by name, unsupported loss options.
+    """
+    if group is not None:
+        raise NotImplementedError("group is reserved for torch.distributed and must be None")
+    accumulator = FactorAccumulator(
+        model,
+        loss,
+        layers,
+        output,
+        bias=bias,
+        mc_samples=mc_samples,
+        seed=seed,
+        output_root=output_root,
+        memory_budget=memory_budget,
+        check=check,
+    )
+    accumulator.consume(data, sample_weight=sample_weight, progress=progress)
+    return accumulator.finished(2)

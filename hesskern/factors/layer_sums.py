@@ -1,0 +1,212 @@
+"""Running sums of one layer: what its Kronecker factors are means of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from hesskern.graph.nodes import product
+from hesskern.ops import foreach
+
+__all__ = ["BatchSum", "LayerSums", "Layout", "SumMemory", "add_sums", "bordered", "scale_sums"]
+
+# Elements between which sums begin: 256 bytes of float32, as an allocator would align them.
+_ALIGNED = 64
+
+
+@dataclass
+class LayerSums:
+    """Running sums of one layer; upper triangles only.
+
+    Attributes:
+        inputs: [d, d] or [g, d, d], without the bias.
+        outputs: [m, m].
+        column: [g d] sum of the inputs over samples and positions; used with a joint bias.
+        images: sums of the inputs, one per use; None once their shapes varied.
+        positions: weighted sum of positions per sample, as far as the host knows it.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    column: Tensor
+    images: list[Tensor] | None = field(default_factory=list)
+    positions: float = 0.0
+
+    def copy(self, device: torch.device | None = None) -> LayerSums:
+        def clone(tensor: Tensor) -> Tensor:
+            return tensor.to(device, copy=True)
+
+        images = None if self.images is None else [clone(image) for image in self.images]
+        return LayerSums(
+            clone(self.inputs),
+            clone(self.outputs),
+            clone(self.column),
+            images,
+            float(self.positions),
+        )
+
+    def fits(self, other: LayerSums) -> bool:
+        """Whether adding ``other`` changes nothing but sums."""
+        if self.images is None:
+            return True
+        return other.images is not None and [i.shape for i in self.images] == [
+            i.shape for i in other.images
+        ]
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.inputs, self.outputs, self.column, *(self.images or ())]
+
+
+def scale_sums(layers: Iterable[LayerSums], factor: float | Tensor) -> None:
+    """Multiplies all sums by a number, or by a 0-dim tensor, which leaves the positions alone."""
+    tensors = []
+    for sums in layers:
+        tensors += sums._tensors()
+        if not isinstance(factor, Tensor):
+            sums.positions *= factor
+    foreach.scale_(tensors, factor)
+
+
+def add_sums(pairs: Iterable[tuple[LayerSums, LayerSums]]) -> None:
+    """Adds to the first of every pair the second. Images are lost where their shapes differ."""
+    targets: list[Tensor] = []
+    others: list[Tensor] = []
+    for mine, other in pairs:
+        mine.positions += other.positions
+        if not mine.fits(other):
+            mine.images = None
+        # One that has lost its images takes none.
+        new = other._tensors()
+        targets += mine._tensors()
+        others += new if mine.images is not None else new[:3]
+    foreach.add_(targets, others)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes of a layer's sums.
+
+    Attributes:
+        inputs, outputs, column, images: as in :class:`LayerSums`.
+        dtype, device: of all of them.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    column: tuple[int, ...]
+    images: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass
+class BatchSum:
+    """The sums of one batch.
+
+    Attributes:
+        layers: by name, without their positions.
+        pieces: the memory that they lie in, some elements of which belong to none.
+        counts: per part of the batch its weighted number of samples, 0-dim float64 where only a
+            device knows it, and every layer's positions per sample.
+    """
+
+    layers: dict[str, LayerSums]
+    pieces: list[Tensor]
+    counts: list[tuple[float | Tensor, dict[str, int]]] = field(default_factory=list)
+
+    def mask(self, alive: Tensor) -> None:
+        """Makes all sums zero where the 0-dim ``alive`` is False, whatever they hold."""
+        dead = ~alive
+        for piece in self.pieces:
+            piece.masked_fill_(dead.to(piece.device), 0)
+        self.counts = [
+            (
+                count.masked_fill(dead.to(count.device), 0)
+                if isinstance(count, Tensor)
+                else alive.double() * count,
+                positions,
+            )
+            for count, positions in self.counts
+        ]
+
+    def join(self, other: BatchSum) -> None:
+        """Adds another part of the same batch."""
+        add_sums((self.layers[n], sums) for n, sums in other.layers.items() if n in self.layers)
+        self.layers = {**other.layers, **self.layers}
+        self.pieces += other.pieces
+        self.counts += other.counts
+
+
+class SumMemory:
+    """Memory for the sums of one batch after the other."""
+
+    def __init__(self) -> None:
+        self._layouts: dict[str, Layout] = {}
+        self._sum: BatchSum | None = None
+
+    def zeros(self, layouts: dict[str, Layout]) -> BatchSum:
+        """Sums of no samples, in the memory of those before, which must not be needed any more."""
+        if self._sum is None or layouts != self._layouts:
+            # The ones before are let go first.
+            self._sum = None
+            self._sum, self._layouts = _zeros(layouts), dict(layouts)
+        else:
+            for piece in self._sum.pieces:
+                piece.zero_()
+        layers = {
+            name: LayerSums(s.inputs, s.outputs, s.column, list(s.images or ()))
+            for name, s in self._sum.layers.items()
+        }
+        return BatchSum(layers, list(self._sum.pieces))
+
+    def let_go(self) -> None:
+        """Leaves the memory to whoever holds the sums."""
+        self._sum = None
+
+
+def _zeros(layouts: dict[str, Layout]) -> BatchSum:
+    groups: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+    for name, layout in layouts.items():
+        groups.setdefault((layout.dtype, layout.device), []).append(name)
+    pieces, found = [], {}
+    for (dtype, device), names in groups.items():
+        shapes = [
+            shape
+            for layout in (layouts[name] for name in names)
+            for shape in (layout.inputs, layout.outputs, layout.column, *layout.images)
+        ]
+        room = [-(-product(shape) // _ALIGNED) * _ALIGNED for shape in shapes]
+        piece = torch.zeros(sum(room), dtype=dtype, device=device)
+        pieces.append(piece)
+        begins = accumulate([0, *room])
+        parts = iter(
+            [
+                piece.as_strided(shape, _strides(shape), begin)
+                for shape, begin in zip(shapes, begins, strict=False)
+            ]
+        )
+        for name in names:
+            inputs, outputs, column = (next(parts) for _ in range(3))
+            images = [next(parts) for _ in layouts[name].images]
+            found[name] = LayerSums(inputs, outputs, column, images)
+    return BatchSum({name: found[name] for name in layouts}, pieces)
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    """Of a tensor without gaps, its last axis the fastest."""
+    return [product(shape[i + 1 :]) for i in range(len(shape))]
+
+
+def bordered(matrix: Tensor, column: Tensor, corner: float) -> Tensor:
+    """[(g,) d + 1, d + 1]: the matrix with E[sum_t x_t] [g d] and the number of positions added."""
+    blocks = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
+    g, d, _ = blocks.shape
+    out = blocks.new_empty(g, d + 1, d + 1)
+    out[:, :d, :d] = blocks
+    out[:, :d, d] = out[:, d, :d] = column.reshape(g, d)
+    out[:, d, d] = corner
+    return out if matrix.dim() == 3 else out[0]

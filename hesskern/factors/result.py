@@ -1,0 +1,241 @@
+"""Kronecker factors of every layer: the result and its file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesskern.operators.base import KroneckerOperator
+from hesskern.passes.layers import LayerSpec, unfolded
+from hesskern.solvers.result import EigenResult
+from hesskern.tensor_files import OpenedFile, TensorFormat
+
+__all__ = ["Factors", "LayerFactors", "load_factors"]
+
+_FILE = TensorFormat("hesskern.factors/1", "hesskern factors", "factors file")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFactors:
+    """Both Kronecker factors of one layer, means over samples.
+
+    Attributes:
+        spec: the layer's geometry.
+        input_covariance: E[x x^T], summed over positions: [d, d], or [g, d, d] with groups.
+        output_hessian: [m, m] E[M], the mean over positions.
+        num_samples: weighted number of samples behind the means.
+        positions: positions per sample (uses counted), averaged over batches; 1 for plain linear.
+        input_images: E[x] as it came in, one per use: [d], [t, d] or [C, (H,) W]; None where
+            the shapes varied between batches.
+    """
+
+    spec: LayerSpec
+    input_covariance: Tensor
+    output_hessian: Tensor
+    num_samples: float
+    positions: float
+    input_images: tuple[Tensor, ...] | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def kind(self) -> str:
+        return self.spec.kind
+
+    @property
+    def layer_shape(self) -> tuple[int, int]:
+        """(m, d): the shape of the weight as a matrix, d per group."""
+        return self.spec.shape
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """(m, d), or (d, m) for a weight that is kept transposed: the order of flat vectors."""
+        return self.spec.weight_shape
+
+    @property
+    def groups(self) -> int:
+        return self.spec.groups
+
+    @cached_property
+    def input_mean(self) -> Tensor:
+        """E[x]: [d], or [d, positions] for convolutions and sequences.
+
+        For a grouped convolution d counts the inputs of all groups. With ``bias="joint"`` the last
+        row is one.
+
+        Raises:
+            ValueError: the number of positions varied between batches, so there is no mean image.
+        """
+        if self.input_images is None:
+            raise ValueError(
+                f"input_mean of layer {self.name!r} is not defined: its input shapes varied "
+                "between batches"
+            )
+        columns = [unfolded(self.spec, image) for image in self.input_images]
+        mean = torch.cat(columns, dim=1)
+        if self.spec.joint:
+            mean = torch.cat([mean, mean.new_ones(1, mean.shape[1])])
+        return mean[:, 0] if self.kind == "linear" and mean.shape[1] == 1 else mean
+
+    @cached_property
+    def input_mean_direction(self) -> Tensor:
+        """[d] unit vector: E[x]/‖E[x]‖, or the first left singular vector of E[X] with positions.
+
+        Its sign makes the sum of entries non-negative. Zero if E[x] is zero.
+        """
+        mean = self.input_mean
+        if mean.dim() == 1:
+            return mean / mean.norm().clamp(min=torch.finfo(mean.dtype).tiny)
+        if not bool(mean.any()):
+            return torch.zeros_like(mean[:, 0])
+        left = torch.linalg.svd(mean.double(), full_matrices=False).U[:, 0]
+        return (left * (1.0 if left.sum() >= 0 else -1.0)).to(mean.dtype)
+
+    def operator(self) -> KroneckerOperator:
+        """K = E[M] (x) E[x x^T], [m d, m d], in the weight's order; block diagonal over groups."""
+        return KroneckerOperator(
+            self.output_hessian, self.input_covariance, transposed=self.spec.transposed
+        )
+
+    def eigsh(self, k: int) -> EigenResult:
+        """Top k eigenpairs of :meth:`operator` from the factors' own, which is never formed."""
+        return self.operator().eigsh(k)
+
+
+class Factors(Mapping[str, LayerFactors]):
+    """Kronecker factors by layer name.
+
+    Attributes:
+        num_samples: weighted number of samples.
+        skipped: modules with parameters that have no factors here, with the reason.
+        settings: how the factors were made (``output``, ``bias``, ``mc_samples``, ``seed``, and
+            ``precision``: which one the rows had, e.g. "float64", "bfloat16 model, sums in
+            float32", "float32, convolutions in TF32"), and under "checked", by layer, how it is
+            known which rows belong to which samples: "graph" (proved), "probe" (found by backward
+            passes), "not checked" (never two samples in a batch: nothing was to be told apart)
+            or "switched off" (``check=False``).
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LayerFactors],
+        num_samples: float,
+        skipped: Mapping[str, str],
+        settings: Mapping[str, Any],
+    ) -> None:
+        self._layers = dict(layers)
+        self.num_samples = num_samples
+        self.skipped = dict(skipped)
+        self.settings = dict(settings)
+
+    def __getitem__(self, name: str) -> LayerFactors:
+        try:
+            return self._layers[name]
+        except KeyError:
+            reason = self.skipped.get(name)
+            raise KeyError(
+                f"no factors for layer {name!r}"
+                + (f": it {reason}" if reason else f"; there are {', '.join(self._layers)}")
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        rows = [f"  {n}: {f.kind} {f.layer_shape}" for n, f in self._layers.items()]
+        return "\n".join([f"Factors of {self.num_samples:g} samples:", *rows])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file: the tensors, and everything else as JSON in its header.
+
+        The file appears whole or not at all.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+        """
+        tensors: dict[str, Tensor] = {}
+        layers = []
+        for name, f in self._layers.items():
+            tensors[f"{name}.input_covariance"] = f.input_covariance
+            tensors[f"{name}.output_hessian"] = f.output_hessian
+            for i, image in enumerate(f.input_images or ()):
+                tensors[f"{name}.input_image.{i}"] = image
+            layers.append(
+                {
+                    "spec": asdict(f.spec),
+                    "num_samples": f.num_samples,
+                    "positions": f.positions,
+                    "images": None if f.input_images is None else len(f.input_images),
+                }
+            )
+        header = {
+            "num_samples": self.num_samples,
+            "skipped": self.skipped,
+            "settings": self.settings,
+            "layers": layers,
+        }
+        _FILE.write(path, tensors, header)
+
+
+def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Factors:
+    """Reads a file written by :meth:`Factors.save`.
+
+    Args:
+        path: the file.
+        device: where the tensors go.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not one of these, or is damaged.
+    """
+    with _FILE.opened(path) as file:
+        header = file.header
+        layers = [_read_layer(file, entry, device) for entry in header["layers"]]
+        for f in layers:
+            m, d = f.layer_shape
+            shape = (d, d) if f.groups == 1 else (f.groups, d, d)
+            if f.output_hessian.shape != (m, m) or f.input_covariance.shape != shape:
+                raise ValueError(
+                    f"path: {str(path)!r} is damaged: the factors of layer {f.name!r} do not "
+                    f"have its shape {f.layer_shape}"
+                )
+        return Factors(
+            {layer.name: layer for layer in layers},
+            header["num_samples"],
+            header["skipped"],
+            header["settings"],
+        )
+
+
+def _read_layer(
+    file: OpenedFile, entry: dict[str, Any], device: str | torch.device
+) -> LayerFactors:
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in entry["spec"].items()
+    }
+    spec = LayerSpec(**fields)
+    count = entry["images"]
+
+    def read(name: str) -> Tensor:
+        return file.tensor(f"{spec.name}.{name}").to(device)
+
+    return LayerFactors(
+        spec,
+        read("input_covariance"),
+        read("output_hessian"),
+        entry["num_samples"],
+        entry["positions"],
+        None if count is None else tuple(read(f"input_image.{i}") for i in range(count)),
+    )

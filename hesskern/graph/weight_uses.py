@@ -1,0 +1,415 @@
+"""Where a weight acts, read off the autograd graph.
+
+Everything through which the outputs depend on a weight is an edge of the graph into the weight's
+node. So the uses found here are all uses, whoever made them: the layer's own call, a replaced
+forward(), ``F.linear(x, layer.weight)``, fused attention, or the backward graph of an inner
+``autograd.grad``. A weight all of whose uses are linear calls has a block sum s x^T; one with any
+other use has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from hesskern.graph.nodes import (
+    axis_of,
+    in_order,
+    kind,
+    output_shape,
+    passes_gradients,
+    per_axis,
+    product,
+)
+
+__all__ = ["Target", "WeightUse", "find_uses"]
+
+_SAME_ORDER = frozenset("Alias Clone ReshapeAlias Squeeze ToCopy UnsafeView Unsqueeze View".split())
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight whose uses are wanted.
+
+    Attributes:
+        shape: of the tensor.
+        edges: where its gradient arrives: one for a leaf, one for each time that a weight was
+            computed from other parameters.
+        convolution: whether its calls are convolutions rather than matrix products.
+        transposed: whether it is kept [d, m] rather than [m, d].
+        bias: of the bias, where that belongs to the block.
+    """
+
+    shape: tuple[int, ...]
+    edges: tuple[GradientEdge, ...]
+    convolution: bool = False
+    transposed: bool = False
+    bias: GradientEdge | None = None
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """One linear call.
+
+    Attributes:
+        node: of the graph; the gradient of the call's result arrives at its output 0.
+        x: [..., d] the rows, or [B, C, (H,) W], detached.
+        outputs: [..., m] or [B, m, (H,) W], shape of the call's result.
+        part: which rows of the weight the call used; None for all.
+        settings: stride, padding, dilation and (groups,) of a convolution; None for a matrix
+            product.
+    """
+
+    node: Any
+    x: Tensor
+    outputs: tuple[int, ...]
+    part: slice | None = None
+    settings: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows the call has; of a convolution, how many images."""
+        return self.outputs[0] if self.settings is not None else product(self.outputs[:-1])
+
+
+@dataclass
+class _Found:
+    """Uses of one target.
+
+    Attributes:
+        uses: linear calls.
+        other: what the weight does besides, or "".
+    """
+
+    uses: list[WeightUse] = field(default_factory=list)
+    other: str = ""
+
+
+def find_uses(
+    alive: list[Any], targets: dict[str, Target], beside: Iterable[Any] = ()
+) -> tuple[dict[str, list[WeightUse]], dict[str, str]]:
+    """The calls through which the outputs depend on each weight.
+
+    Args:
+        alive: the nodes that the outputs depend on, by :func:`hesskern.graph.nodes.behind`.
+        targets: by name.
+        beside: nodes of results that the outputs may not depend on; the calls behind them are found
+            as well, and other operations there do not matter.
+
+    Returns:
+        by name, the calls of every weight that acts in linear calls alone, in the order in which
+        they were made; and for the others what they do besides. A weight on which the outputs do
+        not depend is in neither.
+
+    Raises:
+        RuntimeError: torch's, where an input was overwritten in place after it had been used.
+    """
+    order = in_order([*alive[-1:], *beside])
+    position = {node: i for i, node in enumerate(order)}
+    parents: dict[Any, list[tuple[Any, int, int]]] = {}
+    wanted = _descendants(order, position, targets)
+    for node in order:
+        for operand, (follower, number) in enumerate(node.next_functions):
+            if follower in wanted:
+                parents.setdefault(follower, []).append((node, operand, number))
+    living = set(alive)
+    uses: dict[str, list[WeightUse]] = {}
+    others: dict[str, str] = {}
+    for name, target in targets.items():
+        found = _Uses(target, parents, position, living).all()
+        if found.other:
+            others[name] = found.other
+        elif found.uses:
+            uses[name] = sorted(found.uses, key=lambda use: use.node._sequence_nr())
+    return uses, others
+
+
+def _descendants(
+    order: list[Any], position: dict[Any, int], targets: dict[str, Target]
+) -> set[Any]:
+    """The weights' nodes, what they are computed from, and all view-like nodes above them."""
+    wanted: set[Any] = set()
+    for target in targets.values():
+        nodes = [edge.node for edge in target.edges if edge.node in position]
+        if target.bias is not None and target.bias.node in position:
+            nodes.append(target.bias.node)
+        wanted.update(in_order(nodes))
+    for node in order:
+        if node in wanted or not (kind(node) in _CHAIN or passes_gradients(node)):
+            continue
+        if any(follower in wanted for follower, _ in node.next_functions):
+            wanted.add(node)
+    return wanted
+
+
+class _Uses:
+    """The search for one target."""
+
+    def __init__(
+        self,
+        target: Target,
+        parents: dict[Any, list[tuple[Any, int, int]]],
+        position: dict[Any, int],
+        living: set[Any],
+    ) -> None:
+        self._target = target
+        self._parents = parents
+        self._position = position
+        self._living = living
+        self._found = _Found()
+
+    def all(self) -> _Found:
+        edges = [edge for edge in self._target.edges if edge.node in self._position]
+        heads = {edge.node for edge in edges}
+        below = set(in_order(heads))
+        for node in below - heads:
+            for parent, _, _ in self._parents.get(node, ()):
+                if parent not in below and parent in self._living:
+                    # What the weight is computed from acts by itself as well.
+                    self._other(parent)
+        if len(heads) > 1 and any(head in in_order(heads - {head}) for head in heads):
+            self._found.other = "is computed from itself"
+        shape = self._target.shape
+        for edge in edges:
+            numbers = _Numbers(shape)
+            for parent, operand, number in self._parents.get(edge.node, ()):
+                if number == edge.output_nr:
+                    self._follow(parent, operand, numbers)
+        if self._target.bias is not None and not self._found.other:
+            self._check_bias(self._target.bias)
+        return self._found
+
+    def _follow(self, node: Any, operand: int, numbers: _Numbers) -> None:
+        """Goes on to a node that takes what the numbers tell as an operand."""
+        if kind(node) in _CHAIN or passes_gradients(node):
+            for result in range(len(node._input_metadata)):
+                seen = numbers.through(node, result)
+                if seen is None:
+                    self._other(node)
+                    return
+                for parent, place, arriving in self._parents.get(node, ()):
+                    if arriving == result:
+                        self._follow(parent, place, seen)
+            return
+        use = _CALLS.get(kind(node), _no_call)(node, operand, numbers, self._target)
+        if use is None:
+            self._other(node)
+        else:
+            self._found.uses.append(use)
+
+    def _other(self, node: Any) -> None:
+        """Notes an operation that is no linear call, where the outputs depend on it."""
+        if node in self._living:
+            self._found.other = f"acts through {kind(node)}, which is no linear call by it"
+
+    def _check_bias(self, bias: GradientEdge) -> None:
+        """The bias must be added to each of the weight's calls, and to nothing else."""
+        calls = {use.node for use in self._found.uses}
+        added: list[Any] = []
+        pending = [(bias.node, bias.output_nr)]
+        while pending:
+            node, number = pending.pop()
+            for parent, operand, arriving in self._parents.get(node, ()):
+                if arriving != number:
+                    continue
+                if kind(parent) in ("Alias", "Clone", "ToCopy"):
+                    pending.append((parent, 0))
+                    continue
+                call = _added_to(parent, operand, calls)
+                if call is None:
+                    self._found.other = f"has a bias that acts through {kind(parent)} as well"
+                    return
+                added.append(call)
+        if self._found.uses and (len(added) != len(calls) or set(added) != calls):
+            self._found.other = "is also called without its bias"
+        if any(use.part is not None for use in self._found.uses):
+            self._found.other = "is called in parts, with parts of its bias"
+
+
+def _added_to(node: Any, operand: int, calls: set[Any]) -> Any:
+    """The call whose every row a node adds its operand, the bias [m], to; None if there is none."""
+    name = kind(node)
+    if node in calls and (name, operand) in (("Addmm", 0), ("Linear", 2), ("Convolution", 2)):
+        return node if getattr(node, "_saved_beta", 1) == 1 else None
+    if name != "Add" or getattr(node, "_saved_alpha", 1) != 1 or len(node.next_functions) != 2:
+        return None
+    other, number = node.next_functions[1 - operand]
+    if other is None or output_shape(other, number) != output_shape(node):
+        return None
+    m = (output_shape(node) or (0,))[-1]
+    while other not in calls and kind(other) in ("ReshapeAlias", "UnsafeView", "View", "ToCopy"):
+        # Rows stay rows as long as their axis is the last one.
+        if (output_shape(other) or (0,))[-1] != m:
+            return None
+        other = other.next_functions[0][0]
+    fits = other in calls and kind(other) != "Convolution"
+    return other if fits and (output_shape(other) or (0,))[-1] == m else None
+
+
+class _Numbers:
+    """Which entry of the weight stands where, after operations that only move entries.
+
+    Attributes:
+        plain: how the weight [m, d] looks now: "same", "transposed", or "" for what only the
+            numbers tell.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], plain: str = "same", tensor: Tensor | None = None
+    ) -> None:
+        self._shape, self.plain, self._tensor = shape, plain, tensor
+
+    @property
+    def tensor(self) -> Tensor:
+        """Numbers of entries, in the shape of the operand."""
+        if self._tensor is None:
+            whole = torch.arange(product(self._shape), device="cpu").reshape(self._shape)
+            self._tensor = whole.t() if self.plain == "transposed" else whole
+        return self._tensor
+
+    def through(self, node: Any, number: int) -> _Numbers | None:
+        """The same behind a node of the graph; None where that is not known."""
+        name = kind(node)
+        if name in ("ToCopy", "Clone", "Alias") or passes_gradients(node):
+            return self
+        if name == "T" and len(self._shape) == 2 and self.plain:
+            flipped = "transposed" if self.plain == "same" else "same"
+            return _Numbers(self._shape, flipped)
+        shape = output_shape(node, number)
+        if shape is None:
+            return None
+        moved = _moved(name, node, number, self.tensor, shape)
+        if moved is None or tuple(moved.shape) != shape:
+            return None
+        return _Numbers(self._shape, "", moved)
+
+
+def _moved(
+    name: str, node: Any, number: int, tensor: Tensor, shape: tuple[int, ...]
+) -> Tensor | None:
+    """What a view-like operation makes of a tensor."""
+    dim = tensor.dim()
+    if name in _SAME_ORDER:
+        return tensor.reshape(shape) if tensor.numel() == product(shape) else None
+    if name == "T":
+        return tensor.t()
+    if name == "Transpose":
+        return tensor.transpose(axis_of(node._saved_dim0, dim), axis_of(node._saved_dim1, dim))
+    if name == "Permute":
+        return tensor.permute([axis_of(axis, dim) for axis in node._saved_dims])
+    if name == "Expand":
+        return tensor.expand(shape)
+    axis = axis_of(node._saved_dim, dim)
+    if name == "Slice":
+        begin, end = int(node._saved_start or 0), node._saved_end
+        stop = tensor.shape[axis] if end is None else int(end)
+        if begin < 0 or stop < 0 or begin >= 2**62:
+            return None
+        stop = min(stop, tensor.shape[axis])
+        return tensor.narrow(axis, begin, max(stop - begin, 0)).index_select(
+            axis, torch.arange(0, max(stop - begin, 0), int(node._saved_step), device="cpu")
+        )
+    if name == "Select":
+        index = int(node._saved_index)
+        return tensor.select(axis, index - 2**64 if index >= 2**63 else index)
+    if name == "Unbind":
+        return tensor.unbind(axis)[number]
+    if name == "Split":
+        return tensor.split(int(node._saved_split_size), axis)[number]
+    if name == "SplitWithSizes":
+        return tensor.split([int(size) for size in node._saved_split_sizes], axis)[number]
+    return None
+
+
+_CHAIN = _SAME_ORDER | frozenset(
+    "Expand Permute Select Slice Split SplitWithSizes T Transpose Unbind".split()
+)
+
+
+def _columns(numbers: _Numbers, target: Target) -> tuple[bool, slice | None]:
+    """Whether an operand [(B,) d, m] holds rows of the weight [m, d], and which; None for all."""
+    if len(target.shape) != 2:
+        return False, None
+    wanted = "same" if target.transposed else "transposed"
+    if numbers.plain:
+        return numbers.plain == wanted, None
+    whole = torch.arange(product(target.shape), device="cpu").reshape(target.shape)
+    if target.transposed:
+        whole = whole.t()
+    m, d = whole.shape
+    found = numbers.tensor
+    while found.dim() > 2:
+        if not found.shape[0] or not bool((found == found[:1]).all()):
+            return False, None
+        found = found[0]
+    if found.dim() != 2 or found.shape[0] != d or not found.numel():
+        return False, None
+    first = int(found[0, 0]) // (1 if target.transposed else d)
+    count = found.shape[1]
+    if first + count > m or not torch.equal(found.t(), whole[first : first + count]):
+        return False, None
+    return True, None if count == m else slice(first, first + count)
+
+
+def _product_call(node: Any, operand: int, numbers: _Numbers, target: Target) -> WeightUse | None:
+    """x W^T as Addmm, Mm or Bmm."""
+    name = kind(node)
+    left = "_saved_mat1" if name == "Addmm" else "_saved_self"
+    place = 2 if name == "Addmm" else 1
+    if target.convolution or operand != place or getattr(node, "_saved_alpha", 1) != 1:
+        return None
+    fits, part = _columns(numbers, target)
+    shape = output_shape(node)
+    if not fits or shape is None:
+        return None
+    x = getattr(node, left)
+    if x is None or x.layout != torch.strided:
+        return None
+    return WeightUse(node, x.detach(), shape, part)
+
+
+def _linear_call(node: Any, operand: int, numbers: _Numbers, target: Target) -> WeightUse | None:
+    """x W^T as one operation."""
+    if target.convolution or target.transposed or operand != 1 or numbers.plain != "same":
+        return None
+    shape = output_shape(node)
+    x = getattr(node, "_saved_input", getattr(node, "_saved_self", None))
+    if shape is None or x is None:
+        return None
+    return WeightUse(node, x.detach(), shape)
+
+
+def _convolution_call(
+    node: Any, operand: int, numbers: _Numbers, target: Target
+) -> WeightUse | None:
+    if not target.convolution or operand != 1 or numbers.plain != "same":
+        return None
+    shape = output_shape(node)
+    if node._saved_transposed or shape is None or node._saved_input is None:
+        return None
+    axes = len(target.shape) - 2
+    settings = (
+        per_axis(node._saved_stride, axes),
+        per_axis(node._saved_padding, axes),
+        per_axis(node._saved_dilation, axes),
+        (int(node._saved_groups),),
+    )
+    return WeightUse(node, node._saved_input.detach(), shape, None, settings)
+
+
+def _no_call(node: Any, operand: int, numbers: _Numbers, target: Target) -> WeightUse | None:
+    return None
+
+
+_CALLS = {
+    "Addmm": _product_call,
+    "Bmm": _product_call,
+    "Convolution": _convolution_call,
+    "Linear": _linear_call,
+    "Mm": _product_call,
+}

@@ -1,0 +1,319 @@
+"""The Gauss-Newton matrix over all layers at once, cross-layer blocks included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesskern import ops
+from hesskern.choices import Bias
+from hesskern.graph.evidence import Evidence
+from hesskern.operators.base import CurvatureOperator
+from hesskern.operators.samples import SampleRows, added_bytes, layer_rows
+from hesskern.operators.stacked import StackedGaussNewton
+from hesskern.passes.batches import check_iterable
+from hesskern.passes.data_pass import RepeatedPass, stored_or_anew, with_less_memory
+from hesskern.passes.forward_pass import model_device
+from hesskern.passes.layers import LayerSpec, left_out, select_layers, shared_weights
+from hesskern.passes.losses import resolve_loss
+from hesskern.passes.roots import BatchRoots, accumulator_dtype
+from hesskern.progress import Progress, reporter
+
+__all__ = ["GaussNewton"]
+
+Piece = dict[str, SampleRows]
+"""By layer, the rows of the same samples and root rows; a layer that was not reached is missing."""
+
+
+class GaussNewton(CurvatureOperator):
+    """G = E[J^T A J] over the weights of all layers, from one pass over the data.
+
+    With r_nc the stacked rows (s_nc^(p) x_n^(p)T)_p of sample n and root row c, G = E[sum_c r r^T];
+    its diagonal blocks are the layer-wise Gauss-Newton blocks. For piecewise linear networks these
+    are the blocks of the Hessian, which G misses in the blocks between layers only.
+
+    Vectors hold the layers' weights one after the other, each flattened as it is kept; see
+    :attr:`slices` and :meth:`split`.
+
+    Args:
+        model: runs in eval mode and comes back as it was; must not change while this is in use,
+            where the samples exceed ``memory_budget``.
+        data: iterable of (inputs, targets) or (inputs, targets, weight [N]).
+        loss: as in :func:`hesskern.kronecker_factors`.
+        layers: names from ``model.named_modules()``; None for all supported.
+        bias: "none" (weights only) or "joint" (x~ = [x; 1], d one larger where there is a bias).
+        sample_weight: [total samples] non-negative weights, in the order of the data.
+        output_root: a custom loss as a function, with ``loss=None``.
+        memory_budget: bytes of samples kept; above it every product runs the model again. None for
+            4 GiB, on a GPU for a quarter of its free memory; where that runs out, the pass begins
+            anew with a quarter of the budget.
+        check: as in :func:`hesskern.kronecker_factors`.
+        progress: True for a bar with the time left, or a callback.
+
+    Attributes:
+        layer_shapes: (m, d) by layer.
+        slices: by layer, where its weights stand in a vector.
+        num_samples: weighted number of samples.
+        cached: whether the samples are stored.
+        skipped: modules with parameters that are not part of G, with the reason.
+        checked: by layer, how it is known which rows belong to which samples; see
+            :class:`hesskern.LayerHessian`.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as in :func:`hesskern.layer_hessians`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Any],
+        loss: Any = None,
+        layers: Iterable[str] | None = None,
+        *,
+        bias: Bias = "none",
+        sample_weight: Tensor | None = None,
+        output_root: Callable[..., Tensor] | None = None,
+        memory_budget: int | None = None,
+        check: bool = True,
+        progress: bool | Progress = False,
+    ) -> None:
+        check_iterable(data)
+        specs, self.skipped = select_layers(model, layers, bias)
+        for name, owner in shared_weights(model, specs).items():
+            # A weight is there once, with all its uses.
+            del specs[name]
+            self.skipped[name] = f"shares its weight with {owner!r}, which stands for both"
+        resolved, report = resolve_loss(loss, output_root), reporter(progress)
+        evidence = Evidence(check)
+
+        def attempt(budget: int) -> tuple[_Pass, list[Piece] | None]:
+            source = _Pass(model, data, resolved, specs, sample_weight, evidence, budget)
+            return source, source.within_budget(source(report), _added, "the samples' rows")
+
+        source, pieces = with_less_memory(attempt, memory_budget, model, data)
+        if not source.count > 0:
+            raise ValueError("data yielded no samples, so there is no Gauss-Newton matrix")
+        if layers is not None and source.reasons:
+            name, reason = next(iter(source.reasons.items()))
+            raise ValueError(f"layers: {name!r} {reason}")
+        self.skipped.update(source.reasons)
+        reached = [spec for name, spec in specs.items() if name not in source.reasons]
+        if not reached:
+            raise ValueError(f"no layer of the model has curvature: {source.reasons}")
+        self.skipped = left_out(model, self.skipped, reached, 2 if layers is None else None)
+        source.require(spec.name for spec in reached)
+        self.checked = {s.name: source.evidence.found.get(s.name, "graph") for s in reached}
+        self.layer_shapes = {spec.name: spec.shape for spec in reached}
+        self._transposed = [spec.name for spec in reached if spec.transposed]
+        self.slices: dict[str, slice] = {}
+        size = 0
+        for name, (m, d) in self.layer_shapes.items():
+            self.slices[name] = slice(size, size + m * d)
+            size += m * d
+        self.shape = (size, size)
+        self.dtype = source.dtype
+        self.device = model_device(model)
+        self.num_samples = source.count
+        self.cached = pieces is not None
+        self._chunks: list[Piece] | _Pass = source if pieces is None else pieces
+        self._input_means = source.input_means
+
+    def split(self, vectors: Tensor) -> dict[str, Tensor]:
+        """By layer, the matrices [m, d] of a vector [P], or [k, m, d] of a block [P, k]."""
+        return self._matrices(self._inward(vectors.T if vectors.dim() == 2 else vectors))
+
+    def _matrices(self, rows: Tensor) -> dict[str, Tensor]:
+        """The same of rows [P] or [k, P], output first."""
+        shape = rows.shape[:-1]
+        return {
+            name: rows[..., part].reshape(*shape, *self.layer_shapes[name])
+            for name, part in self.slices.items()
+        }
+
+    def _inward(self, rows: Tensor) -> Tensor:
+        return self._turned(rows, flip=True)
+
+    def _outward(self, rows: Tensor) -> Tensor:
+        return self._turned(rows, flip=False)
+
+    def _turned(self, rows: Tensor, flip: bool) -> Tensor:
+        """Rows [..., P] with the matrices of weights that are kept [d, m] transposed."""
+        if not self._transposed:
+            return rows
+        rows = rows.clone()
+        for name in self._transposed:
+            part, (m, d) = rows[..., self.slices[name]], self.layer_shapes[name]
+            shape = (d, m) if flip else (m, d)
+            part.copy_(part.unflatten(-1, shape).mT.flatten(-2).clone())
+        return rows
+
+    def _matmul(self, block: Tensor) -> Tensor:
+        total = torch.zeros_like(block)
+        vectors = self._matrices(block)
+        with stored_or_anew(self._chunks) as pieces:
+            for piece in pieces:
+                # Layers of a model in several precisions have rows of several.
+                along = sum(
+                    _along(rows, vectors[name].to(rows.s.dtype)).to(self.dtype)
+                    for name, rows in piece.items()
+                )
+                assert isinstance(along, Tensor)
+                for name, rows in piece.items():
+                    total[:, self.slices[name]] += _combined(rows, along.to(rows.s.dtype))
+        return total.div_(self.num_samples)
+
+    def trace(self) -> float:
+        """Sum of the eigenvalues, exact."""
+        with stored_or_anew(self._chunks) as pieces:
+            total = sum(float(r.shares().sum()) for piece in pieces for r in piece.values())
+        return total / self.num_samples
+
+    def diagonal(self) -> Tensor:
+        """[P] diagonal, exact."""
+        total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        with stored_or_anew(self._chunks) as pieces:
+            for piece in pieces:
+                for name, rows in piece.items():
+                    total[self.slices[name]] += rows.diagonal()
+        return self._outward(total.div_(self.num_samples))
+
+    def to_dense(self) -> Tensor:
+        """[P, P]; for small networks."""
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        with stored_or_anew(self._chunks) as pieces:
+            for piece in pieces:
+                first = next(iter(piece.values()))
+                rows = torch.zeros(
+                    first.s.shape[0] * first.s.shape[1], self.shape[0], dtype=self.dtype
+                ).to(self.device)
+                for name, part in piece.items():
+                    rows[:, self.slices[name]] = torch.cat(list(part.dense_rows()))
+                ops.input_covariance_(total, rows, 1.0 / self.num_samples)
+        return self._outward_matrix(ops.mirror_(total))
+
+    def stacked(self) -> StackedGaussNewton:
+        """G with every layer's inputs replaced by their mean: rank sum of m at the most.
+
+        Raises:
+            NotImplementedError: a layer is a convolution or sees sequences.
+        """
+        sizes = [m for m, _ in self.layer_shapes.values()]
+        hessian = torch.zeros(sum(sizes), sum(sizes), dtype=self.dtype, device=self.device)
+        means = self._input_means
+        for name, (_, d) in self.layer_shapes.items():
+            if name in self._transposed:
+                raise NotImplementedError(
+                    f"layer {name!r} keeps its weight transposed, and has no stacked form"
+                )
+            if name not in means or means[name].shape != (d,):
+                raise NotImplementedError(
+                    f"layer {name!r} is a convolution or sees sequences; the stacked output "
+                    "Hessian is defined for linear layers with inputs [N, d]"
+                )
+        with stored_or_anew(self._chunks) as pieces:
+            for piece in pieces:
+                first = next(iter(piece.values())).s
+                rows = [
+                    piece[name].s.to(self.dtype)
+                    if name in piece
+                    else first.new_zeros(*first.shape[:2], m, dtype=self.dtype)
+                    for name, (m, _) in self.layer_shapes.items()
+                ]
+                stacked = torch.cat(rows, 2).flatten(0, 1)
+                ops.input_covariance_(hessian, stacked, 1.0 / self.num_samples)
+        ordered = [means[name] for name in self.layer_shapes]
+        return StackedGaussNewton(ops.mirror_(hessian), ordered, sizes)
+
+
+def _added(piece: Piece, before: Piece | None) -> int:
+    """Bytes that keeping a piece takes beside the one before it."""
+    return sum(added_bytes(rows, (before or {}).get(name)) for name, rows in piece.items())
+
+
+def _along(rows: SampleRows, vectors: Tensor) -> Tensor:
+    """[N, r, k] inner products <R_nc, V_j> of rows with matrices V [k, m, d]."""
+    k = len(vectors)
+    if rows.stored:
+        return torch.matmul(rows.s, vectors.reshape(k, -1).T) * rows.x.unsqueeze(2)
+    if rows.x.dim() == 2:
+        images = (rows.x @ vectors.flatten(0, 1).T).unflatten(1, (k, -1))
+    else:
+        images = torch.matmul(vectors.flatten(0, 1), rows.x).unflatten(1, (k, -1)).flatten(2)
+    return torch.matmul(rows.s.flatten(2), images.transpose(1, 2))
+
+
+def _combined(rows: SampleRows, along: Tensor) -> Tensor:
+    """[k, m d] sums of a_ncj R_nc over samples and root rows, for a [N, r, k]."""
+    if rows.stored:
+        weighted = (along * rows.x.unsqueeze(2)).flatten(0, 1)
+        return weighted.T @ rows.s.flatten(0, 1)
+    weighted = torch.matmul(along.transpose(1, 2), rows.s.flatten(2))
+    n, k = weighted.shape[:2]
+    if rows.x.dim() == 2:
+        return (weighted.flatten(1).T @ rows.x).reshape(k, -1)
+    (m, t), d = rows.s.shape[2:], rows.x.shape[1]
+    outputs = weighted.reshape(n, k * m, t).transpose(0, 1).reshape(k * m, n * t)
+    inputs = rows.x.transpose(1, 2).reshape(n * t, d)
+    return (outputs @ inputs).reshape(k, m * d)
+
+
+@dataclass
+class _Pass(RepeatedPass):
+    """One pass over the data: the rows of all layers, piece by piece.
+
+    Attributes:
+        count: weighted number of samples, after a pass.
+        reasons: layers without curvature, with the reason, after a pass.
+        input_means: [d] by layer, E[x] of layers without positions, after the first pass.
+        dtype: of the rows.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.count = 0.0
+        self.reasons: dict[str, str] = {}
+        self.input_means: dict[str, Tensor] = {}
+        self.dtype = torch.float32
+
+    def _what(self) -> str:
+        return "the Gauss-Newton matrix"
+
+    def __call__(self, progress: Progress | None = None) -> Generator[Piece, None, None]:
+        sums: dict[str, Tensor] = {}
+        with self.run(progress, "Gauss-Newton matrix") as run:
+            for _, roots in run:
+                for name in roots.uses:
+                    dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
+                    self.dtype = torch.promote_types(self.dtype, dtype)
+                    _add_inputs(sums, self.specs[name], roots)
+                yield from self._batch(roots)
+        if self.count == 0 and run.count > 0:
+            self.input_means = {name: total / run.count for name, total in sums.items()}
+        self.count, self.reasons = run.count, run.capture.reasons
+
+    def _batch(self, roots: BatchRoots) -> Iterator[Piece]:
+        piece: Piece = {}
+        reached = sum(name in roots.uses for name in self.specs)
+        for name, rows in layer_rows(self.specs, roots, self.budget):
+            piece[name] = rows
+            if len(piece) == reached:
+                # Before the next one is begun, which needs the memory.
+                yield piece
+                piece = {}
+
+
+def _add_inputs(sums: dict[str, Tensor], spec: LayerSpec, roots: BatchRoots) -> None:
+    """Adds a batch's weighted sum of inputs, where the layer has one input vector per sample."""
+    uses = roots.uses[spec.name]
+    if len(uses) > 1 or uses[0].x.dim() != 2 or spec.kind != "linear":
+        return
+    x = uses[0].x.to(accumulator_dtype(uses[0].x.dtype))
+    total = x.sum(0) if roots.weight_root is None else roots.weight_root.square().to(x) @ x
+    if spec.joint:
+        count = torch.as_tensor(roots.count, dtype=torch.float64)
+        total = torch.cat([total, count.to(total, non_blocking=True).reshape(1)])
+    sums[spec.name] = sums[spec.name] + total if spec.name in sums else total

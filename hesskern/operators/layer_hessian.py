@@ -1,0 +1,498 @@
+"""Exact layer-wise Hessians E[M (x) x x^T] of every layer, from one pass over the data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesskern import ops
+from hesskern.choices import Bias
+from hesskern.graph.evidence import Evidence
+from hesskern.operators.base import EigenbasisOperator, KroneckerOperator, LayerOperator
+from hesskern.operators.packed_inputs import PackedInputs
+from hesskern.operators.pruning import kept_samples, prune
+from hesskern.operators.samples import SampleRows, added_bytes, join, layer_rows
+from hesskern.passes.batches import check_iterable
+from hesskern.passes.checks import Checks
+from hesskern.passes.data_pass import (
+    DataPass,
+    RepeatedPass,
+    once_only,
+    stored_or_anew,
+    with_less_memory,
+)
+from hesskern.passes.forward_pass import model_device
+from hesskern.passes.layers import LayerSpec, left_out, select_layers
+from hesskern.passes.losses import resolve_loss
+from hesskern.passes.roots import accumulator_dtype, check_fraction
+from hesskern.progress import Progress, reporter
+
+__all__ = ["LayerHessian", "LayerHessians", "layer_hessians"]
+
+
+class LayerHessian(LayerOperator):
+    """The exact layer-wise Hessian H = E[M (x) x x^T] of one layer, in the weight's own order.
+
+    Made by :func:`layer_hessians`. Products run in fused C++/CUDA kernels over stored samples. On a
+    GPU of compute capability 9.0 the samples' inputs are kept a second time, in the form that
+    these kernels multiply, from the second product on and where there is memory to spare.
+
+    Attributes:
+        name: of the layer.
+        layer_shape: (m, d) of the weight as a matrix.
+        weight_shape: the same, or (d, m) for a weight that is kept transposed (Conv1D of
+            transformers); vectors are such matrices, flattened.
+        groups: of a convolution, 1 otherwise.
+        is_exact: True if this is the Hessian, as double backward has it at these weights: all that
+            follows the layer is piecewise linear, and its uses do not follow one another. False: it
+            is the Gauss-Newton block.
+        inexact_reason: why ``is_exact`` is False, or None.
+        pruning_error: bound on ‖H - H_t‖_2 for what was left out under ``tolerance``; 0 if nothing.
+        pruned_trace: tr(H - H_t).
+        num_samples: weighted number of samples.
+        cached: whether the samples are stored; False: every product runs the model again.
+        checked: how it is known which rows belong to which samples: "graph" (proved), "probe"
+            (found by backward passes), "not checked" (never two samples in a batch: nothing was
+            to be told apart) or "switched off" (``check=False``).
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        chunks: list[SampleRows] | _Rerun,
+        num_samples: float,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        inexact_reason: str | None,
+        pruning_error: float,
+        pruned_trace: float,
+        cached: bool,
+        checked: str = "graph",
+    ) -> None:
+        self.name = spec.name
+        self.layer_shape = spec.shape
+        self.groups = spec.groups
+        self.transposed = spec.transposed
+        size = spec.outputs * spec.inputs
+        self.shape = (size, size)
+        self.dtype, self.device = dtype, device
+        self.num_samples = num_samples
+        self.inexact_reason = inexact_reason
+        self.is_exact = inexact_reason is None
+        self.pruning_error = pruning_error
+        self.pruned_trace = pruned_trace
+        self.cached = cached
+        self.checked = checked
+        self._chunks = chunks
+        self._packed = PackedInputs()
+
+    @contextmanager
+    def _samples(self) -> Iterator[Iterable[SampleRows]]:
+        with torch.inference_mode(False), torch.no_grad(), stored_or_anew(self._chunks) as chunks:
+            yield chunks
+
+    def _matmul(self, block: Tensor) -> Tensor:
+        alpha = 1.0 / self.num_samples
+        with self._samples() as chunks:
+            total = torch.zeros_like(block)
+            for chunk in chunks:
+                m, d = chunk.s.shape[2], chunk.x.shape[1]
+                rows = block.reshape(len(block), m, d)
+                # Samples that are made anew are gone before the next product.
+                packed = self._packed.of(chunk.x, len(block) * m) if self.cached else None
+                product = ops.layer_hessian_matmul(chunk.x, chunk.s, rows, alpha, packed)
+                total += product.flatten(1)
+        return total
+
+    def trace(self) -> float:
+        """tr(H), exact; with ``tolerance`` of what was kept (add ``pruned_trace`` for all)."""
+        with self._samples() as chunks:
+            return sum(float(chunk.shares().sum()) for chunk in chunks) / self.num_samples
+
+    def diagonal(self) -> Tensor:
+        """[P] diagonal, exact."""
+        with self._samples() as chunks:
+            total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+            for chunk in chunks:
+                total += chunk.diagonal()
+            return self._outward(total) / self.num_samples
+
+    def inner(self, K: KroneckerOperator) -> float:
+        """<H, K> = tr(H K) = 1/N sum_nc <R_nc, A R_nc B> with R_nc = sum_t s_nct x_nt^T; exact.
+
+        One pass over the samples, at the price of a few products with H.
+
+        Args:
+            K: A (x) B of the layer's shape (m, d), with as many groups.
+
+        Raises:
+            TypeError: K is not a KroneckerOperator.
+            ValueError: its shape, groups, dtype or device differ.
+        """
+        self._check_like(K, KroneckerOperator)
+        with self._samples() as chunks:
+            return sum(chunk.inner(K) for chunk in chunks) / self.num_samples
+
+    def diagonal_in(self, K: EigenbasisOperator) -> Tensor:
+        """[m, d]: (u_i (x) v_j)^T H (u_i (x) v_j) in K's eigenbasis, exact, in one pass.
+
+        Args:
+            K: of the layer's shape (m, d), with as many groups.
+
+        Raises:
+            TypeError: K has no Kronecker eigenbasis.
+            ValueError: its shape, groups, dtype or device differ.
+        """
+        self._check_like(K, EigenbasisOperator)
+        with self._samples() as chunks:
+            m, d = self.layer_shape
+            total = torch.zeros(m, d, dtype=self.dtype, device=self.device)
+            for chunk in chunks:
+                total += chunk.diagonal_in(K)
+            return total / self.num_samples
+
+    def _check_like(self, K: Any, kind: type[Any]) -> None:
+        if not isinstance(K, kind):
+            name = "a KroneckerOperator" if kind is KroneckerOperator else f"of {kind.__name__}"
+            raise TypeError(f"K must be {name}, got {type(K).__name__}")
+        if (K.layer_shape, K.groups) != (self.layer_shape, self.groups):
+            raise ValueError(
+                f"K must be of shape {self.layer_shape} with groups={self.groups}, got "
+                f"{K.layer_shape} with groups={K.groups}"
+            )
+        if K.transposed != self.transposed:
+            raise ValueError(
+                f"K must have transposed={self.transposed}, as the layer's weight is kept"
+            )
+        if K.dtype != self.dtype or K.device != self.device:
+            raise ValueError(
+                f"K must be {self.dtype} on {self.device}, got {K.dtype} on {K.device}"
+            )
+
+    def contract_inputs(self, B: Tensor) -> Tensor:
+        """sum_kl H_(ik)(jl) B_kl, [m, m], for a symmetric positive semi-definite B [d, d]."""
+        values, vectors = torch.linalg.eigh(B.double())
+        root = (vectors * values.clamp(min=0).sqrt()).to(self.dtype)
+        return self._contract(root, side=0)
+
+    def contract_outputs(self, A: Tensor) -> Tensor:
+        """sum_ij A_ij H_(ik)(jl), [d, d], for a symmetric positive semi-definite A [m, m]."""
+        values, vectors = torch.linalg.eigh(A.double())
+        root = (vectors * values.clamp(min=0).sqrt()).to(self.dtype)
+        return self._contract(root, side=1)
+
+    def _contract(self, root: Tensor, side: int) -> Tensor:
+        size = self.layer_shape[side]
+        with self._samples() as chunks:
+            total = torch.zeros(size, size, dtype=self.dtype, device=self.device)
+            for chunk in chunks:
+                for rows in chunk.contracted_rows(root, side, self.layer_shape):
+                    ops.input_covariance_(total, rows, 1.0 / self.num_samples)
+            return ops.mirror_(total)
+
+    def few_rows(self, limit: int) -> Tensor | None:
+        """R [q, P] with H = R^T R, one row for every sample and root row.
+
+        None with more than ``limit`` rows, or where the samples are not stored.
+        """
+        chunks = self._chunks
+        if not isinstance(chunks, list) or sum(c.s.shape[0] * c.s.shape[1] for c in chunks) > limit:
+            return None
+        rows = [rows for chunk in chunks for rows in chunk.dense_rows()]
+        if not rows:
+            return None
+        return self._outward(torch.cat(rows)) / self.num_samples**0.5
+
+    def to_dense(self) -> Tensor:
+        """[P, P]; for small layers."""
+        with self._samples() as chunks:
+            total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+            for chunk in chunks:
+                for rows in chunk.dense_rows():
+                    ops.input_covariance_(total, rows, 1.0 / self.num_samples)
+            return self._outward_matrix(ops.mirror_(total))
+
+
+class LayerHessians(dict[str, LayerHessian]):
+    """{name: :class:`LayerHessian`} in the model's order.
+
+    Attributes:
+        skipped: modules with parameters that have no Hessian here, with the reason.
+    """
+
+    def __init__(self, layers: Mapping[str, LayerHessian], skipped: Mapping[str, str]) -> None:
+        super().__init__(layers)
+        self.skipped = dict(skipped)
+
+    def __missing__(self, name: str) -> LayerHessian:
+        reason = self.skipped.get(name)
+        raise KeyError(
+            f"no Hessian of layer {name!r}"
+            + (f": it {reason}" if reason else f"; there are {', '.join(self)}")
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LayerHessians, (dict(self), self.skipped)
+
+
+@dataclass
+class _Layer:
+    """What the pass has gathered for one layer.
+
+    Attributes:
+        chunks: sample rows kept so far, or None once they exceeded the memory budget.
+        held: bytes in ``chunks``.
+        shares: per piece, every sample's share of the trace; only with pruning.
+        batches: per piece, the batch that it belongs to; only with pruning.
+        dtype: of the sample rows; None before the first.
+    """
+
+    spec: LayerSpec
+    chunks: list[SampleRows] | None = field(default_factory=list)
+    held: int = 0
+    shares: list[Tensor] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
+    dtype: torch.dtype | None = None
+
+    def shares_by_batch(self) -> list[Tensor]:
+        """Shares of the samples of every batch: a batch comes in pieces over root rows."""
+        totals: dict[int, Tensor] = {}
+        for batch, shares in zip(self.batches, self.shares, strict=True):
+            totals[batch] = totals[batch] + shares if batch in totals else shares
+        return [totals[batch] for batch in sorted(totals)]
+
+
+def layer_hessians(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Any = None,
+    layers: Iterable[str] | None = None,
+    tolerance: float = 0.0,
+    *,
+    bias: Bias = "none",
+    sample_weight: Tensor | None = None,
+    output_root: Callable[..., Tensor] | None = None,
+    memory_budget: int | None = None,
+    check: bool = True,
+    progress: bool | Progress = False,
+) -> LayerHessians:
+    """The layer-wise Hessian of every layer, from one pass over the data.
+
+    Args:
+        model: any module; runs in eval mode and comes back as it was. Its weights must not change
+            while layers above the memory budget are in use.
+        data: iterable of (inputs, targets) or (inputs, targets, weight [N]).
+        loss: as in :func:`hesskern.kronecker_factors`; more than 65,536 root rows per sample are
+            refused, unless they come from ``output_root``.
+        layers: names from ``model.named_modules()``; None for all supported.
+        tolerance: leave out samples as long as ‖H - H_t‖_2 <= tolerance tr(H) is certain; 0 keeps
+            all. tr(M_n)‖x_n‖² bounds a sample's part of the spectrum.
+        bias: "none" or "joint" (append 1 to x; P is m (d + 1)).
+        sample_weight: [total samples] non-negative weights in the order of the data.
+        output_root: a custom loss as a function, with ``loss=None``.
+        memory_budget: bytes of samples kept for all layers together. Layers above it (largest
+            first) run the model again at every product. None for 4 GiB, on a GPU for a quarter of
+            its free memory; where that runs out, the pass begins anew with a quarter of the budget.
+        check: whether it is found out which rows of a layer belong to which samples where the
+            graph does not prove it; see :func:`hesskern.kronecker_factors`.
+        progress: True for a bar with the time left, or a callback.
+
+    Returns:
+        :class:`LayerHessians`, {name: :class:`LayerHessian`} in the model's order. Each is the
+        block of the weight, whatever calls it acts in; layers that share a weight share the block.
+        Layers that are not supported or not reached, whose weight acts in other than linear calls,
+        or whose rows do not belong to single samples are left out, with the reason in
+        ``.skipped``, or refused when asked for by name.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as in :func:`hesskern.kronecker_factors`.
+
+    Warns:
+        UserWarning: naming the layers whose block is not the Hessian, and why; naming linear layers
+            and convolutions that were left out, and why.
+    """
+    check_fraction("tolerance", tolerance)
+    check_iterable(data)
+    resolved = resolve_loss(loss, output_root)
+    specs, skipped = select_layers(model, layers, bias)
+    report, evidence = reporter(progress), Evidence(check)
+
+    def attempt(budget: int) -> tuple[dict[str, _Layer], DataPass, int]:
+        given = model, data, resolved, specs, sample_weight, evidence
+        run = DataPass(*given, report, "Layer Hessians", examine=True)
+        return _gather(run, budget, tolerance), run, budget
+
+    gathered, run, budget = with_less_memory(attempt, memory_budget, model, data)
+    count, reasons, inexact = run.count, run.capture.reasons, run.capture.inexact
+    if not count > 0:
+        raise ValueError("data yielded no samples, so there are no Hessians")
+    if layers is not None and reasons:
+        name, reason = next(iter(reasons.items()))
+        raise ValueError(f"layers: {name!r} {reason}")
+    shown = {name: inexact[name] for name in gathered if name in inexact and name not in reasons}
+    if shown:
+        text = "; ".join(f"{name!r} {reason}" for name, reason in shown.items())
+        warnings.warn(
+            f"the Gauss-Newton block is not the Hessian for: {text}. AutogradHessian gives the "
+            "Hessian of such layers.",
+            UserWarning,
+            stacklevel=2,
+        )
+    result = {}
+    for name, layer in gathered.items():
+        if name in reasons:
+            continue
+        rerun = _Rerun(model, data, resolved, {name: layer.spec}, sample_weight, evidence, budget)
+        result[name] = _finish(layer, rerun, count, tolerance, inexact.get(name))
+    if not result:
+        raise ValueError(
+            "no layer of the model has a Hessian: "
+            + "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
+        )
+    if layers is not None:
+        return LayerHessians(result, skipped)
+    covered = [specs[name] for name in result]
+    return LayerHessians(result, left_out(model, {**skipped, **reasons}, covered, 2))
+
+
+def _gather(run: DataPass, budget: int, tolerance: float) -> dict[str, _Layer]:
+    """One pass: the samples of every layer, as far as the budget goes."""
+    gathered = {name: _Layer(spec) for name, spec in run.specs.items()}
+    with run:
+        for batch, roots in run:
+            wanted = {
+                n: layer.spec
+                for n, layer in gathered.items()
+                if layer.chunks is not None or tolerance > 0
+            }
+            for name in roots.uses:
+                gathered[name].dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
+            for name, chunk in layer_rows(wanted, roots, budget):
+                _keep(gathered[name], chunk, batch.index, tolerance)
+                _evict(gathered, budget, run.data)
+    return gathered
+
+
+def _keep(layer: _Layer, chunk: SampleRows, batch: int, tolerance: float) -> None:
+    if tolerance > 0:
+        layer.shares.append(chunk.shares())
+        layer.batches.append(batch)
+    if layer.chunks is not None:
+        # What pruning leaves of two pieces shares nothing.
+        before = layer.chunks[-1] if layer.chunks and tolerance == 0 else None
+        layer.chunks.append(chunk)
+        layer.held += added_bytes(chunk, before)
+
+
+def _evict(gathered: dict[str, _Layer], budget: int, data: Iterable[Any]) -> None:
+    """Drops the largest layers' samples until the rest fits."""
+    while sum(layer.held for layer in gathered.values()) > budget:
+        name, largest = max(gathered.items(), key=lambda item: item[1].held)
+        if isinstance(data, Iterator):
+            raise once_only(budget, f"layer {name!r}")
+        largest.chunks, largest.held = None, 0
+
+
+@dataclass
+class _Rerun(RepeatedPass):
+    """Sample rows of one layer made anew, batch by batch, a few root rows at a time.
+
+    Attributes:
+        keep: per batch that reaches the layer, the numbers of the samples that stay; None for all.
+        shares: with ``keep``, the samples' shares [N] of the trace when ``keep`` was decided.
+    """
+
+    keep: list[Tensor] | None = None
+    shares: list[Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        (self.name,) = self.specs
+        self.require([self.name])
+
+    def _what(self) -> str:
+        return f"the Hessian of layer {self.name!r}"
+
+    def __call__(self) -> Generator[SampleRows, None, None]:
+        position = 0
+        with self.run() as run:
+            for _, roots in run:
+                chunks = (chunk for _, chunk in layer_rows(self.specs, roots, self.budget))
+                if self.keep is None:
+                    yield from chunks
+                elif self.name in roots.uses and roots.rows:
+                    yield from self._kept(chunks, position, run.checks)
+                    position += 1
+        if self.keep is not None and position != len(self.keep):
+            raise self._other_order()
+
+    def _kept(
+        self, chunks: Iterable[SampleRows], position: int, checks: Checks
+    ) -> Iterator[SampleRows]:
+        """The samples of one batch that stay, if it is the batch that ``keep`` was made for."""
+        assert self.keep is not None
+        assert self.shares is not None
+        if position >= len(self.keep):
+            raise self._other_order()
+        keep, before = self.keep[position], self.shares[position]
+        now = torch.zeros_like(before)
+        for chunk in chunks:
+            shares = chunk.shares()
+            if shares.shape != before.shape:
+                raise self._other_order()
+            now += shares
+            yield chunk.select(keep)
+        near = (now - before).abs() <= 1e-3 * before + 1e-6 * before.sum()
+        checks.require(near.all(), self._another_order, error=RuntimeError)
+
+    def _other_order(self) -> RuntimeError:
+        return RuntimeError(self._another_order())
+
+    def _another_order(self) -> str:
+        return (
+            "data must come in the same order in every pass (no shuffling, no random augmentation) "
+            f"where tolerance > 0 and layer {self.name!r} exceeds memory_budget"
+        )
+
+
+def _finish(
+    layer: _Layer,
+    rerun: _Rerun,
+    count: float,
+    tolerance: float,
+    reason: str | None,
+) -> LayerHessian:
+    norm = trace = 0.0
+    cached = layer.chunks is not None
+    chunks: list[SampleRows] | _Rerun = rerun
+    if layer.chunks is not None:
+        kept = layer.chunks
+        if tolerance > 0:
+            pruned = prune(kept, layer.shares, tolerance)
+            kept, norm, trace = pruned.chunks, pruned.norm, pruned.trace
+        chunks = join(kept, rerun.budget // 8)
+    elif tolerance > 0:
+        rerun.shares = layer.shares_by_batch()
+        keep, trace = kept_samples(rerun.shares, tolerance)
+        # As numbers of samples: how many a mask keeps is known to the device alone.
+        rerun.keep = [mask.nonzero()[:, 0] for mask in keep]
+        norm = trace
+    return LayerHessian(
+        layer.spec,
+        chunks,
+        count,
+        layer.dtype or torch.float32,
+        model_device(rerun.model),
+        inexact_reason=reason,
+        pruning_error=norm / count,
+        pruned_trace=trace / count,
+        cached=cached,
+        checked=rerun.evidence.found.get(layer.spec.name, "graph"),
+    )

@@ -1,0 +1,209 @@
+"""The data of a pass: batches on the model's device, whatever form they come in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesskern.passes.checks import as_weights, check_dense
+from hesskern.progress import Progress
+
+__all__ = ["Batch", "batches", "check_iterable", "halves"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One element of the data.
+
+    Attributes:
+        index: position in the data, from 0.
+        inputs: tensor, tuple or dict for the model.
+        targets: for the loss.
+        given_targets: the same where they came from: values on the host can be looked at without
+            waiting for a device.
+        weight: [N] sample weights where they came from, or None.
+    """
+
+    index: int
+    inputs: Any
+    targets: Any
+    given_targets: Any
+    weight: Tensor | None
+
+
+def batches(
+    data: Iterable[Any],
+    device: torch.device,
+    sample_weight: Tensor | None = None,
+    progress: Progress | None = None,
+    description: str = "data",
+) -> Iterator[Batch]:
+    """The data's batches on the model's device.
+
+    Args:
+        data: iterable of (inputs, targets) or (inputs, targets, weight [N]).
+        device: where tensors go.
+        sample_weight: [total samples] weights in iteration order, instead of weights in the data.
+        progress: callback, told after every batch.
+        description: what the progress bar says.
+
+    Raises:
+        TypeError: data is not iterable, or an element is not such a tuple; ``sample_weight`` is not
+            a tensor.
+        ValueError: ``sample_weight`` has another length than the data; before the first batch where
+            the data is a list or tuple.
+    """
+    check_iterable(data)
+    if sample_weight is not None and not isinstance(sample_weight, Tensor):
+        raise TypeError(f"sample_weight must be a tensor, got {type(sample_weight).__name__}")
+    if sample_weight is not None and sample_weight.dim() != 1:
+        raise ValueError(f"sample_weight must be [total samples], got {list(sample_weight.shape)}")
+    total = _length(data)
+    if sample_weight is not None:
+        sample_weight = as_weights(sample_weight)
+        samples = _samples(data)
+        if samples is not None and samples != len(sample_weight):
+            raise _other_length(sample_weight, f"{samples} samples")
+    offset = 0
+    for index, element in enumerate(data):
+        if not isinstance(element, (tuple, list)) or len(element) not in (2, 3):
+            found = (
+                f"a {type(element).__name__} of {len(element)}"
+                if isinstance(element, (tuple, list))
+                else type(element).__name__
+            )
+            raise TypeError(
+                f"data must yield (inputs, targets) or (inputs, targets, weight); "
+                f"batch {index} is {found}"
+            )
+        _mapped(element[0], _dense_input)
+        inputs, given = _move(element[0], device), _nearby(element[1], device)
+        weight = _nearby(element[2], device) if len(element) == 3 else None
+        if sample_weight is not None:
+            count = _leading_size(inputs)
+            weight = sample_weight[offset : offset + count]
+            offset += count
+            if len(weight) != count:
+                raise _other_length(sample_weight, "more samples")
+        yield Batch(index, inputs, _move(given, device), given, weight)
+        if progress is not None:
+            progress(description, index + 1, total)
+    if sample_weight is not None and offset != len(sample_weight):
+        raise _other_length(sample_weight, f"{offset} samples")
+
+
+def _other_length(sample_weight: Tensor, found: str) -> ValueError:
+    return ValueError(f"sample_weight has {len(sample_weight)} entries but the data has {found}")
+
+
+def _samples(data: Iterable[Any]) -> int | None:
+    """Number of samples in a list of batches; None where it is not known without iterating."""
+    if not isinstance(data, (list, tuple)):
+        return None
+    total = 0
+    for element in data:
+        if not isinstance(element, (tuple, list)) or not element:
+            return None
+        try:
+            total += _leading_size(element[0])
+        except (AttributeError, IndexError, TypeError):
+            # No batch at all: the pass over the data says so.
+            return None
+    return total
+
+
+def check_iterable(data: Any) -> None:
+    """Raises TypeError if data cannot be an iterable of batches."""
+    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+        raise TypeError(f"data must be an iterable of (inputs, targets), got {type(data).__name__}")
+
+
+def _length(data: Iterable[Any]) -> int | None:
+    if not isinstance(data, Sized):
+        return None
+    try:
+        return len(data)
+    except TypeError:
+        # A DataLoader over an iterable data set has a length only in name.
+        return None
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    # To the host without waiting, values would be read before they arrive.
+    return _mapped(
+        _usable(value), lambda tensor: tensor.to(device, non_blocking=device.type == "cuda")
+    )
+
+
+def _nearby(value: Any, device: torch.device) -> Any:
+    """The value with tensors on the host or on the device."""
+    return _mapped(
+        _usable(value), lambda t: t if t.device in (device, torch.device("cpu")) else t.to(device)
+    )
+
+
+def _usable(value: Any) -> Any:
+    """The value with tensors that hold values and that autograd takes."""
+    return _mapped(value, _usable_tensor)
+
+
+def _dense_input(tensor: Tensor) -> Tensor:
+    check_dense(tensor, "data: inputs")
+    return tensor
+
+
+def _usable_tensor(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        raise ValueError(
+            f"data must hold values, got a tensor {list(tensor.shape)} on the meta device"
+        )
+    # Autograd refuses tensors made under inference_mode; a clone is a normal one.
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested tuples, lists and dicts with changed tensors."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [_mapped(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def halves(batch: Batch) -> list[Batch]:
+    """The batch in two, or as it is where it has one sample or does not say how many."""
+    try:
+        count = _leading_size(batch.inputs)
+    except (AttributeError, TypeError):
+        return [batch]
+    if count < 2:
+        return [batch]
+
+    def part(value: Any, samples: slice) -> Any:
+        return _mapped(value, lambda t: t[samples] if t.dim() and len(t) == count else t)
+
+    def half(samples: slice) -> Batch:
+        targets = part(batch.targets, samples)
+        same = batch.given_targets is batch.targets
+        given = targets if same else part(batch.given_targets, samples)
+        weight = part(batch.weight, samples)
+        return Batch(batch.index, part(batch.inputs, samples), targets, given, weight)
+
+    return [half(slice(0, count // 2)), half(slice(count // 2, count))]
+
+
+def _leading_size(inputs: Any) -> int:
+    if isinstance(inputs, Tensor):
+        return inputs.shape[0]
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    for value in values:
+        if isinstance(value, Tensor):
+            return value.shape[0]
+    raise TypeError("inputs must contain a tensor whose first axis counts the samples")

@@ -1,0 +1,208 @@
+"""The user's function as it is: what freezing, eval mode or recomputation would switch is held."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
+
+from hesskern.graph.cuts import counting_is_paused, uncounted
+
+__all__ = [
+    "check_repeatable",
+    "frozen_eval",
+    "grad_fn_of",
+    "model_device",
+    "noted_hooks",
+    "random_state",
+    "run_model",
+]
+
+# Relative to the largest output, what two runs of one batch may differ by through rounding alone.
+_REPEATED = {torch.float64: 1e-10, torch.float32: 1e-5}
+_REPEATED_NARROW = 1e-2
+_REPEATS = 16
+
+
+@contextmanager
+def frozen_eval(model: nn.Module, trainable: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Eval mode, with all parameters frozen but some; modes and flags come back, also after errors.
+
+    Inside, the model computes the function that it computes in eval mode with gradients: torch's
+    fused attention, which is another function where positions are padded, is switched off, and
+    re-entrant checkpoints, which cut the graph where their inputs are frozen, simply run.
+
+    Args:
+        model: any module.
+        trainable: the leaf parameters that require gradients inside.
+
+    Raises:
+        ValueError: the model was made under ``torch.inference_mode()``, or is on the meta device.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    if any(tensor.is_inference() for tensor in tensors):
+        raise ValueError(
+            "model must not be made under torch.inference_mode(): autograd cannot run through it"
+        )
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError("model must hold values, but it has tensors on the meta device")
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for chosen in trainable:
+            chosen.requires_grad_(True)
+        torch.backends.mha.set_fastpath_enabled(False)
+        # Compiled models run eagerly: hooks and double backward need the plain graph.
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.compiler.set_stance("force_eager"),
+            _plain_checkpoints(),
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """A class with another attribute, for the time of the block."""
+    own = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own is None:
+            # It was inherited.
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+@contextmanager
+def _plain_checkpoints() -> Iterator[None]:
+    """Re-entrant checkpoints of this thread call their function and keep its graph."""
+    inherited: Any = CheckpointFunction.apply
+    thread = threading.get_ident()
+
+    def apply(function: Any, preserve_rng_state: Any, *args: Any) -> Any:
+        if threading.get_ident() != thread:
+            return inherited(function, preserve_rng_state, *args)
+        return function(*args)
+
+    with _replaced(CheckpointFunction, "apply", staticmethod(apply)):
+        yield
+
+
+@contextmanager
+def noted_hooks(note: Callable[[], None]) -> Iterator[None]:
+    """Calls ``note`` whenever this thread puts a hook on a gradient, or may do so.
+
+    Such a hook changes gradients behind the graph's back and leaves no trace in it. Whoever puts
+    one there asks a tensor for its node, as ``Tensor.register_hook`` does itself.
+    """
+    thread = threading.get_ident()
+
+    def grad_fn(self: Tensor) -> Any:
+        if threading.get_ident() == thread and not counting_is_paused():
+            note()
+        return grad_fn_of(self)
+
+    with _replaced(Tensor, "grad_fn", property(grad_fn)):
+        yield
+
+
+def grad_fn_of(tensor: Tensor) -> Any:
+    """The tensor's node, asked for by this package itself."""
+    descriptor: Any = torch._C.TensorBase.grad_fn
+    with uncounted():
+        return descriptor.__get__(tensor)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Device of the model's first parameter or buffer; CPU if it has none."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def run_model(model: nn.Module, inputs: Any) -> Tensor:
+    """The model's outputs [N, ...] for a tensor, a tuple or list of arguments, or a dict of them.
+
+    Raises:
+        TypeError: the model returns neither a tensor nor something with ``logits``.
+    """
+    if isinstance(inputs, Mapping):
+        outputs = model(**inputs)
+    elif isinstance(inputs, (tuple, list)):
+        outputs = model(*inputs)
+    else:
+        outputs = model(inputs)
+    if isinstance(outputs, Mapping) and "logits" in outputs:
+        outputs = outputs["logits"]
+    elif hasattr(outputs, "logits"):
+        outputs = outputs.logits
+    if not isinstance(outputs, Tensor):
+        raise TypeError(
+            f"model must return a tensor (or an object with .logits), got {type(outputs).__name__}"
+        )
+    if not outputs.is_floating_point():
+        raise TypeError(f"model must return a floating-point tensor, got {outputs.dtype}")
+    if outputs.layout != torch.strided:
+        raise TypeError(f"model must return a dense tensor, got one of layout {outputs.layout}")
+    if outputs.dim() == 0:
+        raise ValueError("model must return outputs per sample [N, ...], got a scalar")
+    return outputs
+
+
+def random_state(device: torch.device) -> tuple[bytes, ...]:
+    """State of torch's global generators that a model on this device draws from."""
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    # States lie on the host; as bytes they are compared without an operation on tensors.
+    return tuple(ctypes.string_at(state.data_ptr(), state.nbytes) for state in states)
+
+
+def check_repeatable(first: list[Tensor], again: Callable[[], list[Tensor]], batch: int) -> None:
+    """Refuses a model that has drawn random numbers and whose values are random.
+
+    Args:
+        first: outputs, and whatever else must not change.
+        again: runs the model on the same inputs once more; the same tensors.
+        batch: index of the batch, for the message.
+
+    Raises:
+        ValueError: the same inputs give other values.
+    """
+    # Small masks are often drawn alike.
+    for _ in range(_REPEATS):
+        repeated = again()
+        if len(repeated) != len(first) or not all(map(_same, repeated, first)):
+            raise ValueError(
+                "model must give the same outputs for the same inputs, but it draws random "
+                f"numbers in eval mode and two runs of batch {batch} differ (functional dropout "
+                "without training=self.training? noise added in forward()?)"
+            )
+
+
+def _same(again: Tensor, first: Tensor) -> bool:
+    """Whether two outputs differ by no more than rounding."""
+    if again.shape != first.shape or not first.numel():
+        return again.shape == first.shape
+    limit = _REPEATED.get(first.dtype, _REPEATED_NARROW) * float(first.abs().max())
+    return not float((again - first).abs().max()) > limit

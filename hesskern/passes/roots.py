@@ -1,0 +1,347 @@
+"""Root rows of a batch for every layer: what factors and Hessians both accumulate from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesskern.choices import Output, check_choice
+from hesskern.devices import on_host
+from hesskern.passes.batches import Batch
+from hesskern.passes.capture import Capture
+from hesskern.passes.checks import Checks, check_dense
+from hesskern.passes.layer_uses import LayerUse
+from hesskern.passes.layers import LayerSpec
+from hesskern.passes.losses import Loss, Rows
+
+__all__ = [
+    "BatchRoots",
+    "accumulator_dtype",
+    "check_finite",
+    "check_fraction",
+    "check_output",
+    "checked_targets",
+    "positions_last",
+    "sample_weights",
+]
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything below."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_finite(
+    checks: Checks,
+    tensor: Tensor,
+    what: str,
+    batch: int,
+    total: Tensor | None = None,
+    place: int | None = None,
+) -> None:
+    """Requires that a tensor holds no NaN or Inf, at the price of its sum or extremes.
+
+    Args:
+        checks: of the pass.
+        tensor: any shape; on a device it must keep its values until ``checks`` has looked at it.
+        what: for the message, e.g. "inputs of layer 'fc1'".
+        batch: index of the batch, for the message.
+        total: sums of the tensor's entries, where the caller has them.
+        place: of the condition among those of the batch.
+
+    Raises:
+        ValueError: an entry is NaN or Inf, and the tensor lies on the host.
+    """
+    if not tensor.numel():
+        return
+
+    def message() -> str:
+        return (
+            f"data: {what} contain NaN or Inf in batch {batch}; nothing of this batch was "
+            "accumulated"
+        )
+
+    if not on_host(tensor):
+        checks.require_finite(tensor, message, place)
+        return
+    # A sum is finite only if every entry is; it may also overflow: a bad one is looked into.
+    total = tensor.sum() if total is None else total.sum()
+    if not bool(torch.isfinite(total)):
+        checks.require(torch.isfinite(tensor).all(), message)
+
+
+def checked_targets(loss: Loss, outputs: Tensor, batch: Batch, checks: Checks) -> Any:
+    """The batch's targets on the outputs' device, checked where they came from.
+
+    Raises:
+        ValueError, TypeError: they do not fit the outputs [N, ...].
+    """
+    given = loss.check(outputs, batch.given_targets, checks)
+    return given if batch.given_targets is batch.targets else batch.targets
+
+
+def sample_weights(
+    batch: Batch, outputs: Tensor, loss: Loss, checks: Checks
+) -> tuple[Tensor | None, float | Tensor]:
+    """Weights of a batch's samples, and their sum.
+
+    Args:
+        batch: with its weights [N], or None.
+        outputs: [N, ...] of the model.
+        loss: says which samples count.
+        checks: of the pass.
+
+    Returns:
+        [N] weights on the outputs' device, 0 for samples that do not count, or None if all are one;
+        their sum, a 0-dim float64 tensor there where the host cannot tell it.
+
+    Raises:
+        TypeError: the weights are no floating-point numbers, or sparse.
+        ValueError: the weights are not [N], or not finite and non-negative.
+    """
+    n, dtype = outputs.shape[0], accumulator_dtype(outputs.dtype)
+    weight = batch.weight
+    if weight is not None:
+        if isinstance(weight, Tensor):
+            _check_weight_type(weight)
+        if not isinstance(weight, Tensor) or weight.shape != (n,):
+            found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"sample_weight must be [N] = [{n}] per batch, got {found}")
+        if n:
+            least, most = weight.aminmax()
+            checks.require(
+                # Written so that NaN, which both are if one weight is, fails.
+                (least >= 0) & (most < math.inf),
+                lambda least, most: (
+                    "sample_weight must be finite and non-negative, got "
+                    f"{most if least >= 0 else least} in batch {batch.index}"
+                ),
+                least,
+                most,
+            )
+        weight = weight.to(dtype)
+    counted = loss.counted(outputs, batch.given_targets)
+    if counted is not None:
+        mask = counted.to(dtype)
+        if weight is not None and weight.device != mask.device:
+            weight, mask = (t.to(outputs.device, non_blocking=True) for t in (weight, mask))
+        weight = mask if weight is None else weight * mask
+    if weight is None:
+        return None, float(n)
+    total = weight.sum(dtype=torch.float64)
+    count = float(total) if on_host(total) else total
+    return weight.to(outputs.device, non_blocking=True), count
+
+
+def _check_weight_type(weight: Tensor) -> None:
+    check_dense(weight, "sample_weight")
+    if weight.is_floating_point():
+        return
+    if weight.dtype == torch.bool:
+        likeness = "which looks like a mask; a mask as weights 0 and 1 is mask.double()"
+    elif weight.is_complex():
+        likeness = "which is no weight; pass its real part"
+    else:
+        likeness = (
+            "which looks like indices, groups or a second target; whole-number weights are "
+            "weight.double()"
+        )
+    raise TypeError(
+        "sample_weight, or the third element of a batch, must be floating point [N], got "
+        f"{weight.dtype} {list(weight.shape)}, {likeness}. Let the data yield (inputs, targets) "
+        "where it is none"
+    )
+
+
+class BatchRoots:
+    """Forward pass of one batch, checked, with its rows ready to run backwards.
+
+    Attributes:
+        count: weighted number of samples that count (sum of the weights); a 0-dim float64 tensor
+            where only the device knows it.
+        uses: per reached layer, its calls with inputs in the model's dtype.
+        weight_root: [N] square roots of the sample weights, or None if all are one.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        batch: Batch,
+        loss: Loss,
+        output: Output,
+        samples: int,
+        generator: torch.Generator,
+        checks: Checks,
+        sums_follow: bool = False,
+    ) -> None:
+        self._capture, self._batch, self._checks = capture, batch, checks
+        self.outputs, self.uses = capture.forward(batch)
+        self._targets = checked_targets(loss, self.outputs, batch, checks)
+        # Before the inputs, whose weighted sums are not finite where a weight is not.
+        weight, self.count = sample_weights(batch, self.outputs, loss, checks)
+        # A mask is its own square root.
+        self._masked = batch.weight is None
+        self.weight_root = weight if weight is None or self._masked else weight.sqrt()
+        self._shaped: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._sums: dict[int, Tensor] = {}
+        self._places: dict[str, int] = {}
+        for name, layer in self.uses.items():
+            for use in layer:
+                self._check_use(name, use, sums_follow)
+        check_finite(checks, self.outputs, "the model's outputs", batch.index)
+        self._rows = self._make_rows(loss, output, samples, generator)
+
+    def _check_use(self, name: str, use: LayerUse, sums_follow: bool) -> None:
+        total = None
+        if on_host(use.x):
+            total = self._sums[id(use)] = use.x.sum(0, dtype=accumulator_dtype(use.x.dtype))
+        elif sums_follow:
+            # Sums are finite only if all inputs are.
+            self._places.setdefault(name, self._checks.place())
+            return
+        check_finite(self._checks, use.x, f"inputs of layer {name!r}", self._batch.index, total)
+
+    def add_input_sum(self, name: str, use: LayerUse, x: Tensor, out: Tensor) -> None:
+        """Writes a use's inputs, weighted and summed over samples, to ``out``, and checks them.
+
+        Args:
+            name: of the layer.
+            use: one of its uses.
+            x: :meth:`inputs` of it.
+            out: [d], [t, d] or [C, (H,) W] in the accumulators' dtype.
+        """
+        total = self._sums.get(id(use))
+        if self.weight_root is None and total is not None:
+            out.copy_(total)
+        elif self._masked:
+            torch.sum(x, 0, dtype=out.dtype, out=out)
+        else:
+            assert self.weight_root is not None
+            weight = self.weight_root.to(out.dtype).square()
+            torch.mm(weight[None], use.x.to(out.dtype).flatten(1), out=out.view(1, -1))
+        if name in self._places:
+            what = f"inputs of layer {name!r}"
+            check_finite(self._checks, out, what, self._batch.index, place=self._places[name])
+
+    def _make_rows(
+        self, loss: Loss, output: Output, samples: int, generator: torch.Generator
+    ) -> Rows:
+        targets = self._targets
+        if output == "exact":
+            return loss.exact(self.outputs, targets)
+        if output == "mc":
+            return loss.sampled(self.outputs, targets, samples, generator)
+        return loss.empirical(self.outputs, targets)
+
+    @property
+    def rows(self) -> int:
+        """Number r of root rows per sample."""
+        return self._rows.count
+
+    def _row(self, index: int) -> Tensor:
+        """A root row times the square roots of the sample weights."""
+        row = self._rows.row(index)
+        # Those of samples that do not count are zero.
+        return row if self._masked else self._weighted(row)
+
+    def inputs(self, use: LayerUse) -> Tensor:
+        """The use's inputs times the square roots of the sample weights; shape of ``use.x``."""
+        return self._weighted(use.x)
+
+    def _weighted(self, tensor: Tensor) -> Tensor:
+        if self.weight_root is None:
+            return tensor
+        key = tensor.dim(), tensor.dtype
+        if key not in self._shaped:
+            shape = (-1,) + (1,) * (tensor.dim() - 1)
+            self._shaped[key] = self.weight_root.reshape(shape).to(tensor.dtype)
+        return tensor * self._shaped[key]
+
+    def gradients(
+        self, begin: int = 0, end: int | None = None
+    ) -> Iterator[dict[str, list[Tensor | None]]]:
+        """Per root row, every layer's root times Jacobian: per use the output's shape, or None.
+
+        The rows carry the square roots of the sample weights. Whoever sums them up checks the sums
+        with :meth:`check_gradients`. Every row can be had once, and in order.
+
+        Args:
+            begin, end: which rows; all by default.
+        """
+        for j in range(begin, self.rows if end is None else end):
+            row = self._row(j)
+            yield self._capture.backward(self.outputs, row, self.uses, last=j == self.rows - 1)
+
+    def blocks(
+        self, budget: int, begin: int = 0, end: int | None = None
+    ) -> Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]] | None:
+        """The same in blocks of samples and rows, which come first: per use [n, r, ...], or None.
+
+        Args:
+            budget: bytes that a block may take on its way through the model, beyond one row.
+            begin, end: which rows; all by default. A block counts its rows from ``begin``.
+
+        Returns:
+            an iterator to be used instead of :meth:`gradients`, or None where the model holds
+            operations that only autograd knows, or there is one row.
+        """
+        return self._capture.backward_all(
+            self.outputs,
+            (self.rows if end is None else end) - begin,
+            lambda j: self._row(begin + j),
+            self.uses,
+            budget,
+        )
+
+    def check_sums(self, name: str, inputs: Tensor, outputs: Tensor) -> None:
+        """Requires that a layer's covariance [(g,) d, d] and output Hessian [m, m] are finite.
+
+        One entry of the data that is not finite leaves a diagonal entry of theirs that is not.
+        """
+        # Finite entries may still have squares that are not.
+        sums = (("squared inputs", inputs), ("output gradients", outputs))
+        for what, matrix in sums:
+            # On a device a diagonal would be an operation of its own.
+            looked_at = matrix.diagonal(dim1=-2, dim2=-1) if on_host(matrix) else matrix
+            check_finite(self._checks, looked_at, f"{what} of layer {name!r}", self._batch.index)
+
+    def check_gradients(self, gradients: dict[str, Tensor]) -> None:
+        """Requires that layers' gradients, of any shape, hold no NaN or Inf."""
+        for name, tensor in gradients.items():
+            what = f"output gradients of layer {name!r}"
+            check_finite(self._checks, tensor, what, self._batch.index)
+        # At once: whoever has them may let go of them.
+        self._checks.gather()
+
+
+def positions_last(spec: LayerSpec, tensor: Tensor) -> Tensor:
+    """[N, q, t] of conv tensors [N, q, ...] and sequence tensors [N, t..., q]; [N, q] stays.
+
+    A view where the layout permits.
+    """
+    if spec.kind == "conv":
+        return tensor.flatten(2)
+    if tensor.dim() == 2:
+        return tensor
+    return tensor.flatten(1, -2).transpose(1, 2)
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError unless the argument called ``name`` is in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number in [0, 1), got {type(value).__name__}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
+
+
+def check_output(output: Any, mc_samples: Any, seed: Any) -> None:
+    """Raises ValueError for an unknown ``output`` or a bad number of samples or seed."""
+    check_choice("output", output, Output)
+    if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
+        raise ValueError(f"mc_samples must be a positive integer, got {mc_samples!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed must be an integer, got {seed!r}")

@@ -436,7 +436,7 @@ def test_width_variants(tiny):
     predicted = hk.predict_overlap(*factors, 27)
     curve = hk.subspace_overlap(*[f.eigsh(27).vectors for f in factors]).tolist()
     row = outcome.tables[0].rows[1]
-    assert row[2:4] == [predicted.kind, hk.predictor.classify_peak(curve, 12)]
+    assert row[2:4] == [predicted.kind, hk.classify_peak(curve, 12)]
     assert int(row[4]) == predicted.peak
     assert float(row[6]) == pytest.approx(max(predicted.curve.tolist()), abs=1e-3)
     assert float(row[7]) == pytest.approx(max(curve), abs=2e-3)

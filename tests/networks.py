@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -170,6 +171,19 @@ class TiedDecoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(F.relu(F.linear(F.relu(self.encode(x)), self.encode.weight.T)))
+
+
+class Shaped(nn.Module):
+    """A two-layer network with outputs [N, *shape]."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 4)
+        self.b = nn.Linear(4, math.prod(shape))
+        self.shape = shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x))).reshape(len(x), *self.shape)
 
 
 @dataclass(frozen=True)
@@ -388,3 +402,11 @@ def small_network(kind: str) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
         layers = [nn.Conv2d(4, 4, 2, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)]
         x = randn(9, 4, 3, 3)
     return seeded(nn.Sequential(*layers)), [(x, classes(len(x), c=3))]
+
+
+def tanh_problem(
+    activation: type[nn.Module] = nn.Tanh,
+) -> tuple[nn.Module, list[tuple[Tensor, Tensor]], nn.Module]:
+    """A network whose first layer has a functional term, one batch and a loss."""
+    model = seeded(nn.Sequential(nn.Linear(4, 5), activation(), nn.Linear(5, 3)))
+    return model, [(randn(15, 4), classes(15, c=3))], nn.CrossEntropyLoss()

@@ -3,15 +3,10 @@
 import pytest
 import torch
 from dense import gauss_newton, loss_hessian
-from networks import classes, randn, seeded
+from networks import classes, randn, seeded, tanh_problem
 from torch import nn
 
 import hesskern as hk
-
-
-def tanh_problem(activation=nn.Tanh):
-    model = seeded(nn.Sequential(nn.Linear(4, 5), activation(), nn.Linear(5, 3)))
-    return model, [(randn(15, 4), classes(15, c=3))], nn.CrossEntropyLoss()
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.GELU])

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from dense import relative_error
-from networks import classes, randn, seeded
-from test_losses import Shaped
+from networks import Shaped, classes, randn, seeded
 from torch import Tensor, nn
 
 import hesskern as hk

@@ -12,24 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense import gauss_newton, loss_hessian, relative_error
-from networks import classes, randn, seeded
+from networks import Shaped, classes, randn, seeded
 from torch import Tensor, nn
 
 import hesskern as hk
 from hesskern.passes.losses import resolve_loss
-
-
-class Shaped(nn.Module):
-    """A two-layer network with outputs [N, *shape]."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.a = nn.Linear(3, 4)
-        self.b = nn.Linear(4, math.prod(shape))
-        self.shape = shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(F.relu(self.a(x))).reshape(len(x), *self.shape)
 
 
 def probabilities(*shape: int, seed: int = 0) -> Tensor:

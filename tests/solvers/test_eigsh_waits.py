@@ -15,7 +15,7 @@ import pytest
 import torch
 from networks import classes, randn, seeded
 from played_device import Counts, OnDevice, Waited, counting, generators, played
-from test_eigen import Counting, check, layer, spectra, symmetric
+from spectra import Counting, check, layer, spectra, symmetric
 from torch import Tensor, nn
 
 import hesskern as hk

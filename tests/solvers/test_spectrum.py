@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from networks import randn
-from test_functional import tanh_problem
+from networks import randn, tanh_problem
 
 import hesskern as hk
 

@@ -16,7 +16,6 @@ MAP = ROOT / "docs" / "architecture.md"
 # Written above folders: the modules that stand in none.
 TOP = "(top)"
 FACE = "hesskern"
-COMPILED = "hesskern._C"
 
 
 def modules() -> dict[str, Path]:
@@ -44,8 +43,7 @@ def imports(source: str, known: set[str]) -> set[str]:
 
 def graph() -> dict[str, set[str]]:
     known = modules()
-    names = {*known, COMPILED}
-    return {name: imports(path.read_text(), names) - {COMPILED} for name, path in known.items()}
+    return {name: imports(path.read_text(), set(known)) for name, path in known.items()}
 
 
 def folder(module: str) -> str:

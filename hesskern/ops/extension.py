@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +29,7 @@ def load() -> ModuleType:
             C++ sources of the checkout it stands in; the message says how to build it.
     """
     try:
-        from hesskern import _C  # type: ignore[attr-defined]
+        _C = import_module("hesskern._C")
     except ImportError as error:
         raise ImportError(
             f"hesskern's compiled operators could not be loaded ({error}). {_BUILD}"

@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -566,7 +567,8 @@ def _thrown(error: Exception, model: nn.Module) -> tuple[str, str]:
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, _Inconsistent):
         return "WRONG", str(error)
-    own = frames[-1].filename.replace("\\", "/").rsplit("/", 2)[-2] == "hesskern"
+    package = Path(hk.__file__).parent
+    own = package in Path(frames[-1].filename).parents
     words = r"\b(model|layers?|data|loss|targets?|outputs?|params|inputs?|sample_weight|module)\b"
     if type(error) in (ValueError, TypeError, NotImplementedError) and own:
         names = [name for name, _ in model.named_modules() if name]

@@ -11,17 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense import layer_factors, relative_error
-from networks import CASES, classes, randn, seeded
+from networks import CASES, CE, classes, randn, routed_data, sample_loss, seeded
 from torch import Tensor, nn
 
 import hesskern as hk
 
-CE = nn.CrossEntropyLoss()
 FACTORS = ("input_covariance", "output_hessian")
-
-
-def sample_loss(outputs: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, target)
 
 
 def assert_same(a: hk.Factors, b: hk.Factors, bound: float = 0.0) -> None:
@@ -269,15 +264,6 @@ class Routed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.stem(x))
         return self.positive(h) if x[0, 0] > 0 else self.negative(h)
-
-
-def routed_data() -> list[tuple[Tensor, Tensor]]:
-    data = []
-    for i, sign in enumerate((-1.0, 1.0, -1.0)):
-        x = randn(3, 4, seed=i)
-        x[0, 0] = sign * x[0, 0].abs()
-        data.append((x, classes(3, c=3, seed=i)))
-    return data
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))

@@ -12,18 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense import layer_factors, relative_error
-from networks import CASES, SharedOverPositions, Twice, classes, randn, seeded
+from networks import CASES, CE, SharedOverPositions, Twice, classes, randn, sample_loss, seeded
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hesskern as hk
 
-CE = nn.CrossEntropyLoss()
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even:UserWarning")
-
-
-def sample_loss(outputs: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, target)
 
 
 def columns(mean: Tensor) -> Tensor:

@@ -25,9 +25,11 @@ from hesskern.diagnostics.predictor import OverlapPrediction, classify_peak, pre
 from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.compute import kronecker_factors
 from hesskern.factors.result import Factors, LayerFactors, load_factors
-from hesskern.operators.base import AutogradHessian, CurvatureOperator, KroneckerOperator
+from hesskern.operators.autograd import AutogradHessian
+from hesskern.operators.base import CurvatureOperator
 from hesskern.operators.corrected import CorrectedOperator, eigenvalue_corrected
 from hesskern.operators.gauss_newton import GaussNewton
+from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.operators.layer_hessian import LayerHessian, LayerHessians, layer_hessians
 from hesskern.operators.nearest import nearest_kronecker
 from hesskern.operators.position_mean import PositionMeanHessian, position_mean_hessian

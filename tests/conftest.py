@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# Assertions in helpers say as much as those in tests.
+pytest.register_assert_rewrite("blocks", "dense", "judging", "pruned", "same_factors", "spectra")
+
 # The same examples on every run and machine; no deadline, since builders share their cores.
 settings.register_profile(
     "hesskern", derandomize=True, deadline=None, max_examples=40, print_blob=True

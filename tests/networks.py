@@ -12,6 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+CE = nn.CrossEntropyLoss()
+
+
+def sample_loss(outputs: Tensor, target: Tensor) -> Tensor:
+    """``CE`` of one sample, in torch's functional form."""
+    return F.cross_entropy(outputs, target)
+
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
@@ -184,6 +191,16 @@ class Shaped(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(F.relu(self.a(x))).reshape(len(x), *self.shape)
+
+
+def routed_data() -> list[tuple[Tensor, Tensor]]:
+    """Batches whose first entries are negative, positive, negative."""
+    data = []
+    for i, sign in enumerate((-1.0, 1.0, -1.0)):
+        x = randn(3, 4, seed=i)
+        x[0, 0] = sign * x[0, 0].abs()
+        data.append((x, classes(3, c=3, seed=i)))
+    return data
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import classes, randn, seeded
+from networks import CE, classes, randn, seeded
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import hesskern as hk
-
-CE = nn.CrossEntropyLoss()
 
 
 class Net(nn.Module):

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from networks import classes, randn, seeded
+from networks import CE, classes, randn, seeded
 from played_device import generators, played
 from torch import Tensor, nn
 
 import hesskern as hk
 
-CE = nn.CrossEntropyLoss()
 Data = list[tuple[Any, ...]]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from hesskern.diagnostics.metrics import DecouplingError, decoupling_error
-from hesskern.operators.base import AutogradHessian
+from hesskern.operators.autograd import AutogradHessian
 from hesskern.operators.layer_hessian import layer_hessians
 from hesskern.passes.layers import parameter_of
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesskern.operators.base import KroneckerOperator
+from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.passes.layers import LayerSpec, unfolded
 from hesskern.solvers.result import EigenResult
 from hesskern.tensor_files import OpenedFile, TensorFormat

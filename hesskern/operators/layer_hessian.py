@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from hesskern import ops
 from hesskern.choices import Bias
 from hesskern.graph.evidence import Evidence
-from hesskern.operators.base import EigenbasisOperator, KroneckerOperator, LayerOperator
+from hesskern.operators.base import EigenbasisOperator, LayerOperator
+from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.operators.packed_inputs import PackedInputs
 from hesskern.operators.pruning import kept_samples, prune
 from hesskern.operators.samples import SampleRows, added_bytes, join, layer_rows

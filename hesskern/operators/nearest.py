@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hesskern.operators.base import KroneckerOperator
+from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.operators.layer_hessian import LayerHessian
 
 __all__ = ["nearest_kronecker"]

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesskern.operators.base import EigenbasisOperator, KroneckerOperator
+from hesskern.operators.base import EigenbasisOperator
+from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.ops.reference import unfold
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.roots import BatchRoots, accumulator_dtype, positions_last

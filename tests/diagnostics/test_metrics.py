@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from dense import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import CASES, classes, randn, seeded
+from networks import CASES, CE, classes, randn, seeded
 from torch import Tensor, nn
 
 import hesskern as hk
-
-CE = nn.CrossEntropyLoss()
 
 
 def orthonormal(size: int, k: int, seed: int = 0) -> Tensor:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from networks import classes, randn, seeded
+from networks import CE, classes, randn, seeded
 from torch import nn
 
 import hesskern as hk
 from hesskern.factors.precision import precision_of
 
-CE = nn.CrossEntropyLoss()
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 

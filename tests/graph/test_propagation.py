@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hesskern.graph import propagation_rules
 from hesskern.graph.propagation import Propagation
+from hesskern.graph.propagation_layout import Rule
 from hesskern.passes.batches import Batch
 from hesskern.passes.capture import Capture
 from hesskern.passes.layers import select_layers
@@ -24,7 +26,9 @@ def rules(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.param != "kernels":
         monkeypatch.setattr("hesskern.graph.propagation._by_kernels", lambda outputs: False)
     if request.param == "channels last":
-        monkeypatch.setattr("hesskern.graph.propagation._wants_channels_last", lambda *_: True)
+        monkeypatch.setattr(
+            "hesskern.graph.propagation_images._wants_channels_last", lambda *_: True
+        )
 
 
 class Net(nn.Module):
@@ -382,20 +386,18 @@ def test_weights_that_require_gradients() -> None:
 
 
 def test_a_rule_that_fails_leaves_it_to_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    import hesskern.graph.propagation as propagation
-
-    def late(*_: object) -> propagation._Rule:
+    def late(*_: object) -> Rule:
         def apply(*_: object) -> list[Tensor]:
             raise RuntimeError("a kernel takes no such operand")
 
-        return propagation._Rule((1,), apply)
+        return Rule((1,), apply)
 
-    def narrow(*_: object) -> propagation._Rule:
-        return propagation._Rule((1,), lambda g, _, factor: [g[..., :1]])
+    def narrow(*_: object) -> Rule:
+        return Rule((1,), lambda g, _, factor: [g[..., :1]])
 
     model = seeded(lambda: mlp(nn.ReLU())).eval()
     for rule in (late, narrow):
-        monkeypatch.setitem(propagation._RULES, "Addmm", rule)
+        monkeypatch.setitem(propagation_rules._RULES, "Addmm", rule)
         _, found = gradients(model, images(4, 6))
         assert found is None
 

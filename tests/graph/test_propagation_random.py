@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional as F
 
 from hesskern.graph import nodes as graph
-from hesskern.graph import propagation
+from hesskern.graph import propagation_rules
 from hesskern.graph.propagation import Propagation
 
 CASES = 500
@@ -278,7 +278,7 @@ def test_random_chains() -> None:
             raise AssertionError(f"seed {seed}, samples {chain.n}") from error
     # The comparison has something to compare, of every rule.
     assert planned > CASES // 3
-    rules = {*propagation._RULES, *propagation._SAME_VALUES, "Relu", "Tanh"}
+    rules = {*propagation_rules._RULES, *propagation_rules._SAME_VALUES, "Relu", "Tanh"}
     assert rules - kinds <= {"Alias", "ReshapeAlias"}
 
 

@@ -8,14 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import CASES, classes, randn
+from networks import CASES, CE, classes, randn
 from strategies import dtypes, seeds
-from torch import Tensor, nn
+from torch import Tensor
 
 import hesskern as hk
 from hesskern.operators.samples import SampleRows
-
-CE = nn.CrossEntropyLoss()
 
 
 def symmetric(*shape: int, seed: int) -> Tensor:

@@ -12,13 +12,11 @@ import torch.nn.functional as F
 from dense import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import CASES, Between, classes, randn, seeded
+from networks import CASES, CE, Between, classes, randn, seeded
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import hesskern as hk
-
-CE = nn.CrossEntropyLoss()
 
 
 def positive(size: int, seed: int = 0, rank: int | None = None) -> Tensor:

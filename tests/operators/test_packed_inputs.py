@@ -12,15 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from networks import classes, randn, seeded
+from networks import CE, classes, randn, seeded
 from torch import Tensor, nn
 
 import hesskern as hk
 from hesskern import ops
 from hesskern.operators import packed_inputs, samples
 from hesskern.passes import memory
-
-CE = nn.CrossEntropyLoss()
 
 
 class Watch:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import classes, randn, seeded
+from networks import CE, classes, randn, seeded
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hesskern as hk
 from hesskern.passes import checks
 
-CE = nn.CrossEntropyLoss()
 Data = list[tuple[Any, ...]]
 
 

@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 import torch
 from allocations import peak_bytes
-from networks import classes, randn, seeded
+from networks import CE, classes, randn, seeded
 from torch import Tensor, nn
 
 import hesskern as hk
 from hesskern.passes import memory
-
-CE = nn.CrossEntropyLoss()
 
 
 def model() -> nn.Module:

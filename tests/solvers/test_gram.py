@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from networks import classes, randn, seeded
+from networks import CE, classes, randn, seeded
 from tensors import assert_near
 from torch import Tensor, nn
 
 import hesskern as hk
 from hesskern.operators.layer_hessian import LayerHessian
 from hesskern.solvers.gram import gram_eigenpairs
-
-CE = nn.CrossEntropyLoss()
 
 
 def hessians(dtype: torch.dtype, samples: int = 12, tolerance: float = 0.0) -> list[LayerHessian]:

@@ -16,7 +16,7 @@ from hesskern.diagnostics.functional import functional_share
 from hesskern.diagnostics.metrics import decoupling_error, input_autocorrelation, subspace_overlap
 from hesskern.diagnostics.output_space import row_space_overlap
 from hesskern.factors.compute import kronecker_factors
-from hesskern.operators.base import AutogradHessian
+from hesskern.operators.autograd import AutogradHessian
 from hesskern.operators.corrected import eigenvalue_corrected
 from hesskern.operators.gauss_newton import GaussNewton
 from hesskern.operators.layer_hessian import layer_hessians

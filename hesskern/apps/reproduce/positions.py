@@ -10,7 +10,7 @@ from torch import Tensor
 from hesskern.apps.reproduce.lab import LOSS, Lab, Network
 from hesskern.apps.reproduce.results import Outcome, Table, judge, spread_words
 from hesskern.diagnostics.metrics import decoupling_error, subspace_overlap
-from hesskern.operators.base import KroneckerOperator
+from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.operators.nearest import nearest_kronecker
 from hesskern.operators.position_mean import position_mean_hessian
 from hesskern.solvers.eigsh import eigsh

@@ -1,0 +1,120 @@
+"""Kronecker products as operators."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesskern import ops
+from hesskern.operators.base import EigenbasisOperator
+
+__all__ = ["KroneckerOperator"]
+
+
+class KroneckerOperator(EigenbasisOperator):
+    """A (x) B, row-major: vectors are matrices [m, d] flattened, and K vec(X) = vec(A X B^T).
+
+    With groups K is block diagonal: block i is A_ii (x) B_i, A_ii the i-th diagonal block of A.
+
+    Args:
+        A: [m, m] symmetric, e.g. the output Hessian.
+        B: [d, d] symmetric, e.g. the input covariance; or [g, d, d].
+        transposed: whether vectors are matrices [d, m] flattened, as the weight is kept: the matrix
+            is then B (x) A.
+
+    Raises:
+        TypeError: a factor is not a tensor.
+        ValueError: a factor is not square, dtypes or devices differ, or g does not divide m.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, *, transposed: bool = False) -> None:
+        for name, factor in (("A", A), ("B", B)):
+            if not isinstance(factor, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
+        if A.dim() != 2 or A.shape[0] != A.shape[1]:
+            raise ValueError(f"A must be [m, m], got {list(A.shape)}")
+        if B.dim() not in (2, 3) or B.shape[-1] != B.shape[-2]:
+            raise ValueError(f"B must be [d, d] or [g, d, d], got {list(B.shape)}")
+        if A.dtype != B.dtype or A.device != B.device:
+            raise ValueError(
+                f"A and B must agree in dtype and device, got {A.dtype} on {A.device} and "
+                f"{B.dtype} on {B.device}"
+            )
+        groups = B.shape[0] if B.dim() == 3 else 1
+        if A.shape[0] % groups:
+            raise ValueError(f"B has {groups} groups, which do not divide m = {A.shape[0]}")
+        self.A, self.B = A, B
+        self.groups = groups
+        self.transposed = transposed
+        self.layer_shape = (A.shape[0], B.shape[-1])
+        size = A.shape[0] * B.shape[-1]
+        self.shape = (size, size)
+        self.dtype, self.device = A.dtype, A.device
+        self._cut()
+
+    def _cut(self) -> None:
+        """The factors of every group, in the memory of A and B."""
+        step = self.A.shape[0] // self.groups
+        self._left = [
+            self.A[i * step : (i + 1) * step, i * step : (i + 1) * step] for i in range(self.groups)
+        ]
+        self._right = list(self.B) if self.B.dim() == 3 else [self.B]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Every view would take the whole of its factor with it.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_left", "_right")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._cut()
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """[k, P] products with rows [k, P] of matrices [m, d], output first whatever the weight."""
+        return self._matmul(rows)
+
+    def _matmul(self, block: Tensor) -> Tensor:
+        return self._joined(ops.grouped_kron_matmul(self._left, self._right, self._blocks(block)))
+
+    @cached_property
+    def eigenbases(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Per group: eigenvectors U [m/g, m/g] of A and V [d, d] of B, and the products of their
+        eigenvalues S [m/g, d]; ascending along both axes."""
+        left, right, values = [], [], []
+        for a, b in zip(self._left, self._right, strict=True):
+            tau, u = torch.linalg.eigh(a.double())
+            gamma, v = torch.linalg.eigh(b.double())
+            left.append(u.to(self.dtype))
+            right.append(v.to(self.dtype))
+            values.append(torch.outer(tau, gamma).to(self.dtype))
+        return left, right, values
+
+    def trace(self) -> float:
+        return float(
+            sum(
+                a.diagonal().double().sum() * b.diagonal().double().sum()
+                for a, b in zip(self._left, self._right, strict=True)
+            )
+        )
+
+    def squared_norm(self) -> float:
+        """‖A (x) B‖_F² = ‖A‖_F² ‖B‖_F², summed over groups."""
+        return float(
+            sum(
+                a.double().square().sum() * b.double().square().sum()
+                for a, b in zip(self._left, self._right, strict=True)
+            )
+        )
+
+    def diagonal(self) -> Tensor:
+        parts = [
+            torch.outer(a.diagonal(), b.diagonal()).flatten()
+            for a, b in zip(self._left, self._right, strict=True)
+        ]
+        return self._outward(torch.cat(parts))
+
+    def to_dense(self) -> Tensor:
+        pairs = zip(self._left, self._right, strict=True)
+        return self._outward_matrix(torch.block_diag(*(torch.kron(a, b) for a, b in pairs)))

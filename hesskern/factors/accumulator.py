@@ -38,6 +38,9 @@ __all__ = ["FactorAccumulator"]
 
 _STATE = ("count", "batches", "reasons", "unfit", "generator", "settings", "layers")
 
+# Stands for targets that the batch itself holds; None may be what a loss takes.
+_IN_INPUTS: Any = object()
+
 
 @dataclass(frozen=True)
 class _Before:
@@ -158,17 +161,23 @@ class FactorAccumulator(Portable):
         """Weighted number of samples behind the factors (with decay: of averaged batches)."""
         return self._count
 
-    def update(self, inputs: Any, targets: Any, sample_weight: Tensor | None = None) -> None:
+    def update(
+        self, inputs: Any, targets: Any = _IN_INPUTS, sample_weight: Tensor | None = None
+    ) -> None:
         """Adds one batch.
 
         Args:
-            inputs: what the model takes: a tensor, a tuple of arguments, or a dict of them.
-            targets: what the loss takes.
+            inputs: what the model takes: a tensor, a tuple of arguments, or a dict of them; the
+                batch as a whole for losses that find the targets in it.
+            targets: what the loss takes; left out where they are in the batch.
             sample_weight: [N] non-negative weights.
 
         Raises:
             ValueError: bad targets or weights, NaN or Inf; what was accumulated before stays.
         """
+        if targets is _IN_INPUTS:
+            self._pass([inputs], sample_weight)
+            return
         element: tuple[Any, ...] = (inputs, targets)
         if sample_weight is not None:
             element = (*element, as_weights(sample_weight))

@@ -21,7 +21,6 @@ from hesskern.passes.forward_pass import (
     frozen_eval,
     model_device,
     random_state,
-    run_model,
 )
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.roots import checked_targets, sample_weights
@@ -434,6 +433,7 @@ class AutogradHessian(Portable, CurvatureOperator):
                 self._sample_weight,
                 self._progress,
                 "Autograd Hessian",
+                self._loss.split_batch,
             ):
                 outputs = self._outputs(batch)
                 targets = checked_targets(self._loss, outputs, batch, checks)
@@ -464,7 +464,7 @@ class AutogradHessian(Portable, CurvatureOperator):
     def _outputs(self, batch: Batch) -> Tensor:
         """[N, ...] of the model; refused if they or their derivatives are random."""
         before = random_state(self.device)
-        outputs = run_model(self._model, batch.inputs)
+        outputs = self._loss.run(self._model, batch.inputs)
         if random_state(self.device) != before:
 
             def values(outputs: Tensor) -> list[Tensor]:
@@ -480,7 +480,7 @@ class AutogradHessian(Portable, CurvatureOperator):
 
             check_repeatable(
                 values(outputs),
-                lambda: values(run_model(self._model, batch.inputs)),
+                lambda: values(self._loss.run(self._model, batch.inputs)),
                 batch.index,
             )
         return outputs

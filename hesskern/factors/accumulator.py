@@ -23,7 +23,7 @@ from hesskern.factors.layer_sums import (
 from hesskern.factors.precision import precisions
 from hesskern.factors.result import Factors, LayerFactors
 from hesskern.graph.evidence import Evidence
-from hesskern.passes.batches import Batch, halves
+from hesskern.passes.batches import Batch, halves, no_samples
 from hesskern.passes.checks import as_weights
 from hesskern.passes.data_pass import DataPass
 from hesskern.passes.forward_pass import model_device
@@ -393,7 +393,7 @@ class FactorAccumulator(Portable):
     def finished(self, stacklevel: int) -> Factors:
         """:meth:`factors`, with warnings ``stacklevel`` calls above."""
         if not self.num_samples > 0:
-            raise ValueError("data yielded no samples, so there are no factors")
+            raise no_samples(", so there are no factors")
         if self._by_name and self._reasons:
             name, reason = next(iter(self._reasons.items()))
             raise ValueError(f"layers: {name!r} {reason}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesskern import ops
-from hesskern.passes.batches import Batch, batches, check_iterable
+from hesskern.passes.batches import Batch, batches, check_iterable, no_samples
 from hesskern.passes.checks import Checks
 from hesskern.passes.forward_pass import (
     check_repeatable,
@@ -458,7 +458,7 @@ class AutogradHessian(Portable, CurvatureOperator):
             modes.check()
         count = float(total_weight)
         if count == 0:
-            raise ValueError("data yielded no samples")
+            raise no_samples()
         return total / count
 
     def _outputs(self, batch: Batch) -> Tensor:

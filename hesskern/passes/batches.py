@@ -12,7 +12,7 @@ from torch import Tensor
 from hesskern.passes.checks import as_weights, check_dense
 from hesskern.progress import Progress
 
-__all__ = ["Batch", "Parts", "batches", "check_iterable", "halves", "pair"]
+__all__ = ["Batch", "Parts", "batches", "check_iterable", "halves", "no_samples", "pair"]
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,18 @@ def batches(
             progress(description, index + 1, total)
     if sample_weight is not None and offset != len(sample_weight):
         raise _other_length(sample_weight, f"{offset} samples")
+
+
+def no_samples(consequence: str = "") -> ValueError:
+    """The error of a pass over data in which no sample counts.
+
+    Args:
+        consequence: e.g. ", so there are no factors".
+    """
+    return ValueError(
+        f"data yielded no samples{consequence}: it is empty, or no sample counts because its "
+        "weight is zero or its labels are all masked (-100, or the loss's ignore_index)"
+    )
 
 
 def _other_length(sample_weight: Tensor, found: str) -> ValueError:

@@ -30,7 +30,7 @@ from hesskern.passes.batches import Parts, pair
 from hesskern.passes.checks import Checks, check_dense
 from hesskern.passes.forward_pass import run_model
 
-__all__ = ["MOST_ROWS", "Loss", "Rows", "resolve_loss"]
+__all__ = ["MOST_ROWS", "Loss", "Rows", "resolve_loss", "with_root"]
 
 MOST_ROWS = 2**16
 """Exact root rows per sample, each a backward pass, beyond which a loss refuses to give them."""
@@ -165,6 +165,16 @@ def resolve_loss(loss: Any, output_root: Callable[..., Tensor] | None = None) ->
         "transformers such as hk.CausalLM(), or have a method output_root(outputs, targets) -> "
         f"[N, r, c]; got {loss!r}"
     )
+
+
+def with_root(output_root: Callable[..., Tensor], known: Loss | None = None) -> Loss:
+    """Curvature given by rows, of batches and models as another loss takes them.
+
+    Args:
+        output_root: ``output_root(outputs, targets) -> [N, r, *outputs.shape[1:]]``.
+        known: takes batches apart and runs the model; None: (inputs, targets) as they are.
+    """
+    return _Custom(output_root, None, known)
 
 
 def _class_weights(mean: bool) -> str:
@@ -598,6 +608,14 @@ class _Custom(Loss):
 
     output_root: Callable[..., Tensor]
     loss: Any
+    known: Loss | None = None
+
+    def split_batch(self, element: Any, index: int) -> Parts:
+        split = super().split_batch if self.known is None else self.known.split_batch
+        return split(element, index)
+
+    def run(self, model: nn.Module, inputs: Any) -> Tensor:
+        return super().run(model, inputs) if self.known is None else self.known.run(model, inputs)
 
     def check(self, outputs: Tensor, targets: Any, checks: Checks) -> Any:
         return targets

@@ -106,7 +106,8 @@ class _TransformersLoss(Loss):
             )
         check_dense(labels, f"'labels' of batch {index}")
         targets = self._targets(labels, index)
-        return Parts(self._kept(inputs, labels), targets, weight, self._mask(inputs, index))
+        mask = self._mask(inputs, labels, index)
+        return Parts(self._kept(inputs, labels), targets, weight, mask)
 
     _how_to_label = "split=callable(batch) -> (inputs, targets) takes labels of another name"
 
@@ -118,7 +119,7 @@ class _TransformersLoss(Loss):
         """The inputs of a batch, from which :meth:`run` makes those of the model."""
         return inputs
 
-    def _mask(self, inputs: Any, index: int) -> Tensor | None:
+    def _mask(self, inputs: Any, labels: Tensor, index: int) -> Tensor | None:
         """[N, T] bool, which positions are data; None: all are."""
         if not isinstance(inputs, Mapping) or inputs.get("attention_mask") is None:
             return None
@@ -364,6 +365,18 @@ class Seq2SeqLM(_TokenLoss):
                 f"inputs must be a dict of arguments for Seq2SeqLM, got {type(inputs).__name__}"
             )
         return {**inputs, _LABELS: labels}
+
+    def _mask(self, inputs: Any, labels: Tensor, index: int) -> Tensor | None:
+        mask = super()._mask(inputs, labels, index)
+        if mask is None or mask.shape != labels.shape:
+            return mask
+        if not bool(mask.all()):
+            raise ValueError(
+                f"attention_mask {list(mask.shape)} of batch {index} masks positions of the "
+                "encoder, which is as long as the decoder's labels, so that nothing tells whose "
+                "positions it means where both are equally long; pad the labels with one more -100"
+            )
+        return None
 
     def run(self, model: nn.Module, inputs: Any) -> Tensor:
         given = dict(inputs)

@@ -35,6 +35,14 @@ from hesskern.operators.nearest import nearest_kronecker
 from hesskern.operators.position_mean import PositionMeanHessian, position_mean_hessian
 from hesskern.operators.stacked import StackedGaussNewton
 from hesskern.ops.extension import build_info
+from hesskern.passes.transformers import (
+    CausalLM,
+    ImageClassification,
+    MaskedLM,
+    Seq2SeqLM,
+    SequenceClassification,
+    TokenClassification,
+)
 from hesskern.solvers.eigsh import eigsh
 from hesskern.solvers.result import EigenResult
 from hesskern.solvers.spectrum import (
@@ -47,6 +55,7 @@ from hesskern.version import __version__ as __version__
 
 __all__ = [
     "AutogradHessian",
+    "CausalLM",
     "CorrectedOperator",
     "Correspondence",
     "CurvatureOperator",
@@ -56,16 +65,21 @@ __all__ = [
     "Factors",
     "GaussNewton",
     "GradientClusters",
+    "ImageClassification",
     "InputAutocorrelation",
     "KroneckerOperator",
     "LayerFactors",
     "LayerHessian",
     "LayerHessians",
+    "MaskedLM",
     "OverlapPrediction",
     "PositionMeanHessian",
     "RowSpaceOverlap",
+    "Seq2SeqLM",
+    "SequenceClassification",
     "SpectralDensity",
     "StackedGaussNewton",
+    "TokenClassification",
     "TraceEstimate",
     "build_info",
     "centre_inputs",

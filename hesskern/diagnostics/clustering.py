@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.operators.samples import layer_rows
+from hesskern.passes.batches import no_samples
 from hesskern.passes.data_pass import DataPass
 from hesskern.passes.layers import select_layers
-from hesskern.passes.losses import resolve_loss
+from hesskern.passes.losses import resolve_loss, with_root
 
 __all__ = ["GradientClusters", "gradient_clusters"]
 
@@ -36,25 +37,37 @@ class GradientClusters:
     by_both: float
 
 
-def gradient_clusters(model: nn.Module, data: Iterable[Any], layer: str) -> GradientClusters:
+def gradient_clusters(
+    model: nn.Module, data: Iterable[Any], layer: str, loss: Any = None
+) -> GradientClusters:
     """Clustering of the gradients of all logits in a layer's output, in one pass.
 
     Args:
         model: gives logits [N, c]; runs in eval mode and comes back as it was.
         data: iterable of (inputs, targets [N]), classes 0 ... c - 1.
         layer: a Linear layer with one input per sample.
+        loss: what takes batches of another form apart, :class:`hesskern.SequenceClassification` for
+            those of transformers; nothing else of it is used.
 
     Raises:
-        ValueError: the layer is unknown, sees more than one position, or there is no data.
+        ValueError: the layer is unknown, sees more than one position, there is no data, or it does
+            not consist of logits [N, c] with classes [N].
+        TypeError: the loss is none.
     """
     specs, _ = select_layers(model, [layer], "none")
-    loss = resolve_loss(None, _every_logit)
+    every_logit = with_root(_every_logit, None if loss is None else resolve_loss(loss))
     sums: Tensor | None = None
     counts = squares = torch.zeros((), dtype=torch.float64)
-    with DataPass(model, data, loss, specs) as run:
+    with DataPass(model, data, every_logit, specs) as run:
         for batch, roots in run:
             classes = roots.outputs.shape[1]
-            labels = torch.nn.functional.one_hot(batch.targets, classes).double()
+            if batch.targets.numel() != len(roots.outputs) or batch.targets.is_floating_point():
+                raise ValueError(
+                    f"targets must be a class for every sample, [N] = [{len(roots.outputs)}], got "
+                    f"{batch.targets.dtype} {list(batch.targets.shape)}"
+                )
+            targets = batch.targets.reshape(-1).long()
+            labels = torch.nn.functional.one_hot(targets, classes).double()
             # Room for all logits at a time, so that a batch comes in one piece.
             for _, rows in layer_rows(specs, roots, 2**62):
                 if rows.s.dim() != 3 or rows.stored:
@@ -67,7 +80,7 @@ def gradient_clusters(model: nn.Module, data: Iterable[Any], layer: str) -> Grad
                 counts = counts + labels.sum(0)
                 squares = squares + gradients.square().sum()
     if sums is None:
-        raise ValueError("data yielded no samples")
+        raise no_samples()
     logits = sums.shape[0]
     mean = sums.sum((0, 1)) / (logits * counts.sum())
     total = float(squares - logits * counts.sum() * mean.square().sum())
@@ -89,5 +102,7 @@ def gradient_clusters(model: nn.Module, data: Iterable[Any], layer: str) -> Grad
 
 def _every_logit(outputs: Tensor, targets: Any) -> Tensor:
     """[N, c, c] the identity: the gradient of each logit by itself."""
+    if outputs.dim() != 2:
+        raise ValueError(f"model must give logits [N, c], got {list(outputs.shape)}")
     c = outputs.shape[1]
     return torch.eye(c, dtype=outputs.dtype, device=outputs.device).expand(len(outputs), c, c)

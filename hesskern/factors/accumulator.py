@@ -23,7 +23,7 @@ from hesskern.factors.layer_sums import (
 from hesskern.factors.precision import precisions
 from hesskern.factors.result import Factors, LayerFactors
 from hesskern.graph.evidence import Evidence
-from hesskern.passes.batches import Batch, halves
+from hesskern.passes.batches import Batch, halves, no_samples
 from hesskern.passes.checks import as_weights
 from hesskern.passes.data_pass import DataPass
 from hesskern.passes.forward_pass import model_device
@@ -37,6 +37,9 @@ from hesskern.progress import Progress, reporter
 __all__ = ["FactorAccumulator"]
 
 _STATE = ("count", "batches", "reasons", "unfit", "generator", "settings", "layers")
+
+# Stands for targets that the batch itself holds; None may be what a loss takes.
+_IN_INPUTS: Any = object()
 
 
 @dataclass(frozen=True)
@@ -158,17 +161,23 @@ class FactorAccumulator(Portable):
         """Weighted number of samples behind the factors (with decay: of averaged batches)."""
         return self._count
 
-    def update(self, inputs: Any, targets: Any, sample_weight: Tensor | None = None) -> None:
+    def update(
+        self, inputs: Any, targets: Any = _IN_INPUTS, sample_weight: Tensor | None = None
+    ) -> None:
         """Adds one batch.
 
         Args:
-            inputs: what the model takes: a tensor, a tuple of arguments, or a dict of them.
-            targets: what the loss takes.
+            inputs: what the model takes: a tensor, a tuple of arguments, or a dict of them; the
+                batch as a whole for losses that find the targets in it.
+            targets: what the loss takes; left out where they are in the batch.
             sample_weight: [N] non-negative weights.
 
         Raises:
             ValueError: bad targets or weights, NaN or Inf; what was accumulated before stays.
         """
+        if targets is _IN_INPUTS:
+            self._pass([inputs], sample_weight)
+            return
         element: tuple[Any, ...] = (inputs, targets)
         if sample_weight is not None:
             element = (*element, as_weights(sample_weight))
@@ -384,7 +393,7 @@ class FactorAccumulator(Portable):
     def finished(self, stacklevel: int) -> Factors:
         """:meth:`factors`, with warnings ``stacklevel`` calls above."""
         if not self.num_samples > 0:
-            raise ValueError("data yielded no samples, so there are no factors")
+            raise no_samples(", so there are no factors")
         if self._by_name and self._reasons:
             name, reason = next(iter(self._reasons.items()))
             raise ValueError(f"layers: {name!r} {reason}")

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hesskern.operators.base import CurvatureOperator
-from hesskern.passes.batches import Batch, batches, check_iterable
+from hesskern.passes.batches import Batch, batches, check_iterable, no_samples
 from hesskern.passes.checks import Checks
 from hesskern.passes.forward_pass import (
     check_repeatable,
     frozen_eval,
     model_device,
     random_state,
-    run_model,
 )
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.roots import checked_targets, sample_weights
@@ -125,6 +124,7 @@ class AutogradHessian(Portable, CurvatureOperator):
                 self._sample_weight,
                 self._progress,
                 "Autograd Hessian",
+                self._loss.split_batch,
             ):
                 outputs = self._outputs(batch)
                 targets = checked_targets(self._loss, outputs, batch, checks)
@@ -149,13 +149,13 @@ class AutogradHessian(Portable, CurvatureOperator):
             modes.check()
         count = float(total_weight)
         if count == 0:
-            raise ValueError("data yielded no samples")
+            raise no_samples()
         return total / count
 
     def _outputs(self, batch: Batch) -> Tensor:
         """[N, ...] of the model; refused if they or their derivatives are random."""
         before = random_state(self.device)
-        outputs = run_model(self._model, batch.inputs)
+        outputs = self._loss.run(self._model, batch.inputs)
         if random_state(self.device) != before:
 
             def values(outputs: Tensor) -> list[Tensor]:
@@ -171,7 +171,7 @@ class AutogradHessian(Portable, CurvatureOperator):
 
             check_repeatable(
                 values(outputs),
-                lambda: values(run_model(self._model, batch.inputs)),
+                lambda: values(self._loss.run(self._model, batch.inputs)),
                 batch.index,
             )
         return outputs

@@ -15,7 +15,7 @@ from hesskern.graph.evidence import Evidence
 from hesskern.operators.base import CurvatureOperator
 from hesskern.operators.samples import SampleRows, added_bytes, layer_rows
 from hesskern.operators.stacked import StackedGaussNewton
-from hesskern.passes.batches import check_iterable
+from hesskern.passes.batches import check_iterable, no_samples
 from hesskern.passes.data_pass import RepeatedPass, stored_or_anew, with_less_memory
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec, left_out, select_layers, shared_weights
@@ -96,7 +96,7 @@ class GaussNewton(CurvatureOperator):
 
         source, pieces = with_less_memory(attempt, memory_budget, model, data)
         if not source.count > 0:
-            raise ValueError("data yielded no samples, so there is no Gauss-Newton matrix")
+            raise no_samples(", so there is no Gauss-Newton matrix")
         if layers is not None and source.reasons:
             name, reason = next(iter(source.reasons.items()))
             raise ValueError(f"layers: {name!r} {reason}")

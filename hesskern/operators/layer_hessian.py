@@ -19,7 +19,7 @@ from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.operators.packed_inputs import PackedInputs
 from hesskern.operators.pruning import kept_samples, prune
 from hesskern.operators.samples import SampleRows, added_bytes, join, layer_rows
-from hesskern.passes.batches import check_iterable
+from hesskern.passes.batches import check_iterable, no_samples
 from hesskern.passes.checks import Checks
 from hesskern.passes.data_pass import (
     DataPass,
@@ -333,7 +333,7 @@ def layer_hessians(
     gathered, run, budget = with_less_memory(attempt, memory_budget, model, data)
     count, reasons, inexact = run.count, run.capture.reasons, run.capture.inexact
     if not count > 0:
-        raise ValueError("data yielded no samples, so there are no Hessians")
+        raise no_samples(", so there are no Hessians")
     if layers is not None and reasons:
         name, reason = next(iter(reasons.items()))
         raise ValueError(f"layers: {name!r} {reason}")

@@ -13,7 +13,7 @@ from hesskern.choices import Bias
 from hesskern.graph.evidence import Evidence
 from hesskern.operators.base import LayerOperator
 from hesskern.operators.samples import layer_rows
-from hesskern.passes.batches import check_iterable
+from hesskern.passes.batches import check_iterable, no_samples
 from hesskern.passes.data_pass import RepeatedPass, stored_or_anew, with_less_memory
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec, select_layers
@@ -163,7 +163,7 @@ def position_mean_hessian(
 
     source, chunks = with_less_memory(attempt, memory_budget, model, data)
     if not source.count > 0:
-        raise ValueError("data yielded no samples")
+        raise no_samples()
     if chunks is not None and not chunks:
         raise ValueError(f"layer {layer!r} was not reached")
     return PositionMeanHessian(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from hesskern.passes.checks import as_weights, check_dense
 from hesskern.progress import Progress
 
-__all__ = ["Batch", "batches", "check_iterable", "halves"]
+__all__ = ["Batch", "Parts", "batches", "check_iterable", "halves", "no_samples", "pair"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Batch:
         given_targets: the same where they came from: values on the host can be looked at without
             waiting for a device.
         weight: [N] sample weights where they came from, or None.
+        mask: [N, T] bool on the model's device, which positions are data; None: all are.
     """
 
     index: int
@@ -33,6 +34,53 @@ class Batch:
     targets: Any
     given_targets: Any
     weight: Tensor | None
+    mask: Tensor | None = None
+
+
+class Parts(NamedTuple):
+    """An element of the data, taken apart by the loss, where it came from.
+
+    Attributes:
+        inputs: tensor, tuple or dict for the model.
+        targets: for the loss.
+        weight: [N] sample weights, or None.
+        mask: [N, T] bool, which positions are data; None: all are.
+    """
+
+    inputs: Any
+    targets: Any
+    weight: Any = None
+    mask: Tensor | None = None
+
+
+def pair(element: Any, index: int) -> Parts:
+    """(inputs, targets) or (inputs, targets, weight [N]) as it is.
+
+    Args:
+        element: of the data.
+        index: of the batch, for messages.
+
+    Raises:
+        TypeError: the element is none of both.
+    """
+    if not isinstance(element, (tuple, list)) or len(element) not in (2, 3):
+        raise TypeError(
+            f"data must yield (inputs, targets) or (inputs, targets, weight); "
+            f"batch {index} is {_kind(element)}"
+        )
+    return Parts(*element)
+
+
+def _kind(element: Any) -> str:
+    """What an element is, for messages."""
+    if isinstance(element, (tuple, list)):
+        return f"a {type(element).__name__} of {len(element)}"
+    if isinstance(element, Mapping) and "labels" in element:
+        return (
+            f"a {type(element).__name__} with labels (the losses for such are hk.CausalLM(), "
+            "hk.MaskedLM(), hk.Seq2SeqLM(), hk.TokenClassification(), hk.SequenceClassification())"
+        )
+    return type(element).__name__
 
 
 def batches(
@@ -41,15 +89,18 @@ def batches(
     sample_weight: Tensor | None = None,
     progress: Progress | None = None,
     description: str = "data",
+    split: Callable[[Any, int], Parts] = pair,
 ) -> Iterator[Batch]:
     """The data's batches on the model's device.
 
     Args:
-        data: iterable of (inputs, targets) or (inputs, targets, weight [N]).
+        data: iterable of (inputs, targets) or (inputs, targets, weight [N]), or of what ``split``
+            takes.
         device: where tensors go.
         sample_weight: [total samples] weights in iteration order, instead of weights in the data.
         progress: callback, told after every batch.
         description: what the progress bar says.
+        split: takes an element of the data and its index apart.
 
     Raises:
         TypeError: data is not iterable, or an element is not such a tuple; ``sample_weight`` is not
@@ -70,30 +121,33 @@ def batches(
             raise _other_length(sample_weight, f"{samples} samples")
     offset = 0
     for index, element in enumerate(data):
-        if not isinstance(element, (tuple, list)) or len(element) not in (2, 3):
-            found = (
-                f"a {type(element).__name__} of {len(element)}"
-                if isinstance(element, (tuple, list))
-                else type(element).__name__
-            )
-            raise TypeError(
-                f"data must yield (inputs, targets) or (inputs, targets, weight); "
-                f"batch {index} is {found}"
-            )
-        _mapped(element[0], _dense_input)
-        inputs, given = _move(element[0], device), _nearby(element[1], device)
-        weight = _nearby(element[2], device) if len(element) == 3 else None
+        parts = split(element, index)
+        _mapped(parts.inputs, _dense_input)
+        inputs, given = _move(parts.inputs, device), _nearby(parts.targets, device)
+        weight, mask = _nearby(parts.weight, device), _move(parts.mask, device)
         if sample_weight is not None:
             count = _leading_size(inputs)
             weight = sample_weight[offset : offset + count]
             offset += count
             if len(weight) != count:
                 raise _other_length(sample_weight, "more samples")
-        yield Batch(index, inputs, _move(given, device), given, weight)
+        yield Batch(index, inputs, _move(given, device), given, weight, mask)
         if progress is not None:
             progress(description, index + 1, total)
     if sample_weight is not None and offset != len(sample_weight):
         raise _other_length(sample_weight, f"{offset} samples")
+
+
+def no_samples(consequence: str = "") -> ValueError:
+    """The error of a pass over data in which no sample counts.
+
+    Args:
+        consequence: e.g. ", so there are no factors".
+    """
+    return ValueError(
+        f"data yielded no samples{consequence}: it is empty, or no sample counts because its "
+        "weight is zero or its labels are all masked (-100, or the loss's ignore_index)"
+    )
 
 
 def _other_length(sample_weight: Tensor, found: str) -> ValueError:
@@ -106,10 +160,10 @@ def _samples(data: Iterable[Any]) -> int | None:
         return None
     total = 0
     for element in data:
-        if not isinstance(element, (tuple, list)) or not element:
+        if not isinstance(element, (tuple, list, Mapping)) or not element:
             return None
         try:
-            total += _leading_size(element[0])
+            total += _leading_size(element if isinstance(element, Mapping) else element[0])
         except (AttributeError, IndexError, TypeError):
             # No batch at all: the pass over the data says so.
             return None
@@ -194,7 +248,8 @@ def halves(batch: Batch) -> list[Batch]:
         same = batch.given_targets is batch.targets
         given = targets if same else part(batch.given_targets, samples)
         weight = part(batch.weight, samples)
-        return Batch(batch.index, part(batch.inputs, samples), targets, given, weight)
+        mask = part(batch.mask, samples)
+        return Batch(batch.index, part(batch.inputs, samples), targets, given, weight, mask)
 
     return [half(slice(0, count // 2)), half(slice(count // 2, count))]
 

@@ -19,7 +19,7 @@ from hesskern.graph.propagation import Propagation
 from hesskern.graph.sample_probe import random_rows
 from hesskern.graph.weight_uses import Target, WeightUse, find_uses
 from hesskern.passes.batches import Batch
-from hesskern.passes.forward_pass import check_repeatable
+from hesskern.passes.forward_pass import check_repeatable, run_model
 from hesskern.passes.frozen_model import FrozenModel
 from hesskern.passes.layer_hooks import LayerHooks
 from hesskern.passes.layer_uses import LayerUse, before_autocast, inputs_by_call, layer_uses
@@ -39,6 +39,7 @@ class Capture:
         examine: whether every forward pass looks for layers whose Gauss-Newton block is not their
             Hessian.
         evidence: of which rows belong to which samples.
+        call: gives the outputs [N, ...] for the model and the inputs of a batch.
         inexact: such layers, with the reason.
         unfit: layers not asked for by name that have no block here, with the reason: their weight
             acts otherwise than in linear calls, or their rows do not belong to single samples. They
@@ -50,6 +51,7 @@ class Capture:
     kept: Collection[str] = ()
     examine: bool = False
     evidence: Evidence = field(default_factory=Evidence)
+    call: Callable[[nn.Module, Any], Tensor] = run_model
     inexact: dict[str, str] = field(default_factory=dict)
     unfit: dict[str, str] = field(default_factory=dict)
     _reached: set[str] = field(default_factory=set)
@@ -58,7 +60,7 @@ class Capture:
     _edges: dict[int, GradientEdge] = field(default_factory=dict)
 
     def __enter__(self) -> Capture:
-        self._frozen = FrozenModel(self.model, self.specs)
+        self._frozen = FrozenModel(self.model, self.specs, self.call)
         self._frozen.__enter__()
         self._hooks = LayerHooks(self._frozen.modules, self.specs, self._frozen.weights)
         return self

@@ -74,7 +74,13 @@ class DataPass:
         self.count = 0.0
         self.checks = Checks()
         self.capture = Capture(
-            self.model, self.specs, self.kept, self.examine, self.evidence, unfit=self.unfit
+            self.model,
+            self.specs,
+            self.kept,
+            self.examine,
+            self.evidence,
+            self.loss.run,
+            unfit=self.unfit,
         )
 
     def __enter__(self) -> DataPass:
@@ -99,7 +105,8 @@ class DataPass:
     def batches(self) -> Iterator[Batch]:
         """The batches alone, for whoever runs the model on parts and closes conditions itself."""
         device = model_device(self.model)
-        return batches(self.data, device, self.sample_weight, self.progress, self.description)
+        given = self.data, device, self.sample_weight, self.progress, self.description
+        return batches(*given, self.loss.split_batch)
 
     def roots(
         self,

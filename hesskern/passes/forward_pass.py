@@ -16,6 +16,7 @@ from hesskern.graph.cuts import counting_is_paused, uncounted
 
 __all__ = [
     "check_repeatable",
+    "checked_outputs",
     "frozen_eval",
     "grad_fn_of",
     "model_device",
@@ -147,11 +148,18 @@ def run_model(model: nn.Module, inputs: Any) -> Tensor:
         TypeError: the model returns neither a tensor nor something with ``logits``.
     """
     if isinstance(inputs, Mapping):
-        outputs = model(**inputs)
-    elif isinstance(inputs, (tuple, list)):
-        outputs = model(*inputs)
-    else:
-        outputs = model(inputs)
+        return checked_outputs(model(**inputs))
+    if isinstance(inputs, (tuple, list)):
+        return checked_outputs(model(*inputs))
+    return checked_outputs(model(inputs))
+
+
+def checked_outputs(outputs: Any) -> Tensor:
+    """The outputs [N, ...] in what a model has returned: a tensor, or something with ``logits``.
+
+    Raises:
+        TypeError: it is neither, or the tensor is no dense one of floating-point numbers.
+    """
     if isinstance(outputs, Mapping) and "logits" in outputs:
         outputs = outputs["logits"]
     elif hasattr(outputs, "logits"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -29,6 +30,7 @@ class FrozenModel:
     Args:
         model: any module.
         specs: the layers, by name.
+        call: gives the outputs [N, ...] for the model and the inputs of a batch.
 
     Attributes:
         modules: the model's, by name.
@@ -39,8 +41,13 @@ class FrozenModel:
         drew: whether the last run has drawn random numbers.
     """
 
-    def __init__(self, model: nn.Module, specs: dict[str, LayerSpec]) -> None:
-        self._model, self._device = model, model_device(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        specs: dict[str, LayerSpec],
+        call: Callable[[nn.Module, Any], Tensor] = run_model,
+    ) -> None:
+        self._model, self._device, self._call = model, model_device(model), call
         self.modules = dict(model.named_modules())
         self.weights: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor] = {}
@@ -86,7 +93,7 @@ class FrozenModel:
             noted_hooks(self._note_hook),
             watched,
         ):
-            outputs = run_model(self._model, inputs)
+            outputs = self._call(self._model, inputs)
         self.drew = random_state(self._device) != before
         return outputs
 

@@ -26,9 +26,11 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.devices import on_host
+from hesskern.passes.batches import Parts, pair
 from hesskern.passes.checks import Checks, check_dense
+from hesskern.passes.forward_pass import run_model
 
-__all__ = ["MOST_ROWS", "Loss", "Rows", "resolve_loss"]
+__all__ = ["MOST_ROWS", "Loss", "Rows", "resolve_loss", "with_root"]
 
 MOST_ROWS = 2**16
 """Exact root rows per sample, each a backward pass, beyond which a loss refuses to give them."""
@@ -52,7 +54,29 @@ class Rows:
 
 
 class Loss(ABC):
-    """Curvature of a loss in the outputs of the model."""
+    """Curvature of a loss in the outputs of the model.
+
+    Attributes:
+        weighs: whether :meth:`counted` tells weights of samples instead of which ones count.
+    """
+
+    weighs = False
+
+    def split_batch(self, element: Any, index: int) -> Parts:
+        """The model's inputs, the targets, weights and mask in an element of the data.
+
+        Args:
+            element: as the data yields it.
+            index: of the batch, for messages.
+
+        Raises:
+            TypeError, ValueError: the element is not of the form that the loss knows.
+        """
+        return pair(element, index)
+
+    def run(self, model: nn.Module, inputs: Any) -> Tensor:
+        """The model's outputs [N, ...] for the inputs of a batch."""
+        return run_model(model, inputs)
 
     @abstractmethod
     def check(self, outputs: Tensor, targets: Any, checks: Checks) -> Any:
@@ -83,6 +107,7 @@ class Loss(ABC):
     def counted(self, outputs: Tensor, targets: Any) -> Tensor | None:
         """[N] bool: samples that count at all (False: everything masked); None: all do.
 
+        Numbers [N] instead where the loss :attr:`weighs` its samples, zero for those left out.
         Targets on the host need no device to wait for, so they may come from there.
         """
         return None
@@ -136,9 +161,20 @@ def resolve_loss(loss: Any, output_root: Callable[..., Tensor] | None = None) ->
                 raise NotImplementedError(_binary_weights(option, _mean(loss)))
         return _BinaryCrossEntropy(_mean(loss))
     raise TypeError(
-        "loss must be nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss() or have a method "
-        f"output_root(outputs, targets) -> [N, r, c]; got {loss!r}"
+        "loss must be nn.CrossEntropyLoss(), nn.MSELoss(), nn.BCEWithLogitsLoss(), a loss of "
+        "transformers such as hk.CausalLM(), or have a method output_root(outputs, targets) -> "
+        f"[N, r, c]; got {loss!r}"
     )
+
+
+def with_root(output_root: Callable[..., Tensor], known: Loss | None = None) -> Loss:
+    """Curvature given by rows, of batches and models as another loss takes them.
+
+    Args:
+        output_root: ``output_root(outputs, targets) -> [N, r, *outputs.shape[1:]]``.
+        known: takes batches apart and runs the model; None: (inputs, targets) as they are.
+    """
+    return _Custom(output_root, None, known)
 
 
 def _class_weights(mean: bool) -> str:
@@ -572,6 +608,14 @@ class _Custom(Loss):
 
     output_root: Callable[..., Tensor]
     loss: Any
+    known: Loss | None = None
+
+    def split_batch(self, element: Any, index: int) -> Parts:
+        split = super().split_batch if self.known is None else self.known.split_batch
+        return split(element, index)
+
+    def run(self, model: nn.Module, inputs: Any) -> Tensor:
+        return super().run(model, inputs) if self.known is None else self.known.run(model, inputs)
 
     def check(self, outputs: Tensor, targets: Any, checks: Checks) -> Any:
         return targets

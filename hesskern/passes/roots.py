@@ -184,7 +184,7 @@ class BatchRoots:
         # Before the inputs, whose weighted sums are not finite where a weight is not.
         weight, self.count = sample_weights(batch, self.outputs, loss, checks)
         # A mask is its own square root.
-        self._masked = batch.weight is None
+        self._masked = batch.weight is None and not loss.weighs
         self.weight_root = weight if weight is None or self._masked else weight.sqrt()
         self._shaped: dict[tuple[int, torch.dtype], Tensor] = {}
         self._sums: dict[int, Tensor] = {}

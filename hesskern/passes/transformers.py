@@ -1,0 +1,510 @@
+"""Losses of ``transformers``: they take its batches apart, shift and mask labels as it does.
+
+A batch is a dict (or BatchEncoding) of tensors with the labels inside, as a loader of transformers
+gives it. The labels go to the loss, the rest to the model as ``model(**inputs)``; its logits are
+read. The positions of ``attention_mask`` [N, T] that are zero are no data; labels of -100 only drop
+terms of the loss.
+
+With l_nt the cross-entropy of position t of sample n, n's loss is the mean of l_nt over the T_n
+positions that have a label. ``reduction="token"`` weights sample n by T_n: the loss of the data is
+then the mean of l_nt over all labelled tokens, which is transformers' own where the data is one
+batch (or ``num_items_in_batch`` counts the tokens of all), however the data is cut into batches.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hesskern import ops
+from hesskern.choices import check_choice
+from hesskern.devices import on_host
+from hesskern.passes.batches import Parts, pair
+from hesskern.passes.checks import Checks, check_dense
+from hesskern.passes.forward_pass import checked_outputs, run_model
+from hesskern.passes.losses import Loss, Rows, resolve_loss
+
+__all__ = [
+    "CausalLM",
+    "ImageClassification",
+    "MaskedLM",
+    "Seq2SeqLM",
+    "SequenceClassification",
+    "TokenClassification",
+]
+
+Call = Literal["keywords", "dict"]
+Reduction = Literal["mean", "token"]
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
+
+_LABELS = "labels"
+# Labels that have no term in the loss.
+_IGNORED = -100
+
+_CROSS_ENTROPY = resolve_loss(nn.CrossEntropyLoss())
+_LOSSES: dict[str, Loss] = {
+    "regression": resolve_loss(nn.MSELoss()),
+    "single_label_classification": _CROSS_ENTROPY,
+    "multi_label_classification": resolve_loss(nn.BCEWithLogitsLoss()),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TransformersLoss(Loss):
+    """What the losses have in common: how a batch is taken apart and the model is called."""
+
+    call: Call = "keywords"
+    split: Callable[[Any], Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("call", self.call, Call)
+        if self.split is not None and not callable(self.split):
+            raise TypeError(f"split must be callable, got {type(self.split).__name__}")
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    def split_batch(self, element: Any, index: int) -> Parts:
+        if self.split is not None:
+            element = self.split(element)
+            if not isinstance(element, (tuple, list)) or len(element) not in (2, 3):
+                raise TypeError(
+                    "split must return (inputs, targets) or (inputs, targets, weight), got "
+                    f"{type(element).__name__} for batch {index}"
+                )
+        weight: Any = None
+        if isinstance(element, Mapping):
+            inputs: Any = dict(element)
+            labels = inputs.pop(_LABELS, None)
+            if labels is None:
+                raise ValueError(
+                    f"batch {index} has no 'labels', which {self._name} takes; it has "
+                    f"{', '.join(map(repr, inputs)) or 'nothing'}. {self._how_to_label}"
+                )
+        elif isinstance(element, (tuple, list)):
+            inputs, labels, weight, _ = pair(element, index)
+        else:
+            raise TypeError(
+                f"data must yield dicts with 'labels' or (inputs, labels) for {self._name}; batch "
+                f"{index} is {type(element).__name__}. split=callable(batch) -> (inputs, targets) "
+                "takes others apart"
+            )
+        if isinstance(inputs, Mapping):
+            for key, value in inputs.items():
+                _check_no_list(value, key, index)
+        _check_no_list(labels, _LABELS, index)
+        if not isinstance(labels, Tensor):
+            raise TypeError(
+                f"'labels' of batch {index} must be a tensor, got {type(labels).__name__}"
+            )
+        check_dense(labels, f"'labels' of batch {index}")
+        targets = self._targets(labels, index)
+        mask = self._mask(inputs, labels, index)
+        return Parts(self._kept(inputs, labels), targets, weight, mask)
+
+    _how_to_label = "split=callable(batch) -> (inputs, targets) takes labels of another name"
+
+    @abstractmethod
+    def _targets(self, labels: Tensor, index: int) -> Tensor:
+        """The targets that the labels of a batch stand for."""
+
+    def _kept(self, inputs: Any, labels: Tensor) -> Any:
+        """The inputs of a batch, from which :meth:`run` makes those of the model."""
+        return inputs
+
+    def _mask(self, inputs: Any, labels: Tensor, index: int) -> Tensor | None:
+        """[N, T] bool, which positions are data; None: all are."""
+        if not isinstance(inputs, Mapping) or inputs.get("attention_mask") is None:
+            return None
+        mask = inputs["attention_mask"]
+        ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        expected = list(ids.shape[:2]) if isinstance(ids, Tensor) else None
+        if (
+            not isinstance(mask, Tensor)
+            or mask.dim() != 2
+            or expected
+            not in (
+                None,
+                list(mask.shape),
+            )
+        ):
+            found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"attention_mask of batch {index} must be [N, T]"
+                f"{'' if expected is None else f' = {expected}'}, got {found}"
+            )
+        return mask if mask.dtype == torch.bool else mask != 0
+
+    def run(self, model: nn.Module, inputs: Any) -> Tensor:
+        return self._logits(model, inputs)
+
+    def _logits(self, model: nn.Module, inputs: Any) -> Tensor:
+        """[N, ...] of the model, called as it is to be."""
+        if not isinstance(inputs, Mapping):
+            return run_model(model, inputs)
+        result = model(inputs) if self.call == "dict" else model(**inputs)
+        if isinstance(result, tuple) and result and not hasattr(result, "logits"):
+            # Of return_dict=False, without a loss in front.
+            result = result[0]
+        return checked_outputs(result)
+
+
+def _check_no_list(value: Any, key: str, index: int) -> None:
+    if isinstance(value, (list, tuple)) and not any(isinstance(v, Tensor) for v in value):
+        raise TypeError(
+            f"{key!r} of batch {index} is a {type(value).__name__}, not a tensor: let the "
+            "tokenizer or the collator return tensors (return_tensors='pt', with padding where "
+            "the lengths differ)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TokenLoss(_TransformersLoss):
+    """Cross-entropy of logits [N, T, V] at labels [N, T], the classes in the last axis."""
+
+    reduction: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("reduction", self.reduction, Reduction)
+
+    @property
+    def weighs(self) -> bool:  # type: ignore[override]
+        return self.reduction == "token"
+
+    def _targets(self, labels: Tensor, index: int) -> Tensor:
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise TypeError(
+                f"'labels' of batch {index} must be integers [N, T] for {self._name}, got "
+                f"{labels.dtype}"
+            )
+        if labels.dim() != 2:
+            raise ValueError(
+                f"'labels' of batch {index} must be [N, T] for {self._name}, got "
+                f"{list(labels.shape)}"
+            )
+        return labels.long()
+
+    def check(self, outputs: Tensor, targets: Any, checks: Checks) -> Any:
+        if outputs.dim() != 3:
+            raise ValueError(
+                f"logits must be [N, T, V] for {self._name}, got {list(outputs.shape)}"
+            )
+        if targets.shape != outputs.shape[:2]:
+            raise ValueError(
+                f"'labels' must be [N, T] = {list(outputs.shape[:2])} as the logits "
+                f"{list(outputs.shape)} have it, got {list(targets.shape)}"
+            )
+        if targets.numel():
+            classes = outputs.shape[2]
+            least, most = (
+                targets.masked_fill(targets == _IGNORED, 0).flatten().aminmax(dim=0, keepdim=True)
+            )
+            checks.require(
+                (least >= 0) & (most < classes),
+                lambda least, most: (
+                    f"'labels' must lie in [0, {classes}), the size of the model's head, or be "
+                    f"{_IGNORED}; found {least if least < 0 else most:.0f}"
+                ),
+                least,
+                most,
+            )
+        return targets
+
+    def counted(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        labelled = targets != _IGNORED
+        if self.weighs:
+            return labelled.sum(1)
+        if on_host(labelled) and bool(labelled.all()):
+            return None
+        return labelled.any(1)
+
+    def _terms(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        return self._labelled(targets)
+
+    @staticmethod
+    def _labelled(targets: Tensor) -> Tensor:
+        """[N] labelled tokens per sample; 1 where there are none."""
+        return (targets != _IGNORED).sum(1).clamp(min=1)
+
+    def exact(self, outputs: Tensor, targets: Any) -> Rows:
+        rows = _CROSS_ENTROPY.exact(outputs.transpose(1, 2), targets)
+        return Rows(rows.count, lambda j: rows.row(j).transpose(1, 2))
+
+    def sampled(
+        self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
+    ) -> Rows:
+        n, tokens, classes = outputs.shape
+        # Tokens as samples of their own: each has its logits in one piece.
+        logits = outputs.detach().reshape(n * tokens, classes)
+        each = self._labelled(targets).unsqueeze(1).expand(n, tokens).reshape(-1)
+        labels = targets.reshape(-1)
+        wide = torch.float64 if outputs.dtype == torch.float64 else torch.float32
+        # Drawn on the host, and therefore the same on every device.
+        uniform = torch.rand(n * tokens, samples, generator=generator, dtype=wide)
+        uniform = uniform.to(outputs.device, non_blocking=True)
+
+        def row(index: int) -> Tensor:
+            return ops.sampled_cross_entropy_gradient(
+                logits, uniform[:, index], labels, _IGNORED, each, samples**-0.5
+            ).view(n, tokens, classes)
+
+        return Rows(samples, row)
+
+    def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
+        n, tokens, classes = outputs.shape
+        labels = targets.reshape(-1)
+        if not on_host(targets):
+            # None of them stops a device for good; the checks report them.
+            labels = labels.clamp(0, max(classes - 1, 0)).where(labels != _IGNORED, labels)
+        losses = F.cross_entropy(
+            outputs.reshape(n * tokens, classes), labels, reduction="none", ignore_index=_IGNORED
+        ).reshape(n, tokens)
+        return losses.sum(1) / self._labelled(targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CausalLM(_TokenLoss):
+    """Next-token cross-entropy of a decoder: GPT-2, Llama and other ``AutoModelForCausalLM``.
+
+    The label of position t + 1 is the target of position t; the last position has none.
+
+    >>> factors = hk.kronecker_factors(model, loader, hk.CausalLM(), output="mc")
+
+    Args:
+        reduction: "mean": a sample's loss is the mean over its labelled tokens. "token": samples
+            are weighted by their numbers of labelled tokens, so that the loss of the data is the
+            mean over all labelled tokens, as transformers has it for one batch; all means over
+            samples (factors, Hessians) become weighted means, and ``num_samples`` counts tokens.
+        call: "keywords": ``model(**inputs)``; "dict": ``model(inputs)``.
+        split: for loaders of other batches: ``split(batch) -> (inputs, targets)``, or with weights
+            [N] of the samples as a third. Targets are labels [N, T], not yet shifted.
+
+    Raises:
+        TypeError: ``split`` is not callable. In a pass: the batch is no dict of tensors, or labels
+            are no integers.
+        ValueError: an unknown ``reduction`` or ``call``. In a pass: the batch has no labels, or
+            they do not fit the logits [N, T, V]; the attention mask is not [N, T].
+    """
+
+    _how_to_label = (
+        "For a language model's own text, labels = input_ids.masked_fill(attention_mask == 0, "
+        "-100), or DataCollatorForLanguageModeling(tokenizer, mlm=False)"
+    )
+
+    def _targets(self, labels: Tensor, index: int) -> Tensor:
+        labels = super()._targets(labels, index)
+        return F.pad(labels, (0, 1), value=_IGNORED)[:, 1:]
+
+    def run(self, model: nn.Module, inputs: Any) -> Tensor:
+        if _is_encoder_decoder(model):
+            raise ValueError(
+                "CausalLM shifts labels, but the model is an encoder-decoder, whose labels stand "
+                "at their positions; pass hk.Seq2SeqLM()"
+            )
+        return super().run(model, inputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedLM(_TokenLoss):
+    """Cross-entropy at masked tokens: BERT and other ``AutoModelForMaskedLM``.
+
+    Labels [N, T] stand at their positions; those of tokens that are not masked are -100.
+
+    Args:
+        reduction, call, split: as in :class:`CausalLM`.
+
+    Raises:
+        TypeError, ValueError: as :class:`CausalLM`.
+    """
+
+    _how_to_label = "DataCollatorForLanguageModeling(tokenizer, mlm=True) makes them"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenClassification(_TokenLoss):
+    """Cross-entropy of a class for every token: ``AutoModelForTokenClassification``.
+
+    Labels [N, T] stand at their positions; tokens without one have -100.
+
+    Args:
+        reduction, call, split: as in :class:`CausalLM`.
+
+    Raises:
+        TypeError, ValueError: as :class:`CausalLM`.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqLM(_TokenLoss):
+    """Cross-entropy of an encoder-decoder: T5, BART and other ``AutoModelForSeq2SeqLM``.
+
+    Labels [N, T] are the decoder's tokens, at their positions. Where the batch has no
+    ``decoder_input_ids``, the model makes them of the labels
+    (``prepare_decoder_input_ids_from_labels``), as it does in training. ``attention_mask`` says
+    which positions of the encoder are data.
+
+    Args:
+        reduction, call, split: as in :class:`CausalLM`.
+
+    Raises:
+        TypeError, ValueError: as :class:`CausalLM`; a padded batch whose encoder and decoder are
+            equally long, so that a mask [N, T] does not tell one from the other.
+    """
+
+    def _kept(self, inputs: Any, labels: Tensor) -> Any:
+        if not isinstance(inputs, Mapping):
+            raise TypeError(
+                f"inputs must be a dict of arguments for Seq2SeqLM, got {type(inputs).__name__}"
+            )
+        return {**inputs, _LABELS: labels}
+
+    def _mask(self, inputs: Any, labels: Tensor, index: int) -> Tensor | None:
+        mask = super()._mask(inputs, labels, index)
+        if mask is None or mask.shape != labels.shape:
+            return mask
+        if not bool(mask.all()):
+            raise ValueError(
+                f"attention_mask {list(mask.shape)} of batch {index} masks positions of the "
+                "encoder, which is as long as the decoder's labels, so that nothing tells whose "
+                "positions it means where both are equally long; pad the labels with one more -100"
+            )
+        return None
+
+    def run(self, model: nn.Module, inputs: Any) -> Tensor:
+        given = dict(inputs)
+        labels = given.pop(_LABELS)
+        if given.get("decoder_input_ids") is None and given.get("decoder_inputs_embeds") is None:
+            make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+            if make is None:
+                raise ValueError(
+                    "the batch has no 'decoder_input_ids', and the model has no method "
+                    "prepare_decoder_input_ids_from_labels that makes them of the labels"
+                )
+            given["decoder_input_ids"] = make(labels=labels)
+        return self._logits(model, given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceClassification(_TransformersLoss):
+    """One prediction per sample: ``AutoModelForSequenceClassification``, images, sounds, videos.
+
+    Logits [N, C]. As transformers has it, the problem is
+
+    - "regression": squared error at labels [N, C] (or [N] for C = 1), the mean over C;
+    - "single_label_classification": cross-entropy at labels [N];
+    - "multi_label_classification": binary cross-entropy at labels [N, C] in [0, 1], the mean over
+      C.
+
+    Args:
+        problem_type: one of these; None: regression where C = 1, a single label where labels are
+            integers, else several labels. A model whose ``config.problem_type`` says otherwise is
+            refused.
+        call, split: as in :class:`CausalLM`.
+
+    Raises:
+        TypeError, ValueError: as :class:`CausalLM`; the model's configuration has another problem
+            type.
+    """
+
+    problem_type: ProblemType | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.problem_type is not None:
+            check_choice("problem_type", self.problem_type, ProblemType)
+
+    def _targets(self, labels: Tensor, index: int) -> Tensor:
+        if labels.is_complex():
+            raise TypeError(f"'labels' of batch {index} must be real, got {labels.dtype}")
+        return labels
+
+    def _kept(self, inputs: Any, labels: Tensor) -> Any:
+        # What kind of a problem it is depends on labels and model.
+        return {**inputs, _LABELS: labels} if isinstance(inputs, Mapping) else inputs
+
+    def run(self, model: nn.Module, inputs: Any) -> Tensor:
+        if not isinstance(inputs, Mapping):
+            return super().run(model, inputs)
+        given = dict(inputs)
+        labels = given.pop(_LABELS)
+        logits = self._logits(model, given)
+        configured = getattr(getattr(model, "config", None), "problem_type", None)
+        if self.problem_type is None and configured is not None and logits.dim() == 2:
+            found = self._problem(logits, labels)
+            if found != configured:
+                raise ValueError(
+                    f"model.config.problem_type is {configured!r}, but logits "
+                    f"{list(logits.shape)} and 'labels' of {labels.dtype} are those of {found!r}; "
+                    f"pass hk.SequenceClassification(problem_type={configured!r}) or the other"
+                )
+        return logits
+
+    def _problem(self, outputs: Tensor, targets: Tensor) -> str:
+        if self.problem_type is not None:
+            return self.problem_type
+        if outputs.shape[1] == 1:
+            return "regression"
+        whole = not targets.is_floating_point() and targets.dtype != torch.bool
+        return "single_label_classification" if whole else "multi_label_classification"
+
+    def _torch(self, outputs: Tensor, targets: Tensor) -> tuple[Loss, Tensor]:
+        """The loss of torch that it is, and the targets as that takes them."""
+        problem = self._problem(outputs, targets)
+        if problem == "single_label_classification":
+            return _LOSSES[problem], targets.reshape(len(targets)).long()
+        return _LOSSES[problem], targets.reshape(outputs.shape).to(outputs.dtype)
+
+    def check(self, outputs: Tensor, targets: Any, checks: Checks) -> Any:
+        if outputs.dim() != 2:
+            raise ValueError(f"logits must be [N, C] for {self._name}, got {list(outputs.shape)}")
+        problem, shape = self._problem(outputs, targets), list(targets.shape)
+        n, classes = outputs.shape
+        single = problem == "single_label_classification"
+        allowed = [[n], [n, 1]] if single or classes == 1 else [[n, classes]]
+        if shape not in allowed:
+            raise ValueError(
+                f"'labels' must be {' or '.join(map(str, allowed))} for {problem!r} with logits "
+                f"{list(outputs.shape)}, got {shape}"
+            )
+        if single and (targets.is_floating_point() or targets.dtype == torch.bool):
+            raise TypeError(f"'labels' must be integers for {problem!r}, got {targets.dtype}")
+        loss, made = self._torch(outputs, targets)
+        loss.check(outputs, made, checks)
+        return targets
+
+    def counted(self, outputs: Tensor, targets: Any) -> Tensor | None:
+        loss, made = self._torch(outputs, targets)
+        return loss.counted(outputs, made)
+
+    def exact(self, outputs: Tensor, targets: Any) -> Rows:
+        loss, made = self._torch(outputs, targets)
+        return loss.exact(outputs, made)
+
+    def sampled(
+        self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
+    ) -> Rows:
+        loss, made = self._torch(outputs, targets)
+        return loss.sampled(outputs, made, samples, generator)
+
+    def empirical(self, outputs: Tensor, targets: Any) -> Rows:
+        loss, made = self._torch(outputs, targets)
+        return loss.empirical(outputs, made)
+
+    def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
+        loss, made = self._torch(outputs, targets)
+        return loss.per_sample(outputs, made)
+
+
+ImageClassification = SequenceClassification
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

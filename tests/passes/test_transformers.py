@@ -1,0 +1,501 @@
+"""Native models of transformers: factors and Hessians against loops over samples by autograd."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformer_models import (
+    NATIVE,
+    VOCABULARY,
+    bert,
+    bert_classifier,
+    bert_tagger,
+    classified_text,
+    gpt2,
+    images,
+    llama,
+    lora,
+    masked_text,
+    t5,
+    tagged_text,
+    text,
+    translated_text,
+    vit,
+)
+
+import hesskern as hk
+
+from transformers.pytorch_utils import Conv1D  # isort: skip
+
+pytestmark = pytest.mark.filterwarnings("ignore:left out", "ignore:the Gauss-Newton block")
+
+SEED = 3
+SAMPLES = 3
+# Where a label's term stands: "next" at the position before it, "same" at its own.
+PLACES = {"gpt2": "next", "llama": "next", "mixtral": "next", "t5": "same"}
+# What has no block here, by model: routed experts and what lies below their router.
+COVERED = sorted(set(NATIVE) - {"mixtral"})
+# Their norms take squares in float32, whatever the model's dtype: so far two orders agree.
+NARROW_NORMS = {"llama": 1e-6, "t5": 1e-6}
+
+
+class Loop:
+    """Factors by a loop over samples, each run through the model alone, in its own dtype.
+
+    Attributes:
+        inputs, outputs: by layer, the sums of x x^T and of M over samples and positions.
+        positions: by layer, the number of positions over all samples.
+        weight: of all samples.
+    """
+
+    def __init__(self, model: nn.Module, place: str, output: str, by_token: bool = False) -> None:
+        self.model, self.place, self.output, self.by_token = model, place, output, by_token
+        self.layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d, Conv1D))
+        }
+        self.inputs: dict[str, Any] = dict.fromkeys(self.layers, 0.0)
+        self.outputs: dict[str, Any] = dict.fromkeys(self.layers, 0.0)
+        self.positions = dict.fromkeys(self.layers, 0.0)
+        self.weight = 0.0
+        self.generator = torch.Generator().manual_seed(SEED)
+
+    @contextmanager
+    def calls(self) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+        """By layer, rows of inputs and the output of every call."""
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.layers}
+
+        def note(name: str) -> Any:
+            def hook(module: nn.Module, args: Any, z: Tensor) -> None:
+                x = args[0].detach()
+                if isinstance(module, nn.Conv2d):
+                    x = F.unfold(x, module.kernel_size, stride=module.stride).transpose(1, 2)
+                found[name].append((x.reshape(-1, x.shape[-1]).double(), z))
+
+            return hook
+
+        handles = [module.register_forward_hook(note(n)) for n, module in self.layers.items()]
+        yield found
+        for handle in handles:
+            handle.remove()
+
+    def add(self, batch: dict[str, Tensor]) -> None:
+        n = len(batch["labels"])
+        uniform: Any = None
+        for i in range(n):
+            sample = {key: value[i : i + 1] for key, value in batch.items()}
+            labels = sample.pop("labels")
+            with self.calls() as calls:
+                if "decoder_input_ids" not in sample and self.model.config.is_encoder_decoder:
+                    # The label before, behind the token that starts.
+                    start = torch.zeros_like(labels[:, :1])
+                    sample["decoder_input_ids"] = torch.cat([start, labels[:, :-1]], 1).clamp(min=0)
+                logits = self.model(**sample).logits
+            logits = logits.reshape(-1, logits.shape[-1])
+            terms = labels.reshape(-1)
+            if self.place == "next":
+                terms = torch.cat([terms[1:], torch.tensor([-100])])
+            if uniform is None:
+                # One per token, and for every draw.
+                uniform = torch.rand(
+                    n * len(terms), SAMPLES, generator=self.generator, dtype=torch.float64
+                ).reshape(n, len(terms), SAMPLES)
+            labelled = (terms != -100).nonzero().flatten().tolist()
+            weight = float(len(labelled)) if self.by_token else float(len(labelled) > 0)
+            self.weight += weight
+            rows = self.rows(logits.detach().double(), terms, labelled, uniform[i])
+            for name, uses in calls.items():
+                for x, _ in uses:
+                    self.inputs[name] += weight * x.T @ x
+                    self.positions[name] += weight * len(x)
+            edges = [z for uses in calls.values() for _, z in uses]
+            for row in rows:
+                gradients = iter(
+                    torch.autograd.grad(
+                        logits, edges, row.to(logits), retain_graph=True, allow_unused=True
+                    )
+                )
+                for name, uses in calls.items():
+                    for _ in uses:
+                        g = next(gradients)
+                        if g is None:
+                            continue
+                        if isinstance(self.layers[name], nn.Conv2d):
+                            g = g.flatten(2).transpose(1, 2)
+                        g = g.reshape(-1, g.shape[-1]).double()
+                        self.outputs[name] += weight * g.T @ g
+
+    def rows(
+        self, logits: Tensor, terms: Tensor, labelled: list[int], uniform: Tensor
+    ) -> list[Tensor]:
+        """Rows [T, V] whose outer products sum to the Hessian of the mean, or estimate it."""
+        p = logits.softmax(1)
+        found = []
+        if self.output == "exact":
+            for t in labelled:
+                for j in range(p.shape[1]):
+                    row = torch.zeros_like(p)
+                    row[t] = -p[t]
+                    row[t, j] += 1
+                    found.append(row * (p[t, j] / len(labelled)).sqrt())
+            return found
+        for draw in range(SAMPLES if self.output == "mc" else 1):
+            row = torch.zeros_like(p)
+            for t in labelled:
+                if self.output == "mc":
+                    k = int((p[t].cumsum(0) > uniform[t, draw] * p[t].sum()).nonzero()[0])
+                else:
+                    k = int(terms[t])
+                row[t] = p[t]
+                row[t, k] -= 1
+            draws = SAMPLES if self.output == "mc" else 1
+            found.append(row / math.sqrt(max(len(labelled), 1) * draws))
+        return found
+
+    def check(self, factors: hk.Factors, tolerance: float) -> None:
+        """Compares every layer that the factors have."""
+        assert factors.num_samples == pytest.approx(self.weight)
+        for name in factors:
+            if name not in self.layers:
+                continue
+            found = factors[name]
+            close(found.input_covariance, self.inputs[name] / self.weight, tolerance, name)
+            close(found.output_hessian, self.outputs[name] / self.positions[name], tolerance, name)
+            assert found.positions == pytest.approx(self.positions[name] / self.weight)
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
+    scale = float(expected.abs().max())
+    assert scale > 0, name
+    assert float((found.double() - expected).abs().max()) <= tolerance * scale, name
+
+
+def factors_of(model: nn.Module, data: Any, loss: Any, output: str, **more: Any) -> hk.Factors:
+    return hk.kronecker_factors(
+        model, data, loss, output=output, mc_samples=SAMPLES, seed=SEED, **more
+    )
+
+
+@pytest.mark.parametrize("output", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize("name", COVERED)
+def test_every_layer_of_native_models(name: str, output: str) -> None:
+    case = NATIVE[name]
+    model = case.model()
+    data = [case.batch(2), case.batch(3, seed=1)]
+    loop = Loop(model, PLACES.get(name, "same"), output)
+    for batch in data:
+        loop.add(batch)
+    factors = factors_of(model, data, case.loss, output)
+    loop.check(factors, NARROW_NORMS.get(name, 1e-10))
+    # All linear layers but heads tied to an embedding.
+    left = loop.layers.keys() - set(factors)
+    assert left <= {"lm_head", "cls.predictions.decoder"}
+    for layer in left:
+        assert "Embedding" in factors.skipped[layer]
+
+
+@pytest.mark.parametrize("output", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_the_mean_over_all_tokens_weights_samples(name: str, output: str) -> None:
+    case = NATIVE[name]
+    model = case.model()
+    data = [case.batch(2), case.batch(3, seed=1)]
+    loop = Loop(model, PLACES.get(name, "same"), output, by_token=True)
+    for batch in data:
+        loop.add(batch)
+    loss = type(case.loss)(reduction="token")
+    loop.check(factors_of(model, data, loss, output), 1e-10)
+    if output == "exact":
+        one = {key: torch.cat([batch[key] for batch in data]) for key in data[0]}
+        loop.check(factors_of(model, [one], loss, output), 1e-10)
+
+
+def test_in_float32() -> None:
+    loop = Loop(gpt2(), "next", "exact")
+    loop.add(text(3))
+    loop.check(factors_of(gpt2(torch.float32), [text(3)], hk.CausalLM(), "exact"), 1e-5)
+
+
+@pytest.mark.parametrize("output", ["exact", "mc", "empirical"])
+def test_adapters_of_peft(output: str) -> None:
+    model = lora(llama())
+    loop = Loop(model, "next", output)
+    loop.add(text(3))
+    factors = factors_of(model, [text(3)], hk.CausalLM(), output)
+    loop.check(factors, 1e-6)
+    assert {name for name in factors if "lora_" in name} == {
+        name for name in loop.layers if "lora_" in name
+    }
+
+
+def test_adapters_over_a_base_in_bfloat16() -> None:
+    model = lora()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.float32}
+    loop = Loop(model, "next", "exact")
+    loop.add(text(3))
+    factors = factors_of(model, [text(3)], hk.CausalLM(), "exact", layers=sorted(loop.layers)[1:])
+    # Three digits a number, in another order of sums.
+    loop.check(factors, 5e-2)
+    for name in factors:
+        assert factors[name].output_hessian.dtype == torch.float32
+
+
+def test_a_vocabulary_as_long_as_the_text() -> None:
+    model, batch = gpt2(), text(2, VOCABULARY)
+    assert model(input_ids=batch["input_ids"]).logits.shape == (2, VOCABULARY, VOCABULARY)
+    for output in ("exact", "mc", "empirical"):
+        loop = Loop(model, "next", output)
+        loop.add(batch)
+        loop.check(factors_of(model, [batch], hk.CausalLM(), output), 1e-10)
+
+
+def test_checkpointed_models_in_training_mode_come_back_as_they_were() -> None:
+    model = llama().train()
+    loop = Loop(llama(), "next", "mc")
+    loop.add(text(2))
+    loop.check(factors_of(model, [text(2)], hk.CausalLM(), "mc"), 1e-6)
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+# A model, its loss with transformers' own mean, and a batch.
+OWN_LOSSES: dict[str, Any] = {
+    "gpt2": (gpt2, hk.CausalLM(reduction="token"), text(3)),
+    "llama": (llama, hk.CausalLM(reduction="token"), text(3)),
+    "bert": (bert, hk.MaskedLM(reduction="token"), masked_text(3)),
+    "bert_tagger": (bert_tagger, hk.TokenClassification(reduction="token"), tagged_text(3)),
+    "t5": (t5, hk.Seq2SeqLM(reduction="token"), translated_text(3)),
+    "vit": (vit, hk.ImageClassification(), images(4)),
+    "single label": (bert_classifier, hk.SequenceClassification(), classified_text(4)),
+    "single label [N, 1]": (
+        bert_classifier,
+        hk.SequenceClassification(),
+        {**classified_text(4), "labels": classified_text(4)["labels"].unsqueeze(1)},
+    ),
+    "single label, int32": (
+        bert_classifier,
+        hk.SequenceClassification(),
+        {**classified_text(4), "labels": classified_text(4)["labels"].int()},
+    ),
+    "several labels": (
+        bert_classifier,
+        hk.SequenceClassification(),
+        {**classified_text(4), "labels": torch.rand(4, 3, dtype=torch.float64).round()},
+    ),
+    "regression": (
+        lambda: bert_classifier(num_labels=1),
+        hk.SequenceClassification(),
+        {**classified_text(4), "labels": torch.randn(4, dtype=torch.float64)},
+    ),
+    "regression of several": (
+        lambda: bert_classifier(problem_type="regression"),
+        hk.SequenceClassification(problem_type="regression"),
+        {**classified_text(4), "labels": torch.randn(4, 3, dtype=torch.float64)},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OWN_LOSSES)
+def test_the_hessian_is_that_of_the_models_own_loss(case: str) -> None:
+    make, loss, batch = OWN_LOSSES[case]
+    if case == "single label, int32":
+        # torch's own cross-entropy takes none of them.
+        expected_batch = {**batch, "labels": batch["labels"].long()}
+    else:
+        expected_batch = batch
+    model = make()
+    name, weight = next(
+        (name, p)
+        for name, p in model.named_parameters()
+        if name.endswith(("c_attn.weight", "q_proj.weight", "query.weight", ".q.weight"))
+    )
+    # Fused attention has no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        own = model(**expected_batch).loss
+    (gradient,) = torch.autograd.grad(own, weight, create_graph=True)
+    vector = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).to(weight)
+    (expected,) = torch.autograd.grad(gradient, weight, vector)
+    H = hk.AutogradHessian(model, [batch], loss, params=[name])
+    # Losses of transformers take logits in float32.
+    close((H @ vector.flatten()).view_as(weight), expected, 1e-5, name)
+    parts = loss.split_batch(batch, 0)
+    outputs = loss.run(model, parts.inputs)
+    each = loss.per_sample(outputs, parts.targets).detach()
+    weights = loss.counted(outputs, parts.targets)
+    mean = each.mean() if weights is None else (each * weights).sum() / weights.sum()
+    assert float(mean) == pytest.approx(float(own.detach()), rel=1e-6)
+
+
+@pytest.mark.parametrize("output", ["exact", "mc"])
+@pytest.mark.parametrize("case", ["several labels", "regression", "regression of several"])
+def test_factors_of_other_problem_types(case: str, output: str) -> None:
+    make, loss, batch = OWN_LOSSES[case]
+    model = make()
+    binary = case == "several labels"
+    # The same by torch's losses, which their own tests hold against loops.
+    plain = nn.BCEWithLogitsLoss() if binary else nn.MSELoss()
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    targets = batch["labels"] if batch["labels"].dim() == 2 else batch["labels"].unsqueeze(1)
+    expected = factors_of(model, [(inputs, targets)], plain, output)
+    found = factors_of(model, [batch], loss, output)
+    assert list(found) == list(expected)
+    for name in found:
+        torch.testing.assert_close(found[name].output_hessian, expected[name].output_hessian)
+
+
+def block(model: nn.Module, names: list[str], data: list[dict[str, Tensor]]) -> Tensor:
+    """Gauss-Newton matrix over weights as they lie in memory, by one backward pass per row."""
+    weights = [model.get_parameter(name) for name in names]
+    total, n = torch.zeros(()), 0
+    loop = Loop(model, "next", "exact")
+    for batch in data:
+        for i in range(len(batch["labels"])):
+            logits = model(input_ids=batch["input_ids"][i : i + 1]).logits[0]
+            terms = torch.cat([batch["labels"][i, 1:], torch.tensor([-100])])
+            labelled = (terms != -100).nonzero().flatten().tolist()
+            for row in loop.rows(logits.detach(), terms, labelled, torch.empty(0)):
+                gradients = torch.autograd.grad(logits, weights, row, retain_graph=True)
+                flat = torch.cat([g.flatten() for g in gradients])
+                total = total + torch.outer(flat, flat)
+            n += 1
+    return total / n
+
+
+SMALL = {"n_layer": 1, "n_embd": 4}
+BLOCK = [f"transformer.h.0.{name}" for name in ("attn.c_attn", "mlp.c_proj")]
+
+
+def test_blocks_and_the_gauss_newton_matrix() -> None:
+    model, data = gpt2(**SMALL), [text(2), text(1, seed=1)]
+    expected = block(model, [f"{name}.weight" for name in BLOCK], data)
+    G = hk.GaussNewton(model, data, hk.CausalLM(), layers=BLOCK)
+    close(G.to_dense(), expected, 1e-10, "all")
+    hessians = hk.layer_hessians(model, data, hk.CausalLM(), layers=BLOCK)
+    for name in BLOCK:
+        own = expected[G.slices[name], G.slices[name]]
+        H = hessians[name]
+        close(H.to_dense(), own, 1e-10, name)
+        found = hk.eigsh(H, k=3, tol=1e-10)
+        close(found.values, torch.linalg.eigvalsh(own).flip(0)[:3], 1e-8, name)
+        vector = torch.randn(len(own), generator=torch.Generator().manual_seed(2)).double()
+        again = hk.layer_hessians(model, data, hk.CausalLM(), layers=[name], memory_budget=1)[name]
+        close(again @ vector, own @ vector, 1e-10, name)
+
+
+def test_the_position_mean() -> None:
+    model, data = llama(num_hidden_layers=1), [text(2), text(1, seed=1)]
+    name = "model.layers.0.mlp.down_proj"
+    K = hk.position_mean_hessian(model, data, hk.CausalLM(), name)
+    expected: Any = 0.0
+    for batch in data:
+        for i in range(len(batch["labels"])):
+            loop = Loop(model, "next", "exact")
+            loop.add({key: value[i : i + 1] for key, value in batch.items()})
+            M = loop.outputs[name] / loop.positions[name]
+            expected = expected + torch.kron(M, loop.inputs[name])
+    close(K.to_dense(), expected / 3, 1e-6, name)
+
+
+def test_clusters_of_a_classifier() -> None:
+    model, batches = bert_classifier(), [classified_text(4), classified_text(5, seed=1)]
+    pairs = [({k: v for k, v in b.items() if k != "labels"}, b["labels"]) for b in batches]
+    layer = "bert.pooler.dense"
+    expected = hk.gradient_clusters(model, pairs, layer)
+    assert hk.gradient_clusters(model, batches, layer, hk.SequenceClassification()) == expected
+    with pytest.raises(ValueError, match=r"must give logits \[N, c\], got \[2, 5, 11\]"):
+        hk.gradient_clusters(bert(), [text()], "cls.predictions.transform.dense", hk.MaskedLM())
+
+
+def same(one: hk.Factors, other: hk.Factors) -> None:
+    assert list(one) == list(other)
+    for name in one:
+        for attribute in ("input_covariance", "output_hessian"):
+            torch.testing.assert_close(
+                getattr(one[name], attribute), getattr(other[name], attribute), rtol=0, atol=0
+            )
+
+
+class Called(nn.Module):
+    """A model that takes its batch as one dict, or under other names, and returns a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = gpt2()
+
+    def forward(self, batch: Any = None, **inputs: Any) -> Any:
+        given = inputs if batch is None else batch
+        assert "labels" not in given
+        return self.inner(**given, return_dict=False)
+
+
+def test_batches_of_every_form() -> None:
+    from transformers import BatchEncoding, default_data_collator
+
+    model, batches = gpt2(), [text(2), text(3, seed=1)]
+    expected = factors_of(model, batches, hk.CausalLM(), "mc")
+    samples = [{key: value[i] for key, value in b.items()} for b in batches for i in range(2)]
+    loader = torch.utils.data.DataLoader(samples, batch_size=2, collate_fn=default_data_collator)
+    same(
+        factors_of(model, loader, hk.CausalLM(), "mc"),
+        factors_of(model, [{k: v[:2] for k, v in b.items()} for b in batches], hk.CausalLM(), "mc"),
+    )
+    same(factors_of(model, map(BatchEncoding, batches), hk.CausalLM(), "mc"), expected)
+    pairs = [({k: v for k, v in b.items() if k != "labels"}, b["labels"]) for b in batches]
+    same(factors_of(model, pairs, hk.CausalLM(), "mc"), expected)
+    packed = [{"text": inputs, "what": labels} for inputs, labels in pairs]
+    split = hk.CausalLM(split=lambda batch: (batch["text"], batch["what"]))
+    same(factors_of(model, packed, split, "mc"), expected)
+    tensors = [(inputs["input_ids"], labels) for inputs, labels in pairs]
+    same(factors_of(model, tensors, hk.CausalLM(), "mc"), expected)
+    for call in ("keywords", "dict"):
+        found = factors_of(Called(), batches, hk.CausalLM(call=call), "mc")
+        for name in expected:
+            torch.testing.assert_close(
+                found[f"inner.{name}"].output_hessian, expected[name].output_hessian
+            )
+
+
+def test_batches_one_by_one_and_weights() -> None:
+    model, batches = gpt2(), [text(2), text(3, seed=1)]
+    weight = torch.tensor([1.0, 0.5, 2.0, 0.0, 3.0], dtype=torch.float64)
+    for weights in (None, weight):
+        accumulator = hk.FactorAccumulator(
+            model, hk.CausalLM(), output="mc", seed=SEED, mc_samples=3
+        )
+        parts = [None, None] if weights is None else list(weights.split([2, 3]))
+        for batch, part in zip(batches, parts, strict=True):
+            accumulator.update(batch, sample_weight=part)
+        expected = factors_of(model, batches, hk.CausalLM(), "mc", sample_weight=weights)
+        same(accumulator.factors(), expected)
+    split = hk.CausalLM(
+        split=lambda pair: (
+            {k: v for k, v in pair[0].items() if k != "labels"},
+            pair[0]["labels"],
+            pair[1],
+        )
+    )
+    same(factors_of(model, list(zip(batches, parts, strict=True)), split, "mc"), expected)
+
+
+def test_samples_without_labels_do_not_count() -> None:
+    model, batch = gpt2(), text(3)
+    batch["labels"][1] = -100
+    kept = {key: value[[0, 2]] for key, value in batch.items()}
+    for loss in (hk.CausalLM(), hk.CausalLM(reduction="token")):
+        found = factors_of(model, [batch], loss, "exact")
+        expected = factors_of(model, [kept], loss, "exact")
+        assert found.num_samples == expected.num_samples
+        for name in found:
+            torch.testing.assert_close(
+                found[name].input_covariance, expected[name].input_covariance
+            )
+            torch.testing.assert_close(found[name].output_hessian, expected[name].output_hessian)

@@ -52,7 +52,7 @@ class Settings:
 
     Attributes:
         data, root, limit: see :func:`hesskern.zoo.data.load`.
-        model: see :func:`hesskern.models.build`.
+        model: see :func:`hesskern.zoo.models.build`.
         checkpoints: files to load instead of training, one model each.
         layers: names of the layers to look at; None for all.
         top: eigenpairs per layer.

@@ -28,9 +28,10 @@ class LayerFactors:
     Attributes:
         spec: the layer's geometry.
         input_covariance: E[x x^T], summed over positions: [d, d], or [g, d, d] with groups.
-        output_hessian: [m, m] E[M], the mean over positions.
+        output_hessian: [m, m] E[M], the mean over all samples' positions.
         num_samples: weighted number of samples behind the means.
-        positions: positions per sample (uses counted), averaged over batches; 1 for plain linear.
+        positions: mean of the positions per sample (uses counted, masked ones not); 1 for plain
+            linear.
         input_images: E[x] as it came in, one per use: [d], [t, d] or [C, (H,) W]; None where
             the shapes varied between batches.
     """

@@ -107,8 +107,9 @@ class FactorAccumulator(Portable):
 
     Args:
         model, loss, layers, output, bias, mc_samples, seed, output_root, check: as in
-            :func:`hesskern.kronecker_factors`; so is position_mask. What is found out about the samples holds for the
-            batches that follow, as long as the model's graph and its shapes stay the same.
+            :func:`hesskern.kronecker_factors`, and so is position_mask. What is found out about the
+            samples holds for the batches that follow, as long as the model's graph and its shapes
+            stay the same.
         decay: None for means over everything seen; a number in [0, 1) for moving averages over
             batches, ``decay * old + (1 - decay) * new``, with the start-up bias removed.
         memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.choices import Bias
-from hesskern.factors.input_rows import BatchRows, Rows, in_order, sample_count
-from hesskern.factors.input_sums import InputSums, SharedSums, geometry
+from hesskern.factors.input_rows import BatchRows, Rows, out_of_order, sample_count
+from hesskern.factors.input_sums import InputSums, SharedSums
 from hesskern.factors.precision import precisions
 from hesskern.factors.result import read_spec
 from hesskern.passes.batches import Batch, batches
 from hesskern.passes.checks import Checks
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.input_batches import InputsOnly
-from hesskern.passes.input_capture import InputCapture
+from hesskern.passes.input_capture import Call, InputCapture, geometry
 from hesskern.passes.input_masks import PositionMask, position_mask_of
 from hesskern.passes.layers import LayerSpec, left_out, select_layers
 from hesskern.passes.roots import accumulator_dtype, given_weights
@@ -306,17 +306,17 @@ class _Pass:
             self._weights(batch, samples),
             position_mask_of(batch.inputs, self.position_mask, samples, batch.index),
         )
-        found = self.capture.run(batch)
+        found = self.capture.run(batch, rows.of)
         self._leave_out_misfits(batch, rows, found)
-        self.refuse(found)
+        self.refuse()
         groups: dict[Hashable, list[str]] = {}
+        taken: dict[Hashable, Rows] = {}
         for name, calls in found.items():
             if name not in self.capture.unfit:
-                key: Hashable = geometry(self.specs[name]), tuple(map(_identity, calls))
+                key: Hashable = geometry(self.specs[name]), tuple(call.identity for call in calls)
                 groups.setdefault(key, []).append(name)
-        taken = {
-            key: rows.of(self.specs[names[0]], found[names[0]]) for key, names in groups.items()
-        }
+                if key not in taken:
+                    taken[key] = Rows.joined([call.taken for call in calls])
         squares = self._checked_squares(batch, groups, taken)
         sums, count = self.result._sums, rows.count
         empty = {
@@ -334,7 +334,7 @@ class _Pass:
             self.result.num_samples += count
         self.result._unfit = dict(self.capture.unfit)
 
-    def refuse(self, reached: Iterable[str] = ()) -> None:
+    def refuse(self) -> None:
         """Raises the reason of a layer that was asked for, or had a covariance before."""
         for name, reason in self.capture.unfit.items():
             if name in self.specs and (
@@ -354,20 +354,20 @@ class _Pass:
         return weight.double().to(self.device)
 
     def _leave_out_misfits(
-        self, batch: Batch, rows: BatchRows, found: Mapping[str, list[Tensor]]
+        self, batch: Batch, rows: BatchRows, found: Mapping[str, list[Call]]
     ) -> None:
         """Notes layers of whose rows it cannot be told which ones count."""
         if not rows.by_sample:
             return
         fit = {}
         for name, calls in found.items():
-            reason = rows.misfit(self.specs[name], calls)
+            reason = next((call.taken for call in calls if isinstance(call.taken, str)), None)
             if reason is not None:
                 self.capture.unfit[name] = reason
             elif name not in self._ordered:
                 fit[name] = calls
         if fit and rows.samples > 1:
-            self.capture.unfit.update(in_order(self.capture, batch, fit, rows.samples))
+            self.capture.unfit.update(out_of_order(self.capture, batch, fit, rows.samples))
             self._ordered.update(fit)
 
     def _checked_squares(
@@ -395,11 +395,6 @@ class _Pass:
 
 def _finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())
-
-
-def _identity(x: Tensor) -> Hashable:
-    """Of tensors that exist side by side, the same only for the same numbers in memory."""
-    return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
 
 
 def _device(rows: Rows) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +14,12 @@ from hesskern.factors.input_sums import InputSums
 from hesskern.graph.nodes import product
 from hesskern.ops.reference import unfold
 from hesskern.passes.batches import Batch, halves
-from hesskern.passes.input_capture import InputCapture
+from hesskern.passes.input_capture import Call, InputCapture
 from hesskern.passes.input_masks import rows_follow
 from hesskern.passes.layers import LayerSpec, unfolded
 from hesskern.passes.roots import accumulator_dtype
 
-__all__ = ["BatchRows", "Rows", "in_order", "sample_count"]
+__all__ = ["BatchRows", "Rows", "out_of_order", "sample_count"]
 
 # Relative to the largest entry, what a sample's inputs may differ by when it is run alone.
 _ALONE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -28,7 +28,7 @@ _ALONE_NARROW = 5e-2
 
 @dataclass(frozen=True)
 class Rows:
-    """What one group of layers was given in a batch.
+    """What a layer, and all that share its inputs, were given in a batch.
 
     Attributes:
         calls: rows [R, d] or images [B, C, (H,) W], times the square roots of their weights.
@@ -41,6 +41,15 @@ class Rows:
     column: Tensor
     squares: Tensor
     positions: float
+
+    @staticmethod
+    def joined(parts: Sequence[Rows]) -> Rows:
+        """Those of several calls."""
+        column, squares = parts[0].column, parts[0].squares
+        for part in parts[1:]:
+            column, squares = column + part.column, squares + part.squares
+        calls = [call for part in parts for call in part.calls]
+        return Rows(calls, column, squares, sum(part.positions for part in parts))
 
     def add_to(self, spec: LayerSpec, sums: InputSums) -> None:
         """Adds them, all but the squares, which the caller has read."""
@@ -95,29 +104,14 @@ class BatchRows:
         """Weighted number of samples."""
         return float(self.samples) if self.weight is None else float(self.weight.sum())
 
-    def misfit(self, spec: LayerSpec, calls: list[Tensor]) -> str | None:
-        """Why it cannot be told which of a layer's rows count, or None."""
-        if not self.by_sample:
-            return None
-        for x in calls:
-            if x.shape[0] % self.samples:
-                return (
-                    f"was given inputs {list(x.shape)} in a batch of {self.samples} samples: it "
-                    "cannot be told which rows are whose, as masks and weights ask for"
-                )
-        return None
-
-    def of(self, spec: LayerSpec, calls: list[Tensor]) -> Rows:
-        """The rows of one group of layers, all of whose calls have this geometry."""
-        parts = [
-            self._of_rows(spec, x) if spec.kind == "linear" else self._of_images(spec, x)
-            for x in calls
-        ]
-        column, squares = parts[0].column, parts[0].squares
-        for part in parts[1:]:
-            column, squares = column + part.column, squares + part.squares
-        rows = [call for part in parts for call in part.calls]
-        return Rows(rows, column, squares, sum(part.positions for part in parts))
+    def of(self, spec: LayerSpec, x: Tensor) -> Rows | str:
+        """The rows of one call of a layer of this geometry, or why they cannot be told."""
+        if self.by_sample and x.shape[0] % self.samples:
+            return (
+                f"was given inputs {list(x.shape)} in a batch of {self.samples} samples: it cannot "
+                "be told which rows are whose, as masks and weights ask for"
+            )
+        return self._of_rows(spec, x) if spec.kind == "linear" else self._of_images(spec, x)
 
     def _of_rows(self, spec: LayerSpec, x: Tensor) -> Rows:
         d = spec.weight_inputs
@@ -190,8 +184,8 @@ def _wider(x: Tensor, acc: Tensor) -> bool:
     return x.dtype == torch.float64 and acc.dtype != torch.float64
 
 
-def in_order(
-    capture: InputCapture, batch: Batch, found: Mapping[str, list[Tensor]], samples: int
+def out_of_order(
+    capture: InputCapture, batch: Batch, found: Mapping[str, list[Call]], samples: int
 ) -> dict[str, str]:
     """Layers whose rows do not come sample after sample, with the reason.
 
@@ -201,7 +195,7 @@ def in_order(
     Args:
         capture: of the pass.
         batch: of ``samples`` > 1.
-        found: inputs of the layers in question, in the batch.
+        found: calls of the layers in question, in the batch.
         samples: N.
     """
     last = batch
@@ -212,7 +206,7 @@ def in_order(
     for name, calls in found.items():
         alone = again.get(name, [])
         if len(alone) != len(calls) or not all(
-            _last_rows(x, one, samples) for x, one in zip(calls, alone, strict=True)
+            _last_rows(call.x, one.x, samples) for call, one in zip(calls, alone, strict=True)
         ):
             reasons[name] = (
                 "was given rows that are not those of one sample after another, as masks and "

@@ -12,19 +12,7 @@ from hesskern import ops
 from hesskern.factors.layer_sums import bordered
 from hesskern.passes.layers import LayerSpec
 
-__all__ = ["InputSums", "SharedSums", "geometry"]
-
-
-def geometry(spec: LayerSpec) -> Hashable:
-    """What of a layer its sums depend on, besides its inputs."""
-    return (
-        spec.weight_inputs,
-        spec.groups,
-        spec.kernel_size,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-    )
+__all__ = ["InputSums", "SharedSums"]
 
 
 @dataclass(eq=False)

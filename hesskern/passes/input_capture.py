@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,9 +22,30 @@ from hesskern.passes.forward_pass import (
 from hesskern.passes.layers import LayerSpec, calls_itself, weight_of
 from hesskern.passes.weight_watch import WeightWatch
 
-__all__ = ["InputCapture"]
+__all__ = ["Call", "InputCapture", "geometry"]
 
-Inputs = dict[str, list[Tensor]]
+Take = Callable[[LayerSpec, Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer.
+
+    Attributes:
+        x: the layer's input [..., d], or [B, C, (H,) W] as padded; the model's own tensor, no copy.
+        identity: the same for two calls of one run only if both were given the same numbers in
+            memory.
+        taken: what was made of ``x`` as the layer was called.
+        version: of ``x`` then.
+    """
+
+    x: Tensor
+    identity: Hashable
+    taken: Any
+    version: int
+
+
+Calls = dict[str, list[Call]]
 
 
 class InputCapture:
@@ -50,7 +72,7 @@ class InputCapture:
         self.unfit: dict[str, str] = {}
         self.called: set[str] = set()
         self._copy = self._drew = False
-        self._found: dict[str, list[tuple[Tensor, int]]] = {}
+        self._begin(None)
         for name in specs:
             reason = self._unseen(name)
             if reason is not None:
@@ -88,48 +110,69 @@ class InputCapture:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._found = {}
+        self._begin(None)
         self._open.__exit__(*error)
+
+    def _begin(self, take: Take | None) -> None:
+        """Lets go of the last run."""
+        self._take = take
+        self._found: Calls = {}
+        # What is in here exists as long as the inputs that it was made of, which are in _found.
+        self._taken: dict[Hashable, Any] = {}
 
     def _hook(self, name: str) -> Any:
         spec = self._specs[name]
 
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
-            if isinstance(x, Tensor):
-                seen = _as_rows(spec, module, x.detach())
-                if self._copy:
-                    seen = seen.clone()
-                self._found.setdefault(name, []).append((seen, seen._version))
+            if isinstance(x, Tensor) and name not in self.unfit:
+                # Inside the model there may be autocast, and gradients.
+                with torch.autocast(self._device.type, enabled=False), torch.no_grad():
+                    x = _as_rows(spec, module, x.detach())
+                    if self._copy:
+                        x = x.clone()
+                    self._note(spec, x)
 
         return hook
 
-    def run(self, batch: Batch) -> Inputs:
-        """Every called layer's inputs, one per call: [..., d], or [B, C, (H,) W] as padded.
+    def _note(self, spec: LayerSpec, x: Tensor) -> None:
+        identity = x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
+        key = identity, x._version, geometry(spec)
+        if key not in self._taken:
+            self._taken[key] = None if self._take is None else self._take(spec, x)
+        call = Call(x, identity, self._taken[key], x._version)
+        self._found.setdefault(spec.name, []).append(call)
 
-        They are the model's own tensors, not copies: of two layers that were given one tensor, both
-        have that one. Nobody else may hold them when the model runs again.
+    def run(self, batch: Batch, take: Take | None = None) -> Calls:
+        """The calls of every layer that was called.
+
+        Nobody else may hold them when the model runs again.
+
+        Args:
+            batch: of which the model gets the inputs.
+            take: makes of a layer's input what is wanted of it as long as it is in the processor's
+                caches; once for all layers of one geometry that are given the same.
 
         Raises:
             ValueError: the model's values are random, or it overwrites its own inputs.
         """
-        found = self._checked(batch)
+        found = self._checked(batch, take)
         if self._drew:
-            check_repeatable(_all(found), lambda: _all(self._stable(batch, None)), batch.index)
+            check_repeatable(_all(found), lambda: _all(self._stable(batch)), batch.index)
         self.called.update(found)
         return {name: found[name] for name in self._specs if name in found}
 
-    def alone(self, batch: Batch) -> Inputs:
+    def alone(self, batch: Batch) -> Calls:
         """:meth:`run` on a part of a batch that was run before."""
-        return self._stable(batch, None)
+        return self._stable(batch)
 
-    def _checked(self, batch: Batch) -> Inputs:
+    def _checked(self, batch: Batch, take: Take | None) -> Calls:
         if self.called:
-            found = self._stable(batch, None)
+            found = self._stable(batch, take)
             if self.called.issuperset(found):
                 return found
         watch = WeightWatch(self._modules, self._specs)
-        found = self._stable(batch, watch)
+        found = self._stable(batch, take, watch)
         for name, operation in watch.elsewhere.items():
             # What no hook sees is unfit already, for the better reason, unless it is a module.
             self.unfit.setdefault(
@@ -137,14 +180,16 @@ class InputCapture:
                 f"has a weight that {operation} reads outside its module's own forward(), where no "
                 "hook sees the input",
             )
-        return {name: inputs for name, inputs in found.items() if name not in self.unfit}
+        return {name: calls for name, calls in found.items() if name not in self.unfit}
 
-    def _stable(self, batch: Batch, watch: WeightWatch | None) -> Inputs:
-        """Inputs that nothing has overwritten since the layers read them."""
+    def _stable(
+        self, batch: Batch, take: Take | None = None, watch: WeightWatch | None = None
+    ) -> Calls:
+        """Calls whose inputs nothing has overwritten since."""
         versions = _versions(batch.inputs)
-        found = self._once(batch.inputs, watch)
-        if all(x._version == version for calls in found.values() for x, version in calls):
-            return _values(found)
+        found = self._once(batch.inputs, take, watch)
+        if all(call.x._version == call.version for calls in found.values() for call in calls):
+            return found
         if _versions(batch.inputs) != versions:
             raise ValueError(
                 "model must not overwrite its own inputs in place after a layer has read them; "
@@ -153,10 +198,10 @@ class InputCapture:
         # From now on, for what one batch overwrites the next one does as well.
         self._copy = True
         del found
-        return _values(self._once(batch.inputs, watch))
+        return self._once(batch.inputs, take, watch)
 
-    def _once(self, inputs: Any, watch: WeightWatch | None) -> dict[str, list[tuple[Tensor, int]]]:
-        self._found = {}
+    def _once(self, inputs: Any, take: Take | None, watch: WeightWatch | None) -> Calls:
+        self._begin(take)
         before = random_state(self._device)
         watched: AbstractContextManager[Any] = nullcontext() if watch is None else watch
         with (
@@ -171,8 +216,21 @@ class InputCapture:
             else:
                 self._model(inputs)
         self._drew = random_state(self._device) != before
-        found, self._found = self._found, {}
-        return {name: calls for name, calls in found.items() if name not in self.unfit}
+        found = self._found
+        self._begin(None)
+        return found
+
+
+def geometry(spec: LayerSpec) -> Hashable:
+    """What of a layer the covariance of given inputs depends on."""
+    return (
+        spec.weight_inputs,
+        spec.groups,
+        spec.kernel_size,
+        spec.stride,
+        spec.padding,
+        spec.dilation,
+    )
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -195,12 +253,8 @@ def _as_rows(spec: LayerSpec, module: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def _values(found: Mapping[str, list[tuple[Tensor, int]]]) -> Inputs:
-    return {name: [x for x, _ in calls] for name, calls in found.items()}
-
-
-def _all(found: Inputs) -> list[Tensor]:
-    return [x for calls in found.values() for x in calls]
+def _all(found: Calls) -> list[Tensor]:
+    return [call.x for calls in found.values() for call in calls]
 
 
 def _versions(inputs: Any) -> list[int]:

@@ -14,6 +14,7 @@ from hesskern.choices import Bias, Output
 from hesskern.factors.batch_sums import BatchSums
 from hesskern.factors.layer_sums import (
     BatchSum,
+    Counted,
     LayerSums,
     SumMemory,
     add_sums,
@@ -29,6 +30,7 @@ from hesskern.passes.data_pass import DataPass
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec, left_out, select_layers
 from hesskern.passes.losses import resolve_loss
+from hesskern.passes.masks import checked_mask
 from hesskern.passes.memory import budget_for, out_of_memory, release
 from hesskern.passes.roots import check_fraction, check_output
 from hesskern.portable import Portable
@@ -36,7 +38,10 @@ from hesskern.progress import Progress, reporter
 
 __all__ = ["FactorAccumulator"]
 
-_STATE = ("count", "batches", "reasons", "unfit", "generator", "settings", "layers")
+_STATE = ("format", "count", "batches", "reasons", "unfit", "generator", "settings", "layers")
+
+# Of states: 2 since output Hessians are summed over positions as well.
+_FORMAT = 2
 
 # Stands for targets that the batch itself holds; None may be what a loss takes.
 _IN_INPUTS: Any = object()
@@ -55,11 +60,11 @@ class _Before:
 
 
 class _Held:
-    """Weighted numbers of samples that the device holds until the pass ends."""
+    """Weighted numbers of samples and positions that the device holds until the pass ends."""
 
     def __init__(self) -> None:
         self._shrunk: Tensor | None = None
-        self._counts: dict[tuple[tuple[str, int], ...], Tensor] = {}
+        self._counts: dict[tuple[bool, tuple[tuple[str, int], ...]], Tensor] = {}
 
     def __bool__(self) -> bool:
         return bool(self._counts)
@@ -69,24 +74,27 @@ class _Held:
         tensors = [count for count in counts if isinstance(count, Tensor)]
         return (*tensors, *self._counts.values())[0].new_zeros(())
 
-    def add(self, count: Tensor, positions: dict[str, int]) -> None:
-        """Adds a 0-dim float64 number of samples with so many positions in every layer."""
-        key = tuple(positions.items())
-        self._counts[key] = self._counts[key] + count if key in self._counts else count
+    def add(self, number: Tensor, counted: Counted) -> None:
+        """Adds the 0-dim float64 number of what was counted."""
+        key = counted.samples, tuple(counted.positions.items())
+        self._counts[key] = self._counts[key] + number if key in self._counts else number
 
     def scale(self, factor: Tensor) -> None:
         """Multiplies everything that was counted, by the host as well, by a 0-dim number."""
         self._shrunk = factor if self._shrunk is None else self._shrunk * factor
         self._counts = {key: count * factor for key, count in self._counts.items()}
 
-    def read(self) -> tuple[float, list[tuple[float, dict[str, int]]]]:
+    def read(self) -> tuple[float, list[Counted]]:
         """What the host has counted is to be multiplied by, and what is to be added; waits once."""
         if not self._counts:
             return 1.0, []
         counts = list(self._counts.values())
         shrunk = counts[0].new_ones(()) if self._shrunk is None else self._shrunk
         factor, *numbers = torch.stack([shrunk, *(c.to(shrunk.device) for c in counts)]).tolist()
-        return factor, [(n, dict(key)) for n, key in zip(numbers, self._counts, strict=True)]
+        return factor, [
+            Counted(n, dict(positions), samples)
+            for n, (samples, positions) in zip(numbers, self._counts, strict=True)
+        ]
 
 
 class FactorAccumulator(Portable):
@@ -99,8 +107,9 @@ class FactorAccumulator(Portable):
 
     Args:
         model, loss, layers, output, bias, mc_samples, seed, output_root, check: as in
-            :func:`hesskern.kronecker_factors`. What is found out about the samples holds for the
-            batches that follow, as long as the model's graph and its shapes stay the same.
+            :func:`hesskern.kronecker_factors`, and so is position_mask. What is found out about the
+            samples holds for the batches that follow, as long as the model's graph and its shapes
+            stay the same.
         decay: None for means over everything seen; a number in [0, 1) for moving averages over
             batches, ``decay * old + (1 - decay) * new``, with the start-up bias removed.
         memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
@@ -122,6 +131,7 @@ class FactorAccumulator(Portable):
         output_root: Callable[..., Tensor] | None = None,
         memory_budget: int | None = None,
         check: bool = True,
+        position_mask: Callable[[Any], Any] | None = None,
     ) -> None:
         check_output(output, mc_samples, seed)
         if decay is not None:
@@ -130,6 +140,7 @@ class FactorAccumulator(Portable):
         self._specs, self._skipped = select_layers(model, layers, bias)
         self._by_name = layers is not None
         self._model = model
+        self._position_mask = checked_mask(position_mask)
         self._decay = decay
         budget = budget_for(memory_budget, model_device(model), 2**30, 1 / 16)
         self._batch_sums = BatchSums(self._specs, budget)
@@ -151,7 +162,10 @@ class FactorAccumulator(Portable):
         self._precisions: dict[str, None] = {}
 
     def _given(self) -> dict[str, Any]:
-        return {"model": self._model, "loss": self._loss}
+        given = {"model": self._model, "loss": self._loss}
+        if self._position_mask is not None:
+            given["position_mask"] = self._position_mask
+        return given
 
     def _about(self) -> str:
         return "a FactorAccumulator, which runs its model (state_dict() holds the sums alone),"
@@ -224,7 +238,14 @@ class FactorAccumulator(Portable):
         now = precisions(self._model, model_device(self._model))
         given = self._model, data, self._loss, self._specs, sample_weight, self._evidence
         kept, unfit = self._sums.keys(), dict(self._unfit)
-        run = DataPass(*given, progress, "Kronecker factors", kept=kept, unfit=unfit)
+        run = DataPass(
+            *given,
+            progress,
+            "Kronecker factors",
+            kept=kept,
+            unfit=unfit,
+            position_mask=self._position_mask,
+        )
         try:
             with run.capture:
                 for batch in run.batches():
@@ -311,8 +332,8 @@ class FactorAccumulator(Portable):
             self._count *= factor
             for sums in self._sums.values():
                 sums.positions *= factor
-        for count, positions in counts:
-            self._count_samples(count, positions)
+        for counted in counts:
+            self._count_samples(counted)
 
     def _sums_of(self, run: DataPass, batch: Batch, memory: SumMemory) -> BatchSum:
         """A batch's sums by layer, and its weighted number of samples."""
@@ -343,32 +364,36 @@ class FactorAccumulator(Portable):
         if not known:
             # It holds the running sums from now on.
             memory.let_go()
-        for count, positions in fresh.counts:
-            if isinstance(count, Tensor):
-                self._held.add(count, positions)
+        for counted in fresh.counts:
+            if isinstance(counted.number, Tensor):
+                self._held.add(counted.number, counted)
             else:
-                self._count_samples(count, positions)
+                self._count_samples(counted)
         self._batches += 1
 
-    def _count_samples(self, count: float, positions: dict[str, int]) -> None:
-        self._count += count
-        for name, number in positions.items():
+    def _count_samples(self, counted: Counted) -> None:
+        """Adds what the host knows."""
+        number = float(counted.number)
+        if counted.samples:
+            self._count += number
+        for name, times in counted.positions.items():
             if name in self._sums:
-                self._sums[name].positions += count * number
+                self._sums[name].positions += number * times
 
     def _average(self, fresh: BatchSum, decay: float) -> None:
         """Scales the sums so far, and those of a batch so that it counts as 1 - decay in all."""
-        counts = [count for count, _ in fresh.counts]
+        counts = [counted.number for counted in fresh.counts if counted.samples]
         known = [count for count in counts if not isinstance(count, Tensor)]
         old: float | Tensor
         new: float | Tensor
-        if len(known) == len(counts) and not self._held:
+        everywhere = all(not isinstance(counted.number, Tensor) for counted in fresh.counts)
+        if everywhere and not self._held:
             if not sum(known) > 0:
                 return
             old, new = decay, (1 - decay) / sum(known)
             self._count *= decay
         else:
-            total = self._held.zero(counts)
+            total = self._held.zero([counted.number for counted in fresh.counts])
             for count in counts:
                 total = total + count
             seen = total > 0
@@ -377,7 +402,7 @@ class FactorAccumulator(Portable):
             self._held.scale(old)
         scale_sums(self._sums.values(), old)
         scale_sums(fresh.layers.values(), new)
-        fresh.counts = [(count * new, positions) for count, positions in fresh.counts]
+        fresh.counts = [counted._replace(number=counted.number * new) for counted in fresh.counts]
 
     def factors(self) -> Factors:
         """The factors of everything seen so far; the accumulator can go on afterwards.
@@ -422,7 +447,8 @@ class FactorAccumulator(Portable):
     def _layer(self, spec: LayerSpec, sums: LayerSums) -> LayerFactors:
         count, positions = self.num_samples, float(sums.positions) / self.num_samples
         inputs = ops.mirror_(sums.inputs / count)
-        outputs = ops.mirror_(sums.outputs / count)
+        # Samples without a position in this layer have none to be averaged over.
+        outputs = ops.mirror_(sums.outputs / (float(sums.positions) or 1.0))
         images = None if sums.images is None else tuple(image / count for image in sums.images)
         if spec.joint:
             inputs = bordered(inputs, sums.column / count, positions)
@@ -467,6 +493,7 @@ class FactorAccumulator(Portable):
     def state_dict(self) -> dict[str, Any]:
         """Everything accumulated, as tensors and plain numbers: to stop and go on later."""
         return {
+            "format": _FORMAT,
             "count": self.num_samples,
             "batches": self._batches,
             "reasons": dict(self._reasons),
@@ -488,6 +515,8 @@ class FactorAccumulator(Portable):
         missing = [key for key in _STATE if key not in state]
         if missing:
             raise ValueError(f"state must come from state_dict(); it lacks {', '.join(missing)}")
+        if state["format"] != _FORMAT:
+            raise ValueError(f"state has format {state['format']!r}, this version {_FORMAT}")
         if state["settings"] != self._settings:
             raise ValueError(
                 f"state was made with settings {state['settings']}, this one with {self._settings}"

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hesskern import ops
-from hesskern.factors.layer_sums import BatchSum, LayerSums, Layout, SumMemory
-from hesskern.graph.nodes import product
-from hesskern.passes.layer_uses import LayerUse
+from hesskern.factors.layer_sums import BatchSum, Counted, LayerSums, Layout, SumMemory
+from hesskern.passes.layer_uses import LayerUse, positions_of
 from hesskern.passes.layers import LayerSpec, unfolded
+from hesskern.passes.position_mask import PositionMask
 from hesskern.passes.roots import BatchRoots, accumulator_dtype, positions_last
 
 __all__ = ["BatchSums"]
@@ -45,15 +45,27 @@ class BatchSums:
             ValueError: NaN or Inf on the host.
         """
         found = memory.zeros({name: _layout(self.specs[name], roots.uses[name]) for name in names})
-        positions = {
-            name: sum(_positions(self.specs[name], use) for use in roots.uses[name])
-            for name in names
-        }
-        found.counts.append((roots.count, positions))
+        found.counts += self._counted(roots, names)
         for name, sums in found.layers.items():
             self._add_inputs(self.specs[name], roots, sums)
-        self._add_outputs(roots, found.layers, positions)
+        self._add_outputs(roots, found.layers)
         return found
+
+    def _counted(self, roots: BatchRoots, names: list[str]) -> list[Counted]:
+        """The batch's samples and masked positions, and how often they go into each layer's."""
+        whole = dict.fromkeys(names, 0)
+        masked: dict[int, tuple[PositionMask, dict[str, int]]] = {}
+        for name in names:
+            for use in roots.uses[name]:
+                if use.mask is None:
+                    whole[name] += positions_of(self.specs[name], use)
+                else:
+                    _, times = masked.setdefault(id(use.mask), (use.mask, {}))
+                    times[name] = times.get(name, 0) + 1
+        return [
+            Counted(roots.count, whole),
+            *(Counted(roots.positions(mask), times, False) for mask, times in masked.values()),
+        ]
 
     @staticmethod
     def _add_inputs(spec: LayerSpec, roots: BatchRoots, sums: LayerSums) -> None:
@@ -67,6 +79,9 @@ class BatchSums:
             )
         assert sums.images is not None
         for use, image in zip(uses, sums.images, strict=True):
+            if use.mask is not None:
+                _add_data(spec, roots, use, sums, image)
+                continue
             x = roots.inputs(use)
             if spec.kind == "linear":
                 rows = x if x.dim() == 2 else x.reshape(-1, spec.weight_inputs)
@@ -85,59 +100,56 @@ class BatchSums:
             if spec.joint:
                 sums.column += unfolded(spec, image).sum(1)
 
-    def _add_outputs(
-        self, roots: BatchRoots, fresh: dict[str, LayerSums], positions: dict[str, int]
-    ) -> None:
+    def _add_outputs(self, roots: BatchRoots, fresh: dict[str, LayerSums]) -> None:
         """Adds the batch's output Hessians, some samples or a few root rows at a time."""
-        share = {name: 1.0 / max(positions[name], 1) for name in fresh}
         blocks = roots.blocks(self.memory_budget)
         if blocks is None:
-            self._add_rows(roots, fresh, share)
+            self._add_rows(roots, fresh)
         else:
-            self._add_blocks(blocks, fresh, share)
+            self._add_blocks(roots, blocks, fresh)
         for name, sums in fresh.items():
             roots.check_sums(name, sums.inputs, sums.outputs)
 
     def _add_blocks(
         self,
+        roots: BatchRoots,
         blocks: Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]],
         fresh: dict[str, LayerSums],
-        share: dict[str, float],
     ) -> None:
-        for _, _, gradients in blocks:
+        for samples, _, gradients in blocks:
             for name, sums in fresh.items():
                 m = self.specs[name].outputs
-                for grad in gradients[name]:
+                for use, grad in zip(roots.uses[name], gradients[name], strict=True):
                     if grad is None:
                         continue
-                    if self.specs[name].kind == "linear":
+                    if use.mask is not None:
+                        rows = _data_gradients(use, grad, samples)[None]
+                    elif self.specs[name].kind == "linear":
                         rows = grad.reshape(1, -1, m)
                     elif grad.stride(2) == 1:
                         rows = grad.movedim((1, 2), (-2, -1)).reshape(1, -1, m)
                     else:
                         rows = grad.flatten(3)
-                    ops.output_hessian_(sums.outputs, rows, alpha=share[name])
+                    ops.output_hessian_(sums.outputs, rows)
 
-    def _add_rows(
-        self, roots: BatchRoots, fresh: dict[str, LayerSums], share: dict[str, float]
-    ) -> None:
+    def _add_rows(self, roots: BatchRoots, fresh: dict[str, LayerSums]) -> None:
         kept: dict[str, list[Tensor]] = {name: [] for name in fresh}
         held = 0
         for grads in roots.gradients():
             for name in fresh:
-                for grad in grads[name]:
+                for use, grad in zip(roots.uses[name], grads[name], strict=True):
                     if grad is not None:
+                        if use.mask is not None:
+                            grad = _data_gradients(use, grad.unsqueeze(1))
                         kept[name].append(grad)
                         held += grad.numel() * grad.element_size()
             # What is joined at a time is held twice.
             if held > self.memory_budget - self._joined:
-                self._flush(kept, fresh, share)
+                self._flush(kept, fresh)
                 held = 0
-        self._flush(kept, fresh, share)
+        self._flush(kept, fresh)
 
-    def _flush(
-        self, kept: dict[str, list[Tensor]], fresh: dict[str, LayerSums], share: dict[str, float]
-    ) -> None:
+    def _flush(self, kept: dict[str, list[Tensor]], fresh: dict[str, LayerSums]) -> None:
         for name, grads in kept.items():
             spec, target = self.specs[name], fresh[name].outputs
             if spec.kind == "linear" and grads:
@@ -147,11 +159,13 @@ class BatchSums:
                     # Samples, rows and positions are all rows of one matrix [., m].
                     part = [g.reshape(1, -1, spec.outputs) for g in grads[begin : begin + step]]
                     block = part[0] if len(part) == 1 else torch.cat(part, 1)
-                    ops.output_hessian_(target, block, alpha=share[name])
+                    ops.output_hessian_(target, block)
             else:
                 for grad in grads:
-                    rows_t = positions_last(spec, grad).unsqueeze(1)
-                    ops.output_hessian_(target, rows_t, alpha=share[name])
+                    # Of masked convolutions there are rows [R, m] already.
+                    flat = grad.dim() == 2
+                    rows_t = grad[None] if flat else positions_last(spec, grad).unsqueeze(1)
+                    ops.output_hessian_(target, rows_t)
             grads.clear()
 
 
@@ -168,13 +182,32 @@ def _layout(spec: LayerSpec, uses: list[LayerUse]) -> Layout:
     )
 
 
-def _positions(spec: LayerSpec, use: LayerUse) -> int:
-    """Positions per sample of one use."""
-    x = use.x
-    if spec.kind == "linear":
-        return product(x.shape[1:-1]) if len(x) and x.shape[-1] else 1
-    count = 1
-    axes = zip(x.shape[2:], spec.kernel_size, spec.stride, spec.padding, spec.dilation, strict=True)
-    for size, kernel, stride, padding, dilation in axes:
-        count *= (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-    return count
+def _add_data(
+    spec: LayerSpec, roots: BatchRoots, use: LayerUse, sums: LayerSums, image: Tensor
+) -> None:
+    """Adds the inputs of one masked use at the positions that are data."""
+    rows = roots.data_rows(spec, use)
+    if spec.groups == 1:
+        ops.input_covariance_(sums.inputs, rows)
+    else:
+        for covariance, part in zip(sums.inputs, rows.chunk(spec.groups, 1), strict=True):
+            ops.input_covariance_(covariance, part.contiguous())
+    pixels = (spec.kernel_size, spec.stride, spec.padding) == ((1,), (1,), (0,))
+    if use.convolution and not pixels:
+        # What the windows of masked positions hold cannot be taken out of an image.
+        sums.images = None
+        if spec.joint:
+            sums.column += roots.weighted_again(use, rows).sum(0, dtype=sums.column.dtype)
+        return
+    roots.add_data_sum(spec, use, rows, image)
+    if spec.joint:
+        sums.column += unfolded(spec, image).sum(1)
+
+
+def _data_gradients(use: LayerUse, grad: Tensor, samples: slice = slice(None)) -> Tensor:
+    """[R, m] rows at the positions that are data of gradients [n, r, ...] of a masked use."""
+    assert use.mask is not None
+    n, r = grad.shape[:2]
+    if use.convolution:
+        return use.mask.select(grad.flatten(3).transpose(2, 3), samples)
+    return use.mask.select(grad.reshape(n, r, -1, use.outputs), samples)

@@ -29,6 +29,7 @@ def kronecker_factors(
     output_root: Callable[..., Tensor] | None = None,
     memory_budget: int | None = None,
     check: bool = True,
+    position_mask: Callable[[Any], Any] | None = None,
     progress: bool | Progress = False,
     group: Any = None,
 ) -> Factors:
@@ -66,6 +67,13 @@ def kronecker_factors(
             its shapes and its route through the model, and each one where values could move or mix
             rows. A layer whose rows are no samples, or act on
             several, is then left out with the reason. False takes the first axis for the samples.
+        position_mask: which positions are data, where they are not all: a function of a batch's
+            inputs that gives a mask [N, T] of zeros and ones, a dict of such masks or None by
+            patterns of layers' names ({"encoder.*": mask}; the first that fits counts), or None for
+            what the batch says itself. It may lie on the host, which is best for a GPU, too. A
+            mask [N, T] speaks of linear layers and Conv1d with T positions; layers with one row per
+            sample (poolers, heads on one token) are not masked. A masked position counts nowhere,
+            whatever is there.
         progress: True for a bar with the time left, or a callback (description, done, total).
         group: reserved for torch.distributed; must be None.
 
@@ -91,6 +99,7 @@ def kronecker_factors(
         output_root=output_root,
         memory_budget=memory_budget,
         check=check,
+        position_mask=position_mask,
     )
     accumulator.consume(data, sample_weight=sample_weight, progress=progress)
     return accumulator.finished(2)

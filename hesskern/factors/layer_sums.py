@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,16 @@ from torch import Tensor
 from hesskern.graph.nodes import product
 from hesskern.ops import foreach
 
-__all__ = ["BatchSum", "LayerSums", "Layout", "SumMemory", "add_sums", "bordered", "scale_sums"]
+__all__ = [
+    "BatchSum",
+    "Counted",
+    "LayerSums",
+    "Layout",
+    "SumMemory",
+    "add_sums",
+    "bordered",
+    "scale_sums",
+]
 
 # Elements between which sums begin: 256 bytes of float32, as an allocator would align them.
 _ALIGNED = 64
@@ -24,7 +34,7 @@ class LayerSums:
 
     Attributes:
         inputs: [d, d] or [g, d, d], without the bias.
-        outputs: [m, m].
+        outputs: [m, m], summed over samples and positions.
         column: [g d] sum of the inputs over samples and positions; used with a joint bias.
         images: sums of the inputs, one per use; None once their shapes varied.
         positions: weighted sum of positions per sample, as far as the host knows it.
@@ -103,6 +113,21 @@ class Layout:
     device: torch.device
 
 
+class Counted(NamedTuple):
+    """A number that positions are counted in.
+
+    Attributes:
+        number: weighted number of samples of a part of the data, or of a mask's positions in it;
+            0-dim float64 where only a device knows it.
+        positions: how many times the number goes into every layer's positions.
+        samples: whether it is a number of samples.
+    """
+
+    number: float | Tensor
+    positions: dict[str, int]
+    samples: bool = True
+
+
 @dataclass
 class BatchSum:
     """The sums of one batch.
@@ -110,13 +135,13 @@ class BatchSum:
     Attributes:
         layers: by name, without their positions.
         pieces: the memory that they lie in, some elements of which belong to none.
-        counts: per part of the batch its weighted number of samples, 0-dim float64 where only a
-            device knows it, and every layer's positions per sample.
+        counts: per part of the batch its number of samples with every layer's positions per sample,
+            and its masks' positions with the layers that they belong to.
     """
 
     layers: dict[str, LayerSums]
     pieces: list[Tensor]
-    counts: list[tuple[float | Tensor, dict[str, int]]] = field(default_factory=list)
+    counts: list[Counted] = field(default_factory=list)
 
     def mask(self, alive: Tensor) -> None:
         """Makes all sums zero where the 0-dim ``alive`` is False, whatever they hold."""
@@ -124,13 +149,12 @@ class BatchSum:
         for piece in self.pieces:
             piece.masked_fill_(dead.to(piece.device), 0)
         self.counts = [
-            (
-                count.masked_fill(dead.to(count.device), 0)
-                if isinstance(count, Tensor)
-                else alive.double() * count,
-                positions,
+            counted._replace(
+                number=counted.number.masked_fill(dead.to(counted.number.device), 0)
+                if isinstance(counted.number, Tensor)
+                else alive.double() * counted.number
             )
-            for count, positions in self.counts
+            for counted in self.counts
         ]
 
     def join(self, other: BatchSum) -> None:

@@ -16,7 +16,7 @@ from hesskern.passes.layers import LayerSpec, unfolded
 from hesskern.solvers.result import EigenResult
 from hesskern.tensor_files import OpenedFile, TensorFormat
 
-__all__ = ["Factors", "LayerFactors", "load_factors"]
+__all__ = ["Factors", "LayerFactors", "load_factors", "read_spec"]
 
 _FILE = TensorFormat("hesskern.factors/1", "hesskern factors", "factors file")
 
@@ -28,9 +28,10 @@ class LayerFactors:
     Attributes:
         spec: the layer's geometry.
         input_covariance: E[x x^T], summed over positions: [d, d], or [g, d, d] with groups.
-        output_hessian: [m, m] E[M], the mean over positions.
+        output_hessian: [m, m] E[M], the mean over all samples' positions.
         num_samples: weighted number of samples behind the means.
-        positions: positions per sample (uses counted), averaged over batches; 1 for plain linear.
+        positions: mean of the positions per sample (uses counted, masked ones not); 1 for plain
+            linear.
         input_images: E[x] as it came in, one per use: [d], [t, d] or [C, (H,) W]; None where
             the shapes varied between batches.
     """
@@ -218,14 +219,18 @@ def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu
         )
 
 
+def read_spec(entry: Mapping[str, Any]) -> LayerSpec:
+    """A layer's geometry as a file's header has it."""
+    fields: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()
+    }
+    return LayerSpec(**fields)
+
+
 def _read_layer(
     file: OpenedFile, entry: dict[str, Any], device: str | torch.device
 ) -> LayerFactors:
-    fields: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in entry["spec"].items()
-    }
-    spec = LayerSpec(**fields)
+    spec = read_spec(entry["spec"])
     count = entry["images"]
 
     def read(name: str) -> Tensor:

@@ -20,6 +20,7 @@ from hesskern.passes.data_pass import RepeatedPass, stored_or_anew, with_less_me
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec, left_out, select_layers, shared_weights
 from hesskern.passes.losses import resolve_loss
+from hesskern.passes.masks import checked_mask
 from hesskern.passes.roots import BatchRoots, accumulator_dtype
 from hesskern.progress import Progress, reporter
 
@@ -51,7 +52,7 @@ class GaussNewton(CurvatureOperator):
         memory_budget: bytes of samples kept; above it every product runs the model again. None for
             4 GiB, on a GPU for a quarter of its free memory; where that runs out, the pass begins
             anew with a quarter of the budget.
-        check: as in :func:`hesskern.kronecker_factors`.
+        check, position_mask: as in :func:`hesskern.kronecker_factors`.
         progress: True for a bar with the time left, or a callback.
 
     Attributes:
@@ -79,6 +80,7 @@ class GaussNewton(CurvatureOperator):
         output_root: Callable[..., Tensor] | None = None,
         memory_budget: int | None = None,
         check: bool = True,
+        position_mask: Callable[[Any], Any] | None = None,
         progress: bool | Progress = False,
     ) -> None:
         check_iterable(data)
@@ -88,10 +90,11 @@ class GaussNewton(CurvatureOperator):
             del specs[name]
             self.skipped[name] = f"shares its weight with {owner!r}, which stands for both"
         resolved, report = resolve_loss(loss, output_root), reporter(progress)
-        evidence = Evidence(check)
+        evidence, mask = Evidence(check), checked_mask(position_mask)
 
         def attempt(budget: int) -> tuple[_Pass, list[Piece] | None]:
-            source = _Pass(model, data, resolved, specs, sample_weight, evidence, budget)
+            given = model, data, resolved, specs, sample_weight, evidence
+            source = _Pass(*given, budget, position_mask=mask)
             return source, source.within_budget(source(report), _added, "the samples' rows")
 
         source, pieces = with_less_memory(attempt, memory_budget, model, data)
@@ -309,7 +312,8 @@ class _Pass(RepeatedPass):
 def _add_inputs(sums: dict[str, Tensor], spec: LayerSpec, roots: BatchRoots) -> None:
     """Adds a batch's weighted sum of inputs, where the layer has one input vector per sample."""
     uses = roots.uses[spec.name]
-    if len(uses) > 1 or uses[0].x.dim() != 2 or spec.kind != "linear":
+    several = len(uses) > 1 or uses[0].x.dim() != 2 or spec.kind != "linear"
+    if several or uses[0].mask is not None:
         return
     x = uses[0].x.to(accumulator_dtype(uses[0].x.dtype))
     total = x.sum(0) if roots.weight_root is None else roots.weight_root.square().to(x) @ x

@@ -31,6 +31,7 @@ from hesskern.passes.data_pass import (
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec, left_out, select_layers
 from hesskern.passes.losses import resolve_loss
+from hesskern.passes.masks import checked_mask
 from hesskern.passes.roots import accumulator_dtype, check_fraction
 from hesskern.progress import Progress, reporter
 
@@ -253,6 +254,7 @@ class _Layer:
         shares: per piece, every sample's share of the trace; only with pruning.
         batches: per piece, the batch that it belongs to; only with pruning.
         dtype: of the sample rows; None before the first.
+        lost: 0-dim bool, whether gradients at masked positions were not zero; None without masks.
     """
 
     spec: LayerSpec
@@ -261,6 +263,7 @@ class _Layer:
     shares: list[Tensor] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
     dtype: torch.dtype | None = None
+    lost: Tensor | None = None
 
     def shares_by_batch(self) -> list[Tensor]:
         """Shares of the samples of every batch: a batch comes in pieces over root rows."""
@@ -282,6 +285,7 @@ def layer_hessians(
     output_root: Callable[..., Tensor] | None = None,
     memory_budget: int | None = None,
     check: bool = True,
+    position_mask: Callable[[Any], Any] | None = None,
     progress: bool | Progress = False,
 ) -> LayerHessians:
     """The layer-wise Hessian of every layer, from one pass over the data.
@@ -303,6 +307,8 @@ def layer_hessians(
             its free memory; where that runs out, the pass begins anew with a quarter of the budget.
         check: whether it is found out which rows of a layer belong to which samples where the
             graph does not prove it; see :func:`hesskern.kronecker_factors`.
+        position_mask: which positions are data, as in :func:`hesskern.kronecker_factors`. Where the
+            outputs depend on masked positions of a layer, its block is not the Hessian.
         progress: True for a bar with the time left, or a callback.
 
     Returns:
@@ -323,11 +329,11 @@ def layer_hessians(
     check_iterable(data)
     resolved = resolve_loss(loss, output_root)
     specs, skipped = select_layers(model, layers, bias)
-    report, evidence = reporter(progress), Evidence(check)
+    report, evidence, mask = reporter(progress), Evidence(check), checked_mask(position_mask)
 
     def attempt(budget: int) -> tuple[dict[str, _Layer], DataPass, int]:
         given = model, data, resolved, specs, sample_weight, evidence
-        run = DataPass(*given, report, "Layer Hessians", examine=True)
+        run = DataPass(*given, report, "Layer Hessians", examine=True, position_mask=mask)
         return _gather(run, budget, tolerance), run, budget
 
     gathered, run, budget = with_less_memory(attempt, memory_budget, model, data)
@@ -350,7 +356,8 @@ def layer_hessians(
     for name, layer in gathered.items():
         if name in reasons:
             continue
-        rerun = _Rerun(model, data, resolved, {name: layer.spec}, sample_weight, evidence, budget)
+        given = model, data, resolved, {name: layer.spec}, sample_weight, evidence
+        rerun = _Rerun(*given, budget, position_mask=mask)
         result[name] = _finish(layer, rerun, count, tolerance, inexact.get(name))
     if not result:
         raise ValueError(
@@ -378,6 +385,14 @@ def _gather(run: DataPass, budget: int, tolerance: float) -> dict[str, _Layer]:
             for name, chunk in layer_rows(wanted, roots, budget):
                 _keep(gathered[name], chunk, batch.index, tolerance)
                 _evict(gathered, budget, run.data)
+            for name, lost in roots.masked_gradients.items():
+                before = gathered[name].lost
+                gathered[name].lost = lost if before is None else before | lost
+    for name, layer in gathered.items():
+        if layer.lost is not None and bool(layer.lost):
+            run.capture.inexact.setdefault(
+                name, "has masked positions on which the outputs that count depend"
+            )
     return gathered
 
 

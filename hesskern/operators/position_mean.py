@@ -18,6 +18,7 @@ from hesskern.passes.data_pass import RepeatedPass, stored_or_anew, with_less_me
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec, select_layers
 from hesskern.passes.losses import resolve_loss
+from hesskern.passes.masks import checked_mask
 from hesskern.passes.roots import BatchRoots, accumulator_dtype
 from hesskern.progress import Progress, reporter
 
@@ -127,6 +128,7 @@ def position_mean_hessian(
     sample_weight: Tensor | None = None,
     output_root: Callable[..., Tensor] | None = None,
     memory_budget: int | None = None,
+    position_mask: Callable[[Any], Any] | None = None,
     progress: bool | Progress = False,
 ) -> PositionMeanHessian:
     """E[M_n (x) X_n X_n^T] of one layer, in one pass; see :class:`PositionMeanHessian`.
@@ -139,6 +141,8 @@ def position_mean_hessian(
         memory_budget: bytes of M_n and X_n kept; above it every product runs the model again. None
             for 4 GiB, on a GPU for a quarter of its free memory; where that runs out, the pass
             begins anew with a quarter of the budget.
+        position_mask: which positions are data, as in :func:`hesskern.kronecker_factors`; M_n is
+            the mean over those of sample n.
         progress: True for a bar with the time left, or a callback.
 
     Raises:
@@ -154,10 +158,11 @@ def position_mean_hessian(
         raise NotImplementedError(
             f"layer {layer!r} has {spec.groups} groups and no single input covariance"
         )
-    report, evidence = reporter(progress), Evidence()
+    report, evidence, mask = reporter(progress), Evidence(), checked_mask(position_mask)
 
     def attempt(budget: int) -> tuple[_Pass, list[_Chunk] | None]:
-        source = _Pass(model, data, resolved, specs, sample_weight, evidence, budget)
+        given = model, data, resolved, specs, sample_weight, evidence
+        source = _Pass(*given, budget, position_mask=mask)
         whose = f"the samples of layer {layer!r}"
         return source, source.within_budget(source(report), lambda chunk, _: chunk.nbytes, whose)
 
@@ -207,12 +212,17 @@ class _Pass(RepeatedPass):
 def _chunk(specs: dict[str, LayerSpec], roots: BatchRoots, budget: int) -> _Chunk | None:
     """M_n and X_n of one batch."""
     outputs, inputs = None, None
+    (name,) = specs
+    positions = roots.sample_positions(name)
+    if isinstance(positions, Tensor):
+        # A sample of masked positions alone has nothing to be averaged.
+        positions = positions.clamp(min=1)
     for _, rows in layer_rows(specs, roots, budget, keep_positions=True):
         s = rows.s if rows.s.dim() == 4 else rows.s.unsqueeze(3)
         inputs = rows.x if rows.x.dim() == 3 else rows.x.unsqueeze(2)
         # [N, m, r t]: all root rows and positions of a sample beside each other.
         beside = s.transpose(1, 2).flatten(2)
-        part = torch.matmul(beside, beside.transpose(1, 2)) / s.shape[3]
+        part = torch.matmul(beside, beside.transpose(1, 2)).div_(positions)
         outputs = part if outputs is None else outputs + part
     if outputs is None or inputs is None:
         return None

@@ -12,6 +12,7 @@ from torch import Tensor
 from hesskern.operators.base import EigenbasisOperator
 from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.ops.reference import unfold
+from hesskern.passes.layer_uses import LayerUse
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.roots import BatchRoots, accumulator_dtype, positions_last
 
@@ -311,7 +312,8 @@ class _Maker:
         self._spec = spec
         uses = roots.uses[spec.name]
         self._dtype = accumulator_dtype(uses[0].x.dtype)
-        inputs = [_columns(spec, use.x).to(self._dtype) for use in uses]
+        self._roots, self._uses = roots, uses
+        inputs = [_columns(spec, use).to(self._dtype) for use in uses]
         self._plain = len(inputs) == 1 and inputs[0].dim() == 2
         n = inputs[0].shape[0]
         if self._plain:
@@ -323,6 +325,12 @@ class _Maker:
             self._x = columns[0] if len(columns) == 1 else torch.cat(columns, 2)
         if spec.joint:
             ones = self._x.new_ones(n, spec.groups, *self._x.shape[2:])
+            begin = 0
+            for use, t in zip(uses, self._positions, strict=True):
+                if use.mask is not None:
+                    whole = ones.new_ones(n, spec.groups, use.mask.length)
+                    ones[:, :, begin : begin + t] = use.mask.compact(whole, 2)
+                begin += t
             grouped = self._x.unflatten(1, (spec.groups, -1))
             self._x = torch.cat([grouped, ones.unsqueeze(2)], 2).flatten(1, 2)
         m, d = spec.shape
@@ -353,8 +361,8 @@ class _Maker:
         columns = [
             self._x.new_zeros(n, r, self._spec.outputs, t)
             if grad is None
-            else self._columns_last(grad)
-            for grad, t in zip(grads, self._positions, strict=True)
+            else self._data_columns(use, grad, samples)
+            for use, grad, t in zip(self._uses, grads, self._positions, strict=True)
         ]
         if self._plain:
             target.copy_(columns[0].reshape(n, r, self._spec.outputs))
@@ -373,6 +381,18 @@ class _Maker:
         x = self._x[samples].unflatten(1, (groups, -1)).transpose(2, 3).unsqueeze(1)
         target.copy_(torch.matmul(s.unflatten(2, (groups, -1)), x).flatten(2))
 
+    def _data_columns(self, use: LayerUse, grad: Tensor, samples: slice) -> Tensor:
+        """[n, r, m, t] of gradients [n, r, ...] of one use, at its positions that are data."""
+        columns = self._columns_last(grad)
+        if use.mask is None:
+            return columns
+        if self._roots.examines:
+            keep = use.mask.on(columns.device)[samples]
+            lost = columns.masked_fill(keep[:, None, None, :], 0).any()
+            found, name = self._roots.masked_gradients, self._spec.name
+            found[name] = found[name] | lost if name in found else lost
+        return use.mask.compact(columns, 3, samples)
+
     def _columns_last(self, grad: Tensor) -> Tensor:
         """[n, r, m, t] of gradients [n, r, ...] of one use."""
         if self._spec.kind == "conv":
@@ -388,8 +408,16 @@ class _Maker:
         return rows
 
 
-def _columns(spec: LayerSpec, x: Tensor) -> Tensor:
-    """[N, d] or [N, d, t] inputs of one use; for a grouped convolution d counts all groups."""
+def _columns(spec: LayerSpec, use: LayerUse) -> Tensor:
+    """[N, d] or [N, d, t] inputs of one use; for a grouped convolution d counts all groups.
+
+    Of a masked use [N, d, t] at the positions that are data, beside zeros.
+    """
+    x = use.x
     if spec.kind == "conv":
-        return unfold(x, spec.kernel_size, spec.stride, spec.padding, spec.dilation)
-    return positions_last(spec, x)
+        columns = unfold(x, spec.kernel_size, spec.stride, spec.padding, spec.dilation)
+    else:
+        columns = positions_last(spec, x)
+    if use.mask is None:
+        return columns
+    return use.mask.compact(columns if columns.dim() == 3 else columns.unsqueeze(2), 2)

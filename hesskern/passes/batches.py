@@ -26,7 +26,8 @@ class Batch:
         given_targets: the same where they came from: values on the host can be looked at without
             waiting for a device.
         weight: [N] sample weights where they came from, or None.
-        mask: [N, T] bool on the model's device, which positions are data; None: all are.
+        mask: [N, T] where it came from, which positions are data (1 or True), or such masks by
+            patterns of layers' names; None: all are.
     """
 
     index: int
@@ -34,7 +35,7 @@ class Batch:
     targets: Any
     given_targets: Any
     weight: Tensor | None
-    mask: Tensor | None = None
+    mask: Any = None
 
 
 class Parts(NamedTuple):
@@ -90,6 +91,7 @@ def batches(
     progress: Progress | None = None,
     description: str = "data",
     split: Callable[[Any, int], Parts] = pair,
+    position_mask: Callable[[Any], Any] | None = None,
 ) -> Iterator[Batch]:
     """The data's batches on the model's device.
 
@@ -101,6 +103,8 @@ def batches(
         progress: callback, told after every batch.
         description: what the progress bar says.
         split: takes an element of the data and its index apart.
+        position_mask: gives a batch's mask for its inputs, both where they came from; None for what
+            the batch says itself.
 
     Raises:
         TypeError: data is not iterable, or an element is not such a tuple; ``sample_weight`` is not
@@ -124,13 +128,16 @@ def batches(
         parts = split(element, index)
         _mapped(parts.inputs, _dense_input)
         inputs, given = _move(parts.inputs, device), _nearby(parts.targets, device)
-        weight, mask = _nearby(parts.weight, device), _move(parts.mask, device)
+        weight, mask = _nearby(parts.weight, device), _nearby(parts.mask, device)
         if sample_weight is not None:
             count = _leading_size(inputs)
             weight = sample_weight[offset : offset + count]
             offset += count
             if len(weight) != count:
                 raise _other_length(sample_weight, "more samples")
+        if position_mask is not None:
+            own = _nearby(position_mask(parts.inputs), device)
+            mask = mask if own is None else own
         yield Batch(index, inputs, _move(given, device), given, weight, mask)
         if progress is not None:
             progress(description, index + 1, total)

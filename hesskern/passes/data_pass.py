@@ -55,6 +55,7 @@ class DataPass:
         evidence: of which rows belong to which samples; shared by passes of one model.
         progress, description: told after every batch, and what a bar says.
         examine, kept, unfit: as in :class:`hesskern.passes.capture.Capture`.
+        position_mask: as in :func:`hesskern.kronecker_factors`.
         count: weighted number of samples, behind the last batch.
     """
 
@@ -69,6 +70,7 @@ class DataPass:
     examine: bool = False
     kept: Collection[str] = ()
     unfit: dict[str, str] = field(default_factory=dict)
+    position_mask: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         self.count = 0.0
@@ -106,7 +108,7 @@ class DataPass:
         """The batches alone, for whoever runs the model on parts and closes conditions itself."""
         device = model_device(self.model)
         given = self.data, device, self.sample_weight, self.progress, self.description
-        return batches(*given, self.loss.split_batch)
+        return batches(*given, self.loss.split_batch, self.position_mask)
 
     def roots(
         self,
@@ -129,6 +131,7 @@ class RepeatedPass(ModelRun):
     Attributes:
         model, data, loss, specs, sample_weight, evidence: as in :class:`DataPass`.
         budget: bytes of samples that may be kept at a time.
+        position_mask: as in :class:`DataPass`.
     """
 
     model: nn.Module
@@ -138,6 +141,7 @@ class RepeatedPass(ModelRun):
     sample_weight: Tensor | None
     evidence: Evidence
     budget: int
+    position_mask: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         self.remember()
@@ -161,7 +165,7 @@ class RepeatedPass(ModelRun):
         if self.changed:
             raise RuntimeError(f"the model changed since {self._what()} was made; make it anew")
         given = self.model, self.data, self.loss, self.specs, self.sample_weight, self.evidence
-        return DataPass(*given, progress, description)
+        return DataPass(*given, progress, description, position_mask=self.position_mask)
 
     def within_budget(
         self, pieces: Iterable[Piece], added: Callable[[Piece, Piece | None], int], whose: str

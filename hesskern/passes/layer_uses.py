@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from hesskern.graph.evidence import ArrangedCall
-from hesskern.graph.nodes import kind
+from hesskern.graph.nodes import kind, product
 from hesskern.graph.sample_axes import Arrangement
 from hesskern.graph.weight_uses import WeightUse
 from hesskern.passes.layers import LayerSpec
+from hesskern.passes.position_mask import PositionMask
 
-__all__ = ["LayerUse", "before_autocast", "inputs_by_call", "layer_uses"]
+__all__ = ["LayerUse", "before_autocast", "inputs_by_call", "layer_uses", "positions_of"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class LayerUse:
         convolution: whether the result is [B, m, (H,) W] rather than rows [..., m].
         index: of a convolution that takes several images of a sample, which one this is.
         ambiguous: whether only rows that act on an output are known to be where they belong.
+        mask: which positions are data; None for all.
     """
 
     x: Tensor
@@ -41,6 +43,7 @@ class LayerUse:
     convolution: bool = False
     index: int = 0
     ambiguous: bool = False
+    mask: PositionMask | None = None
 
     def by_sample(self, gradient: Tensor) -> Tensor:
         """[N, m], [N, t, m] or [N, m, (H,) W] of a gradient of the call's result."""
@@ -123,3 +126,15 @@ def layer_uses(spec: LayerSpec, use: WeightUse, call: ArrangedCall) -> list[Laye
         LayerUse(image, edge, arrangement, spec.outputs, None, True, i, ambiguous)
         for i, image in enumerate(images)
     ]
+
+
+def positions_of(spec: LayerSpec, use: LayerUse) -> int:
+    """Positions per sample of one use, masked ones among them."""
+    x = use.x
+    if spec.kind == "linear":
+        return product(x.shape[1:-1]) if len(x) and x.shape[-1] else 1
+    count = 1
+    axes = zip(x.shape[2:], spec.kernel_size, spec.stride, spec.padding, spec.dilation, strict=True)
+    for size, kernel, stride, padding, dilation in axes:
+        count *= (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+    return count

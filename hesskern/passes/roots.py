@@ -11,12 +11,15 @@ from torch import Tensor
 
 from hesskern.choices import Output, check_choice
 from hesskern.devices import on_host
+from hesskern.ops.reference import unfold
 from hesskern.passes.batches import Batch
 from hesskern.passes.capture import Capture
 from hesskern.passes.checks import Checks, check_dense
-from hesskern.passes.layer_uses import LayerUse
+from hesskern.passes.layer_uses import LayerUse, positions_of
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.losses import Loss, Rows
+from hesskern.passes.masks import masked_uses
+from hesskern.passes.position_mask import PositionMask
 
 __all__ = [
     "BatchRoots",
@@ -25,6 +28,7 @@ __all__ = [
     "check_fraction",
     "check_output",
     "checked_targets",
+    "given_weights",
     "positions_last",
     "sample_weights",
 ]
@@ -84,6 +88,41 @@ def checked_targets(loss: Loss, outputs: Tensor, batch: Batch, checks: Checks) -
     return given if batch.given_targets is batch.targets else batch.targets
 
 
+def given_weights(batch: Batch, samples: int, checks: Checks) -> Tensor | None:
+    """[N] weights of a batch's samples as they were given, where they came from, or None.
+
+    Args:
+        batch: with its weights.
+        samples: N.
+        checks: of the pass.
+
+    Raises:
+        TypeError: the weights are no floating-point numbers, or sparse.
+        ValueError: the weights are not [N], or not finite and non-negative.
+    """
+    weight = batch.weight
+    if weight is None:
+        return None
+    if isinstance(weight, Tensor):
+        _check_weight_type(weight)
+    if not isinstance(weight, Tensor) or weight.shape != (samples,):
+        found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"sample_weight must be [N] = [{samples}] per batch, got {found}")
+    if samples:
+        least, most = weight.aminmax()
+        checks.require(
+            # Written so that NaN, which both are if one weight is, fails.
+            (least >= 0) & (most < math.inf),
+            lambda least, most: (
+                "sample_weight must be finite and non-negative, got "
+                f"{most if least >= 0 else least} in batch {batch.index}"
+            ),
+            least,
+            most,
+        )
+    return weight
+
+
 def sample_weights(
     batch: Batch, outputs: Tensor, loss: Loss, checks: Checks
 ) -> tuple[Tensor | None, float | Tensor]:
@@ -104,25 +143,8 @@ def sample_weights(
         ValueError: the weights are not [N], or not finite and non-negative.
     """
     n, dtype = outputs.shape[0], accumulator_dtype(outputs.dtype)
-    weight = batch.weight
+    weight = given_weights(batch, n, checks)
     if weight is not None:
-        if isinstance(weight, Tensor):
-            _check_weight_type(weight)
-        if not isinstance(weight, Tensor) or weight.shape != (n,):
-            found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-            raise ValueError(f"sample_weight must be [N] = [{n}] per batch, got {found}")
-        if n:
-            least, most = weight.aminmax()
-            checks.require(
-                # Written so that NaN, which both are if one weight is, fails.
-                (least >= 0) & (most < math.inf),
-                lambda least, most: (
-                    "sample_weight must be finite and non-negative, got "
-                    f"{most if least >= 0 else least} in batch {batch.index}"
-                ),
-                least,
-                most,
-            )
         weight = weight.to(dtype)
     counted = loss.counted(outputs, batch.given_targets)
     if counted is not None:
@@ -165,6 +187,9 @@ class BatchRoots:
             where only the device knows it.
         uses: per reached layer, its calls with inputs in the model's dtype.
         weight_root: [N] square roots of the sample weights, or None if all are one.
+        examines: whether it is looked for what makes a layer's block another than its Hessian.
+        masked_gradients: per layer, whether its gradients at masked positions were not zero, 0-dim
+            bool; filled by whoever keeps rows of a batch that ``examines``.
     """
 
     def __init__(
@@ -179,7 +204,8 @@ class BatchRoots:
         sums_follow: bool = False,
     ) -> None:
         self._capture, self._batch, self._checks = capture, batch, checks
-        self.outputs, self.uses = capture.forward(batch)
+        self.outputs, uses = capture.forward(batch)
+        self.uses = masked_uses(batch, uses, capture.specs, self.outputs, capture.model, checks)
         self._targets = checked_targets(loss, self.outputs, batch, checks)
         # Before the inputs, whose weighted sums are not finite where a weight is not.
         weight, self.count = sample_weights(batch, self.outputs, loss, checks)
@@ -189,6 +215,10 @@ class BatchRoots:
         self._shaped: dict[tuple[int, torch.dtype], Tensor] = {}
         self._sums: dict[int, Tensor] = {}
         self._places: dict[str, int] = {}
+        self._row_weights: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._positions: dict[int, float | Tensor] = {}
+        self.examines = capture.examine
+        self.masked_gradients: dict[str, Tensor] = {}
         for name, layer in self.uses.items():
             for use in layer:
                 self._check_use(name, use, sums_follow)
@@ -196,14 +226,28 @@ class BatchRoots:
         self._rows = self._make_rows(loss, output, samples, generator)
 
     def _check_use(self, name: str, use: LayerUse, sums_follow: bool) -> None:
-        total = None
-        if on_host(use.x):
-            total = self._sums[id(use)] = use.x.sum(0, dtype=accumulator_dtype(use.x.dtype))
-        elif sums_follow:
+        total, x = None, use.x
+        host, masked = on_host(x), use.mask is not None and not use.convolution
+        if host and masked:
+            # The sum over all positions is made sooner than that over those that count.
+            if not bool(torch.isfinite(x.sum())):
+                x = self._zeroed(use)
+        elif host:
+            total = self._sums[id(use)] = x.sum(0, dtype=accumulator_dtype(x.dtype))
+        elif sums_follow and (masked or use.mask is None):
             # Sums are finite only if all inputs are.
             self._places.setdefault(name, self._checks.place())
             return
-        check_finite(self._checks, use.x, f"inputs of layer {name!r}", self._batch.index, total)
+        elif masked:
+            x = self._zeroed(use)
+        check_finite(self._checks, x, f"inputs of layer {name!r}", self._batch.index, total)
+
+    @staticmethod
+    def _zeroed(use: LayerUse) -> Tensor:
+        """[N, T, d] inputs of a masked linear call, with zeros where there are no data."""
+        assert use.mask is not None
+        x = use.x if use.x.dim() == 3 else use.x.unsqueeze(1)
+        return use.mask.zeroed(x.unsqueeze(1))[:, 0]
 
     def add_input_sum(self, name: str, use: LayerUse, x: Tensor, out: Tensor) -> None:
         """Writes a use's inputs, weighted and summed over samples, to ``out``, and checks them.
@@ -226,6 +270,85 @@ class BatchRoots:
         if name in self._places:
             what = f"inputs of layer {name!r}"
             check_finite(self._checks, out, what, self._batch.index, place=self._places[name])
+
+    def data_rows(self, spec: LayerSpec, use: LayerUse) -> Tensor:
+        """[R, d] inputs of a masked use at the positions that are data, for all samples.
+
+        Times the square roots of the sample weights; d counts all groups of a convolution. Where
+        only a device knows the mask there is a row for every position, of zeros where it is masked.
+        """
+        assert use.mask is not None
+        if use.convolution:
+            x = unfold(use.x, spec.kernel_size, spec.stride, spec.padding, spec.dilation)
+            x = x.transpose(1, 2)
+        else:
+            x = use.x if use.x.dim() == 3 else use.x.unsqueeze(1)
+        rows = use.mask.select(x.unsqueeze(1))
+        return rows if self.weight_root is None else rows * self._weight_rows(use.mask, rows.dtype)
+
+    def weighted_again(self, use: LayerUse, rows: Tensor) -> Tensor:
+        """:meth:`data_rows` times the weights of the samples, not their square roots."""
+        assert use.mask is not None
+        if self.weight_root is None or self._masked:
+            return rows
+        return rows * self._weight_rows(use.mask, rows.dtype)
+
+    def _weight_rows(self, mask: PositionMask, dtype: torch.dtype) -> Tensor:
+        """[R, 1] square roots of the weights of the samples that rows belong to."""
+        assert self.weight_root is not None
+        key = id(mask), dtype
+        if key not in self._row_weights:
+            root = self.weight_root.to(dtype)[:, None, None, None]
+            self._row_weights[key] = mask.select(root.expand(-1, 1, mask.length, 1))
+        return self._row_weights[key]
+
+    def add_data_sum(self, spec: LayerSpec, use: LayerUse, rows: Tensor, out: Tensor) -> None:
+        """:meth:`add_input_sum` of a masked use.
+
+        Args:
+            spec: of the layer.
+            use: one of its uses.
+            rows: :meth:`data_rows` of it.
+            out: [T, d], [d] where T = 1, or [C, W] of a convolution that sees one pixel at a time.
+        """
+        assert use.mask is not None
+        image = out.T if use.convolution else out.reshape(use.mask.length, -1)
+        if on_host(rows):
+            use.mask.sum_samples(self.weighted_again(use, rows), image)
+        else:
+            x = use.x.transpose(1, 2) if use.convolution else use.x
+            x = use.mask.zeroed(x.reshape(len(x), 1, *image.shape))[:, 0].to(out.dtype)
+            if self.weight_root is None:
+                torch.sum(x, 0, out=image)
+            else:
+                weight = self.weight_root.to(out.dtype).square()
+                torch.sum(x * weight[:, None, None], 0, out=image)
+        if spec.name in self._places:
+            what, place = f"inputs of layer {spec.name!r}", self._places[spec.name]
+            check_finite(self._checks, out, what, self._batch.index, place=place)
+
+    def positions(self, mask: PositionMask) -> float | Tensor:
+        """sum_n w_n P_n, weighted positions that are data; 0-dim float64 where a device knows."""
+        key = id(mask)
+        if key not in self._positions:
+            counts = mask.counts
+            if self.weight_root is not None:
+                counts = counts.to(self.outputs.device, non_blocking=True)
+                weight = self.weight_root.double()
+                counts = counts * (weight if self._masked else weight.square())
+            total = counts.sum()
+            self._positions[key] = float(total) if on_host(total) else total
+        return self._positions[key]
+
+    def sample_positions(self, name: str) -> int | Tensor:
+        """A sample's positions in a layer that are data, P_n: [N, 1, 1] where there are masks."""
+        total: int | Tensor = 0
+        for use in self.uses[name]:
+            if use.mask is None:
+                total = total + positions_of(self._capture.specs[name], use)
+            else:
+                total = total + use.mask.counts.to(use.x.device, non_blocking=True)
+        return total if isinstance(total, int) else total[:, None, None]
 
     def _make_rows(
         self, loss: Loss, output: Output, samples: int, generator: torch.Generator

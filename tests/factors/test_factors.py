@@ -156,9 +156,12 @@ def test_lengths_that_vary_between_batches() -> None:
             parts = [
                 layer_factors(model, [batch], loss, layer, joint=bias == "joint") for batch in data
             ]
-            for factor in ("input_covariance", "output_hessian"):
-                expected = (parts[0][factor] + parts[1][factor]) / 2
-                assert relative_error(getattr(f, factor), expected) <= 1e-12
+            # Inputs are summed over a sample's positions; of output Hessians all positions of all
+            # samples have their mean, 3 of the first and 5 of the second batch's samples.
+            inputs = (parts[0]["input_covariance"] + parts[1]["input_covariance"]) / 2
+            outputs = (3 * parts[0]["output_hessian"] + 5 * parts[1]["output_hessian"]) / 8
+            assert relative_error(f.input_covariance, inputs) <= 1e-12
+            assert relative_error(f.output_hessian, outputs) <= 1e-12
             assert f.positions == 4
             with pytest.raises(ValueError, match=f"input_mean of layer '{layer}' is not defined"):
                 _ = f.input_mean
@@ -173,9 +176,11 @@ def test_images_that_vary_between_batches() -> None:
     data = [(randn(2, 2, s, 3, seed=s), classes(2, c=4, seed=s)) for s in (3, 4)]
     f = hk.kronecker_factors(model, data, CE, bias="joint")["0"]
     parts = [layer_factors(model, [batch], sample_loss, "0", joint=True) for batch in data]
-    for factor in ("input_covariance", "output_hessian"):
-        expected = (parts[0][factor] + parts[1][factor]) / 2
-        assert relative_error(getattr(f, factor), expected) <= 1e-12
+    inputs = (parts[0]["input_covariance"] + parts[1]["input_covariance"]) / 2
+    # Images of 2 x 2 and of 3 x 2 positions.
+    outputs = (4 * parts[0]["output_hessian"] + 6 * parts[1]["output_hessian"]) / 10
+    assert relative_error(f.input_covariance, inputs) <= 1e-12
+    assert relative_error(f.output_hessian, outputs) <= 1e-12
 
 
 def test_input_mean_direction() -> None:

@@ -55,6 +55,7 @@ class _Sums:
     covariance: Tensor | None = None
     hessian: Tensor | None = None
     empirical: Tensor | None = None
+    positions: float = 0.0
     known: bool = True
 
 
@@ -195,23 +196,18 @@ class Reference:
             return
         module = dict(model.named_modules()).get(name)
         columns, vectors = _columns(module, x.double()), _vectors(module, j)
-        uses = sum(1 for other, _, _ in taps if other in alike)
-        sizes = {z.shape for other, _, z in taps if other in alike}
         rows, positions = columns.shape[1], vectors.shape[1]
-        if not positions or rows != positions or len(sizes) != 1 or positions % n:
-            # Uses of different sizes: every one has a share of its own.
+        if not positions or rows != positions or positions % n:
             sums.known = False
             return
         # Which samples' outputs depend on a position.
         depends = vectors.abs().amax(2).reshape(n, -1, positions).amax(1) > 0
-        share = n / (positions * uses)
+        sums.positions += float(shares.sum()) * positions / n
         curved = torch.einsum("opi,oq,qpj->ij", vectors, A, vectors)
-        sums.hessian = _plus(sums.hessian, share * curved)
+        sums.hessian = _plus(sums.hessian, curved)
         weighted = (gradient.reshape(n, -1) * shares.sqrt()[:, None]).reshape(n, -1, 1, 1)
         rows_of = (weighted * vectors.reshape(n, -1, positions, vectors.shape[2])).sum(1)
-        sums.empirical = _plus(
-            sums.empirical, share * torch.einsum("npi,npj->ij", rows_of, rows_of)
-        )
+        sums.empirical = _plus(sums.empirical, torch.einsum("npi,npj->ij", rows_of, rows_of))
         owners = self._owners(depends, shares, positions, n)
         if owners is None:
             sums.known = False
@@ -252,8 +248,8 @@ class Reference:
                 covariance = covariance[0]
             self.layers[name] = LayerReference(
                 None if covariance is None else covariance / self.count,
-                None if sums.hessian is None else sums.hessian / self.count,
-                None if sums.empirical is None else sums.empirical / self.count,
+                None if sums.hessian is None else sums.hessian / (sums.positions or 1.0),
+                None if sums.empirical is None else sums.empirical / (sums.positions or 1.0),
             )
 
     # Second derivatives

@@ -43,7 +43,8 @@ class GaussNewton(CurvatureOperator):
     Args:
         model: runs in eval mode and comes back as it was; must not change while this is in use,
             where the samples exceed ``memory_budget``.
-        data: iterable of (inputs, targets) or (inputs, targets, weight [N]).
+        data: iterable of (inputs, targets) or (inputs, targets, weight [N]), or of what the loss
+            takes apart.
         loss: as in :func:`hesskern.kronecker_factors`.
         layers: names from ``model.named_modules()``; None for all supported.
         bias: "none" (weights only) or "joint" (x~ = [x; 1], d one larger where there is a bias).

@@ -425,15 +425,17 @@ def same(one: hk.Factors, other: hk.Factors) -> None:
 
 
 class Called(nn.Module):
-    """A model that takes its batch as one dict, or under other names, and returns a tuple."""
+    """A model that is called in one way alone, and returns a tuple."""
 
-    def __init__(self) -> None:
+    def __init__(self, call: str) -> None:
         super().__init__()
-        self.inner = gpt2()
+        self.inner, self.call = gpt2(), call
 
     def forward(self, batch: Any = None, **inputs: Any) -> Any:
         given = inputs if batch is None else batch
+        assert given
         assert "labels" not in given
+        assert (self.call == "dict") == (batch is not None)
         return self.inner(**given, return_dict=False)
 
 
@@ -457,7 +459,7 @@ def test_batches_of_every_form() -> None:
     tensors = [(inputs["input_ids"], labels) for inputs, labels in pairs]
     same(factors_of(model, tensors, hk.CausalLM(), "mc"), expected)
     for call in ("keywords", "dict"):
-        found = factors_of(Called(), batches, hk.CausalLM(call=call), "mc")
+        found = factors_of(Called(call), batches, hk.CausalLM(call=call), "mc")
         for name in expected:
             torch.testing.assert_close(
                 found[f"inner.{name}"].output_hessian, expected[name].output_hessian

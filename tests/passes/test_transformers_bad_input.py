@@ -109,6 +109,13 @@ BAD: dict[str, tuple[Make, Any, Any, type[Exception], str]] = {
         ValueError,
         r"'labels' must be \[N, T\] = \[2, 5\] as the logits \[2, 5, 11\] have it, got \[2, 4\]",
     ),
+    "labels with the axes exchanged": (
+        bert,
+        hk.MaskedLM(),
+        {**masked_text(), "labels": masked_text()["labels"].T},
+        ValueError,
+        r"'labels' must be \[N, T\] = \[2, 5\] .*, got \[5, 2\]",
+    ),
     "a vocabulary larger than the head": (
         gpt2,
         LM,

@@ -83,13 +83,14 @@ def test_numbers(name: str, kind: str, where: str) -> None:
             torch.testing.assert_close(one.cpu(), other, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("output", ["mc", "empirical"])
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_label_beyond_the_head(name: str) -> None:
+def test_a_label_beyond_the_head(name: str, output: str) -> None:
     loss = LOSSES[name]
     device = played()
     with generators():
         model = model_of(loss).to(device)
-        accumulator = hk.FactorAccumulator(model, loss, output="mc")
+        accumulator = hk.FactorAccumulator(model, loss, output=output)
         good, bad = batches(loss, 2)
         accumulator.update(good)
         before = accumulator.factors()

@@ -117,4 +117,6 @@ class Case:
 @pytest.mark.parametrize("name", LOSSES)
 def test_waits(name: str, kind: str) -> None:
     case: Any = Case(LOSSES[name])
-    assert len(waits_of_a_pass(case, lambda m, d: PASSES[kind](m, d, case.loss))) <= 2
+    # Behind the pass, whether a mask has cut gradients off: a look for each of the two layers.
+    limit = 4 if kind == "hessians" else 2
+    assert len(waits_of_a_pass(case, lambda m, d: PASSES[kind](m, d, case.loss))) <= limit

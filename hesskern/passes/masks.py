@@ -207,7 +207,7 @@ def _require_values(keep: Tensor, checks: Checks, about: str) -> None:
             ~bad.any(),
             lambda least, most: (
                 f"{about} must hold 0 (no data) and 1 (data) alone, got values from {least:g} to "
-                f"{most:g}; of a mask that is added to scores, pass (mask == 0)"
+                f"{most + 0.0:g}; of a mask that is added to scores, pass (mask == 0)"
             ),
             lambda: keep.amin(),
             lambda: keep.amax(),

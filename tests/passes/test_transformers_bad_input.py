@@ -210,16 +210,6 @@ BAD: dict[str, tuple[Make, Any, Any, type[Exception], str]] = {
         ValueError,
         "no 'decoder_input_ids', and the model has no method",
     ),
-    "encoder and decoder equally long": (
-        t5,
-        hk.Seq2SeqLM(),
-        {
-            **translated_text(2, 3),
-            "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
-        },
-        ValueError,
-        r"attention_mask \[2, 3\] of batch 0 .* equally long",
-    ),
     "a split of another form": (
         gpt2,
         hk.CausalLM(split=lambda batch: batch["input_ids"]),

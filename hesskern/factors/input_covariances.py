@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,10 +19,10 @@ from hesskern.factors.result import read_spec
 from hesskern.passes.batches import Batch, batches
 from hesskern.passes.checks import Checks
 from hesskern.passes.forward_pass import model_device
-from hesskern.passes.input_batches import InputsOnly
-from hesskern.passes.input_capture import Call, InputCapture, geometry
-from hesskern.passes.input_masks import PositionMask, position_mask_of
+from hesskern.passes.input_batches import inputs_alone
+from hesskern.passes.input_capture import Call, InputCapture
 from hesskern.passes.layers import LayerSpec, left_out, select_layers
+from hesskern.passes.masks import LayerMasks, checked_mask
 from hesskern.passes.roots import accumulator_dtype, given_weights
 from hesskern.progress import Progress, reporter
 from hesskern.tensor_files import TensorFormat
@@ -279,46 +279,47 @@ class _Pass:
 
     Attributes:
         result: what is added to, batch by batch.
-        capture: of the model, opened by the caller.
+        model: runs.
+        capture: of it, opened by the caller.
         specs: the layers, by name.
-        position_mask: the user's.
         device: of the model.
     """
 
     result: InputCovariances
+    model: nn.Module
     capture: InputCapture
     specs: dict[str, LayerSpec]
-    position_mask: PositionMask | None
     device: torch.device
 
     def __post_init__(self) -> None:
         self._ordered: set[str] = set()
         self.capture.unfit.update(self.result._unfit)
-        self.refuse()
+        self._refuse()
 
     def add(self, batch: Batch) -> None:
         """Adds one batch as a whole, or nothing of it."""
         samples = sample_count(batch)
         if not samples:
             return
-        rows = BatchRows(
-            samples,
-            self._weights(batch, samples),
-            position_mask_of(batch.inputs, self.position_mask, samples, batch.index),
-        )
-        found = self.capture.run(batch, rows.of)
-        self._leave_out_misfits(batch, rows, found)
-        self.refuse()
+        with Checks() as checks:
+            weight = self._weights(batch, samples, checks)
+            masks = LayerMasks(batch, self.specs, samples, self.model, checks)
+            found = self.capture.run(batch, lambda: BatchRows(samples, weight, masks))
+            masks.settle()
+            checks.close()
+        self._leave_out_misfits(batch, samples, found)
+        self._refuse()
         groups: dict[Hashable, list[str]] = {}
         taken: dict[Hashable, Rows] = {}
         for name, calls in found.items():
             if name not in self.capture.unfit:
-                key: Hashable = geometry(self.specs[name]), tuple(call.identity for call in calls)
+                # Layers that were given one tensor have its rows in common.
+                key: Hashable = tuple(id(call.taken) for call in calls)
                 groups.setdefault(key, []).append(name)
                 if key not in taken:
                     taken[key] = Rows.joined([call.taken for call in calls])
         squares = self._checked_squares(batch, groups, taken)
-        sums, count = self.result._sums, rows.count
+        sums = self.result._sums
         empty = {
             key: InputSums.zeros(self.specs[names[0]], _sum_dtype(taken[key]), _device(taken[key]))
             for key, names in groups.items()
@@ -331,10 +332,10 @@ class _Pass:
                 mine.inputs, mine.column = mine.inputs.to(device), mine.column.to(device)
                 taken[key].add_to(self.specs[groups[key][0]], mine)
                 mine.squares += squares[key]
-            self.result.num_samples += count
+            self.result.num_samples += samples if weight is None else float(weight.sum())
         self.result._unfit = dict(self.capture.unfit)
 
-    def refuse(self) -> None:
+    def _refuse(self) -> None:
         """Raises the reason of a layer that was asked for, or had a covariance before."""
         for name, reason in self.capture.unfit.items():
             if name in self.specs and (
@@ -345,30 +346,27 @@ class _Pass:
                     "kronecker_factors finds inputs in the graph)"
                 )
 
-    def _weights(self, batch: Batch, samples: int) -> Tensor | None:
-        with Checks() as checks:
-            weight = given_weights(batch, samples, checks)
-            checks.close()
+    def _weights(self, batch: Batch, samples: int, checks: Checks) -> Tensor | None:
+        """[N] float64 weights of the samples on the model's device; None where all are one."""
+        weight = given_weights(batch, samples, checks)
         if weight is None or bool((weight == 1).all()):
             return None
-        return weight.double().to(self.device)
+        return weight.to(self.device, torch.float64)
 
     def _leave_out_misfits(
-        self, batch: Batch, rows: BatchRows, found: Mapping[str, list[Call]]
+        self, batch: Batch, samples: int, found: Mapping[str, list[Call]]
     ) -> None:
         """Notes layers of whose rows it cannot be told which ones count."""
-        if not rows.by_sample:
-            return
-        fit = {}
+        unsure = {}
         for name, calls in found.items():
             reason = next((call.taken for call in calls if isinstance(call.taken, str)), None)
             if reason is not None:
                 self.capture.unfit[name] = reason
-            elif name not in self._ordered:
-                fit[name] = calls
-        if fit and rows.samples > 1:
-            self.capture.unfit.update(out_of_order(self.capture, batch, fit, rows.samples))
-            self._ordered.update(fit)
+            elif name not in self._ordered and any(call.taken.whose for call in calls):
+                unsure[name] = calls
+        if unsure and samples > 1:
+            self.capture.unfit.update(out_of_order(self.capture, batch, unsure, samples))
+            self._ordered.update(unsure)
 
     def _checked_squares(
         self, batch: Batch, groups: Mapping[Hashable, list[str]], taken: Mapping[Hashable, Rows]
@@ -414,7 +412,7 @@ def input_covariances(
     accumulate: InputCovariances | None = None,
     *,
     sample_weight: Tensor | None = None,
-    position_mask: PositionMask | None = None,
+    position_mask: Callable[[Any], Any] | None = None,
     progress: bool | Progress = False,
 ) -> InputCovariances:
     """E[x x^T] of every layer's inputs, by forward passes alone: no loss, no targets, no backward.
@@ -443,10 +441,8 @@ def input_covariances(
             batches before it are.
         sample_weight: [total samples] non-negative weights of the samples, in the order of the
             data; means become weighted means. With it, all of the data is added or nothing.
-        position_mask: from a batch's inputs to its mask [N, T], 1 where a position is data, or
-            None. Without it the ``attention_mask`` [N, T] of a dict tells. Inputs [N, T, ..., d]
-            and [N T, d] of linear layers, and of convolutions over sequences with T outputs, have
-            these rows, all others none; positions that are masked do not count.
+        position_mask: which positions are data, as in :func:`hesskern.kronecker_factors`; without
+            it the ``attention_mask`` [N, T] of a dict tells. A masked position counts nowhere.
         progress: True for a bar with the time left, or a callback (description, done, total).
 
     Returns:
@@ -466,14 +462,7 @@ def input_covariances(
         raise TypeError(
             f"accumulate must be an InputCovariances or None, got {type(accumulate).__name__}"
         )
-    if position_mask is not None and not callable(position_mask):
-        raise TypeError(
-            "position_mask must be a callable from a batch's inputs to a mask [N, T], got "
-            f"{type(position_mask).__name__}"
-        )
-    layers = (
-        list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else layers
-    )
+    checked_mask(position_mask)
     specs, skipped = select_layers(model, layers, bias)
     report = reporter(progress)
     result = InputCovariances() if accumulate is None else accumulate
@@ -482,12 +471,12 @@ def input_covariances(
     before = result._copy() if sample_weight is not None and len(result) else None
     device = model_device(model)
     now = precisions(model, device)
-    given = InputsOnly(model, data), device, sample_weight, report, "input covariances"
+    given = data, device, sample_weight, report, "input covariances"
     try:
         with InputCapture(model, specs) as capture:
-            run = _Pass(result, capture, specs, position_mask, device)
+            run = _Pass(result, model, capture, specs, device)
             result._specs, result._bias = specs, bias
-            for batch in batches(*given):
+            for batch in batches(*given, inputs_alone(model), position_mask):
                 run.add(batch)
                 result._precisions.update(dict.fromkeys(now))
     except BaseException:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,10 @@ from hesskern.graph.nodes import product
 from hesskern.ops.reference import unfold
 from hesskern.passes.batches import Batch, halves
 from hesskern.passes.input_capture import Call, InputCapture
-from hesskern.passes.input_masks import rows_follow
+from hesskern.passes.layer_uses import positions_of_image
 from hesskern.passes.layers import LayerSpec, unfolded
+from hesskern.passes.masks import LayerMasks
+from hesskern.passes.position_mask import PositionMask
 from hesskern.passes.roots import accumulator_dtype
 
 __all__ = ["BatchRows", "Rows", "out_of_order", "sample_count"]
@@ -35,12 +37,14 @@ class Rows:
         column: [g d] weighted sum over samples and positions.
         squares: 0-dim, the sum of all squared entries: finite only if all sums will be.
         positions: weighted sum of positions per sample.
+        whose: whether it mattered which rows are whose.
     """
 
     calls: list[Tensor]
     column: Tensor
     squares: Tensor
     positions: float
+    whose: bool
 
     @staticmethod
     def joined(parts: Sequence[Rows]) -> Rows:
@@ -49,7 +53,8 @@ class Rows:
         for part in parts[1:]:
             column, squares = column + part.column, squares + part.squares
         calls = [call for part in parts for call in part.calls]
-        return Rows(calls, column, squares, sum(part.positions for part in parts))
+        whose = any(part.whose for part in parts)
+        return Rows(calls, column, squares, sum(part.positions for part in parts), whose)
 
     def add_to(self, spec: LayerSpec, sums: InputSums) -> None:
         """Adds them, all but the squares, which the caller has read."""
@@ -77,99 +82,93 @@ def _add_rows(spec: LayerSpec, rows: Tensor, acc: Tensor) -> None:
         ops.input_covariance_(acc, rows)
         return
     for block, part in zip(acc, rows.chunk(spec.groups, 1), strict=True):
-        ops.input_covariance_(block, part)
+        ops.input_covariance_(block, part.contiguous())
 
 
-@dataclass(frozen=True)
 class BatchRows:
-    """Takes layers' inputs of one batch as rows.
+    """Takes layers' inputs of one run of the model as rows.
 
-    Attributes:
+    The same rows are given for layers of one geometry and mask whose inputs are one tensor: as long
+    as the run's inputs exist, which others cannot lie where they do.
+
+    Args:
         samples: N.
         weight: [N] weights of the samples on the model's device, or None if all are one.
-        mask: [N, T] bool there, True where a position is data, or None if all are.
+        masks: of the batch.
     """
 
-    samples: int
-    weight: Tensor | None
-    mask: Tensor | None
+    def __init__(self, samples: int, weight: Tensor | None, masks: LayerMasks) -> None:
+        self._samples, self._weight, self._masks = samples, weight, masks
+        self._count = float(samples) if weight is None else float(weight.sum())
+        self._taken: dict[Hashable, Rows | str] = {}
 
-    @property
-    def by_sample(self) -> bool:
-        """Whether it matters which rows are whose."""
-        return self.weight is not None or self.mask is not None
-
-    @property
-    def count(self) -> float:
-        """Weighted number of samples."""
-        return float(self.samples) if self.weight is None else float(self.weight.sum())
-
-    def of(self, spec: LayerSpec, x: Tensor) -> Rows | str:
-        """The rows of one call of a layer of this geometry, or why they cannot be told."""
-        if self.by_sample and x.shape[0] % self.samples:
-            return (
-                f"was given inputs {list(x.shape)} in a batch of {self.samples} samples: it cannot "
-                "be told which rows are whose, as masks and weights ask for"
-            )
-        return self._of_rows(spec, x) if spec.kind == "linear" else self._of_images(spec, x)
-
-    def _of_rows(self, spec: LayerSpec, x: Tensor) -> Rows:
-        d = spec.weight_inputs
-        weight = self.weight
-        if self.mask is not None and rows_follow(x.shape, self.mask):
-            # [N, T, ..., d] or [N T, d]: the positions that are data, one after another.
-            kept = self.mask.to(x.device)
-            x = x.reshape(*kept.shape, -1, d)[kept]
-            inner = x.shape[1]
-            counts = kept.sum(1)
-            if weight is not None:
-                weight = weight.to(x.device).repeat_interleave(counts)
-                positions = float(weight.sum()) * inner
+    def __call__(self, spec: LayerSpec, x: Tensor) -> Rows | str:
+        """The rows of one call of a layer, or why they cannot be told."""
+        total = _positions(spec, x)
+        count, rest = divmod(total, self._samples)
+        mask = None if rest else self._masks.of(spec.name, count)
+        there = x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.device
+        key = there, _geometry(spec), id(mask)
+        if key not in self._taken:
+            whose = self._weight is not None or self._masks.batch.mask is not None
+            if whose and (rest or x.shape[0] % self._samples):
+                self._taken[key] = (
+                    f"was given inputs {list(x.shape)} in a batch of {self._samples} samples: it "
+                    "cannot be told which rows are whose, as masks and weights ask for"
+                )
             else:
-                positions = float(product(x.shape[:-1]))
-        elif weight is not None:
-            weight = weight.to(x.device)
-            positions = self.count * (product(x.shape[:-1]) // self.samples)
-            x = x.reshape(self.samples, -1, d)
-        else:
-            positions = float(product(x.shape[:-1]))
-        return self._weighted(x, weight, positions, d)
+                self._taken[key] = self._rows(spec, x, count, mask)
+        return self._taken[key]
 
-    def _weighted(self, x: Tensor, weight: Tensor | None, positions: float, columns: int) -> Rows:
-        """Rows [..., columns], weighted along the first axis."""
-        dtype = accumulator_dtype(x.dtype)
-        if weight is None:
-            rows = x.reshape(-1, columns)
-            return Rows([rows], rows.sum(0, dtype=dtype), _squares(rows), positions)
-        shape = (-1,) + (1,) * (x.dim() - 1)
-        root = weight.to(dtype).sqrt().reshape(shape)
-        x = x.to(dtype) * root
-        rows, total = x.reshape(-1, columns), (x * root).reshape(-1, columns).sum(0)
-        return Rows([rows], total, _squares(rows), positions)
-
-    def _of_images(self, spec: LayerSpec, x: Tensor) -> Rows:
-        dtype = accumulator_dtype(x.dtype)
-        images, weight = x.shape[0] // max(self.samples, 1), self.weight
-        if self.mask is not None and len(spec.kernel_size) == 1 and images == 1:
-            columns = unfold(x, spec.kernel_size, spec.stride, spec.padding, spec.dilation)
-            if columns.shape[2] == self.mask.shape[1]:
-                kept = self.mask.to(x.device)
-                rows = columns.transpose(1, 2)[kept]
-                if weight is not None:
-                    weight = weight.to(x.device).repeat_interleave(kept.sum(1))
-                count = len(rows) if weight is None else float(weight.sum())
-                return self._weighted(rows, weight, float(count), rows.shape[1])
+    def _rows(self, spec: LayerSpec, x: Tensor, count: int, mask: PositionMask | None) -> Rows:
+        n, dtype, weight = self._samples, accumulator_dtype(x.dtype), self._weight
+        if mask is not None and spec.kind != "linear":
+            # Windows of masked positions cannot be taken out of an image.
+            x = unfold(x, spec.kernel_size, spec.stride, spec.padding, spec.dilation)
+            x = x.reshape(n, -1, *x.shape[1:]).transpose(2, 3)
+        root = None
         if weight is not None:
-            root = weight.to(x.device, dtype).sqrt().repeat_interleave(images)
-            root = root.reshape((-1,) + (1,) * (x.dim() - 1))
-            x = x.to(dtype) * root
-            total = (x * root).sum(0)
-        else:
-            total = x.sum(0, dtype=dtype)
-        # Every image has the same number of columns.
-        patches = unfolded(spec, total)
-        count = self.count * images if self.by_sample else float(x.shape[0])
-        return Rows([x], patches.sum(1), _squares(x), count * patches.shape[1])
+            root = weight.to(x.device, dtype).sqrt().reshape(-1, 1, 1, 1)
+            x = (x.to(dtype).reshape(n, 1, -1, x.shape[-1]) * root).reshape(x.shape)
+        if mask is not None:
+            flat = mask.select(x.reshape(n, 1, count, x.shape[-1]))
+            again = flat
+            if root is not None:
+                again = flat * mask.select(root.expand(n, 1, count, 1))
+            counts = mask.counts if weight is None else mask.counts * weight.to(mask.counts)
+            positions = float(counts.sum())
+            return Rows([flat], again.sum(0, dtype=dtype), _squares(flat), positions, True)
+        positions = self._count * count
+        # Of rows in one matrix, it is not plain that they are those of one sample after another.
+        whose = weight is not None or (self._masks.batch.mask is not None and count > 1)
+        if spec.kind == "linear":
+            flat = x.reshape(-1, x.shape[-1])
+            again = (
+                flat if root is None else (x.reshape(n, 1, -1, x.shape[-1]) * root).flatten(0, 2)
+            )
+            return Rows([flat], again.sum(0, dtype=dtype), _squares(flat), positions, whose)
+        again = x if root is None else (x.reshape(n, 1, -1, x.shape[-1]) * root).reshape(x.shape)
+        columns = unfolded(spec, again.sum(0, dtype=dtype))
+        return Rows([x], columns.sum(1), _squares(x), positions, whose)
+
+
+def _positions(spec: LayerSpec, x: Tensor) -> int:
+    """Positions of all samples in one call."""
+    if spec.kind == "linear":
+        return product(x.shape[:-1])
+    return x.shape[0] * positions_of_image(spec, x.shape)
+
+
+def _geometry(spec: LayerSpec) -> Hashable:
+    """What of a layer the covariance of given inputs depends on."""
+    return (
+        spec.weight_inputs,
+        spec.groups,
+        spec.kernel_size,
+        spec.stride,
+        spec.padding,
+        spec.dilation,
+    )
 
 
 def _squares(x: Tensor) -> Tensor:

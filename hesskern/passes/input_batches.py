@@ -3,61 +3,58 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from hesskern.passes.batches import check_iterable
+from hesskern.passes.batches import Parts
 
-__all__ = ["InputsOnly"]
+__all__ = ["inputs_alone"]
 
 
-class InputsOnly:
-    """The data as (inputs, None) or (inputs, None, weight [N]), for a model that gets no labels.
+def inputs_alone(model: nn.Module) -> Callable[[Any, int], Parts]:
+    """Takes elements of the data apart for a model that gets no labels.
 
-    Labels are left out of dicts: with them a model computes a loss that nobody wants. An
-    encoder-decoder model of transformers gets the decoder's inputs that it would make of them. They
-    stay where forward() cannot do without.
-
-    Args:
-        model: for which the data are.
-        data: tensors, dicts, or tuples (inputs,), (inputs, targets), (inputs, targets, weight [N]).
+    An element is a tensor, a dict, or a tuple (inputs,), (inputs, targets) or (inputs, targets,
+    weight [N]). Labels are left out of dicts: with them a model computes a loss that nobody wants.
+    An encoder-decoder model of transformers gets the decoder's inputs that it would make of them.
+    They stay where forward() cannot do without. A dict's ``attention_mask`` is the batch's mask.
     """
+    needs_labels = _needs_labels(model)
 
-    def __init__(self, model: nn.Module, data: Iterable[Any]) -> None:
-        # A dict is a batch, not data.
-        check_iterable(None if isinstance(data, Mapping) else data)
-        self._model, self._data = model, data
-        self._needs_labels = _needs_labels(model)
+    def split(element: Any, index: int) -> Parts:
+        """The parts of one element; a TypeError where it is none of those."""
+        weight = None
+        if isinstance(element, (tuple, list)) and len(element) in (1, 2, 3):
+            weight = element[2] if len(element) == 3 else None
+            inputs = element[0]
+        elif isinstance(element, (Tensor, Mapping)):
+            inputs = element
+        else:
+            found = type(element).__name__
+            if isinstance(element, (tuple, list)):
+                found = f"{found} of {len(element)}"
+            raise TypeError(
+                "data must yield tensors, dicts, or tuples (inputs,), (inputs, targets) or "
+                f"(inputs, targets, weight); batch {index} is a {found}"
+            )
+        mask = None
+        if isinstance(inputs, Mapping):
+            mask = inputs.get("attention_mask")
+            inputs = dict(inputs) if needs_labels else _without_labels(model, inputs)
+        return Parts(inputs, None, weight, mask)
 
-    def __len__(self) -> int:
-        # TypeError where the data have none.
-        return len(self._data)  # type: ignore[arg-type]
+    return split
 
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        for index, element in enumerate(self._data):
-            if isinstance(element, (Tensor, Mapping)):
-                yield self._without_labels(element), None
-            elif isinstance(element, (tuple, list)) and len(element) in (1, 2, 3):
-                yield self._without_labels(element[0]), None, *element[2:]
-            else:
-                found = type(element).__name__
-                if isinstance(element, (tuple, list)):
-                    found = f"{found} of {len(element)}"
-                raise TypeError(
-                    "data must yield tensors, dicts, or tuples (inputs,), (inputs, targets) or "
-                    f"(inputs, targets, weight); batch {index} is a {found}"
-                )
 
-    def _without_labels(self, inputs: Any) -> Any:
-        if not isinstance(inputs, Mapping) or "labels" not in inputs or self._needs_labels:
-            return inputs
-        kept = {key: value for key, value in inputs.items() if key != "labels"}
-        shift: Any = getattr(self._model, "prepare_decoder_input_ids_from_labels", None)
-        if callable(shift) and not kept.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
-            kept["decoder_input_ids"] = shift(labels=inputs["labels"])
-        return kept
+def _without_labels(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in inputs.items() if key != "labels"}
+    shift: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    made = kept.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}
+    if "labels" in inputs and callable(shift) and not made:
+        kept["decoder_input_ids"] = shift(labels=inputs["labels"])
+    return kept
 
 
 def _needs_labels(model: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +22,10 @@ from hesskern.passes.forward_pass import (
 from hesskern.passes.layers import LayerSpec, calls_itself, weight_of
 from hesskern.passes.weight_watch import WeightWatch
 
-__all__ = ["Call", "InputCapture", "geometry"]
+__all__ = ["Call", "InputCapture"]
 
 Take = Callable[[LayerSpec, Tensor], Any]
+Taker = Callable[[], Take]
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,11 @@ class Call:
 
     Attributes:
         x: the layer's input [..., d], or [B, C, (H,) W] as padded; the model's own tensor, no copy.
-        identity: the same for two calls of one run only if both were given the same numbers in
-            memory.
         taken: what was made of ``x`` as the layer was called.
         version: of ``x`` then.
     """
 
     x: Tensor
-    identity: Hashable
     taken: Any
     version: int
 
@@ -72,7 +70,8 @@ class InputCapture:
         self.unfit: dict[str, str] = {}
         self.called: set[str] = set()
         self._copy = self._drew = False
-        self._begin(None)
+        self._take: Take | None = None
+        self._found: Calls = {}
         for name in specs:
             reason = self._unseen(name)
             if reason is not None:
@@ -110,53 +109,40 @@ class InputCapture:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._begin(None)
+        self._found = {}
         self._open.__exit__(*error)
-
-    def _begin(self, take: Take | None) -> None:
-        """Lets go of the last run."""
-        self._take = take
-        self._found: Calls = {}
-        # What is in here exists as long as the inputs that it was made of, which are in _found.
-        self._taken: dict[Hashable, Any] = {}
 
     def _hook(self, name: str) -> Any:
         spec = self._specs[name]
 
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
             x = args[0] if args else kwargs.get("input", kwargs.get("x"))
-            if isinstance(x, Tensor) and name not in self.unfit:
-                # Inside the model there may be autocast, and gradients.
-                with torch.autocast(self._device.type, enabled=False), torch.no_grad():
-                    x = _as_rows(spec, module, x.detach())
-                    if self._copy:
-                        x = x.clone()
-                    self._note(spec, x)
+            if not isinstance(x, Tensor) or name in self.unfit:
+                return
+            # Inside the model there may be autocast, and gradients.
+            with torch.autocast(self._device.type, enabled=False), torch.no_grad():
+                x = _as_rows(spec, module, x.detach())
+                if self._copy:
+                    x = x.clone()
+                taken = None if self._take is None else self._take(spec, x)
+            self._found.setdefault(name, []).append(Call(x, taken, x._version))
 
         return hook
 
-    def _note(self, spec: LayerSpec, x: Tensor) -> None:
-        identity = x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
-        key = identity, x._version, geometry(spec)
-        if key not in self._taken:
-            self._taken[key] = None if self._take is None else self._take(spec, x)
-        call = Call(x, identity, self._taken[key], x._version)
-        self._found.setdefault(spec.name, []).append(call)
-
-    def run(self, batch: Batch, take: Take | None = None) -> Calls:
+    def run(self, batch: Batch, taker: Taker | None = None) -> Calls:
         """The calls of every layer that was called.
 
         Nobody else may hold them when the model runs again.
 
         Args:
             batch: of which the model gets the inputs.
-            take: makes of a layer's input what is wanted of it as long as it is in the processor's
-                caches; once for all layers of one geometry that are given the same.
+            taker: called before each run of the model, which may have to be repeated; gives what
+                takes of a layer's input what is wanted, as long as it is in the processor's caches.
 
         Raises:
             ValueError: the model's values are random, or it overwrites its own inputs.
         """
-        found = self._checked(batch, take)
+        found = self._checked(batch, taker)
         if self._drew:
             check_repeatable(_all(found), lambda: _all(self._stable(batch)), batch.index)
         self.called.update(found)
@@ -166,13 +152,13 @@ class InputCapture:
         """:meth:`run` on a part of a batch that was run before."""
         return self._stable(batch)
 
-    def _checked(self, batch: Batch, take: Take | None) -> Calls:
+    def _checked(self, batch: Batch, taker: Taker | None) -> Calls:
         if self.called:
-            found = self._stable(batch, take)
+            found = self._stable(batch, taker)
             if self.called.issuperset(found):
                 return found
         watch = WeightWatch(self._modules, self._specs)
-        found = self._stable(batch, take, watch)
+        found = self._stable(batch, taker, watch)
         for name, operation in watch.elsewhere.items():
             # What no hook sees is unfit already, for the better reason, unless it is a module.
             self.unfit.setdefault(
@@ -183,11 +169,11 @@ class InputCapture:
         return {name: calls for name, calls in found.items() if name not in self.unfit}
 
     def _stable(
-        self, batch: Batch, take: Take | None = None, watch: WeightWatch | None = None
+        self, batch: Batch, taker: Taker | None = None, watch: WeightWatch | None = None
     ) -> Calls:
         """Calls whose inputs nothing has overwritten since."""
         versions = _versions(batch.inputs)
-        found = self._once(batch.inputs, take, watch)
+        found = self._once(batch.inputs, taker, watch)
         if all(call.x._version == call.version for calls in found.values() for call in calls):
             return found
         if _versions(batch.inputs) != versions:
@@ -198,10 +184,10 @@ class InputCapture:
         # From now on, for what one batch overwrites the next one does as well.
         self._copy = True
         del found
-        return self._once(batch.inputs, take, watch)
+        return self._once(batch.inputs, taker, watch)
 
-    def _once(self, inputs: Any, take: Take | None, watch: WeightWatch | None) -> Calls:
-        self._begin(take)
+    def _once(self, inputs: Any, taker: Taker | None, watch: WeightWatch | None) -> Calls:
+        self._found, self._take = {}, None if taker is None else taker()
         before = random_state(self._device)
         watched: AbstractContextManager[Any] = nullcontext() if watch is None else watch
         with (
@@ -216,21 +202,8 @@ class InputCapture:
             else:
                 self._model(inputs)
         self._drew = random_state(self._device) != before
-        found = self._found
-        self._begin(None)
+        found, self._found, self._take = self._found, {}, None
         return found
-
-
-def geometry(spec: LayerSpec) -> Hashable:
-    """What of a layer the covariance of given inputs depends on."""
-    return (
-        spec.weight_inputs,
-        spec.groups,
-        spec.kernel_size,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-    )
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -598,3 +598,18 @@ def test_copies(copied: Any) -> None:
     for one in (accumulator, again):
         one.update(text(seed=1))
     same(again.factors(), accumulator.factors())
+
+
+def test_weights_beside_the_mean_over_all_tokens() -> None:
+    model, batch = gpt2(), text(3)
+    batch["labels"][1, 1:4] = -100
+    weight = torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64)
+    tokens = (batch["labels"][:, 1:] != -100).sum(1)
+    assert tokens.tolist() == [3, 1, 4]
+    for output in ("exact", "mc"):
+        found = factors_of(
+            model, [batch], hk.CausalLM(reduction="token"), output, sample_weight=weight
+        )
+        expected = factors_of(model, [batch], hk.CausalLM(), output, sample_weight=weight * tokens)
+        assert found.num_samples == pytest.approx(float(weight @ tokens.double()))
+        same(found, expected)

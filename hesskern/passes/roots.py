@@ -147,6 +147,8 @@ def sample_weights(
     if weight is not None:
         weight = weight.to(dtype)
     counted = loss.counted(outputs, batch.given_targets)
+    if counted is not None and weight is None and on_host(counted) and bool(counted.all()):
+        counted = None
     if counted is not None:
         mask = counted.to(dtype)
         if weight is not None and weight.device != mask.device:
@@ -215,23 +217,27 @@ class BatchRoots:
         self._shaped: dict[tuple[int, torch.dtype], Tensor] = {}
         self._sums: dict[int, Tensor] = {}
         self._places: dict[str, int] = {}
-        self._row_weights: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._row_root: dict[tuple[int, torch.dtype], Tensor] = {}
         self._positions: dict[int, float | Tensor] = {}
         self.examines = capture.examine
         self.masked_gradients: dict[str, Tensor] = {}
+        total = self.outputs.sum() if on_host(self.outputs) else None
+        self._finite_outputs = total is not None and bool(torch.isfinite(total))
         for name, layer in self.uses.items():
             for use in layer:
                 self._check_use(name, use, sums_follow)
-        check_finite(checks, self.outputs, "the model's outputs", batch.index)
+        check_finite(checks, self.outputs, "the model's outputs", batch.index, total)
         self._rows = self._make_rows(loss, output, samples, generator)
 
     def _check_use(self, name: str, use: LayerUse, sums_follow: bool) -> None:
         total, x = None, use.x
         host, masked = on_host(x), use.mask is not None and not use.convolution
         if host and masked:
-            # The sum over all positions is made sooner than that over those that count.
-            if not bool(torch.isfinite(x.sum())):
-                x = self._zeroed(use)
+            if sums_follow and self._finite_outputs:
+                # What is not finite would show in the outputs, or does in the sums.
+                self._places.setdefault(name, 0)
+                return
+            x = self._zeroed(use)
         elif host:
             total = self._sums[id(use)] = x.sum(0, dtype=accumulator_dtype(x.dtype))
         elif sums_follow and (masked or use.mask is None):
@@ -284,23 +290,26 @@ class BatchRoots:
         else:
             x = use.x if use.x.dim() == 3 else use.x.unsqueeze(1)
         rows = use.mask.select(x.unsqueeze(1))
-        return rows if self.weight_root is None else rows * self._weight_rows(use.mask, rows.dtype)
+        # They are a copy, which may change.
+        return (
+            rows if self.weight_root is None else rows.mul_(self._row_roots(use.mask, rows.dtype))
+        )
 
     def weighted_again(self, use: LayerUse, rows: Tensor) -> Tensor:
         """:meth:`data_rows` times the weights of the samples, not their square roots."""
         assert use.mask is not None
         if self.weight_root is None or self._masked:
             return rows
-        return rows * self._weight_rows(use.mask, rows.dtype)
+        return rows * self._row_roots(use.mask, rows.dtype)
 
-    def _weight_rows(self, mask: PositionMask, dtype: torch.dtype) -> Tensor:
+    def _row_roots(self, mask: PositionMask, dtype: torch.dtype) -> Tensor:
         """[R, 1] square roots of the weights of the samples that rows belong to."""
         assert self.weight_root is not None
         key = id(mask), dtype
-        if key not in self._row_weights:
+        if key not in self._row_root:
             root = self.weight_root.to(dtype)[:, None, None, None]
-            self._row_weights[key] = mask.select(root.expand(-1, 1, mask.length, 1))
-        return self._row_weights[key]
+            self._row_root[key] = mask.select(root.expand(-1, 1, mask.length, 1))
+        return self._row_root[key]
 
     def add_data_sum(self, spec: LayerSpec, use: LayerUse, rows: Tensor, out: Tensor) -> None:
         """:meth:`add_input_sum` of a masked use.

@@ -110,7 +110,10 @@ class Held:
         """The input as it is now, for as long as :attr:`overwritten` is False."""
         if self._before:
             self._before.pop()
-        x = x.clone() if self.copy else x
+        # Tensors of inference_mode do not count their changes.
+        x = x.clone() if self.copy or x.is_inference() else x
+        if x.is_inference():
+            return x
         self._now.append(x)
         self._versions.append(x._version)
         return x

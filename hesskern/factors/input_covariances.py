@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.choices import Bias
-from hesskern.factors.input_rows import BatchRows, Buffers, Rows, out_of_order, sample_count
+from hesskern.factors.input_rows import BatchRows, Held, Rows, out_of_order, sample_count
 from hesskern.factors.input_sums import InputSums, SharedSums
 from hesskern.factors.precision import precisions
 from hesskern.factors.result import read_spec
@@ -293,7 +293,7 @@ class _Pass:
 
     def __post_init__(self) -> None:
         self._ordered: set[str] = set()
-        self._buffers = Buffers()
+        self._held = Held()
         self.capture.unfit.update(self.result._unfit)
         self._refuse()
 
@@ -305,8 +305,8 @@ class _Pass:
         with Checks() as checks:
             weight = self._weights(batch, samples, checks)
             masks = LayerMasks(batch, self.specs, samples, self.model, checks)
-            given = samples, weight, masks, self._buffers, self._ordered
-            found = self.capture.run(batch, lambda: BatchRows(*given))
+            given = samples, weight, masks, self._held, self._ordered
+            found = self._run(batch, lambda: BatchRows(*given))
             masks.settle()
             checks.close()
         self._leave_out_misfits(batch, found)
@@ -319,7 +319,7 @@ class _Pass:
                 key: Hashable = tuple(map(id, calls))
                 groups.setdefault(key, []).append(name)
                 if key not in taken:
-                    taken[key] = Rows.joined(calls)
+                    taken[key] = Rows.joined([call for call in calls if isinstance(call, Rows)])
         squares = self._checked_squares(batch, groups, taken)
         sums = self.result._sums
         empty = {
@@ -336,6 +336,22 @@ class _Pass:
                 mine.squares += squares[key]
             self.result.num_samples += samples if weight is None else float(weight.sum())
         self.result._unfit = dict(self.capture.unfit)
+
+    def _run(self, batch: Batch, taker: Callable[[], BatchRows]) -> dict[str, list[Rows | str]]:
+        """Every layer's rows, which nothing has overwritten."""
+        versions = _versions(batch.inputs)
+        found = self.capture.run(batch, taker)
+        if not self._held.overwritten:
+            return found
+        if _versions(batch.inputs) != versions:
+            raise ValueError(
+                "model must not overwrite its own inputs in place after a layer has read them; "
+                "let its forward() work on a copy"
+            )
+        # From now on, for what one batch overwrites the next one does as well.
+        self._held.copy = True
+        del found
+        return self.capture.run(batch, taker)
 
     def _refuse(self) -> None:
         """Raises the reason of a layer that was asked for, or had a covariance before."""
@@ -395,6 +411,17 @@ class _Pass:
 
 def _finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())
+
+
+def _versions(inputs: Any) -> list[int]:
+    """Version counters of the tensors in a batch's inputs."""
+    if isinstance(inputs, Tensor):
+        return [inputs._version]
+    if isinstance(inputs, Mapping):
+        inputs = inputs.values()
+    if isinstance(inputs, str) or not isinstance(inputs, Iterable):
+        return []
+    return [version for value in inputs for version in _versions(value)]
 
 
 def _device(rows: Rows) -> torch.device:

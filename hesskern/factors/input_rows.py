@@ -21,7 +21,7 @@ from hesskern.passes.masks import LayerMasks
 from hesskern.passes.position_mask import PositionMask
 from hesskern.passes.roots import accumulator_dtype
 
-__all__ = ["BatchRows", "Buffers", "Rows", "out_of_order", "sample_count"]
+__all__ = ["BatchRows", "Held", "Rows", "out_of_order", "sample_count"]
 
 # Relative to the largest entry, what a sample's inputs may differ by when it is run alone.
 _ALONE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -86,28 +86,42 @@ def _add_rows(spec: LayerSpec, rows: Tensor, acc: Tensor) -> None:
         ops.input_covariance_(block, part.contiguous())
 
 
-class Buffers:
-    """Memory that copies of inputs lie in, for one batch after the other.
+class Held:
+    """Inputs of one run of the model, and those of the run before.
 
-    Inputs that were held instead would keep the model from using their memory again at once, and an
-    allocator may hand all of it back to the system behind every batch.
+    Those are let go one by one as others come: an allocator may hand the memory of many that go at
+    once back to the system, only to ask for it again.
+
+    Attributes:
+        copy: whether inputs are copied, because the model overwrites some of them in place.
     """
 
     def __init__(self) -> None:
-        self._free: dict[Hashable, list[Tensor]] = {}
-        self._used: dict[Hashable, list[Tensor]] = {}
+        self.copy = False
+        self._before: list[Tensor] = []
+        self._now: list[Tensor] = []
+        self._versions: list[int] = []
 
     def begin(self) -> None:
-        """From now on, copies that were made before are needed no more."""
-        self._free, self._used = self._used, {}
+        """A new run: what is held from now on is its."""
+        self._before, self._now, self._versions = self._now[::-1], [], []
 
-    def copy(self, x: Tensor) -> Tensor:
-        """The tensor, contiguous, in memory that is its own until :meth:`begin`."""
-        key = x.shape, x.dtype, x.device
-        free = self._free.get(key)
-        buffer = free.pop() if free else torch.empty_like(x, memory_format=torch.contiguous_format)
-        self._used.setdefault(key, []).append(buffer)
-        return buffer.copy_(x)
+    def take(self, x: Tensor) -> Tensor:
+        """The input as it is now, for as long as :attr:`overwritten` is False."""
+        if self._before:
+            self._before.pop()
+        # Tensors of inference_mode do not count their changes.
+        x = x.clone() if self.copy or x.is_inference() else x
+        if x.is_inference():
+            return x
+        self._now.append(x)
+        self._versions.append(x._version)
+        return x
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether an input was changed since it was taken."""
+        return any(x._version != v for x, v in zip(self._now, self._versions, strict=True))
 
 
 class BatchRows:
@@ -119,7 +133,7 @@ class BatchRows:
         samples: N.
         weight: [N] weights of the samples on the model's device, or None if all are one.
         masks: of the batch.
-        buffers: for the rows; those of the run before are needed no more.
+        held: takes them; those of the run before are needed no more.
         ordered: layers whose rows are known to come sample after sample.
     """
 
@@ -128,14 +142,14 @@ class BatchRows:
         samples: int,
         weight: Tensor | None,
         masks: LayerMasks,
-        buffers: Buffers,
+        held: Held,
         ordered: Collection[str],
     ) -> None:
         self._samples, self._weight, self._masks = samples, weight, masks
         self._count = float(samples) if weight is None else float(weight.sum())
-        self._buffers, self._ordered = buffers, ordered
+        self._held, self._ordered = held, ordered
         self._taken: dict[Hashable, Rows | str] = {}
-        buffers.begin()
+        held.begin()
 
     def __call__(self, spec: LayerSpec, x: Tensor, number: Hashable) -> Rows | str:
         """The rows of one call of a layer, or why they cannot be told."""
@@ -181,7 +195,7 @@ class BatchRows:
         elif root is not None:
             root = root.repeat_interleave(len(x) // n, 0).reshape(-1, *(1,) * (x.dim() - 1))
         if root is None and mask is None:
-            x = self._buffers.copy(x)
+            x = self._held.take(x)
         total = (x if root is None else x * root).sum(0, dtype=dtype)
         column = total if x.dim() == 2 else unfolded(spec, total).sum(1)
         return Rows([x], column, _squares(x), positions, last)

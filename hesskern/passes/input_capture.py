@@ -113,6 +113,10 @@ class InputCapture:
 
     def _number(self, given: Tensor) -> Hashable:
         """The same for two calls of one run only if they were given the same tensor, unchanged."""
+        if given.is_inference():
+            # Whether it changed in between cannot be told.
+            self._next += 1
+            return self._next
         number, seen = self._numbers.get(id(given), (0, None))
         if seen is None or seen() is not given:
             # Whatever had this address before exists no more.

@@ -337,6 +337,21 @@ def test_checkpoints_weights_of_others_and_operations_in_place() -> None:
     assert relative_error(found["second"].input_covariance, y.T @ y / 5) <= 1e-12
 
 
+def test_inference_mode_inside_the_model() -> None:
+    class Inside(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                x = 1 * x
+                y = self.gate(x)
+                x.mul_(2.0)
+                return self.down(y * self.up(x))
+
+    found = hk.input_covariances(seeded(Inside()).double(), [sequences()])
+    rows = sequences().reshape(-1, 6)
+    assert relative_error(found["gate"].input_covariance, rows.T @ rows / 3) <= 1e-12
+    assert relative_error(found["up"].input_covariance, 4 * rows.T @ rows / 3) <= 1e-12
+
+
 def test_the_model_comes_back_as_it_was() -> None:
     model = seeded(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 3))).double()
     model.train()

@@ -34,6 +34,9 @@ class LayerFactors:
             linear.
         input_images: E[x] as it came in, one per use: [d], [t, d] or [C, (H,) W]; None where
             the shapes varied between batches.
+        tied_to: name of a module that looks rows of the layer's weight up, as the embedding does
+            that a head shares its weight with: the factors are those of the weight's linear use
+            alone. None for all other layers.
     """
 
     spec: LayerSpec
@@ -42,6 +45,7 @@ class LayerFactors:
     num_samples: float
     positions: float
     input_images: tuple[Tensor, ...] | None = field(default=None, repr=False)
+    tied_to: str | None = None
 
     @property
     def name(self) -> str:
@@ -177,6 +181,7 @@ class Factors(Mapping[str, LayerFactors]):
                     "spec": asdict(f.spec),
                     "num_samples": f.num_samples,
                     "positions": f.positions,
+                    "tied_to": f.tied_to,
                     "images": None if f.input_images is None else len(f.input_images),
                 }
             )
@@ -239,4 +244,5 @@ def _read_layer(
         entry["num_samples"],
         entry["positions"],
         None if count is None else tuple(read(f"input_image.{i}") for i in range(count)),
+        entry.get("tied_to"),
     )

@@ -29,7 +29,7 @@ from hesskern.passes.data_pass import (
     with_less_memory,
 )
 from hesskern.passes.forward_pass import model_device
-from hesskern.passes.layers import LayerSpec, left_out, select_layers
+from hesskern.passes.layers import LayerSpec, left_out, refuse_missing, select_layers
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
 from hesskern.passes.roots import accumulator_dtype, check_fraction
@@ -277,7 +277,7 @@ def layer_hessians(
     model: nn.Module,
     data: Iterable[Any],
     loss: Any = None,
-    layers: Iterable[str] | None = None,
+    layers: str | Iterable[str] | None = None,
     tolerance: float = 0.0,
     *,
     bias: Bias = "none",
@@ -296,7 +296,8 @@ def layer_hessians(
         data: iterable of (inputs, targets) or (inputs, targets, weight [N]).
         loss: as in :func:`hesskern.kronecker_factors`; more than 65,536 root rows per sample are
             refused, unless they come from ``output_root``.
-        layers: names from ``model.named_modules()``; None for all supported.
+        layers: names from ``model.named_modules()`` or patterns such as ``"*.mlp.*"``, one or
+            several; None for all supported.
         tolerance: leave out samples as long as ‖H - H_t‖_2 <= tolerance tr(H) is certain; 0 keeps
             all. tr(M_n)‖x_n‖² bounds a sample's part of the spectrum.
         bias: "none" or "joint" (append 1 to x; P is m (d + 1)).
@@ -340,9 +341,7 @@ def layer_hessians(
     count, reasons, inexact = run.count, run.capture.reasons, run.capture.inexact
     if not count > 0:
         raise no_samples(", so there are no Hessians")
-    if layers is not None and reasons:
-        name, reason = next(iter(reasons.items()))
-        raise ValueError(f"layers: {name!r} {reason}")
+    refuse_missing(specs, reasons)
     shown = {name: inexact[name] for name in gathered if name in inexact and name not in reasons}
     if shown:
         text = "; ".join(f"{name!r} {reason}" for name, reason in shown.items())
@@ -365,7 +364,7 @@ def layer_hessians(
             + "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
         )
     if layers is not None:
-        return LayerHessians(result, skipped)
+        return LayerHessians(result, {**skipped, **reasons})
     covered = [specs[name] for name in result]
     return LayerHessians(result, left_out(model, {**skipped, **reasons}, covered, 2))
 

@@ -34,11 +34,13 @@ class ArrangedCall:
         arrangement: which row belongs to which sample.
         problem: why there is no such thing; None where there is.
         ambiguous: whether that is known of rows alone that act on an output.
+        routed: whether they are some rows of a larger tensor.
     """
 
     arrangement: Arrangement | RoutedRows
     problem: str | None = None
     ambiguous: bool = False
+    routed: bool = False
 
 
 @dataclass
@@ -99,9 +101,12 @@ class Evidence:
         for i, (_, use) in enumerate(uses):
             arrangement = proved.arrangements[i]
             if arrangement is not None:
-                if isinstance(arrangement, RoutedRows):
-                    self.routed.add(uses[i][0])
-                answers[i] = ArrangedCall(arrangement)
+                name, use = uses[i]
+                several = use.node in proved.selected and arrangement.positions > 1
+                if isinstance(arrangement, RoutedRows) or several:
+                    self.routed.add(name)
+                routed = use.expert or name in self.routed
+                answers[i] = ArrangedCall(arrangement, routed=routed)
             elif use.rows % samples or use.window is not None:
                 answers[i] = ArrangedCall(first[i].arrangement, _UNPROVED)
             elif use.node not in living:

@@ -74,10 +74,12 @@ class Proved:
         steady: whether what they do to the samples is the same in all batches. A selection by
             numbers, or a product with an input, may move other rows in the next one; a sum over
             samples shows where the gates behind it are open.
+        selected: calls whose rows are taken from those of a larger tensor.
     """
 
     arrangements: list[Arrangement | RoutedRows | None]
     steady: bool
+    selected: frozenset[Any] = frozenset()
 
 
 def prove(
@@ -103,7 +105,8 @@ def prove(
     if not alive:
         return Proved([None] * len(calls), True)
     proof = _Proof(outputs, alive, calls, trusted)
-    return Proved(proof.arrangements(windows or [None] * len(calls)), proof.steady())
+    arrangements = proof.arrangements(windows or [None] * len(calls))
+    return Proved(arrangements, proof.steady(), frozenset(proof.selected))
 
 
 class _Proof:
@@ -120,6 +123,7 @@ class _Proof:
         self._needed = needed
         self._mixed = self._moved = False
         self._selections: set[Any] = set()
+        self.selected: set[Any] = set()
         self._trusted = trusted
         self._device = outputs.device
         # By node and number of its output: where samples are, or None for what is not known.
@@ -256,7 +260,7 @@ class _Proof:
         owners = owners.repeat_interleave(product(shape[here.axis + 1 : -1]))
         return owners.repeat(product(shape[: here.axis]))
 
-    def _selects(self, node: Any, here: _Axis, rows: int) -> bool:
+    def _selects(self, node: Any, rows: int) -> bool:
         """Whether the graph shows that a call's rows were taken from those of a larger tensor."""
         pending, done = [node], {node}
         while pending:
@@ -287,12 +291,14 @@ class _Proof:
         here, shape = self._axes.get((node, 0)), output_shape(node)
         if here is None or shape is None or not product(shape):
             return None
+        by_rows = kind(node) != "Convolution" and here.axis < len(shape) - 1
+        if self._selections and by_rows and self._selects(node, shape[here.axis]):
+            self.selected.add(node)
         if here.owners is not None:
-            if kind(node) == "Convolution" or here.axis == len(shape) - 1:
+            if not by_rows:
                 return None
             owners = self._row_owners(here, shape)
-            selected = node in self._trusted or self._selects(node, here, shape[here.axis])
-            return self._routed(owners, selected)
+            return self._routed(owners, node in self._trusted or node in self.selected)
         if kind(node) == "Convolution":
             rows, inner = shape[0], here.inner
             if here.axis != 0:

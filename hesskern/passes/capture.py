@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from hesskern.devices import on_host
 from hesskern.graph.cuts import Cuts
 from hesskern.graph.evidence import Evidence
 from hesskern.graph.nodes import behind, in_order
@@ -126,7 +128,7 @@ class Capture:
             )
         if not len(outputs):
             return outputs, {}
-        uses = self._fitting(outputs, alive, calls, others)
+        uses = self._fitting(outputs, alive, calls, others, batch.mask)
         if self.examine:
             self._examine(outputs, uses, targets, cuts)
         return outputs, uses
@@ -182,6 +184,7 @@ class Capture:
         alive: list[Any],
         calls: dict[str, list[WeightUse]],
         others: dict[str, str],
+        mask: Any,
     ) -> dict[str, list[LayerUse]]:
         """Uses of the layers that have a block, and why the other layers have none.
 
@@ -209,6 +212,12 @@ class Capture:
             text = next((a.problem for a in arranged[name] if a.problem), None)
             if text is not None:
                 found[name] = self._unarranged(fitting[name], samples, text)
+                continue
+            if any(call.routed for call in arranged[name]) and _may_mask(mask, name):
+                found[name] = (
+                    "sees rows that a router has chosen, and which of them are padding cannot be "
+                    "told (let position_mask say None for the layer where padding is to count)"
+                )
                 continue
             spec = self.specs[name]
             result[name] = [
@@ -369,6 +378,13 @@ class Capture:
                 )
             elif self._frozen.hooked:
                 self.inexact.setdefault(name, "lies in a model that hooks its gradients")
+
+
+def _may_mask(mask: Any, name: str) -> bool:
+    """Whether a batch's mask, or that of a layer's name, may say that a position is no data."""
+    if isinstance(mask, Mapping):
+        mask = next((one for pattern, one in mask.items() if fnmatchcase(name, pattern)), None)
+    return isinstance(mask, Tensor) and not (on_host(mask) and bool((mask != 0).all()))
 
 
 def _values(outputs: Tensor, calls: dict[str, list[WeightUse]]) -> list[Tensor]:

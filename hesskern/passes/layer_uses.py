@@ -29,6 +29,7 @@ class LayerUse:
         edge: where the gradient with respect to the call's result arrives.
         arrangement: which rows of the result belong to which sample.
         window: which rows of the result are the call's; None for all.
+        routed: whether they are some rows of a larger tensor, in an order of their own.
         outputs: m.
         part: the rows of the weight that the call used; None for all.
         convolution: whether the result is [B, m, (H,) W] rather than rows [..., m].
@@ -47,6 +48,7 @@ class LayerUse:
     ambiguous: bool = False
     mask: PositionMask | None = None
     window: slice | None = None
+    routed: bool = False
 
     @property
     def contiguous(self) -> bool:
@@ -123,7 +125,16 @@ def layer_uses(spec: LayerSpec, use: WeightUse, call: ArrangedCall) -> list[Laye
         x = arrangement.by_sample(use.x.reshape(-1, use.x.shape[-1]))
         mask = PositionMask(arrangement.valid, arrangement.valid.device)
         return [
-            LayerUse(x, edge, arrangement, spec.outputs, use.part, mask=mask, window=use.window)
+            LayerUse(
+                x,
+                edge,
+                arrangement,
+                spec.outputs,
+                use.part,
+                mask=mask,
+                window=use.window,
+                routed=True,
+            )
         ]
     one = arrangement.positions == 1
     if use.settings is None:
@@ -133,7 +144,7 @@ def layer_uses(spec: LayerSpec, use: WeightUse, call: ArrangedCall) -> list[Laye
             x = arrangement.by_sample(use.x.reshape(-1, use.x.shape[-1]))
             x = x[:, 0] if one else x
         plain = LayerUse(x, edge, arrangement, spec.outputs, use.part, ambiguous=ambiguous)
-        return [plain if use.window is None else replace(plain, window=use.window)]
+        return [replace(plain, window=use.window, routed=True) if call.routed else plain]
     x = use.x
     more = [p - q for p, q in zip(use.settings[1], spec.padding, strict=True)]
     if any(more):

@@ -92,6 +92,10 @@ def masked_uses(
             made[id(keep)] = None if whole else PositionMask(keep.bool(), outputs.device)
         result[name] = []
         for use in layer:
+            if use.routed:
+                # Where padding could be among its rows, the layer has been left out.
+                result[name].append(use)
+                continue
             count = positions_of(specs[name], use)
             if count == keep.shape[1] and (named or len(specs[name].kernel_size) < 2):
                 spoken.add(id(keep))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import hesskern as hk
 
-D, M, C, EXPERTS, TOP = 4, 5, 3, 4, 2
+D, M, C, EXPERTS, TOP = 4, 8, 3, 4, 2
 
 Run = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
@@ -284,3 +284,201 @@ def test_layers_before_a_router_that_moves_tokens_are_left_out() -> None:
         found = quietly(function, model, data, CE)
         for name in ("inp", "gate", *LAYERS):
             assert "sees" in found.skipped[name]
+
+
+class TestPadding:
+    """Which rows of a router are padding is not known, so that a mask leaves its experts out."""
+
+    @staticmethod
+    def _masked(keep: Tensor | None) -> Callable[[Any], Any]:
+        return lambda inputs: keep
+
+    def test_a_mask_leaves_experts_out_and_masks_the_rest(self) -> None:
+        model, data = seeded(Routed(_index_add)), _data(4)
+        keep = torch.ones(4, 3)
+        keep[0, 2] = keep[2, 1] = 0
+        factors = quietly(hk.kronecker_factors, model, data, CE, position_mask=self._masked(keep))
+        assert set(factors) == {"inp", "gate", "head"}
+        x = data[0][0][keep.bool()]
+        assert relative_error(factors["inp"].input_covariance, x.T @ x / 4) <= 1e-12
+        for name in LAYERS:
+            assert "cannot be told" in factors.skipped[name]
+        with pytest.raises(ValueError, match=r"'experts\.0\.up' sees rows that a router"):
+            hk.kronecker_factors(
+                model, data, CE, ["experts.0.up"], position_mask=self._masked(keep)
+            )
+
+    def test_a_mask_without_padding_changes_nothing(self) -> None:
+        model, data = seeded(Routed(_index_add)), _data(4)
+        whole = self._masked(torch.ones(4, 3))
+        factors = quietly(hk.kronecker_factors, model, data, CE, position_mask=whole)
+        _check(factors, _expected(model, data))
+
+    def test_experts_to_which_every_token_goes(self) -> None:
+        """They have the mask's positions, yet in an order of their own."""
+
+        def run(m: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+            out = torch.zeros_like(x)
+            tokens = torch.arange(len(x)).reshape(-1, 3).flip(1).reshape(-1)
+            for expert in m.experts:
+                out = out.index_add(0, tokens, expert(x[tokens]))
+            return out
+
+        model, data = seeded(Routed(run)), _data(4)
+        keep = torch.ones(4, 3)
+        keep[0, 2] = 0
+        factors = quietly(hk.kronecker_factors, model, data, CE, position_mask=self._masked(keep))
+        assert set(factors) == {"inp", "gate", "head"}
+        assert "cannot be told" in factors.skipped["experts.0.up"]
+        # Padding may be asked to count.
+        some = self._masked(None)
+        factors = quietly(hk.kronecker_factors, model, data, CE, position_mask=some)
+        assert set(LAYERS) <= set(factors)
+        named: Any = lambda inputs: {"experts.*": None, "*": keep}  # noqa: E731
+        factors = quietly(hk.kronecker_factors, model, data, CE, position_mask=named)
+        assert factors["experts.0.up"].positions == 3
+
+
+class Fused(nn.Module):
+    """Experts in one parameter: "select", "unbind", "bmm" (all tokens to all experts)."""
+
+    def __init__(self, way: str, transposed: bool = False) -> None:
+        super().__init__()
+        self.way, self.is_transposed = way, transposed
+        self.up = nn.Parameter(torch.empty(EXPERTS, *((D, M) if transposed else (M, D))))
+        self.down = nn.Parameter(torch.empty(EXPERTS, *((M, D) if transposed else (D, M))))
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        up, down = self.up, self.down
+        if self.way == "bmm":
+            if not self.is_transposed:
+                up, down = up.transpose(1, 2), down.transpose(1, 2)
+            y = torch.bmm(torch.bmm(x.expand(EXPERTS, -1, -1), up).tanh(), down)
+            return y.sum(0)
+        matrices = list(zip(up.unbind(0), down.unbind(0), strict=True))
+        out = torch.zeros_like(x)
+        for e in range(EXPERTS):
+            place, tokens = torch.where((chosen == e).T)
+            first, second = matrices[e] if self.way == "unbind" else (up[e], down[e])
+            if self.is_transposed:
+                y = (x[tokens] @ first).tanh() @ second
+            else:
+                y = F.linear(F.linear(x[tokens], first).tanh(), second)
+            out = out.index_add(0, tokens, y * weights[tokens, place, None])
+        return out
+
+
+def _fused(way: str, transposed: bool = False) -> Any:
+    model: Any = Routed(lambda m, *given: m.experts(*given))
+    model.experts = Fused(way, transposed)
+    model = seeded(model)
+    with torch.no_grad():
+        for i, weight in enumerate((model.experts.up, model.experts.down)):
+            weight.copy_(0.5 * randn(*weight.shape, seed=5 + i))
+    return model
+
+
+def _apart(fused: Any, way: str) -> Routed:
+    """The same function with a module for each matrix."""
+
+    def dense(m: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        return sum((expert(x) for expert in m.experts), torch.zeros_like(x))
+
+    apart = Routed(dense if way == "bmm" else _index_add).double()
+    apart.load_state_dict(fused.state_dict(), strict=False)
+    for e, expert in enumerate(apart.experts):
+        for part, weight in (("up", fused.experts.up[e]), ("down", fused.experts.down[e])):
+            layer = getattr(expert, part)
+            layer.weight.data = (
+                weight.detach().T if fused.experts.is_transposed else weight.detach()
+            )
+            layer.bias.data.zero_()
+    return apart
+
+
+@pytest.mark.parametrize("way", ["select", "unbind", "bmm"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_fused_experts_are_layers_one_by_one(way: str, transposed: bool) -> None:
+    """Against experts that are modules, which the loop over samples has checked."""
+    model, data = _fused(way, transposed), _data(4, 3, 1)
+    apart = _apart(model, way)
+    assert relative_error(model(data[0][0]).detach(), apart(data[0][0]).detach()) <= 1e-12
+    factors = quietly(hk.kronecker_factors, model, data, CE)
+    if way != "bmm":
+        expected = _expected(apart, data)
+    else:
+        plain = quietly(hk.kronecker_factors, apart, data, CE)
+        expected = {
+            n: (plain[n].input_covariance, plain[n].output_hessian, plain[n].positions)
+            for n in LAYERS
+        }
+    hessians = quietly(hk.layer_hessians, model, data, CE)
+    G = quietly(hk.GaussNewton, model, data, CE)
+    for name, (A, E, positions) in expected.items():
+        _, e, part = name.split(".")
+        f = factors[f"experts.{part}.{e}"]
+        assert relative_error(f.input_covariance, A) <= 1e-10
+        assert relative_error(f.output_hessian, E) <= 1e-10
+        assert f.positions == pytest.approx(positions)
+        assert f.weight_shape == tuple(getattr(model.experts, part).shape[1:])
+        H = hessians[f"experts.{part}.{e}"]
+        m, d = H.layer_shape
+        block = gauss_newton(apart, data, sample_loss, name)
+        if transposed:
+            block = block.reshape(m, d, m, d).permute(1, 0, 3, 2).reshape(m * d, m * d)
+        assert relative_error(H.to_dense(), block) <= 1e-10
+        at = G.slices[H.name]
+        assert relative_error(G.to_dense()[at, at], block) <= 1e-10
+
+
+def test_fused_experts_by_pattern_and_in_a_file(tmp_path: Any) -> None:
+    model, data = _fused("select"), _data(4, 3)
+    factors = hk.kronecker_factors(model, data, CE, layers="experts.up.[02]")
+    assert list(factors) == ["experts.up.0", "experts.up.2"]
+    factors.save(tmp_path / "f.safetensors")
+    loaded = hk.load_factors(tmp_path / "f.safetensors")
+    assert loaded["experts.up.2"].spec == factors["experts.up.2"].spec
+
+
+def test_fused_experts_that_act_otherwise_have_one_reason() -> None:
+    """Chosen matrix by matrix for each row; and together, as one sum."""
+
+    def chosen_matrices(m: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        up, down = m.experts.up[chosen[:, 0]], m.experts.down.sum(0)
+        return torch.bmm(up, x.unsqueeze(2)).squeeze(2).tanh() @ down.T
+
+    model = _fused("select")
+    model.run = chosen_matrices
+    factors = quietly(hk.kronecker_factors, model, _data(4), CE)
+    assert set(factors) == {"inp", "gate", "head"}
+    assert "acts through Index" in factors.skipped["experts.up"]
+    assert "acts through Sum" in factors.skipped["experts.down"]
+    assert "experts.up.0" not in factors.skipped
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="needs torch.nn.functional.grouped_mm")
+def test_grouped_products_in_float32() -> None:
+    """torch knows none in float64."""
+
+    def run(m: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        _, order = chosen.reshape(-1).sort(stable=True)
+        ends = chosen.reshape(-1).bincount(minlength=EXPERTS).cumsum(0).int()
+        rows = x[order // TOP]
+        rows = F.grouped_mm(rows, m.experts.up.transpose(1, 2), offs=ends).tanh()
+        rows = F.grouped_mm(rows, m.experts.down.transpose(1, 2), offs=ends)
+        rows = rows * weights.reshape(-1)[order].unsqueeze(1)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order))
+        return rows[back].view(len(x), TOP, -1).sum(1)
+
+    model = _fused("select")
+    expected = _expected(_apart(model, "select"), _data(4, 3, 1))
+    model.run = run
+    model = model.float()
+    data = [(x.float(), y) for x, y in _data(4, 3, 1)]
+    factors = quietly(hk.kronecker_factors, model, data, CE)
+    for name, (A, E, _) in expected.items():
+        _, e, part = name.split(".")
+        f = factors[f"experts.{part}.{e}"]
+        assert relative_error(f.input_covariance.double(), A) <= 1e-5
+        assert relative_error(f.output_hessian.double(), E) <= 1e-5

@@ -757,6 +757,7 @@ _RULES: dict[str, _Rule] = {
     "ScaledDotProductEfficientAttention": _attention,
     "ScaledDotProductFlashAttention": _attention,
     "ScaledDotProductFlashAttentionForCpu": _attention,
+    "SafeSoftmax": _along("_saved_dim"),
     "Scatter": _scatter,
     "ScatterAdd": _scatter,
     "Select": _selection,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-__all__ = ["Bias", "Output", "Which", "check_choice"]
+__all__ = ["Bias", "Order", "Output", "Which", "check_choice"]
 
 Output = Literal["exact", "mc", "empirical"]
 """How the output Hessian is had: all classes, targets drawn from the model, those of the data."""
 
 Bias = Literal["none", "joint"]
 """Weights only, or 1 appended to the inputs where a layer has a bias."""
+
+Order = Literal["weight", "output"]
+"""Flat vectors of a layer as its weight is kept in memory, or as matrices [m, d], flattened."""
 
 Which = Literal["LA", "SA", "LM"]
 """The eigenvalues that are wanted: largest, smallest, or largest in absolute value."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesskern.choices import Order, check_choice
 from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.passes.layers import LayerSpec, unfolded
 from hesskern.solvers.result import EigenResult
@@ -104,11 +105,19 @@ class LayerFactors:
         left = torch.linalg.svd(mean.double(), full_matrices=False).U[:, 0]
         return (left * (1.0 if left.sum() >= 0 else -1.0)).to(mean.dtype)
 
-    def operator(self) -> KroneckerOperator:
-        """K = E[M] (x) E[x x^T], [m d, m d], in the weight's order; block diagonal over groups."""
-        return KroneckerOperator(
-            self.output_hessian, self.input_covariance, transposed=self.spec.transposed
-        )
+    def operator(self, order: Order = "weight") -> KroneckerOperator:
+        """K = E[M] (x) E[x x^T], [m d, m d]; block diagonal over groups.
+
+        Args:
+            order: of flat vectors: "weight" as the weight is kept, which is [d, m] for the Conv1D
+                of transformers and [m, d] otherwise; "output" for [m, d] always.
+
+        Raises:
+            ValueError: ``order`` is another word.
+        """
+        check_choice("order", order, Order)
+        transposed = self.spec.transposed and order == "weight"
+        return KroneckerOperator(self.output_hessian, self.input_covariance, transposed=transposed)
 
     def eigsh(self, k: int) -> EigenResult:
         """Top k eigenpairs of :meth:`operator` from the factors' own, which is never formed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.choices import Bias
+from hesskern.choices import Bias, Order, check_choice
 from hesskern.graph.evidence import Evidence
 from hesskern.operators.base import EigenbasisOperator, LayerOperator
 from hesskern.operators.kronecker import KroneckerOperator
@@ -112,6 +113,26 @@ class LayerHessian(LayerOperator):
                 product = ops.layer_hessian_matmul(chunk.x, chunk.s, rows, alpha, packed)
                 total += product.flatten(1)
         return total
+
+    def operator(self, order: Order = "weight") -> LayerHessian:
+        """The same Hessian over flat vectors of one order.
+
+        Args:
+            order: "weight" as the weight is kept, which is [d, m] for the Conv1D of transformers
+                and [m, d] otherwise; "output" for [m, d] always.
+
+        Returns:
+            this Hessian, or one that shares its samples.
+
+        Raises:
+            ValueError: ``order`` is another word.
+        """
+        check_choice("order", order, Order)
+        if not self.transposed or order == "weight":
+            return self
+        same = copy(self)
+        same.transposed = False
+        return same
 
     def trace(self) -> float:
         """tr(H), exact; with ``tolerance`` of what was kept (add ``pruned_trace`` for all)."""

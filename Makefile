@@ -99,7 +99,7 @@ sanitize: $(VENV)/built ## the operators' tests under AddressSanitizer and UBSan
 		$(abspath $(VENV))/bin/python setup.py -q build_ext --inplace >build.log 2>&1 || \
 		{ cat build.log; exit 1; }
 	cd build/sanitize && $(SANITIZERS) $(abspath $(VENV))/bin/python -c \
-		"from hesskern import _extension as e; assert e.build_info()['sanitized'], 'not sanitized'"
+		"import hesskern; assert hesskern.build_info()['sanitized'], 'not sanitized'"
 	# The file descriptors stay as they are, or an abort would take its own report along.
 	cd build/sanitize && $(SANITIZERS) $(abspath $(VENV))/bin/python -m pytest \
 		-p no:cacheprovider --capture=sys $(SANITIZE_TESTS)

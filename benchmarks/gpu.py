@@ -6,13 +6,11 @@ Writes gpu.json and gpu.md, anew after every problem. Three times of every conte
 "rested", single calls after a pause, in rounds in which all contenders of a problem take turns;
 "busy", the later half of calls without a pause, when a card's power may limit it; "graph", calls
 back to back in a captured graph, without the host's part. "over" is a contender's rested time over
-hesskern's, and "target" what that is to be on an H200. A contender that fails is named with its
-error. On a CPU there are rested times alone.
+hesskern's. A contender that fails is named with its error. On a CPU there are rested times alone.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -25,14 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
-from gpu_report import about, write
+from gpu_report import Table, parser_of
 from torch import Tensor, nn
 
 from hesskern import ops
 
 Contenders = dict[str, Callable[[], Any]]
-# Name, contenders, and by contender how many times hesskern's time its own is to be.
-Problem = tuple[str, Contenders, dict[str, float]]
+Problem = tuple[str, Contenders]
 
 PAUSE = 0.15
 BUSY = 0.2
@@ -63,7 +60,7 @@ class Problems:
 
     def _covariance(self) -> Iterator[Problem]:
         n = self._size(65536)
-        for full, target, narrow_target in ((512, 2.5, 1.0), (2048, 6.5, 1.3), (4096, 7.5, 1.5)):
+        for full in (512, 2048, 4096):
             d = self._size(full)
             x, acc = self._normal(n, d), torch.zeros(d, d, device=self._device)
             narrow = x.bfloat16()
@@ -76,7 +73,6 @@ class Problems:
                     "three TF32 torch.mm": lambda x=x: _split_product(x),
                     "two TF32 torch.mm and a transpose": lambda x=x: _split_product(x, True),
                 },
-                {"torch.mm": target},
             )
             yield (
                 f"input covariance [{n}, {d}], bfloat16",
@@ -84,15 +80,10 @@ class Problems:
                     "hesskern": lambda acc=acc, x=narrow: ops.input_covariance_(acc.zero_(), x),
                     "torch.mm in bfloat16": lambda x=narrow: x.T @ x,
                 },
-                {"torch.mm in bfloat16": narrow_target},
             )
 
     def _convolution(self) -> Iterator[Problem]:
-        for n, c, side, k, target in (
-            (64, 64, 32, 3, 8.0),
-            (64, 256, 16, 3, 15.0),
-            (64, 3, 224, 7, 40.0),
-        ):
+        for n, c, side, k in ((64, 64, 32, 3), (64, 256, 16, 3), (64, 3, 224, 7)):
             n = self._size(n)
             x = self._normal(n, c, side, side)
             d = c * k * k
@@ -111,16 +102,10 @@ class Problems:
                     ),
                     "unfold + torch.mm": unfolded,
                 },
-                {"unfold + torch.mm": target},
             )
 
     def _output_hessian(self) -> Iterator[Problem]:
-        for n, c, m, target in (
-            (65536, 10, 64, 5.5),
-            (65536, 10, 200, 5.5),
-            (16384, 10, 1024, 4.0),
-            (4096, 100, 512, 3.5),
-        ):
+        for n, c, m in ((65536, 10, 64), (65536, 10, 200), (16384, 10, 1024), (4096, 100, 512)):
             n = self._size(n)
             g = self._normal(n, c, m)
             p = torch.softmax(self._normal(n, c), 1)
@@ -138,7 +123,6 @@ class Problems:
                     "torch": composed,
                     "one read (sum)": lambda g=g: g.sum(),
                 },
-                {"torch": target},
             )
 
     def _positions(self) -> Iterator[Problem]:
@@ -158,7 +142,6 @@ class Problems:
                     "torch": composed,
                     "one read (sum)": lambda g=g: g.sum(),
                 },
-                {"torch": 6.0},
             )
 
     def _layer_hessian(self) -> Iterator[Problem]:
@@ -206,7 +189,6 @@ class Problems:
                     _with_tf32, lambda: compiled(weight, V)
                 ),
             },
-            {"jvp of grad, compiled": 8.0, "jvp of grad, compiled, TF32 allowed": 3.0},
         )
         block = self._normal(8, m, d)
         yield (
@@ -217,7 +199,6 @@ class Problems:
                     ops.layer_hessian_matmul(x, s, v, 1 / n, packed) for v in block
                 ],
             },
-            {},
         )
 
     def _kronecker(self) -> Iterator[Problem]:
@@ -228,10 +209,7 @@ class Problems:
             for width, out, count in stages
             for shape in [(width, out), (width, 9 * width), (out, width)] * count
         ]
-        for name, shapes, target in (
-            ("48 small layers", small, 1.0),
-            ("ResNet-50's layers", large, 2.5),
-        ):
+        for name, shapes in (("48 small layers", small), ("ResNet-50's layers", large)):
             A = [self._normal(m, m) for m, _ in shapes]
             B = [self._normal(d, d) for _, d in shapes]
             X = [self._normal(m, d) for m, d in shapes]
@@ -245,7 +223,6 @@ class Problems:
                         a @ x @ b.T for a, b, x in zip(A, B, X, strict=True)
                     ],
                 },
-                {"a loop of torch products": target},
             )
 
 
@@ -352,51 +329,33 @@ def _milliseconds(seconds: float | None) -> str:
     return "–" if seconds is None else f"{seconds * 1e3:.3f}"
 
 
-def rows_of(
-    name: str, times: dict[str, Times], errors: dict[str, str], targets: dict[str, float]
-) -> list[str]:
-    """Lines of the table for one problem."""
+def rows_of(name: str, times: dict[str, Times], errors: dict[str, str]) -> list[list[str]]:
+    """Rows of the table for one problem."""
     medians = {key: one.medians() for key, one in times.items()}
-    lines = []
+    rows = []
     for key, median in medians.items():
         ours = medians["hesskern"]["rested"] if "hesskern" in medians else None
         over = f"{median['rested'] / ours:.2f}x" if ours and median["rested"] else "–"
-        target = f"{targets[key]:g}x" if key in targets else ""
-        shown = " | ".join(_milliseconds(median[kind]) for kind in ("rested", "busy", "graph"))
-        lines.append(f"| {name} | {key} | {shown} | {over} | {target} |")
-    return lines + [f"| {name} | {key} | {e} | | | | |" for key, e in errors.items()]
+        shown = [_milliseconds(median[kind]) for kind in ("rested", "busy", "graph")]
+        rows.append([name, key, *shown, over])
+    return rows + [[name, key, error] for key, error in errors.items()]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--part", type=float, default=1.0, help="of every problem's size (1)")
-    parser.add_argument("--rounds", type=int, default=2, help="of calls after a pause (2)")
+    parser = parser_of(__doc__, rounds=2)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    made = about(device, arguments.part)
-    lines = [
-        "| problem | contender | rested, ms | busy, ms | graph, ms | over | target |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    problems: list[dict[str, Any]] = []
-    for name, contenders, targets in Problems(device, arguments.part):
+    headings = ["problem", "contender", "rested, ms", "busy, ms", "graph, ms", "over"]
+    table = Table(arguments, "gpu", headings)
+    for name, contenders in Problems(device, arguments.part):
         times, errors = measure(contenders, device, arguments.rounds)
-        problems.append(
-            {
-                "problem": name,
-                "rested": {key: one.rested for key, one in times.items()},
-                "medians": {key: one.medians() for key, one in times.items()},
-                "targets": targets,
-                "errors": errors,
-            }
-        )
-        new = rows_of(name, times, errors, targets)
-        print("\n".join(new), flush=True)
-        lines += new
-        write(arguments.output, "gpu", made, problems, lines)
+        result = {
+            "problem": name,
+            "rested": {key: one.rested for key, one in times.items()},
+            "medians": {key: one.medians() for key, one in times.items()},
+            "errors": errors,
+        }
+        table.add(result, rows_of(name, times, errors))
 
 
 if __name__ == "__main__":

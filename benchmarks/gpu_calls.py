@@ -4,8 +4,8 @@
 
 Writes gpu_calls.json and gpu_calls.md, anew after every problem. Times are those of a clock on the
 wall around a call and the wait for its end, medians over rounds in which all contenders of a
-problem take turns. "over" is a contender's time over hesskern's, "target" what that is to be on an
-H200; "unit" the time in units of the problem's own (one gradient, or one forward pass). Beside them
+problem take turns. "over" is a contender's time over hesskern's, "unit" the time in units of the
+problem's own (one gradient, or one forward pass). Beside them
 one more call is watched: peak memory above what was held before, kernel launches, and how often the
 host waited. Convolutions use TF32 where torch's defaults say so; "difference" is that of hesskern's
 factors to its own in float64, on few samples, with TF32 forbidden.
@@ -15,7 +15,6 @@ MNIST is taken from $HESSKERN_DATA; without it random data of its shape stand in
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 import sys
@@ -33,7 +32,7 @@ import scipy.sparse.linalg as sparse
 import torch
 import torch.nn.functional as F
 from certify_step import BATCH, steps
-from gpu_report import about, write
+from gpu_report import Table, parser_of
 from torch import Tensor, nn
 
 import hesskern as hk
@@ -58,15 +57,13 @@ class Problem:
 
     Attributes:
         calls: by contender; hesskern's own begin with "hesskern".
-        targets: by contender, how many times hesskern's time its own is to be at least.
-        unit: the contender whose time is the unit, and the most units that hesskern may take.
+        unit: the contender whose time is the unit.
         notes: by contender, what is known of it beside its times, asked after the calls.
     """
 
     name: str
     calls: dict[str, Call]
-    targets: dict[str, float] = field(default_factory=dict)
-    unit: tuple[str, float | None] | None = None
+    unit: str | None = None
     notes: dict[str, Callable[[], str]] = field(default_factory=dict)
 
 
@@ -90,15 +87,15 @@ class Problems:
         """Kronecker factors of four networks, exact, from drawn targets, and empirical."""
         cnn = cases.cnn(Settings(quick=True)).model
         networks = (
-            ("MLP 784-200-200-10", build("f200x2", (784,), 10), (784,), 8192, None, 1.0),
-            ("CNN 64-64-M-128-128-M-256-256-M", cnn, (3, 32, 32), 1024, 5.0, 5.0),
-            ("ResNet18-W64", build("resnet18-w64", (3, 32, 32), 10), (3, 32, 32), 512, 4.0, 5.0),
-            ("LeNet5", build("lenet5", (3, 32, 32), 10), (3, 32, 32), 4096, 16.0, 8.0),
+            ("MLP 784-200-200-10", build("f200x2", (784,), 10), (784,), 8192),
+            ("CNN 64-64-M-128-128-M-256-256-M", cnn, (3, 32, 32), 1024),
+            ("ResNet18-W64", build("resnet18-w64", (3, 32, 32), 10), (3, 32, 32), 512),
+            ("LeNet5", build("lenet5", (3, 32, 32), 10), (3, 32, 32), 4096),
         )
-        for title, model, shape, full, exact, drawn in networks:
+        for title, model, shape, full in networks:
             n = self._size(full)
             case = self._case(title, model, shape, n)
-            for output, target in (("exact", exact), ("mc", drawn), ("empirical", None)):
+            for output in ("exact", "mc", "empirical"):
                 ours = partial(hk.kronecker_factors, case.model, case.batch, LOSS, output=output)
                 calls: dict[str, Call] = {"hesskern": ours, "gradient": _gradient(case)}
                 if output != "empirical":
@@ -106,8 +103,7 @@ class Problems:
                 yield Problem(
                     f"{output} factors of {title}, {n:,} samples",
                     calls,
-                    {} if target is None else {"curvlinops KFAC": target},
-                    ("gradient", None),
+                    "gradient",
                     {"hesskern": partial(_difference, case)} if output == "exact" else {},
                 )
 
@@ -121,7 +117,7 @@ class Problems:
             ),
             "gradient": _gradient(case),
         }
-        yield Problem(f"layer_hessians, {case.title}", calls, unit=("gradient", None))
+        yield Problem(f"layer_hessians, {case.title}", calls, unit="gradient")
         whole = hk.layer_hessians(case.model, case.batch, LOSS)
         pruned = hk.layer_hessians(case.model, case.batch, LOSS, tolerance=TOLERANCE)
         for layer, H in whole.items():
@@ -133,8 +129,6 @@ class Problems:
                     "hesskern, pruned": partial(_noted, found, "pruned", pruned[layer]),
                     "ARPACK on double backward": partial(_arpack, found, case, layer, H),
                 },
-                # The sum over the layers counts; every layer helps.
-                {"ARPACK on double backward": 6.0},
                 notes={
                     "hesskern": partial(found.get, "hesskern", ""),
                     "hesskern, pruned": partial(found.get, "pruned", ""),
@@ -189,7 +183,7 @@ class Problems:
                 "torch.mm": partial(_with_covariances, model, forward, _mm),
                 "forward pass": forward,
             },
-            unit=("forward pass", 1.75),
+            unit="forward pass",
         )
 
     def certificate(self) -> Iterator[Problem]:
@@ -198,7 +192,7 @@ class Problems:
         yield Problem(
             f"{STEPS} steps of a certificate, T-600, batch {BATCH}",
             {"hesskern": certify, "SGD": sgd},
-            unit=("SGD", 3.0),
+            unit="SGD",
         )
 
 
@@ -385,58 +379,40 @@ def measure(problem: Problem, device: torch.device, rounds: int) -> dict[str, An
         "medians": {name: statistics.median(values) for name, values in times.items()},
         "counts": counts,
         "notes": {name: note() for name, note in problem.notes.items() if name in times},
-        "targets": problem.targets,
         "unit": problem.unit,
         "errors": errors,
     }
 
 
-def rows_of(result: dict[str, Any]) -> list[str]:
-    """Lines of the table for one problem."""
-    medians, lines = result["medians"], []
+def rows_of(result: dict[str, Any]) -> list[list[str]]:
+    """Rows of the table for one problem."""
+    problem, medians, rows = result["problem"], result["medians"], []
     ours = medians.get("hesskern")
-    unit, most = result["unit"] or (None, None)
+    unit = result["unit"]
     for name, seconds in medians.items():
         over = f"{seconds / ours:.2f}x" if ours and name != "hesskern" else ""
-        target = f"{result['targets'][name]:g}x" if name in result["targets"] else ""
         units = f"{seconds / medians[unit]:.2f}" if unit in medians else ""
-        if name == "hesskern" and most is not None:
-            units += f" (at most {most:g})"
         counts = result["counts"][name]
         shown = [f"{counts[k]:,.0f}" if counts else "" for k in ("peak_MiB", "launches", "waits")]
         note = result["notes"].get(name, "")
-        cells = [result["problem"], name, f"{seconds * 1e3:.2f}", over, target, units, *shown, note]
-        lines.append(f"| {' | '.join(cells)} |")
-    empty = " | ".join([""] * 8)
-    failed = result["errors"].items()
-    return lines + [f"| {result['problem']} | {name} | {e} |{empty}|" for name, e in failed]
+        rows.append([problem, name, f"{seconds * 1e3:.2f}", over, units, *shown, note])
+    return rows + [[problem, name, error] for name, error in result["errors"].items()]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--part", type=float, default=1.0, help="of every problem's size (1)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = parser_of(__doc__, rounds=5)
     parts = ("factors", "eigen", "transformer", "certificate")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    made = about(device, arguments.part)
-    lines = [
-        "| problem | contender | ms | over | target | unit | peak, MiB | launches | waits | |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---|",
-    ]
-    results: list[dict[str, Any]] = []
+    counts = ["peak, MiB", "launches", "waits"]
+    headings = ["problem", "contender", "ms", "over", "unit", *counts, "note"]
+    table = Table(arguments, "gpu_calls", headings)
     problems = Problems(device, arguments.part)
     for part in arguments.only:
         for problem in getattr(problems, part)():
-            results.append(measure(problem, device, arguments.rounds))
-            new = rows_of(results[-1])
-            print("\n".join(new), flush=True)
-            lines += new
-            write(arguments.output, "gpu_calls", made, results, lines)
+            result = measure(problem, device, arguments.rounds)
+            table.add(result, rows_of(result))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,12 @@ from hesskern.diagnostics.output_space import (
 from hesskern.diagnostics.predictor import OverlapPrediction, classify_peak, predict_overlap
 from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.compute import kronecker_factors
+from hesskern.factors.input_covariances import (
+    InputCovariances,
+    LayerInputs,
+    input_covariances,
+    load_input_covariances,
+)
 from hesskern.factors.result import Factors, LayerFactors, load_factors
 from hesskern.operators.autograd import AutogradHessian
 from hesskern.operators.base import CurvatureOperator
@@ -67,10 +73,12 @@ __all__ = [
     "GradientClusters",
     "ImageClassification",
     "InputAutocorrelation",
+    "InputCovariances",
     "KroneckerOperator",
     "LayerFactors",
     "LayerHessian",
     "LayerHessians",
+    "LayerInputs",
     "MaskedLM",
     "OverlapPrediction",
     "PositionMeanHessian",
@@ -93,9 +101,11 @@ __all__ = [
     "gradient_clusters",
     "hutchpp_trace",
     "input_autocorrelation",
+    "input_covariances",
     "kronecker_factors",
     "layer_hessians",
     "load_factors",
+    "load_input_covariances",
     "nearest_kronecker",
     "ops",
     "pacbayes",

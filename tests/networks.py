@@ -193,8 +193,30 @@ class Shaped(nn.Module):
         return self.b(F.relu(self.a(x))).reshape(len(x), *self.shape)
 
 
+class Routed(nn.Module):
+    """One of two experts per batch, by the sign of the first entry; ``unused`` never runs.
+
+    Args:
+        beside: a layer ``dead`` more, whose outputs go nowhere.
+    """
+
+    def __init__(self, beside: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.positive = nn.Linear(4, 3)
+        self.negative = nn.Linear(4, 3)
+        self.unused = nn.Linear(4, 3)
+        self.dead = nn.Linear(4, 3) if beside else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.stem(x))
+        if self.dead is not None:
+            self.dead(h)
+        return self.positive(h) if x[0, 0] > 0 else self.negative(h)
+
+
 def routed_data() -> list[tuple[Tensor, Tensor]]:
-    """Batches whose first entries are negative, positive, negative."""
+    """Batches for ``Routed`` through negative, positive, negative."""
     data = []
     for i, sign in enumerate((-1.0, 1.0, -1.0)):
         x = randn(3, 4, seed=i)

@@ -150,6 +150,17 @@ def test_every_path_that_a_map_names_is_there(page: str) -> None:
     assert missing == []
 
 
+def test_no_test_file_imports_another() -> None:
+    # Folders of tests are no packages: such an import holds in some orders of running them alone.
+    wrong = [
+        f"{path.relative_to(ROOT)}: {line}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for line in path.read_text().splitlines()
+        if re.match(r"\s*(from|import) test_", line)
+    ]
+    assert wrong == []
+
+
 # Where sources are alike on purpose: one file a SIMD level, each compiled with its own flags.
 VARIANTS = re.compile(r"csrc/cpu/.*(avx|simd)")
 RUN = 12

@@ -8,7 +8,7 @@ from networks import classes, randn, seeded
 from torch import nn
 
 import hesskern as hk
-from hesskern.choices import Bias, Output, Which, check_choice
+from hesskern.choices import Bias, Method, Output, PublishedMethod, Which, check_choice
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,11 @@ from hesskern.choices import Bias, Output, Which, check_choice
     [
         (Output, "argument must be 'exact', 'mc' or 'empirical', got 'else'"),
         (Bias, "argument must be 'none' or 'joint', got 'else'"),
+        (
+            PublishedMethod,
+            "argument must be 'base', 'appr', 'iter', 'iter_d' or 'iter_m', got 'else'",
+        ),
+        (Method, "argument must be 'truncated', 'base', .* or 'iter_m', got 'else'"),
         (Which, "argument must be 'LA', 'SA' or 'LM', got 'else'"),
     ],
 )

@@ -16,11 +16,13 @@ from hesskern.progress import Progress, reporter
 
 __all__ = [
     "command_line",
+    "count_option",
     "device_option",
     "json_option",
     "output_option",
     "root_option",
     "running",
+    "shown_option",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -31,20 +33,24 @@ root_option = click.option(
     help="Folder with the data's files.  [default: $HESSKERN_DATA]",
 )
 
-device_option = click.option(
-    "--device", default="cpu", show_default=True, help="Torch device, e.g. cuda."
-)
+
+def shown_option(*names: str, default: Any, type: Any = None, help: str) -> Callable[[_F], _F]:
+    """An option whose default stands in the help."""
+    return click.option(*names, type=type, default=default, show_default=True, help=help)
+
+
+def count_option(*names: str, help: str, least: int = 1) -> Callable[[_F], _F]:
+    """An option for a whole number, with a default that the command has itself."""
+    return click.option(*names, type=click.IntRange(min=least), help=help)
+
+
+device_option = shown_option("--device", default="cpu", help="Torch device, e.g. cuda.")
 
 
 def output_option(folder: str, help: str) -> Callable[[_F], _F]:
     """``--output``, by default ``folder`` beside where the command is typed."""
-    return click.option(
-        "--output",
-        type=click.Path(file_okay=False, path_type=Path),
-        default=Path(folder),
-        show_default=True,
-        help=help,
-    )
+    kind = click.Path(file_okay=False, path_type=Path)
+    return shown_option("--output", type=kind, default=Path(folder), help=help)
 
 
 def json_option(what: str = "the result") -> Callable[[_F], _F]:

@@ -27,6 +27,7 @@ from hesskern.apps.command_line import (
     output_option,
     root_option,
     running,
+    shown_option,
 )
 from hesskern.apps.reproduce.command import reproduce
 from hesskern.apps.reproduce.published import figures_for
@@ -51,13 +52,7 @@ def hesskern() -> None:
 
 
 @hesskern.command("analyze")
-@click.option(
-    "--data",
-    type=click.Choice(list(DATASETS)),
-    default="digits",
-    show_default=True,
-    help="Data set.",
-)
+@shown_option("--data", type=click.Choice(list(DATASETS)), default="digits", help="Data set.")
 @root_option
 @click.option(
     "--model",
@@ -75,35 +70,28 @@ def hesskern() -> None:
     "--layers",
     help="Names of layers, or patterns such as *.mlp.*, separated by commas.  [default: all]",
 )
-@click.option(
-    "--top", type=int, default=50, show_default=True, help="Exact eigenpairs of every layer."
-)
+@shown_option("--top", type=int, default=50, help="Exact eigenpairs of every layer.")
 @device_option
-@click.option(
+@shown_option(
     "--dtype",
     type=click.Choice(["float32", "float64"]),
     default="float32",
-    show_default=True,
     help="Arithmetic of model and Hessians.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first model.")
-@click.option(
-    "--seeds", type=int, default=2, show_default=True, help="Number of models, seeds counted up."
-)
-@click.option(
+@shown_option("--seed", type=int, default=0, help="Seed of the first model.")
+@shown_option("--seeds", type=int, default=2, help="Number of models, seeds counted up.")
+@shown_option(
     "--recipe",
     type=click.Choice(["quick", *RECIPES]),
     default="quick",
-    show_default=True,
     help="Training: quick, or the published settings (1000 epochs) without or with momentum.",
 )
 @click.option("--epochs", type=int, help="Epochs of training instead of the recipe's; 0 for none.")
 @click.option("--limit", type=int, help="Use only the first so many training samples.")
-@click.option(
+@shown_option(
     "--tolerance",
     type=float,
     default=0.0,
-    show_default=True,
     help="Leave out samples while the error of H is certain to stay below this part of its trace.",
 )
 @output_option(

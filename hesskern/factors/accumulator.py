@@ -214,7 +214,8 @@ class FactorAccumulator(Portable):
         entries belong to the data as a whole, all of the data is added or nothing.
 
         Args:
-            data: iterable of (inputs, targets) or (inputs, targets, weight [N]).
+            data: iterable of (inputs, targets) or (inputs, targets, weight [N]), or of what the
+                loss takes apart.
             sample_weight: [total samples] weights in the order of the data.
             progress: True for a bar with the time left, or a callback.
 

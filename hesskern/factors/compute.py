@@ -39,10 +39,12 @@ def kronecker_factors(
     Args:
         model: any module; runs in eval mode and comes back as it was.
         data: iterable of (inputs, targets) or (inputs, targets, weight [N]); inputs are a tensor, a
-            tuple of arguments or a dict of them. A pass does not wait for a GPU: a tensor in pinned
+            tuple of arguments or a dict of them. Losses of transformers take dicts with the labels
+            in them. A pass does not wait for a GPU: a tensor in pinned
             memory must keep its values until it ends (those of a DataLoader do).
-        loss: ``nn.CrossEntropyLoss()``, ``nn.MSELoss()``, ``nn.BCEWithLogitsLoss()``, or an object
-            with ``output_root(outputs, targets) -> [N, r, c]``.
+        loss: ``nn.CrossEntropyLoss()``, ``nn.MSELoss()``, ``nn.BCEWithLogitsLoss()``, one of
+            transformers (:class:`hesskern.CausalLM` and others), or an object with
+            ``output_root(outputs, targets) -> [N, r, c]``.
         layers: a name from ``model.named_modules()`` or a pattern such as ``"*.mlp.*"`` (as in
             :mod:`fnmatch`), or several of them; None for all Linear, Conv1d and Conv2d.
         output: "exact" (all classes), "mc" (targets drawn from the model), or "empirical" (the

@@ -17,7 +17,7 @@ from hesskern.passes.layers import LayerSpec, unfolded
 from hesskern.solvers.result import EigenResult
 from hesskern.tensor_files import OpenedFile, TensorFormat
 
-__all__ = ["Factors", "LayerFactors", "load_factors"]
+__all__ = ["Factors", "LayerFactors", "load_factors", "read_spec"]
 
 _FILE = TensorFormat("hesskern.factors/1", "hesskern factors", "factors file")
 
@@ -233,14 +233,18 @@ def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu
         )
 
 
+def read_spec(entry: Mapping[str, Any]) -> LayerSpec:
+    """A layer's geometry as a file's header has it."""
+    fields: dict[str, Any] = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()
+    }
+    return LayerSpec(**fields)
+
+
 def _read_layer(
     file: OpenedFile, entry: dict[str, Any], device: str | torch.device
 ) -> LayerFactors:
-    fields: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in entry["spec"].items()
-    }
-    spec = LayerSpec(**fields)
+    spec = read_spec(entry["spec"])
     count = entry["images"]
 
     def read(name: str) -> Tensor:

@@ -33,7 +33,8 @@ class AutogradHessian(Portable, CurvatureOperator):
 
     Args:
         model: runs in eval mode and comes back as it was.
-        data: re-iterable of (inputs, targets) or (inputs, targets, weight [N]).
+        data: re-iterable of (inputs, targets) or (inputs, targets, weight [N]), or of what the loss
+            takes apart.
         loss: as in :func:`hesskern.kronecker_factors`; an object with ``output_root`` also needs
             ``per_sample(outputs, targets) -> [N]``.
         params: names from ``model.named_parameters()``; None for all real ones. P counts their

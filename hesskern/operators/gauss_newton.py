@@ -49,7 +49,8 @@ class GaussNewton(CurvatureOperator):
     Args:
         model: runs in eval mode and comes back as it was; must not change while this is in use,
             where the samples exceed ``memory_budget``.
-        data: iterable of (inputs, targets) or (inputs, targets, weight [N]).
+        data: iterable of (inputs, targets) or (inputs, targets, weight [N]), or of what the loss
+            takes apart.
         loss: as in :func:`hesskern.kronecker_factors`.
         layers: names from ``model.named_modules()`` or patterns such as ``"*.mlp.*"``, one or
             several; None for all supported.

@@ -314,7 +314,8 @@ def layer_hessians(
     Args:
         model: any module; runs in eval mode and comes back as it was. Its weights must not change
             while layers above the memory budget are in use.
-        data: iterable of (inputs, targets) or (inputs, targets, weight [N]).
+        data: iterable of (inputs, targets) or (inputs, targets, weight [N]), or of what the loss
+            takes apart.
         loss: as in :func:`hesskern.kronecker_factors`; more than 65,536 root rows per sample are
             refused, unless they come from ``output_root``.
         layers: names from ``model.named_modules()`` or patterns such as ``"*.mlp.*"``, one or

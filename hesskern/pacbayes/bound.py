@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesskern.choices import check_counts
 from hesskern.pacbayes.divergence import NEAR, excess
 
 __all__ = ["FORMS", "PriorGrid", "bound_rate", "draws_rate", "kl", "kl_inverse"]
@@ -156,8 +157,7 @@ class PriorGrid:
     def __post_init__(self) -> None:
         if not (math.isfinite(self.c) and self.c > 0):
             raise ValueError(f"c must be positive, got {self.c}")
-        if self.b < 1:
-            raise ValueError(f"b must be at least 1, got {self.b}")
+        check_counts(self, "b")
 
     def variance(self, j: int) -> float:
         """lambda_j.

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hesskern.choices import check_counts
 from hesskern.devices import on_host
 from hesskern.pacbayes.checkpoint import read_checkpoint, write_checkpoint
 from hesskern.progress import Progress
@@ -45,8 +46,7 @@ class Budget:
             raise ValueError(
                 f"give either epochs or minutes, got epochs {self.epochs}, minutes {self.minutes}"
             )
-        if self.epochs is not None and self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+        check_counts(self, "epochs")
         if self.minutes is not None and not (math.isfinite(self.minutes) and self.minutes > 0):
             raise ValueError(f"minutes must be positive, got {self.minutes}")
 

@@ -11,11 +11,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from hesskern.choices import Method
 from hesskern.files import check_writable
 from hesskern.pacbayes.bound import bound_rate, kl_inverse
 from hesskern.pacbayes.certificate import Certificate, check_prior, rate_of
@@ -46,7 +47,7 @@ def certify(
     model: nn.Module,
     prior: nn.Module | Mapping[str, Tensor],
     data: Any,
-    method: str = "truncated",
+    method: Method | Literal["natural"] = "truncated",
     *,
     prior_data: Any = None,
     checkpoint: str | Path | None = None,

@@ -22,12 +22,13 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from hesskern import ops
+from hesskern.choices import PublishedMethod, check_choice, check_counts, check_positive
 from hesskern.pacbayes.evaluate import wrong
 from hesskern.pacbayes.loop import Draft
 from hesskern.pacbayes.posterior import eigenbasis, gaussian_kl
@@ -37,7 +38,7 @@ from hesskern.pacbayes.surrogates import log_loss
 
 __all__ = ["METHODS", "Published", "PublishedSettings"]
 
-METHODS = ("base", "appr", "iter", "iter_d", "iter_m")
+METHODS: tuple[str, ...] = get_args(PublishedMethod)
 _INTERVALS = 200
 _FALLS = 5
 _SMALLEST = 1e-12
@@ -58,11 +59,8 @@ class PublishedSettings:
     prior_variance: float = math.exp(-6)
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        for name in ("rate", "prior_variance"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        check_counts(self, "batch_size")
+        check_positive(self, "rate", "prior_variance")
 
 
 class Published:
@@ -75,8 +73,7 @@ class Published:
         settings: PublishedSettings,
         generator: torch.Generator,
     ) -> None:
-        if name not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}")
+        check_choice("method", name, PublishedMethod)
         self.batch_size = settings.batch_size
         self._name, self._problem, self._samples = name, problem, problem.samples
         self._settings, self._generator = settings, generator

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hesskern.choices import check_choice
+from hesskern.choices import Method, check_choice
 from hesskern.pacbayes.loop import Budget
 from hesskern.pacbayes.protocol import OURS, PUBLISHED, RENAMED, Protocol
-from hesskern.pacbayes.published_methods import METHODS, PublishedSettings
+from hesskern.pacbayes.published_methods import PublishedSettings
 from hesskern.pacbayes.truncated_method import TruncatedSettings
 
 __all__ = ["CertifySettings", "MethodSettings", "seed_for"]
@@ -47,7 +47,7 @@ class CertifySettings:
         TypeError: ``settings`` belong to another method.
     """
 
-    method: str = "truncated"
+    method: Method | Literal["natural"] = "truncated"
     epochs: int | None = None
     minutes: float | None = None
     protocol: Protocol | None = None
@@ -60,10 +60,7 @@ class CertifySettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "method", RENAMED.get(self.method, self.method))
         _ = self.budget
-        if not self.ours and self.method not in METHODS:
-            raise ValueError(
-                f"method must be truncated or one of {', '.join(METHODS)}; got {self.method!r}"
-            )
+        check_choice("method", self.method, Method)
         expected = TruncatedSettings if self.ours else PublishedSettings
         if self.settings is not None and not isinstance(self.settings, expected):
             raise TypeError(

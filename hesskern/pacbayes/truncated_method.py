@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesskern.choices import check_counts, check_positive
 from hesskern.devices import on_host
 from hesskern.factors.result import Factors
 from hesskern.pacbayes.bound import bound_rate, kl_inverse
@@ -101,13 +102,8 @@ class TruncatedSettings:
     refreshes: tuple[float, ...] = (0.05, 0.15, 0.3, 0.5, 0.7, 0.82)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "rank_in", "rank_hidden", "rank_last", "rank_out"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("rate_mean", "rate_ratio", "rate_prior", "prior_hidden", "prior_last"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
+        check_counts(self, "batch_size", "rank_in", "rank_hidden", "rank_last", "rank_out")
+        check_positive(self, "rate_mean", "rate_ratio", "rate_prior", "prior_hidden", "prior_last")
 
 
 TRAINED_PRIOR = TruncatedSettings(

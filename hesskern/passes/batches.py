@@ -45,13 +45,13 @@ class Parts(NamedTuple):
         inputs: tensor, tuple or dict for the model.
         targets: for the loss.
         weight: [N] sample weights, or None.
-        mask: [N, T] bool, which positions are data; None: all are.
+        mask: [N, T], which positions are data (1); None: all are.
     """
 
     inputs: Any
     targets: Any
     weight: Any = None
-    mask: Tensor | None = None
+    mask: Any = None
 
 
 def pair(element: Any, index: int) -> Parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,14 @@ from hesskern.graph.weight_uses import WeightUse
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.position_mask import PositionMask
 
-__all__ = ["LayerUse", "before_autocast", "inputs_by_call", "layer_uses", "positions_of"]
+__all__ = [
+    "LayerUse",
+    "before_autocast",
+    "inputs_by_call",
+    "layer_uses",
+    "positions_of",
+    "positions_of_image",
+]
 
 
 @dataclass(frozen=True)
@@ -165,8 +173,13 @@ def positions_of(spec: LayerSpec, use: LayerUse) -> int:
     x = use.x
     if spec.kind == "linear":
         return product(x.shape[1:-1]) if len(x) and x.shape[-1] else 1
+    return positions_of_image(spec, x.shape)
+
+
+def positions_of_image(spec: LayerSpec, shape: Sequence[int]) -> int:
+    """Positions of a convolution in one image of a batch [B, C, (H,) W]."""
     count = 1
-    axes = zip(x.shape[2:], spec.kernel_size, spec.stride, spec.padding, spec.dilation, strict=True)
+    axes = zip(shape[2:], spec.kernel_size, spec.stride, spec.padding, spec.dilation, strict=True)
     for size, kernel, stride, padding, dilation in axes:
         count *= (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
     return count

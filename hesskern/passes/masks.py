@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from hesskern.devices import on_host
 from hesskern.passes.batches import Batch
 from hesskern.passes.checks import Checks
+from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layer_uses import LayerUse, positions_of
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.position_mask import PositionMask
 
-__all__ = ["checked_mask", "masked_uses"]
+__all__ = ["LayerMasks", "checked_mask", "masked_uses"]
 
 # Of an encoder-decoder model, the layers of the decoder that read the encoder's positions.
 _CROSS = re.compile(r"(^|\.)(EncDecAttention|encoder_attn|crossattention|cross_attn)(\.|$)")
@@ -41,6 +42,76 @@ def checked_mask(position_mask: Any) -> Callable[[Any], Any] | None:
     return position_mask
 
 
+@dataclass
+class LayerMasks:
+    """The masks of a batch's layers.
+
+    Its mask is [N, T], or a dict of patterns of layers' names, each with such a mask or None; the
+    first pattern that fits a layer counts, and a layer that none fits has no mask. In
+    encoder-decoder models of transformers a mask [N, T] is the encoder's; what works on the
+    decoder's positions has the inputs' ``decoder_attention_mask``.
+
+    Attributes:
+        batch: has a mask, or none.
+        specs: of the layers.
+        samples: N.
+        model: runs on the batch.
+        checks: of the pass.
+    """
+
+    batch: Batch
+    specs: Mapping[str, LayerSpec]
+    samples: int
+    model: nn.Module
+    checks: Checks
+    _made: dict[int, PositionMask | None] = field(default_factory=dict)
+    _spoken: set[int] = field(default_factory=set)
+    _others: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        given, n = self.batch.mask, self.samples
+        self._about = f"the mask of batch {self.batch.index}"
+        self._named = isinstance(given, Mapping)
+        self._choose: Callable[[str], Tensor | None]
+        if given is None:
+            self._choose = lambda name: None
+        elif self._named:
+            self._choose = _by_pattern(given, self.specs, n, self._about)
+        else:
+            keep = _checked(given, n, self._about)
+            self._choose = _by_side(keep, self.batch, n, self.model, self._about)
+
+    def of(self, name: str, count: int) -> PositionMask | None:
+        """The mask of a layer's call with ``count`` positions per sample, if there is one.
+
+        Raises:
+            TypeError: a mask is not a tensor, or of complex numbers.
+            ValueError: it holds other values than 0 and 1 or 0 alone; the layer has several times T
+                positions, so that it cannot be told which is which.
+        """
+        keep = self._choose(name)
+        if keep is None:
+            return None
+        spec = self.specs[name]
+        if id(keep) not in self._made:
+            _require_values(keep, self.checks, self._about)
+            # With all positions there is nothing to leave out.
+            whole = on_host(keep) and bool(keep.all())
+            device = model_device(self.model)
+            self._made[id(keep)] = None if whole else PositionMask(keep.bool(), device)
+        if count == keep.shape[1] and (self._named or len(spec.kernel_size) < 2):
+            self._spoken.add(id(keep))
+            return self._made[id(keep)]
+        if count > 1:
+            self._others[name] = count
+            _refuse(spec, count, keep.shape[1], self._named, self._about)
+        return None
+
+    def settle(self) -> None:
+        """Behind the last call: refuses a mask [N, T] that spoke of no layer."""
+        _require_spoken(self._spoken, self._others, self.batch, self._about)
+
+
 def masked_uses(
     batch: Batch,
     uses: dict[str, list[LayerUse]],
@@ -52,10 +123,7 @@ def masked_uses(
     """The uses, with the batch's mask where it speaks of their positions.
 
     Args:
-        batch: its mask is [N, T], or a dict of patterns of layers' names, each with such a mask or
-            None; the first pattern that fits a layer counts, and a layer that none fits has no
-            mask. In encoder-decoder models of transformers a mask [N, T] is the encoder's; what
-            works on the decoder's positions has the inputs' ``decoder_attention_mask``.
+        batch: with its mask.
         uses: by layer.
         specs: of the layers.
         outputs: [N, ...] of the model.
@@ -63,49 +131,22 @@ def masked_uses(
         checks: of the pass.
 
     Raises:
-        TypeError: a mask is not a tensor, or of complex numbers.
-        ValueError: it is not [N, T], holds other values than 0 and 1 or 0 alone, or speaks of no
-            layer; a layer has several times T positions, so that it cannot be told which is which.
+        TypeError, ValueError: as :class:`LayerMasks`, or a mask is not [N, T], or speaks of no
+            layer.
     """
-    given = batch.mask
-    if given is None or not len(outputs):
+    if batch.mask is None or not len(outputs):
         return uses
-    about = f"the mask of batch {batch.index}"
-    named = isinstance(given, Mapping)
-    if named:
-        choose = _by_pattern(given, specs, outputs, about)
-    else:
-        choose = _by_side(_checked(given, outputs, about), batch, outputs, model, about)
-    made: dict[int, PositionMask | None] = {}
-    result: dict[str, list[LayerUse]] = {}
-    spoken: set[int] = set()
-    others: dict[str, int] = {}
-    for name, layer in uses.items():
-        keep = choose(name)
-        if keep is None:
-            result[name] = layer
-            continue
-        if id(keep) not in made:
-            _require_values(keep, checks, about)
-            # With all positions there is nothing to leave out.
-            whole = on_host(keep) and bool(keep.all())
-            made[id(keep)] = None if whole else PositionMask(keep.bool(), outputs.device)
-        result[name] = []
-        for use in layer:
-            if use.routed:
-                # Where padding could be among its rows, the layer has been left out.
-                result[name].append(use)
-                continue
-            count = positions_of(specs[name], use)
-            if count == keep.shape[1] and (named or len(specs[name].kernel_size) < 2):
-                spoken.add(id(keep))
-                result[name].append(replace(use, mask=made[id(keep)]))
-                continue
-            result[name].append(use)
-            if count > 1:
-                others[name] = count
-                _refuse(specs[name], count, keep.shape[1], named, about)
-    _require_spoken(spoken, others, batch, given, about)
+    masks = LayerMasks(batch, specs, len(outputs), model, checks)
+    # Where padding could be among rows that a router has chosen, the layer has been left out.
+    result = {
+        name: [
+            use if mask is None else replace(use, mask=mask)
+            for use in layer
+            for mask in [None if use.routed else masks.of(name, positions_of(specs[name], use))]
+        ]
+        for name, layer in uses.items()
+    }
+    masks.settle()
     return result
 
 
@@ -124,10 +165,9 @@ def _refuse(spec: LayerSpec, count: int, length: int, named: bool, about: str) -
         )
 
 
-def _require_spoken(
-    spoken: set[int], others: dict[str, int], batch: Batch, given: Any, about: str
-) -> None:
+def _require_spoken(spoken: set[int], others: dict[str, int], batch: Batch, about: str) -> None:
     """Refuses a mask [N, T] that no layer and no input has the length of."""
+    given = batch.mask
     if spoken or not others or isinstance(given, Mapping):
         return
     if any(t.shape[:2] == given.shape for t in _tensors(batch.inputs) if t is not given):
@@ -151,7 +191,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _by_pattern(
-    given: Mapping[str, Any], specs: Mapping[str, LayerSpec], outputs: Tensor, about: str
+    given: Mapping[str, Any], specs: Mapping[str, LayerSpec], samples: int, about: str
 ) -> Callable[[str], Tensor | None]:
     """A layer's mask by the first pattern that fits its name."""
     masks = {}
@@ -160,7 +200,7 @@ def _by_pattern(
             raise ValueError(
                 f"position_mask: no layer fits {pattern!r}; there are {', '.join(specs)}"
             )
-        masks[pattern] = None if one is None else _checked(one, outputs, f"{about} for {pattern!r}")
+        masks[pattern] = None if one is None else _checked(one, samples, f"{about} for {pattern!r}")
 
     def choose(name: str) -> Tensor | None:
         return next((one for pattern, one in masks.items() if fnmatchcase(name, pattern)), None)
@@ -169,7 +209,7 @@ def _by_pattern(
 
 
 def _by_side(
-    keep: Tensor, batch: Batch, outputs: Tensor, model: nn.Module, about: str
+    keep: Tensor, batch: Batch, samples: int, model: nn.Module, about: str
 ) -> Callable[[str], Tensor | None]:
     """A layer's mask by its name: one for all but in encoder-decoder models."""
     if not any(
@@ -181,7 +221,7 @@ def _by_side(
     if isinstance(batch.inputs, Mapping):
         decoder = batch.inputs.get("decoder_attention_mask")
     if decoder is not None:
-        decoder = _checked(decoder, outputs, f"the decoder's mask of {about.split(' of ')[-1]}")
+        decoder = _checked(decoder, samples, f"the decoder's mask of {about.split(' of ')[-1]}")
 
     def side(name: str) -> Tensor | None:
         parts = name.split(".")
@@ -192,9 +232,8 @@ def _by_side(
     return side
 
 
-def _checked(given: Any, outputs: Tensor, about: str) -> Tensor:
+def _checked(given: Any, n: int, about: str) -> Tensor:
     """The mask [N, T]."""
-    n = len(outputs)
     if not isinstance(given, Tensor):
         raise TypeError(f"{about} must be a tensor [N, T], got {type(given).__name__}")
     if given.is_complex():
@@ -211,7 +250,7 @@ def _require_values(keep: Tensor, checks: Checks, about: str) -> None:
             ~bad.any(),
             lambda least, most: (
                 f"{about} must hold 0 (no data) and 1 (data) alone, got values from {least:g} to "
-                f"{most:g}; of a mask that is added to scores, pass (mask == 0)"
+                f"{most + 0.0:g}; of a mask that is added to scores, pass (mask == 0)"
             ),
             lambda: keep.amin(),
             lambda: keep.amax(),

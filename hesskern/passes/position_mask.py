@@ -30,6 +30,7 @@ class PositionMask:
     def __init__(self, keep: Tensor, device: torch.device) -> None:
         self.host = keep if on_host(keep) else None
         self._keep = {device: keep.to(device, non_blocking=True)}
+        self._drop: dict[torch.device, Tensor] = {}
         self._rows: dict[tuple[int, int, int, torch.device], Tensor] = {}
         self._compact: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
         self.counts = keep.sum(1, dtype=torch.float64)
@@ -43,6 +44,12 @@ class PositionMask:
             first = next(iter(self._keep.values()))
             self._keep[device] = first.to(device, non_blocking=True)
         return self._keep[device]
+
+    def _dropped(self, values: Tensor, samples: slice) -> Tensor:
+        """[n, 1, T, 1] bool, True where values [n, r, T, q] of some samples are no data."""
+        if values.device not in self._drop:
+            self._drop[values.device] = ~self.on(values.device)
+        return self._drop[values.device][samples, None, :, None]
 
     def _index(self, samples: slice, rows: int, device: torch.device) -> Tensor:
         """Which of the rows [n, r, T], flattened, are data."""
@@ -64,15 +71,13 @@ class PositionMask:
         """
         n, r, t, q = values.shape
         if self.host is None:
-            drop = ~self.on(values.device)[samples]
-            return values.masked_fill(drop[:, None, :, None], 0).reshape(-1, q)
+            return self.zeroed(values, samples).reshape(-1, q)
         flat = values.reshape(n * r * t, q)
         return flat.index_select(0, self._index(samples, r, values.device))
 
     def zeroed(self, values: Tensor, samples: slice = slice(None)) -> Tensor:
         """Values [n, r, T, q] with zeros at the positions that are no data."""
-        drop = ~self.on(values.device)[samples]
-        return values.masked_fill(drop[:, None, :, None], 0)
+        return values.masked_fill(self._dropped(values, samples), 0)
 
     def sum_samples(self, rows: Tensor, out: Tensor) -> None:
         """Writes rows [R, q] of :meth:`select`, of one root row, summed over samples to [T, q].

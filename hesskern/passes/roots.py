@@ -28,6 +28,7 @@ __all__ = [
     "check_fraction",
     "check_output",
     "checked_targets",
+    "given_weights",
     "positions_last",
     "sample_weights",
 ]
@@ -87,6 +88,41 @@ def checked_targets(loss: Loss, outputs: Tensor, batch: Batch, checks: Checks) -
     return given if batch.given_targets is batch.targets else batch.targets
 
 
+def given_weights(batch: Batch, samples: int, checks: Checks) -> Tensor | None:
+    """[N] weights of a batch's samples as they were given, where they came from, or None.
+
+    Args:
+        batch: with its weights.
+        samples: N.
+        checks: of the pass.
+
+    Raises:
+        TypeError: the weights are no floating-point numbers, or sparse.
+        ValueError: the weights are not [N], or not finite and non-negative.
+    """
+    weight = batch.weight
+    if weight is None:
+        return None
+    if isinstance(weight, Tensor):
+        _check_weight_type(weight)
+    if not isinstance(weight, Tensor) or weight.shape != (samples,):
+        found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"sample_weight must be [N] = [{samples}] per batch, got {found}")
+    if samples:
+        least, most = weight.aminmax()
+        checks.require(
+            # Written so that NaN, which both are if one weight is, fails.
+            (least >= 0) & (most < math.inf),
+            lambda least, most: (
+                "sample_weight must be finite and non-negative, got "
+                f"{most if least >= 0 else least} in batch {batch.index}"
+            ),
+            least,
+            most,
+        )
+    return weight
+
+
 def sample_weights(
     batch: Batch, outputs: Tensor, loss: Loss, checks: Checks
 ) -> tuple[Tensor | None, float | Tensor]:
@@ -107,25 +143,8 @@ def sample_weights(
         ValueError: the weights are not [N], or not finite and non-negative.
     """
     n, dtype = outputs.shape[0], accumulator_dtype(outputs.dtype)
-    weight = batch.weight
+    weight = given_weights(batch, n, checks)
     if weight is not None:
-        if isinstance(weight, Tensor):
-            _check_weight_type(weight)
-        if not isinstance(weight, Tensor) or weight.shape != (n,):
-            found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-            raise ValueError(f"sample_weight must be [N] = [{n}] per batch, got {found}")
-        if n:
-            least, most = weight.aminmax()
-            checks.require(
-                # Written so that NaN, which both are if one weight is, fails.
-                (least >= 0) & (most < math.inf),
-                lambda least, most: (
-                    "sample_weight must be finite and non-negative, got "
-                    f"{most if least >= 0 else least} in batch {batch.index}"
-                ),
-                least,
-                most,
-            )
         weight = weight.to(dtype)
     counted = loss.counted(outputs, batch.given_targets)
     if counted is not None:

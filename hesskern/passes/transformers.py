@@ -107,7 +107,7 @@ class _TransformersLoss(Loss):
         check_dense(labels, f"'labels' of batch {index}")
         targets = self._targets(labels, index)
         mask = self._mask(inputs, labels, index)
-        return Parts(self._kept(inputs, labels), targets, weight, mask)
+        return Parts(self._kept(inputs, labels), self._of_data(targets, mask), weight, mask)
 
     _how_to_label = "split=callable(batch) -> (inputs, targets) takes labels of another name"
 
@@ -115,12 +115,16 @@ class _TransformersLoss(Loss):
     def _targets(self, labels: Tensor, index: int) -> Tensor:
         """The targets that the labels of a batch stand for."""
 
+    def _of_data(self, targets: Tensor, mask: Tensor | None) -> Tensor:
+        """The targets without those that no position of the data predicts."""
+        return targets
+
     def _kept(self, inputs: Any, labels: Tensor) -> Any:
         """The inputs of a batch, from which :meth:`run` makes those of the model."""
         return inputs
 
     def _mask(self, inputs: Any, labels: Tensor, index: int) -> Tensor | None:
-        """[N, T] bool, which positions are data; None: all are."""
+        """[N, T], which positions are data (1); None: all are."""
         if not isinstance(inputs, Mapping) or inputs.get("attention_mask") is None:
             return None
         mask = inputs["attention_mask"]
@@ -140,7 +144,7 @@ class _TransformersLoss(Loss):
                 f"attention_mask of batch {index} must be [N, T]"
                 f"{'' if expected is None else f' = {expected}'}, got {found}"
             )
-        return mask if mask.dtype == torch.bool else mask != 0
+        return mask
 
     def run(self, model: nn.Module, inputs: Any) -> Tensor:
         return self._logits(model, inputs)
@@ -274,7 +278,9 @@ class _TokenLoss(_TransformersLoss):
 class CausalLM(_TokenLoss):
     """Next-token cross-entropy of a decoder: GPT-2, Llama and other ``AutoModelForCausalLM``.
 
-    The label of position t + 1 is the target of position t; the last position has none.
+    The label of position t + 1 is the target of position t; the last position has none. What
+    padding would predict is no target: with padding on the left the first token has none before it,
+    as in the sample alone.
 
     >>> factors = hk.kronecker_factors(model, loader, hk.CausalLM(), output="mc")
 
@@ -302,6 +308,11 @@ class CausalLM(_TokenLoss):
     def _targets(self, labels: Tensor, index: int) -> Tensor:
         labels = super()._targets(labels, index)
         return F.pad(labels, (0, 1), value=_IGNORED)[:, 1:]
+
+    def _of_data(self, targets: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None or mask.shape != targets.shape:
+            return targets
+        return targets.masked_fill(mask.to(targets.device) == 0, _IGNORED)
 
     def run(self, model: nn.Module, inputs: Any) -> Tensor:
         if _is_encoder_decoder(model):
@@ -349,14 +360,13 @@ class Seq2SeqLM(_TokenLoss):
     Labels [N, T] are the decoder's tokens, at their positions. Where the batch has no
     ``decoder_input_ids``, the model makes them of the labels
     (``prepare_decoder_input_ids_from_labels``), as it does in training. ``attention_mask`` says
-    which positions of the encoder are data.
+    which positions of the encoder are data, ``decoder_attention_mask`` which of the decoder.
 
     Args:
         reduction, call, split: as in :class:`CausalLM`.
 
     Raises:
-        TypeError, ValueError: as :class:`CausalLM`; a padded batch whose encoder and decoder are
-            equally long, so that a mask [N, T] does not tell one from the other.
+        TypeError, ValueError: as :class:`CausalLM`.
     """
 
     def _kept(self, inputs: Any, labels: Tensor) -> Any:
@@ -365,18 +375,6 @@ class Seq2SeqLM(_TokenLoss):
                 f"inputs must be a dict of arguments for Seq2SeqLM, got {type(inputs).__name__}"
             )
         return {**inputs, _LABELS: labels}
-
-    def _mask(self, inputs: Any, labels: Tensor, index: int) -> Tensor | None:
-        mask = super()._mask(inputs, labels, index)
-        if mask is None or mask.shape != labels.shape:
-            return mask
-        if not bool(mask.all()):
-            raise ValueError(
-                f"attention_mask {list(mask.shape)} of batch {index} masks positions of the "
-                "encoder, which is as long as the decoder's labels, so that nothing tells whose "
-                "positions it means where both are equally long; pad the labels with one more -100"
-            )
-        return None
 
     def run(self, model: nn.Module, inputs: Any) -> Tensor:
         given = dict(inputs)

@@ -9,26 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense import relative_error
-from networks import CASES, CE, classes, randn, routed_data, seeded
+from networks import CASES, CE, Routed, classes, randn, routed_data, seeded
 from same_factors import assert_same
 from torch import Tensor, nn
 
 import hesskern as hk
-
-
-class Routed(nn.Module):
-    """One of two experts per batch, by the sign of the first entry; ``unused`` never runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(4, 4)
-        self.positive = nn.Linear(4, 3)
-        self.negative = nn.Linear(4, 3)
-        self.unused = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.stem(x))
-        return self.positive(h) if x[0, 0] > 0 else self.negative(h)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))

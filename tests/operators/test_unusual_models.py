@@ -12,6 +12,7 @@ from networks import (
     CASES,
     CE,
     Between,
+    Routed,
     TiedDecoder,
     classes,
     randn,
@@ -160,25 +161,8 @@ def test_model_that_overwrites_its_own_input_is_refused_not_run_twice() -> None:
         hk.layer_hessians(model, [(randn(4, 4), classes(4, c=3))], CE)
 
 
-class _Routed(nn.Module):
-    """One of two experts per batch, by the sign of the first entry; ``unused`` never runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Linear(4, 4)
-        self.positive = nn.Linear(4, 3)
-        self.negative = nn.Linear(4, 3)
-        self.unused = nn.Linear(4, 3)
-        self.dead = nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.stem(x))
-        self.dead(h)
-        return self.positive(h) if x[0, 0] > 0 else self.negative(h)
-
-
 def test_layers_reached_in_some_batches_or_never() -> None:
-    model, data = seeded(_Routed()), routed_data()
+    model, data = seeded(Routed(beside=True)), routed_data()
     with pytest.warns(UserWarning, match="left out: 'unused' was never reached .* covers"):
         found = hk.layer_hessians(model, data, CE)
     assert found.skipped == {"unused": "was never reached in the forward pass"}

@@ -431,7 +431,7 @@ def test_samples_a_prior_has_seen_are_not_counted_again():
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"method": "best"}, ValueError, "method must be truncated or one of"),
+        ({"method": "best"}, ValueError, "method must be 'truncated', 'base', .* or 'iter_m'"),
         ({"start": "else"}, ValueError, "start must be"),
         ({"settings": PublishedSettings()}, TypeError, "must be TruncatedSettings"),
         ({"epochs": 0}, ValueError, "epochs must be at least 1"),

@@ -463,15 +463,17 @@ def same(one: hk.Factors, other: hk.Factors) -> None:
 
 
 class Called(nn.Module):
-    """A model that takes its batch as one dict, or under other names, and returns a tuple."""
+    """A model that is called in one way alone, and returns a tuple."""
 
-    def __init__(self) -> None:
+    def __init__(self, call: str) -> None:
         super().__init__()
-        self.inner = gpt2()
+        self.inner, self.call = gpt2(), call
 
     def forward(self, batch: Any = None, **inputs: Any) -> Any:
         given = inputs if batch is None else batch
+        assert given
         assert "labels" not in given
+        assert (self.call == "dict") == (batch is not None)
         return self.inner(**given, return_dict=False)
 
 
@@ -495,7 +497,7 @@ def test_batches_of_every_form() -> None:
     tensors = [(inputs["input_ids"], labels) for inputs, labels in pairs]
     same(factors_of(model, tensors, hk.CausalLM(), "mc"), expected)
     for call in ("keywords", "dict"):
-        found = factors_of(Called(), batches, hk.CausalLM(call=call), "mc")
+        found = factors_of(Called(call), batches, hk.CausalLM(call=call), "mc")
         for name in expected:
             torch.testing.assert_close(
                 found[f"inner.{name}"].output_hessian, expected[name].output_hessian
@@ -537,3 +539,58 @@ def test_samples_without_labels_do_not_count() -> None:
                 found[name].input_covariance, expected[name].input_covariance
             )
             torch.testing.assert_close(found[name].output_hessian, expected[name].output_hessian)
+
+
+@pytest.mark.parametrize("output", ["exact", "mc", "empirical"])
+@pytest.mark.parametrize(("n", "tokens"), [(1, 5), (3, 1), (1, 1)])
+def test_single_samples_and_tokens(n: int, tokens: int, output: str) -> None:
+    ids = text(n)["input_ids"][:, :tokens]
+    batch = {"input_ids": ids, "labels": ids.flip(0)}
+    model = bert()
+    loop = Loop(model, "same", output)
+    loop.add(batch)
+    # A single token is all that it attends to, whatever query and key.
+    layers = [name for name in loop.layers if name.endswith((".dense", ".value"))]
+    loop.check(factors_of(model, [batch], hk.MaskedLM(), output, layers=layers), 1e-10)
+
+
+def test_new_adapters() -> None:
+    """Their second factor is zero, so that nothing flows back to the first one."""
+    model = lora(llama())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    factors = factors_of(model, [text(2)], hk.CausalLM(), "mc")
+    for name in factors:
+        assert bool(factors[name].output_hessian.any()) == ("lora_A" not in name)
+        if "lora_B" in name:
+            assert bool(factors[name].input_covariance.any())
+
+
+def test_a_tokenizer_and_its_collator() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "the", "cat", "sat", "on", "a", "mat", "dog"]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="[PAD]")
+    texts = ["the cat sat on a mat", "a dog sat on the cat"]
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    loader = torch.utils.data.DataLoader(
+        [tokenizer(each) for each in texts], batch_size=2, collate_fn=collate
+    )
+    model = gpt2()
+    loop = Loop(model, "next", "empirical")
+    for batch in loader:
+        loop.add({k: v for k, v in batch.items() if k != "token_type_ids"})
+    split = hk.CausalLM(
+        split=lambda batch: (
+            {k: batch[k] for k in ("input_ids", "attention_mask")},
+            batch["labels"],
+        )
+    )
+    loop.check(factors_of(model, loader, split, "empirical"), 1e-10)
+    with pytest.raises(TypeError, match=r"'input_ids' of batch 0 is a list, not a tensor"):
+        factors_of(model, [{**tokenizer(texts), "labels": torch.zeros(2, 6)}], hk.CausalLM(), "mc")

@@ -109,6 +109,13 @@ BAD: dict[str, tuple[Make, Any, Any, type[Exception], str]] = {
         ValueError,
         r"'labels' must be \[N, T\] = \[2, 5\] as the logits \[2, 5, 11\] have it, got \[2, 4\]",
     ),
+    "labels with the axes exchanged": (
+        bert,
+        hk.MaskedLM(),
+        {**masked_text(), "labels": masked_text()["labels"].T},
+        ValueError,
+        r"'labels' must be \[N, T\] = \[2, 5\] .*, got \[5, 2\]",
+    ),
     "a vocabulary larger than the head": (
         gpt2,
         LM,
@@ -202,16 +209,6 @@ BAD: dict[str, tuple[Make, Any, Any, type[Exception], str]] = {
         text(),
         ValueError,
         "no 'decoder_input_ids', and the model has no method",
-    ),
-    "encoder and decoder equally long": (
-        t5,
-        hk.Seq2SeqLM(),
-        {
-            **translated_text(2, 3),
-            "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
-        },
-        ValueError,
-        r"attention_mask \[2, 3\] of batch 0 .* equally long",
     ),
     "a split of another form": (
         gpt2,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.apps.analyze.result import AnalysisResult, PublishedFigures, StepTime
+from hesskern.choices import check_counts
 from hesskern.devices import usable_device
 from hesskern.diagnostics import metrics
 from hesskern.diagnostics.predictor import predict_overlap
@@ -52,7 +53,7 @@ class Settings:
 
     Attributes:
         data, root, limit: see :func:`hesskern.zoo.data.load`.
-        model: see :func:`hesskern.models.build`.
+        model: see :func:`hesskern.zoo.models.build`.
         checkpoints: files to load instead of training, one model each.
         layers: names or patterns of the layers to look at; None for all.
         top: eigenpairs per layer.
@@ -222,9 +223,7 @@ def analyze(
 def _check(settings: Settings) -> None:
     if settings.dtype not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}; got {settings.dtype!r}")
-    for name in ("top", "seeds", "batch_size"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+    check_counts(settings, "top", "seeds", "batch_size")
     if settings.epochs is not None and settings.epochs < 0:
         raise ValueError(f"epochs must not be negative, got {settings.epochs}")
     check_fraction("tolerance", settings.tolerance)

@@ -19,7 +19,7 @@ from hesskern.apps.bench.results import Group
 from hesskern.apps.bench.runner import run_problem
 from hesskern.apps.bench.settings import Settings
 from hesskern.apps.bench.suites import SUITES, sum_over
-from hesskern.apps.command_line import command_line, running
+from hesskern.apps.command_line import command_line, count_option, running, shown_option
 from hesskern.files import check_writable, write_files
 from hesskern.progress import Progress
 
@@ -43,19 +43,16 @@ __all__ = ["bench", "run_suites"]
     type=click.Path(file_okay=False, path_type=Path),
     help="Folder for bench.html (a chart per problem), bench.json and bench.md.",
 )
-@click.option(
-    "--threads", type=click.IntRange(min=1), help="Threads of torch.  [default: torch's own]"
-)
+@count_option("--threads", help="Threads of torch.  [default: torch's own]")
 @click.option(
     "--root",
     type=click.Path(path_type=Path),
     help="Folder with MNIST's files.  [default: $HESSKERN_DATA, else synthetic data]",
 )
-@click.option(
+@shown_option(
     "--repeats",
     type=click.IntRange(min=1),
     default=5,
-    show_default=True,
     help="Rounds; in each every contender runs once, in turn.",
 )
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory.")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from hesskern.choices import check_counts
+
 __all__ = ["Settings"]
 
 
@@ -33,7 +35,6 @@ class Settings:
     def __post_init__(self) -> None:
         if self.threads < 0:
             raise ValueError(f"threads must be at least 1, got {self.threads}")
-        if self.repeats < 1:
-            raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+        check_counts(self, "repeats")
         if self.threads == 0:
             object.__setattr__(self, "threads", torch.get_num_threads())

@@ -15,11 +15,13 @@ from hesskern.apps.certify import report as certify_report
 from hesskern.apps.certify.published_nets import NETS, Net, parse_net
 from hesskern.apps.command_line import (
     command_line,
+    count_option,
     device_option,
     json_option,
     output_option,
     root_option,
     running,
+    shown_option,
 )
 from hesskern.devices import usable_device
 from hesskern.files import check_writable, write_files
@@ -55,21 +57,13 @@ _SMALL_BATCH = 100
     help=f"Published name: {', '.join(NETS)}, or another width^depth; x may stand for ^. Without "
     "_10: digits 0-4 against 5-9. R-: random labels.  [default: T-600_10, for digits T-64_10]",
 )
-@click.option(
-    "--data",
-    "data_name",
-    type=click.Choice(_DATA),
-    default="digits",
-    show_default=True,
-    help="Data set.",
-)
+@shown_option("--data", "data_name", type=click.Choice(_DATA), default="digits", help="Data set.")
 @root_option
 @device_option
-@click.option(
+@shown_option(
     "--method",
     type=click.Choice(["truncated", *RENAMED, *METHODS]),
     default="truncated",
-    show_default=True,
     help="truncated (its old name: natural): ours; the others as published.",
 )
 @click.option(
@@ -83,19 +77,17 @@ _SMALL_BATCH = 100
     help="Epochs of the optimization instead of a time.  [default: 200 for digits; the published "
     "methods' own schedule has 2000]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the first run.")
-@click.option(
+@shown_option("--seed", type=int, default=0, help="Seed of the first run.")
+@shown_option(
     "--seeds",
     type=click.IntRange(min=1),
     default=1,
-    show_default=True,
     help="Number of runs, seeds counted up; their mean is what counts.",
 )
-@click.option(
+@shown_option(
     "--passes",
     type=click.IntRange(min=1),
     default=100,
-    show_default=True,
     help="T, passes over the training samples for the error at the end.",
 )
 @click.option(
@@ -103,11 +95,10 @@ _SMALL_BATCH = 100
     is_flag=True,
     help="One network per pass, as published (with T = 50000), instead of one per example.",
 )
-@click.option(
+@shown_option(
     "--sgd-epochs",
     type=click.IntRange(min=0),
     default=20,
-    show_default=True,
     help="Epochs of SGD that find the published methods' start.",
 )
 @click.option(
@@ -116,7 +107,7 @@ _SMALL_BATCH = 100
     help="Another method: train the prior on this part of the samples by SGD, certify with the "
     "rest alone. Not comparable with certificates whose prior has seen no data.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), help="Examples per step.")
+@count_option("--batch-size", help="Examples per step.")
 @click.option("--learning-rate", type=float, help="Rate at the start (truncated: of the means).")
 @click.option(
     "--verify",

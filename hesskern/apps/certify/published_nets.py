@@ -39,7 +39,7 @@ class Net:
 
     @property
     def spec(self) -> str:
-        """The model's name for :func:`hesskern.models.build`."""
+        """The model's name for :func:`hesskern.zoo.models.build`."""
         return f"f{self.width}x{self.depth}"
 
     def build(self, input_shape: Sequence[int], seed: int) -> nn.Module:

@@ -20,11 +20,13 @@ from rich.table import Table
 from hesskern.apps.analyze.analysis import versions
 from hesskern.apps.command_line import (
     command_line,
+    count_option,
     device_option,
     json_option,
     output_option,
     root_option,
     running,
+    shown_option,
 )
 from hesskern.apps.reproduce.catalogue import ITEMS
 from hesskern.apps.reproduce.items import Item
@@ -44,11 +46,10 @@ _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\
 @click.command("reproduce")
 @click.argument("items", nargs=-1, metavar="[ITEM | all]...")
 @click.option("--list", "listing", is_flag=True, help="Name the items, with expected times.")
-@click.option(
+@shown_option(
     "--profile",
     type=click.Choice(PROFILES),
     default="quick",
-    show_default=True,
     help="Training: minutes (fewer epochs), or the published 1000 epochs, plain or with momentum.",
 )
 @click.option("--budget", help="Time, e.g. 2h or 45m: items that do not fit are left out.")
@@ -58,25 +59,18 @@ _DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\
 )
 @root_option
 @device_option
-@click.option(
-    "--seeds", type=click.IntRange(min=1), help="Number of seeds.  [default: 3; paper: 5]"
-)
-@click.option(
-    "--top",
-    type=click.IntRange(min=1),
-    help="Exact eigenpairs per layer.  [default: 50; paper: 200]",
-)
-@click.option(
+@count_option("--seeds", help="Number of seeds.  [default: 3; paper: 5]")
+@count_option("--top", help="Exact eigenpairs per layer.  [default: 50; paper: 200]")
+@shown_option(
     "--memory",
     type=click.FloatRange(min=0),
     default=4.0,
-    show_default=True,
     help="GiB of samples that Hessians keep; layers above it run the network again.",
 )
 @click.option("--data", type=click.Choice(list(DATASETS)), help="Other data than the item's.")
 @click.option("--model", help=f"Another network than the item's: {KNOWN_MODELS}.")
-@click.option("--epochs", type=click.IntRange(min=0), help="Epochs instead of the profile's.")
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many samples.")
+@count_option("--epochs", least=0, help="Epochs instead of the profile's.")
+@count_option("--limit", help="Only the first so many samples.")
 @json_option("the results")
 @click.pass_context
 def reproduce(

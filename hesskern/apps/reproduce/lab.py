@@ -56,7 +56,7 @@ class Network:
 
     Attributes:
         data: see :func:`hesskern.zoo.data.load`.
-        model: see :func:`hesskern.models.build`.
+        model: see :func:`hesskern.zoo.models.build`.
         random_labels: whether the targets are drawn at random.
         limit: only the first so many training samples.
         samples: the curvature passes look at the first so many training samples; None for all.

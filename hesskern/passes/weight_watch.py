@@ -1,0 +1,97 @@
+"""Operation by operation, whether weights are read by anything but their own module's forward()."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hesskern.passes.layers import own_parameters, weight_of
+
+__all__ = ["WeightWatch"]
+
+# Rows of a tied embedding are looked up, which is no product with its weight.
+_LOOKED_UP = ("embedding", "embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
+
+
+class WeightWatch(TorchDispatchMode):
+    """What is around a run of a model notes who reads its weights.
+
+    An operation counts if one of its arguments shares memory with the weight; views alone do not,
+    nor do look-ups in an embedding. Weights that are computed from other parameters are not told
+    apart from any other value.
+
+    Args:
+        modules: of the model, by name.
+        names: of the layers.
+
+    Attributes:
+        elsewhere: layers whose weight was read outside their own module's forward(), with the name
+            of the operation.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], names: Iterable[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elsewhere: dict[str, str] = {}
+        self._owners: dict[int, dict[str, nn.Module]] = {}
+        self._running: list[nn.Module] = []
+        self._handles: list[Any] = []
+        for name in names:
+            module, attribute = weight_of(modules, name)
+            memory = _memory(own_parameters(module).get(attribute))
+            if memory:
+                self._owners.setdefault(memory, {})[name] = module
+
+    def __enter__(self) -> WeightWatch:
+        holders = {id(m): m for owners in self._owners.values() for m in owners.values()}
+        for module in holders.values():
+            self._handles += [
+                module.register_forward_pre_hook(self._begin),
+                module.register_forward_hook(self._end, always_call=True),
+            ]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._running = [], []
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self._running.append(module)
+
+    def _end(self, module: nn.Module, args: Any, result: Any) -> None:
+        if module in self._running:
+            self._running.remove(module)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not func.is_view and func._schema.name.split("::")[-1] not in _LOOKED_UP:
+            for tensor in _tensors((*args, *kwargs.values())):
+                owners = self._owners.get(_memory(tensor))
+                if owners and not any(module in self._running for module in owners.values()):
+                    for name in owners:
+                        self.elsewhere.setdefault(name, str(func).removesuffix(".default"))
+        return func(*args, **kwargs)
+
+
+def _memory(tensor: Tensor | None) -> int:
+    """Where a tensor's storage begins; 0 where that cannot be told."""
+    if tensor is None:
+        return 0
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        # Tensors of other packages, and sparse ones.
+        return 0
+
+
+def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)

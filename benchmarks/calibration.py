@@ -6,8 +6,8 @@ A GPT-2 and a Llama of 4 layers, 256 wide, random weights, 64 x 128 tokens in ba
 Beside `hesskern.input_covariances`: forward hooks that add X^T X of every distinct input to a
 matrix with `torch.addmm`, without any check of what they add. Each round runs all of them in turn.
 "Forward passes" is the median over the rounds of a ratio of wall times; beside it stands the
-processor time, batch by batch the least of all rounds, for machines that others use at the same time
-(with `--threads 1`: threads that wait for each other take processor time as well).
+processor time, batch by batch the least of all rounds, for machines that others use as well (with
+`--threads 1`: threads that wait for each other take processor time, too).
 """
 
 from __future__ import annotations
@@ -165,9 +165,9 @@ def main() -> None:
             )
     for model, found in results.items():
         print(
-            f"{model}: target {TARGETS[model]}, half of addmm's extra {found['floor, forwards']:.2f} "
-            f"and {found['floor, forwards, least processor']:.2f}; largest difference "
-            f"{found['difference']:.1e}"
+            f"{model}: target {TARGETS[model]}, half of addmm's extra "
+            f"{found['floor, forwards']:.2f} and {found['floor, forwards, least processor']:.2f}; "
+            f"largest difference {found['difference']:.1e}"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")

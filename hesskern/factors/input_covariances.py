@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.choices import Bias
-from hesskern.factors.input_rows import BatchRows, Rows, out_of_order, sample_count
+from hesskern.factors.input_rows import BatchRows, Buffers, Rows, out_of_order, sample_count
 from hesskern.factors.input_sums import InputSums, SharedSums
 from hesskern.factors.precision import precisions
 from hesskern.factors.result import read_spec
@@ -20,7 +20,7 @@ from hesskern.passes.batches import Batch, batches
 from hesskern.passes.checks import Checks
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.input_batches import inputs_alone
-from hesskern.passes.input_capture import Call, InputCapture
+from hesskern.passes.input_capture import InputCapture
 from hesskern.passes.layers import LayerSpec, left_out, refuse_missing, select_layers
 from hesskern.passes.masks import LayerMasks, checked_mask
 from hesskern.passes.roots import accumulator_dtype, given_weights
@@ -297,6 +297,7 @@ class _Pass:
 
     def __post_init__(self) -> None:
         self._ordered: set[str] = set()
+        self._buffers = Buffers()
         self.capture.unfit.update(self.result._unfit)
         self._refuse()
 
@@ -308,20 +309,21 @@ class _Pass:
         with Checks() as checks:
             weight = self._weights(batch, samples, checks)
             masks = LayerMasks(batch, self.specs, samples, self.model, checks)
-            found = self.capture.run(batch, lambda: BatchRows(samples, weight, masks))
+            given = samples, weight, masks, self._buffers, self._ordered
+            found = self.capture.run(batch, lambda: BatchRows(*given))
             masks.settle()
             checks.close()
-        self._leave_out_misfits(batch, samples, found)
+        self._leave_out_misfits(batch, found)
         self._refuse()
         groups: dict[Hashable, list[str]] = {}
         taken: dict[Hashable, Rows] = {}
         for name, calls in found.items():
             if name not in self.capture.unfit:
                 # Layers that were given one tensor have its rows in common.
-                key: Hashable = tuple(id(call.taken) for call in calls)
+                key: Hashable = tuple(map(id, calls))
                 groups.setdefault(key, []).append(name)
                 if key not in taken:
-                    taken[key] = Rows.joined([call.taken for call in calls])
+                    taken[key] = Rows.joined(calls)
         squares = self._checked_squares(batch, groups, taken)
         sums = self.result._sums
         empty = {
@@ -357,19 +359,19 @@ class _Pass:
             return None
         return weight.to(self.device, torch.float64)
 
-    def _leave_out_misfits(
-        self, batch: Batch, samples: int, found: Mapping[str, list[Call]]
-    ) -> None:
+    def _leave_out_misfits(self, batch: Batch, found: Mapping[str, list[Rows | str]]) -> None:
         """Notes layers of whose rows it cannot be told which ones count."""
         unsure = {}
         for name, calls in found.items():
-            reason = next((call.taken for call in calls if isinstance(call.taken, str)), None)
+            reason = next((call for call in calls if isinstance(call, str)), None)
             if reason is not None:
                 self.capture.unfit[name] = reason
-            elif name not in self._ordered and any(call.taken.whose for call in calls):
-                unsure[name] = calls
-        if unsure and samples > 1:
-            self.capture.unfit.update(out_of_order(self.capture, batch, unsure, samples))
+                continue
+            last = [x for call in calls if isinstance(call, Rows) for x in call.last]
+            if last and name not in self._ordered:
+                unsure[name] = last
+        if unsure:
+            self.capture.unfit.update(out_of_order(self.capture, batch, unsure))
             self._ordered.update(unsure)
 
     def _checked_squares(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,28 +22,11 @@ from hesskern.passes.forward_pass import (
 from hesskern.passes.layers import LayerSpec, calls_itself, weight_of
 from hesskern.passes.weight_watch import WeightWatch
 
-__all__ = ["Call", "InputCapture"]
+__all__ = ["InputCapture"]
 
-Take = Callable[[LayerSpec, Tensor], Any]
+Take = Callable[[LayerSpec, Tensor, Hashable], Any]
 Taker = Callable[[], Take]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a layer.
-
-    Attributes:
-        x: the layer's input [..., d], or [B, C, (H,) W] as padded; the model's own tensor, no copy.
-        taken: what was made of ``x`` as the layer was called.
-        version: of ``x`` then.
-    """
-
-    x: Tensor
-    taken: Any
-    version: int
-
-
-Calls = dict[str, list[Call]]
+Calls = dict[str, list[Any]]
 
 
 class InputCapture:
@@ -69,9 +52,10 @@ class InputCapture:
         self._specs = dict(specs)
         self.unfit: dict[str, str] = {}
         self.called: set[str] = set()
-        self._copy = self._drew = False
-        self._take: Take | None = None
+        self._drew = False
         self._found: Calls = {}
+        self._numbers: dict[int, tuple[int, Any]] = {}
+        self._next = 0
         for name in specs:
             reason = self._unseen(name)
             if reason is not None:
@@ -116,49 +100,59 @@ class InputCapture:
         spec = self._specs[name]
 
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            x = args[0] if args else kwargs.get("input", kwargs.get("x"))
-            if not isinstance(x, Tensor) or name in self.unfit:
+            given = args[0] if args else kwargs.get("input", kwargs.get("x"))
+            if not isinstance(given, Tensor) or name in self.unfit:
                 return
             # Inside the model there may be autocast, and gradients.
             with torch.autocast(self._device.type, enabled=False), torch.no_grad():
-                x = _as_rows(spec, module, x.detach())
-                if self._copy:
-                    x = x.clone()
-                taken = None if self._take is None else self._take(spec, x)
-            self._found.setdefault(name, []).append(Call(x, taken, x._version))
+                x = _as_rows(spec, module, given.detach())
+                taken = self._take(spec, x, self._number(given))
+            self._found.setdefault(name, []).append(taken)
 
         return hook
 
-    def run(self, batch: Batch, taker: Taker | None = None) -> Calls:
-        """The calls of every layer that was called.
+    def _number(self, given: Tensor) -> Hashable:
+        """The same for two calls of one run only if they were given the same tensor, unchanged."""
+        number, seen = self._numbers.get(id(given), (0, None))
+        if seen is None or seen() is not given:
+            # Whatever had this address before exists no more.
+            number = self._next = self._next + 1
+            self._numbers[id(given)] = number, weakref.ref(given)
+        return number, given._version
 
-        Nobody else may hold them when the model runs again.
+    def run(self, batch: Batch, taker: Taker) -> Calls:
+        """What was taken in every call of every layer that was called.
 
         Args:
             batch: of which the model gets the inputs.
             taker: called before each run of the model, which may have to be repeated; gives what
-                takes of a layer's input what is wanted, as long as it is in the processor's caches.
+                takes of a layer's input [..., d], or [B, C, (H,) W] as padded, what is wanted of
+                it. The input is the model's own, which may overwrite it later. The third argument
+                is the same for two calls only if their inputs are one tensor.
 
         Raises:
-            ValueError: the model's values are random, or it overwrites its own inputs.
+            ValueError: the model's values are random.
         """
         found = self._checked(batch, taker)
         if self._drew:
-            check_repeatable(_all(found), lambda: _all(self._stable(batch)), batch.index)
+            check_repeatable(
+                _all(self.copies(batch)), lambda: _all(self.copies(batch)), batch.index
+            )
         self.called.update(found)
         return {name: found[name] for name in self._specs if name in found}
 
-    def alone(self, batch: Batch) -> Calls:
-        """:meth:`run` on a part of a batch that was run before."""
-        return self._stable(batch)
+    def copies(self, batch: Batch) -> dict[str, list[Tensor]]:
+        """Copies of every called layer's inputs, one per call."""
+        return self._once(batch.inputs, lambda: lambda spec, x, number: x.clone())
 
-    def _checked(self, batch: Batch, taker: Taker | None) -> Calls:
+    def _checked(self, batch: Batch, taker: Taker) -> Calls:
         if self.called:
-            found = self._stable(batch, taker)
+            found = self._once(batch.inputs, taker)
             if self.called.issuperset(found):
                 return found
+            del found
         watch = WeightWatch(self._modules, self._specs)
-        found = self._stable(batch, taker, watch)
+        found = self._once(batch.inputs, taker, watch)
         for name, operation in watch.elsewhere.items():
             # What no hook sees is unfit already, for the better reason, unless it is a module.
             self.unfit.setdefault(
@@ -168,26 +162,8 @@ class InputCapture:
             )
         return {name: calls for name, calls in found.items() if name not in self.unfit}
 
-    def _stable(
-        self, batch: Batch, taker: Taker | None = None, watch: WeightWatch | None = None
-    ) -> Calls:
-        """Calls whose inputs nothing has overwritten since."""
-        versions = _versions(batch.inputs)
-        found = self._once(batch.inputs, taker, watch)
-        if all(call.x._version == call.version for calls in found.values() for call in calls):
-            return found
-        if _versions(batch.inputs) != versions:
-            raise ValueError(
-                "model must not overwrite its own inputs in place after a layer has read them; "
-                "let its forward() work on a copy"
-            )
-        # From now on, for what one batch overwrites the next one does as well.
-        self._copy = True
-        del found
-        return self._once(batch.inputs, taker, watch)
-
-    def _once(self, inputs: Any, taker: Taker | None, watch: WeightWatch | None) -> Calls:
-        self._found, self._take = {}, None if taker is None else taker()
+    def _once(self, inputs: Any, taker: Taker, watch: WeightWatch | None = None) -> Calls:
+        self._found, self._numbers, self._next, self._take = {}, {}, 0, taker()
         before = random_state(self._device)
         watched: AbstractContextManager[Any] = nullcontext() if watch is None else watch
         with (
@@ -202,7 +178,7 @@ class InputCapture:
             else:
                 self._model(inputs)
         self._drew = random_state(self._device) != before
-        found, self._found, self._take = self._found, {}, None
+        found, self._found = self._found, {}
         return found
 
 
@@ -226,21 +202,5 @@ def _as_rows(spec: LayerSpec, module: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def _all(found: Calls) -> list[Tensor]:
-    return [call.x for calls in found.values() for call in calls]
-
-
-def _versions(inputs: Any) -> list[int]:
-    """Version counters of the tensors in a batch's inputs."""
-
-    def tensors(value: Any) -> Iterator[Tensor]:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            for item in value.values():
-                yield from tensors(item)
-        elif isinstance(value, (tuple, list)):
-            for item in value:
-                yield from tensors(item)
-
-    return [tensor._version for tensor in tensors(inputs)]
+def _all(found: Mapping[str, list[Tensor]]) -> list[Tensor]:
+    return [x for calls in found.values() for x in calls]

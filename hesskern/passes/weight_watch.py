@@ -38,6 +38,7 @@ class WeightWatch(TorchDispatchMode):
         self._owners: dict[int, dict[str, nn.Module]] = {}
         self._running: list[nn.Module] = []
         self._handles: list[Any] = []
+        self._counts: dict[Any, bool] = {}
         for name in names:
             module, attribute = weight_of(modules, name)
             memory = _memory(own_parameters(module).get(attribute))
@@ -69,7 +70,11 @@ class WeightWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not func.is_view and func._schema.name.split("::")[-1] not in _LOOKED_UP:
+        counts = self._counts.get(func)
+        if counts is None:
+            looks_up = func._schema.name.split("::")[-1] in _LOOKED_UP
+            counts = self._counts[func] = not (func.is_view or looks_up)
+        if counts:
             for tensor in _tensors((*args, *kwargs.values())):
                 owners = self._owners.get(_memory(tensor))
                 if owners and not any(module in self._running for module in owners.values()):

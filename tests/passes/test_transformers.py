@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -90,7 +91,7 @@ class Loop:
     """Factors by a loop over samples, each run through the model alone, in its own dtype.
 
     Attributes:
-        inputs, outputs: by layer, the sums of x x^T and of M over samples and positions.
+        inputs, sums, outputs: by layer, the sums of x x^T, x and M over samples and positions.
         positions: by layer, the number of positions over all samples.
         weight: of all samples.
     """
@@ -104,6 +105,7 @@ class Loop:
         }
         self.inputs: dict[str, Any] = dict.fromkeys(self.layers, 0.0)
         self.outputs: dict[str, Any] = dict.fromkeys(self.layers, 0.0)
+        self.sums: dict[str, Any] = dict.fromkeys(self.layers, 0.0)
         self.positions = dict.fromkeys(self.layers, 0.0)
         self.weight = 0.0
         self.generator = torch.Generator().manual_seed(SEED)
@@ -155,6 +157,7 @@ class Loop:
             for name, uses in calls.items():
                 for x, _ in uses:
                     self.inputs[name] += weight * x.T @ x
+                    self.sums[name] += weight * x.sum(0)
                     self.positions[name] += weight * len(x)
             edges = [z for uses in calls.values() for _, z in uses]
             for row in rows:
@@ -594,3 +597,60 @@ def test_a_tokenizer_and_its_collator() -> None:
     loop.check(factors_of(model, loader, split, "empirical"), 1e-10)
     with pytest.raises(TypeError, match=r"'input_ids' of batch 0 is a list, not a tensor"):
         factors_of(model, [{**tokenizer(texts), "labels": torch.zeros(2, 6)}], hk.CausalLM(), "mc")
+
+
+@pytest.mark.parametrize("output", ["exact", "mc"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
+def test_batches_of_several_lengths(name: str, output: str) -> None:
+    case = NATIVE[name]
+    model = case.model()
+    data = [case.batch(2), case.batch(3, tokens=4, seed=1), case.batch(1, tokens=7, seed=2)]
+    loop = Loop(model, PLACES.get(name, "same"), output)
+    for batch in data:
+        loop.add(batch)
+    loop.check(factors_of(model, data, case.loss, output), NARROW_NORMS.get(name, 1e-10))
+
+
+def test_biases_as_inputs() -> None:
+    model, batch = gpt2(), text(3)
+    loop = Loop(model, "next", "exact")
+    loop.add(batch)
+    plain = factors_of(model, [batch], hk.CausalLM(), "exact")
+    joint = factors_of(model, [batch], hk.CausalLM(), "exact", bias="joint")
+    for name in plain:
+        A = joint[name].input_covariance
+        if name == "lm_head":
+            # It has no bias.
+            close(A, loop.inputs[name] / 3, 1e-10, name)
+            continue
+        close(A[:-1, :-1], loop.inputs[name] / 3, 1e-10, name)
+        close(A[-1, :-1], loop.sums[name] / 3, 1e-10, name)
+        assert float(A[-1, -1]) == pytest.approx(5.0)
+        close(joint[name].output_hessian, plain[name].output_hessian, 1e-12, name)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda made: pickle.loads(pickle.dumps(made))])
+def test_copies(copied: Any) -> None:
+    for loss in (hk.CausalLM(reduction="token"), hk.SequenceClassification(call="dict")):
+        assert copied(loss) == loss
+    accumulator = hk.FactorAccumulator(gpt2(), hk.CausalLM(), output="mc", seed=SEED)
+    accumulator.update(text())
+    again = copied(accumulator)
+    for one in (accumulator, again):
+        one.update(text(seed=1))
+    same(again.factors(), accumulator.factors())
+
+
+def test_weights_beside_the_mean_over_all_tokens() -> None:
+    model, batch = gpt2(), text(3)
+    batch["labels"][1, 1:4] = -100
+    weight = torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64)
+    tokens = (batch["labels"][:, 1:] != -100).sum(1)
+    assert tokens.tolist() == [3, 1, 4]
+    for output in ("exact", "mc"):
+        found = factors_of(
+            model, [batch], hk.CausalLM(reduction="token"), output, sample_weight=weight
+        )
+        expected = factors_of(model, [batch], hk.CausalLM(), output, sample_weight=weight * tokens)
+        assert found.num_samples == pytest.approx(float(weight @ tokens.double()))
+        same(found, expected)

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 __all__ = [
     "Bias",
     "Method",
+    "Order",
     "Output",
     "PublishedMethod",
     "Which",
@@ -21,6 +22,9 @@ Output = Literal["exact", "mc", "empirical"]
 
 Bias = Literal["none", "joint"]
 """Weights only, or 1 appended to the inputs where a layer has a bias."""
+
+Order = Literal["weight", "output"]
+"""Flat vectors of a layer as its weight is kept in memory, or as matrices [m, d], flattened."""
 
 Which = Literal["LA", "SA", "LM"]
 """The eigenvalues that are wanted: largest, smallest, or largest in absolute value."""

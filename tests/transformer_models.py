@@ -131,6 +131,21 @@ def vit(dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
     return built(lambda: transformers.ViTForImageClassification(config), dtype)
 
 
+def swin(dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
+    """SwinForImageClassification on images [3, 8, 8]: windows of 2 x 2, shifted ones, merges."""
+    sizes = {
+        "embed_dim": 8,
+        "depths": [2, 1],
+        "num_heads": [2, 2],
+        "window_size": 2,
+        "image_size": 8,
+        "patch_size": 2,
+        "num_labels": 3,
+    }
+    config = transformers.SwinConfig(**{**sizes, **changes})
+    return built(lambda: transformers.SwinForImageClassification(config), dtype)
+
+
 def t5(dtype: torch.dtype = torch.float64, **changes: Any) -> nn.Module:
     """T5ForConditionalGeneration: encoder and decoder with cross-attention."""
     sizes = {
@@ -242,5 +257,6 @@ NATIVE = {
     "bert_tagger": Native(bert_tagger, hk.TokenClassification(), tagged_text),
     "bert_classifier": Native(bert_classifier, hk.SequenceClassification(), classified_text),
     "vit": Native(vit, hk.SequenceClassification(), images),
+    "swin": Native(swin, hk.SequenceClassification(), images),
     "t5": Native(t5, hk.Seq2SeqLM(), translated_text),
 }

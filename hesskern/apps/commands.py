@@ -66,7 +66,10 @@ def hesskern() -> None:
     type=click.Path(path_type=Path),
     help="State dict (.pt or .safetensors) to load instead of training; repeat to compare models.",
 )
-@click.option("--layers", help="Names of layers, separated by commas.  [default: all]")
+@click.option(
+    "--layers",
+    help="Names of layers, or patterns such as *.mlp.*, separated by commas.  [default: all]",
+)
 @shown_option("--top", type=int, default=50, help="Exact eigenpairs of every layer.")
 @device_option
 @shown_option(

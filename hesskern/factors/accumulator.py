@@ -28,7 +28,7 @@ from hesskern.passes.batches import Batch, halves, no_samples
 from hesskern.passes.checks import as_weights
 from hesskern.passes.data_pass import DataPass
 from hesskern.passes.forward_pass import model_device
-from hesskern.passes.layers import LayerSpec, left_out, select_layers
+from hesskern.passes.layers import LayerSpec, left_out, limit_outputs, refuse_missing, select_layers
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
 from hesskern.passes.memory import budget_for, out_of_memory, release
@@ -106,8 +106,8 @@ class FactorAccumulator(Portable):
     >>> factors = acc.factors()
 
     Args:
-        model, loss, layers, output, bias, mc_samples, seed, output_root, check: as in
-            :func:`hesskern.kronecker_factors`, and so is position_mask. What is found out about the
+        model, loss, layers, output, bias, mc_samples, seed, output_root, check, max_outputs,
+            position_mask: as in :func:`hesskern.kronecker_factors`. What is found out about the
             samples holds for the batches that follow, as long as the model's graph and its shapes
             stay the same.
         decay: None for means over everything seen; a number in [0, 1) for moving averages over
@@ -121,7 +121,7 @@ class FactorAccumulator(Portable):
         self,
         model: nn.Module,
         loss: Any = None,
-        layers: Iterable[str] | None = None,
+        layers: str | Iterable[str] | None = None,
         output: Output = "exact",
         *,
         decay: float | None = None,
@@ -131,13 +131,16 @@ class FactorAccumulator(Portable):
         output_root: Callable[..., Tensor] | None = None,
         memory_budget: int | None = None,
         check: bool = True,
+        max_outputs: int = 8192,
         position_mask: Callable[[Any], Any] | None = None,
     ) -> None:
         check_output(output, mc_samples, seed)
         if decay is not None:
             check_fraction("decay", decay)
         self._loss = resolve_loss(loss, output_root)
-        self._specs, self._skipped = select_layers(model, layers, bias)
+        known, self._skipped = select_layers(model, layers, bias)
+        self._specs, large = limit_outputs(known, max_outputs)
+        self._skipped.update(large)
         self._by_name = layers is not None
         self._model = model
         self._position_mask = checked_mask(position_mask)
@@ -156,6 +159,7 @@ class FactorAccumulator(Portable):
         self._sums: dict[str, LayerSums] = {}
         self._reasons: dict[str, str] = {}
         self._unfit: dict[str, str] = {}
+        self._tied: dict[str, str] = {}
         self._count = 0.0
         self._held = _Held()
         self._batches = 0
@@ -246,6 +250,7 @@ class FactorAccumulator(Portable):
             kept=kept,
             unfit=unfit,
             position_mask=self._position_mask,
+            linear_use=True,
         )
         try:
             with run.capture:
@@ -294,6 +299,7 @@ class FactorAccumulator(Portable):
             fresh.mask(alive)
         self._commit(fresh, memory)
         self._unfit.update(run.capture.unfit)
+        self._tied.update(run.capture.tied)
         self._note({**self._reasons, **run.capture.reasons})
 
     def _sums_in_memory(self, run: DataPass, batch: Batch, memory: SumMemory) -> BatchSum:
@@ -420,9 +426,7 @@ class FactorAccumulator(Portable):
         """:meth:`factors`, with warnings ``stacklevel`` calls above."""
         if not self.num_samples > 0:
             raise no_samples(", so there are no factors")
-        if self._by_name and self._reasons:
-            name, reason = next(iter(self._reasons.items()))
-            raise ValueError(f"layers: {name!r} {reason}")
+        refuse_missing(self._specs, self._reasons)
         layers = {
             name: self._layer(self._specs[name], self._sums[name])
             for name in self._specs
@@ -453,7 +457,8 @@ class FactorAccumulator(Portable):
         images = None if sums.images is None else tuple(image / count for image in sums.images)
         if spec.joint:
             inputs = bordered(inputs, sums.column / count, positions)
-        return LayerFactors(spec, inputs, outputs, count, positions, images)
+        tied = self._tied.get(spec.name)
+        return LayerFactors(spec, inputs, outputs, count, positions, images, tied)
 
     def merge(self, other: FactorAccumulator) -> None:
         """Adds what another accumulator of the same model and settings has seen.
@@ -487,6 +492,7 @@ class FactorAccumulator(Portable):
         self._batches += other._batches
         self._precisions.update(other._precisions)
         self._unfit = {**other._unfit, **self._unfit}
+        self._tied = {**other._tied, **self._tied}
         for name, how in other._evidence.found.items():
             self._evidence.note(name, [how])
         self._note({**other._reasons, **self._reasons})
@@ -499,6 +505,7 @@ class FactorAccumulator(Portable):
             "batches": self._batches,
             "reasons": dict(self._reasons),
             "unfit": dict(self._unfit),
+            "tied": dict(self._tied),
             "generator": self._generator.get_state(),
             "settings": dict(self._settings),
             "checked": dict(self._evidence.found),
@@ -539,4 +546,5 @@ class FactorAccumulator(Portable):
         self._count, self._batches = state["count"], state["batches"]
         self._precisions = dict.fromkeys(state.get("precisions", ()))
         self._reasons, self._unfit = dict(state["reasons"]), dict(state["unfit"])
+        self._tied = dict(state.get("tied", {}))
         self._evidence.found = dict(state.get("checked", {}))

@@ -19,7 +19,7 @@ def kronecker_factors(
     model: nn.Module,
     data: Iterable[Any],
     loss: Any = None,
-    layers: Iterable[str] | None = None,
+    layers: str | Iterable[str] | None = None,
     output: Output = "exact",
     *,
     bias: Bias = "none",
@@ -29,6 +29,7 @@ def kronecker_factors(
     output_root: Callable[..., Tensor] | None = None,
     memory_budget: int | None = None,
     check: bool = True,
+    max_outputs: int = 8192,
     position_mask: Callable[[Any], Any] | None = None,
     progress: bool | Progress = False,
     group: Any = None,
@@ -44,7 +45,8 @@ def kronecker_factors(
         loss: ``nn.CrossEntropyLoss()``, ``nn.MSELoss()``, ``nn.BCEWithLogitsLoss()``, one of
             transformers (:class:`hesskern.CausalLM` and others), or an object with
             ``output_root(outputs, targets) -> [N, r, c]``.
-        layers: names from ``model.named_modules()``; None for all Linear, Conv1d and Conv2d.
+        layers: a name from ``model.named_modules()`` or a pattern such as ``"*.mlp.*"`` (as in
+            :mod:`fnmatch`), or several of them; None for all Linear, Conv1d and Conv2d.
         output: "exact" (all classes), "mc" (targets drawn from the model), or "empirical" (the
             targets of the data). All three are scaled as the loss of a sample is, under
             ``reduction="mean"`` the mean over its T labelled tokens (cross-entropy) or outputs:
@@ -69,6 +71,8 @@ def kronecker_factors(
             its shapes and its route through the model, and each one where values could move or mix
             rows. A layer whose rows are no samples, or act on
             several, is then left out with the reason. False takes the first axis for the samples.
+        max_outputs: layers with more outputs, such as heads over a large vocabulary, are left out:
+            E[M] is [m, m].
         position_mask: which positions are data, where they are not all: a function of a batch's
             inputs that gives a mask [N, T] of zeros and ones, a dict of such masks or None by
             patterns of layers' names ({"encoder.*": mask}; the first that fits counts), or None for
@@ -101,6 +105,7 @@ def kronecker_factors(
         output_root=output_root,
         memory_budget=memory_budget,
         check=check,
+        max_outputs=max_outputs,
         position_mask=position_mask,
     )
     accumulator.consume(data, sample_weight=sample_weight, progress=progress)

@@ -21,7 +21,7 @@ from hesskern.passes.checks import Checks
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.input_batches import inputs_alone
 from hesskern.passes.input_capture import InputCapture
-from hesskern.passes.layers import LayerSpec, left_out, select_layers
+from hesskern.passes.layers import LayerSpec, left_out, refuse_missing, select_layers
 from hesskern.passes.masks import LayerMasks, checked_mask
 from hesskern.passes.roots import accumulator_dtype, given_weights
 from hesskern.progress import Progress, reporter
@@ -31,6 +31,10 @@ __all__ = ["InputCovariances", "LayerInputs", "input_covariances", "load_input_c
 
 _FILE = TensorFormat(
     "hesskern.input_covariances/1", "hesskern input covariances", "input covariances file"
+)
+_FUSED = (
+    "is one of several matrices of a parameter, whose inputs hooks cannot see; kronecker_factors "
+    "finds them in the graph"
 )
 _UNREACHED = "was never reached in the forward pass"
 
@@ -436,7 +440,7 @@ def _sum_dtype(rows: Rows) -> torch.dtype:
 def input_covariances(
     model: nn.Module,
     data: Iterable[Any],
-    layers: Iterable[str] | None = None,
+    layers: str | Iterable[str] | None = None,
     bias: Bias = "none",
     accumulate: InputCovariances | None = None,
     *,
@@ -463,7 +467,8 @@ def input_covariances(
             a tuple of arguments or a dict of them, and targets are ignored. The first axis of the
             inputs' first tensor counts the samples. ``labels`` in a dict are left out, as they
             would make the model compute a loss.
-        layers: names from ``model.named_modules()``; None for all that hooks can see.
+        layers: names from ``model.named_modules()`` or patterns such as ``"*.mlp.*"``, one or
+            several; None for all that hooks can see.
         bias: "none": weights only; "joint": append 1 to x where the layer has a bias.
         accumulate: what earlier calls with the same layers returned, or ``InputCovariances()``: is
             added to in place and returned. A batch that fails ends the call and is not in it; the
@@ -493,6 +498,11 @@ def input_covariances(
         )
     checked_mask(position_mask)
     specs, skipped = select_layers(model, layers, bias)
+    # Hooks see what a module is given, not which rows of it go to which of its experts.
+    fused = {name: _FUSED for name, spec in specs.items() if spec.expert is not None}
+    refuse_missing(specs, fused)
+    specs = {name: spec for name, spec in specs.items() if name not in fused}
+    skipped.update(fused)
     report = reporter(progress)
     result = InputCovariances() if accumulate is None else accumulate
     result._require_whole()
@@ -533,9 +543,7 @@ def _finish(
     result.skipped = {**skipped, **reasons}
     if not result.num_samples > 0:
         raise ValueError("data yielded no samples, so there are no input covariances")
-    if by_name and reasons:
-        name, reason = next(iter(reasons.items()))
-        raise ValueError(f"layers: {name!r} {reason}")
+    refuse_missing(specs, reasons)
     if not len(result):
         listed = "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
         raise ValueError(f"no layer of the model has an input covariance: {listed}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesskern.choices import Order, check_choice
 from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.passes.layers import LayerSpec, unfolded
 from hesskern.solvers.result import EigenResult
@@ -34,6 +35,9 @@ class LayerFactors:
             linear.
         input_images: E[x] as it came in, one per use: [d], [t, d] or [C, (H,) W]; None where
             the shapes varied between batches.
+        tied_to: name of a module that looks rows of the layer's weight up, as the embedding does
+            that a head shares its weight with: the factors are those of the weight's linear use
+            alone. None for all other layers.
     """
 
     spec: LayerSpec
@@ -42,6 +46,7 @@ class LayerFactors:
     num_samples: float
     positions: float
     input_images: tuple[Tensor, ...] | None = field(default=None, repr=False)
+    tied_to: str | None = None
 
     @property
     def name(self) -> str:
@@ -100,11 +105,19 @@ class LayerFactors:
         left = torch.linalg.svd(mean.double(), full_matrices=False).U[:, 0]
         return (left * (1.0 if left.sum() >= 0 else -1.0)).to(mean.dtype)
 
-    def operator(self) -> KroneckerOperator:
-        """K = E[M] (x) E[x x^T], [m d, m d], in the weight's order; block diagonal over groups."""
-        return KroneckerOperator(
-            self.output_hessian, self.input_covariance, transposed=self.spec.transposed
-        )
+    def operator(self, order: Order = "weight") -> KroneckerOperator:
+        """K = E[M] (x) E[x x^T], [m d, m d]; block diagonal over groups.
+
+        Args:
+            order: of flat vectors: "weight" as the weight is kept, which is [d, m] for the Conv1D
+                of transformers and [m, d] otherwise; "output" for [m, d] always.
+
+        Raises:
+            ValueError: ``order`` is another word.
+        """
+        check_choice("order", order, Order)
+        transposed = self.spec.transposed and order == "weight"
+        return KroneckerOperator(self.output_hessian, self.input_covariance, transposed=transposed)
 
     def eigsh(self, k: int) -> EigenResult:
         """Top k eigenpairs of :meth:`operator` from the factors' own, which is never formed."""
@@ -177,6 +190,7 @@ class Factors(Mapping[str, LayerFactors]):
                     "spec": asdict(f.spec),
                     "num_samples": f.num_samples,
                     "positions": f.positions,
+                    "tied_to": f.tied_to,
                     "images": None if f.input_images is None else len(f.input_images),
                 }
             )
@@ -243,4 +257,5 @@ def _read_layer(
         entry["num_samples"],
         entry["positions"],
         None if count is None else tuple(read(f"input_image.{i}") for i in range(count)),
+        entry.get("tied_to"),
     )

@@ -11,11 +11,14 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from hesskern.graph.nodes import kind, output_shape
+from hesskern.graph.routed_rows import RoutedRows
 from hesskern.graph.sample_axes import Arrangement, prove
 from hesskern.graph.sample_probe import Probed, probe
 from hesskern.graph.weight_uses import WeightUse
 
 __all__ = ["ArrangedCall", "Evidence"]
+
+_UNPROVED = "the graph does not tell which sample each of them belongs to"
 
 _SAVED = (
     "_saved_dim _saved_dims _saved_dim0 _saved_dim1 _saved_index _saved_size _saved_start"
@@ -31,11 +34,13 @@ class ArrangedCall:
         arrangement: which row belongs to which sample.
         problem: why there is no such thing; None where there is.
         ambiguous: whether that is known of rows alone that act on an output.
+        routed: whether they are some rows of a larger tensor.
     """
 
-    arrangement: Arrangement
+    arrangement: Arrangement | RoutedRows
     problem: str | None = None
     ambiguous: bool = False
+    routed: bool = False
 
 
 @dataclass
@@ -48,11 +53,13 @@ class Evidence:
         found: by layer, "graph" (proved), "probe", "not checked" (never two samples in a batch:
             nothing to tell apart yet) or "switched off".
         probed: what was found, by the graph and its shapes, and by call.
+        routed: layers to which some rows of a larger tensor were routed.
     """
 
     check: bool = True
     found: dict[str, str] = field(default_factory=dict)
     probed: dict[str, list[ArrangedCall]] = field(default_factory=dict)
+    routed: set[str] = field(default_factory=set)
 
     def note(self, name: str, calls: Iterable[str]) -> None:
         """How it is known for a layer's calls in one batch.
@@ -77,20 +84,31 @@ class Evidence:
         Args:
             outputs: [N, ...] with N >= 1.
             alive: the nodes that they depend on, by :func:`hesskern.graph.nodes.behind`.
-            calls: by layer; the number of rows is a multiple of N.
+            calls: by layer, with one row at least. Where their number is no multiple of N, or
+                these are a part of a call's rows, only the graph can tell.
             flat: nodes of calls whose layer was given rows [R, d], without positions.
         """
         uses = [(name, use) for name, layer in calls.items() for use in layer]
         samples = len(outputs)
         first = [ArrangedCall(Arrangement(1, samples, use.rows // samples)) for _, use in uses]
-        proved = prove(outputs, alive, [use.node for _, use in uses])
+        nodes, windows = [use.node for _, use in uses], [use.window for _, use in uses]
+        # An expert's rows are some of all; so are those of a layer that once had fewer.
+        trusted = {use.node for name, use in uses if use.expert or name in self.routed}
+        proved = prove(outputs, alive, nodes, windows, trusted)
         living = set(alive)
         answers, ways = list(first), ["graph"] * len(uses)
         open_calls = []
         for i, (_, use) in enumerate(uses):
             arrangement = proved.arrangements[i]
             if arrangement is not None:
-                answers[i] = ArrangedCall(arrangement)
+                name, use = uses[i]
+                several = use.node in proved.selected and arrangement.positions > 1
+                if isinstance(arrangement, RoutedRows) or several:
+                    self.routed.add(name)
+                routed = use.expert or name in self.routed
+                answers[i] = ArrangedCall(arrangement, routed=routed)
+            elif use.rows % samples or use.window is not None:
+                answers[i] = ArrangedCall(first[i].arrangement, _UNPROVED)
             elif use.node not in living:
                 # All its rows are zero.
                 several = first[i].arrangement.positions > 1

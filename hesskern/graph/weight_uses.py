@@ -10,7 +10,7 @@ other use has not.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from hesskern.graph.nodes import (
 
 __all__ = ["Target", "WeightUse", "find_uses"]
 
+_LOOKUPS = frozenset(("Embedding", "EmbeddingBag"))
 _SAME_ORDER = frozenset("Alias Clone ReshapeAlias Squeeze ToCopy UnsafeView Unsqueeze View".split())
 
 
@@ -37,12 +38,15 @@ class Target:
     """A weight whose uses are wanted.
 
     Attributes:
-        shape: of the tensor.
+        shape: of the tensor, or of one matrix of it.
         edges: where its gradient arrives: one for a leaf, one for each time that a weight was
             computed from other parameters.
         convolution: whether its calls are convolutions rather than matrix products.
         transposed: whether it is kept [d, m] rather than [m, d].
         bias: of the bias, where that belongs to the block.
+        lookups: whether rows of it may also be looked up, as embeddings do, without being part of
+            its block.
+        expert: which matrix of a tensor [E, ...] of several is the weight; None where it is all.
     """
 
     shape: tuple[int, ...]
@@ -50,6 +54,8 @@ class Target:
     convolution: bool = False
     transposed: bool = False
     bias: GradientEdge | None = None
+    lookups: bool = False
+    expert: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,9 @@ class WeightUse:
         part: which rows of the weight the call used; None for all.
         settings: stride, padding, dilation and (groups,) of a convolution; None for a matrix
             product.
+        window: which rows of the result those of ``x`` gave, where others are another weight's;
+            None for all.
+        expert: whether the weight is one of several in the same tensor.
     """
 
     node: Any
@@ -70,10 +79,14 @@ class WeightUse:
     outputs: tuple[int, ...]
     part: slice | None = None
     settings: tuple[tuple[int, ...], ...] | None = None
+    window: slice | None = None
+    expert: bool = False
 
     @property
     def rows(self) -> int:
         """How many rows the call has; of a convolution, how many images."""
+        if self.window is not None:
+            return int(self.window.stop - self.window.start)
         return self.outputs[0] if self.settings is not None else product(self.outputs[:-1])
 
 
@@ -84,15 +97,17 @@ class _Found:
     Attributes:
         uses: linear calls.
         other: what the weight does besides, or "".
+        looked_up: whether rows of it are looked up as well, where the target allows that.
     """
 
     uses: list[WeightUse] = field(default_factory=list)
     other: str = ""
+    looked_up: bool = False
 
 
 def find_uses(
     alive: list[Any], targets: dict[str, Target], beside: Iterable[Any] = ()
-) -> tuple[dict[str, list[WeightUse]], dict[str, str]]:
+) -> tuple[dict[str, list[WeightUse]], dict[str, str], set[str]]:
     """The calls through which the outputs depend on each weight.
 
     Args:
@@ -104,7 +119,7 @@ def find_uses(
     Returns:
         by name, the calls of every weight that acts in linear calls alone, in the order in which
         they were made; and for the others what they do besides. A weight on which the outputs do
-        not depend is in neither.
+        not depend is in neither. Then the names of those with calls that are looked up besides.
 
     Raises:
         RuntimeError: torch's, where an input was overwritten in place after it had been used.
@@ -120,13 +135,19 @@ def find_uses(
     living = set(alive)
     uses: dict[str, list[WeightUse]] = {}
     others: dict[str, str] = {}
+    looked_up: set[str] = set()
+    ends: dict[Any, list[int]] = {}
     for name, target in targets.items():
-        found = _Uses(target, parents, position, living).all()
+        found = _Uses(target, parents, position, living, ends).all()
         if found.other:
             others[name] = found.other
         elif found.uses:
             uses[name] = sorted(found.uses, key=lambda use: use.node._sequence_nr())
-    return uses, others
+            if target.expert is not None:
+                uses[name] = [replace(use, expert=True) for use in uses[name]]
+            if found.looked_up:
+                looked_up.add(name)
+    return uses, others, looked_up
 
 
 def _descendants(
@@ -156,11 +177,14 @@ class _Uses:
         parents: dict[Any, list[tuple[Any, int, int]]],
         position: dict[Any, int],
         living: set[Any],
+        ends: dict[Any, list[int]],
     ) -> None:
         self._target = target
         self._parents = parents
         self._position = position
         self._living = living
+        # Where the groups of rows of grouped products end, read once from the device.
+        self._ends = ends
         self._found = _Found()
 
     def all(self) -> _Found:
@@ -178,8 +202,12 @@ class _Uses:
         for edge in edges:
             numbers = _Numbers(shape)
             for parent, operand, number in self._parents.get(edge.node, ()):
-                if number == edge.output_nr:
+                if number != edge.output_nr:
+                    continue
+                if self._target.expert is None:
                     self._follow(parent, operand, numbers)
+                else:
+                    self._follow_stack(parent, operand, False, self._target.expert)
         if self._target.bias is not None and not self._found.other:
             self._check_bias(self._target.bias)
         return self._found
@@ -202,9 +230,58 @@ class _Uses:
         else:
             self._found.uses.append(use)
 
+    def _follow_stack(self, node: Any, operand: int, flipped: bool, expert: int) -> None:
+        """Goes on to a node that takes all matrices [E, ..], each of them transposed or not."""
+        name = kind(node)
+        parents = self._parents.get(node, ())
+        flip = name == "Transpose" and {
+            axis_of(node._saved_dim0, 3),
+            axis_of(node._saved_dim1, 3),
+        } == {1, 2}
+        if flip or name in ("Alias", "Clone", "ToCopy") or passes_gradients(node):
+            for parent, place, _ in parents:
+                self._follow_stack(parent, place, flipped != flip, expert)
+        elif name in ("Select", "Unbind") and axis_of(node._saved_dim, 3) == 0:
+            if name == "Select" and int(node._saved_index) != expert:
+                return
+            wanted = 0 if name == "Select" else expert
+            numbers = _Numbers(self._target.shape, "transposed" if flipped else "same")
+            for parent, place, arriving in parents:
+                if arriving == wanted:
+                    self._follow(parent, place, numbers)
+        else:
+            # Rows times columns [d, m].
+            fits = operand == 1 and flipped != self._target.transposed
+            use = None
+            if fits and name == "GroupedMm":
+                use = self._group(node, expert)
+            elif fits and name == "Bmm":
+                use = _expert_of_batch(node, expert)
+            if use is None:
+                self._other(node)
+            elif use.rows:
+                self._found.uses.append(use)
+
+    def _group(self, node: Any, expert: int) -> WeightUse | None:
+        """An expert's rows of x [S, d], which stand in groups."""
+        x, shape = node._saved_self, output_shape(node)
+        if x is None or x.dim() != 2 or shape is None or node._saved_offs is None:
+            return None
+        if node not in self._ends:
+            self._ends[node] = node._saved_offs.tolist()
+        ends = self._ends[node]
+        begin, end = ends[expert - 1] if expert else 0, ends[expert]
+        return WeightUse(
+            node, x.detach()[begin:end], (end - begin, shape[-1]), window=slice(begin, end)
+        )
+
     def _other(self, node: Any) -> None:
         """Notes an operation that is no linear call, where the outputs depend on it."""
-        if node in self._living:
+        if node not in self._living:
+            return
+        if self._target.lookups and kind(node) in _LOOKUPS:
+            self._found.looked_up = True
+        else:
             self._found.other = f"acts through {kind(node)}, which is no linear call by it"
 
     def _check_bias(self, bias: GradientEdge) -> None:
@@ -229,6 +306,15 @@ class _Uses:
             self._found.other = "is also called without its bias"
         if any(use.part is not None for use in self._found.uses):
             self._found.other = "is called in parts, with parts of its bias"
+
+
+def _expert_of_batch(node: Any, expert: int) -> WeightUse | None:
+    """An expert's rows of x [E, C, d]."""
+    x, shape = node._saved_self, output_shape(node)
+    if x is None or shape is None or x.layout != torch.strided:
+        return None
+    window = slice(expert * shape[1], (expert + 1) * shape[1])
+    return WeightUse(node, x.detach()[expert], shape[1:], window=window)
 
 
 def _added_to(node: Any, operand: int, calls: set[Any]) -> Any:

@@ -18,7 +18,13 @@ from hesskern.operators.stacked import StackedGaussNewton
 from hesskern.passes.batches import check_iterable, no_samples
 from hesskern.passes.data_pass import RepeatedPass, stored_or_anew, with_less_memory
 from hesskern.passes.forward_pass import model_device
-from hesskern.passes.layers import LayerSpec, left_out, select_layers, shared_weights
+from hesskern.passes.layers import (
+    LayerSpec,
+    left_out,
+    refuse_missing,
+    select_layers,
+    shared_weights,
+)
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
 from hesskern.passes.roots import BatchRoots, accumulator_dtype
@@ -46,7 +52,8 @@ class GaussNewton(CurvatureOperator):
         data: iterable of (inputs, targets) or (inputs, targets, weight [N]), or of what the loss
             takes apart.
         loss: as in :func:`hesskern.kronecker_factors`.
-        layers: names from ``model.named_modules()``; None for all supported.
+        layers: names from ``model.named_modules()`` or patterns such as ``"*.mlp.*"``, one or
+            several; None for all supported.
         bias: "none" (weights only) or "joint" (x~ = [x; 1], d one larger where there is a bias).
         sample_weight: [total samples] non-negative weights, in the order of the data.
         output_root: a custom loss as a function, with ``loss=None``.
@@ -74,7 +81,7 @@ class GaussNewton(CurvatureOperator):
         model: nn.Module,
         data: Iterable[Any],
         loss: Any = None,
-        layers: Iterable[str] | None = None,
+        layers: str | Iterable[str] | None = None,
         *,
         bias: Bias = "none",
         sample_weight: Tensor | None = None,
@@ -101,9 +108,7 @@ class GaussNewton(CurvatureOperator):
         source, pieces = with_less_memory(attempt, memory_budget, model, data)
         if not source.count > 0:
             raise no_samples(", so there is no Gauss-Newton matrix")
-        if layers is not None and source.reasons:
-            name, reason = next(iter(source.reasons.items()))
-            raise ValueError(f"layers: {name!r} {reason}")
+        refuse_missing(specs, source.reasons)
         self.skipped.update(source.reasons)
         reached = [spec for name, spec in specs.items() if name not in source.reasons]
         if not reached:

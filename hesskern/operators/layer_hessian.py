@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.choices import Bias
+from hesskern.choices import Bias, Order, check_choice
 from hesskern.graph.evidence import Evidence
 from hesskern.operators.base import EigenbasisOperator, LayerOperator
 from hesskern.operators.kronecker import KroneckerOperator
@@ -29,7 +30,7 @@ from hesskern.passes.data_pass import (
     with_less_memory,
 )
 from hesskern.passes.forward_pass import model_device
-from hesskern.passes.layers import LayerSpec, left_out, select_layers
+from hesskern.passes.layers import LayerSpec, left_out, refuse_missing, select_layers
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
 from hesskern.passes.roots import accumulator_dtype, check_fraction
@@ -112,6 +113,26 @@ class LayerHessian(LayerOperator):
                 product = ops.layer_hessian_matmul(chunk.x, chunk.s, rows, alpha, packed)
                 total += product.flatten(1)
         return total
+
+    def operator(self, order: Order = "weight") -> LayerHessian:
+        """The same Hessian over flat vectors of one order.
+
+        Args:
+            order: "weight" as the weight is kept, which is [d, m] for the Conv1D of transformers
+                and [m, d] otherwise; "output" for [m, d] always.
+
+        Returns:
+            this Hessian, or one that shares its samples.
+
+        Raises:
+            ValueError: ``order`` is another word.
+        """
+        check_choice("order", order, Order)
+        if not self.transposed or order == "weight":
+            return self
+        same = copy(self)
+        same.transposed = False
+        return same
 
     def trace(self) -> float:
         """tr(H), exact; with ``tolerance`` of what was kept (add ``pruned_trace`` for all)."""
@@ -277,7 +298,7 @@ def layer_hessians(
     model: nn.Module,
     data: Iterable[Any],
     loss: Any = None,
-    layers: Iterable[str] | None = None,
+    layers: str | Iterable[str] | None = None,
     tolerance: float = 0.0,
     *,
     bias: Bias = "none",
@@ -297,7 +318,8 @@ def layer_hessians(
             takes apart.
         loss: as in :func:`hesskern.kronecker_factors`; more than 65,536 root rows per sample are
             refused, unless they come from ``output_root``.
-        layers: names from ``model.named_modules()``; None for all supported.
+        layers: names from ``model.named_modules()`` or patterns such as ``"*.mlp.*"``, one or
+            several; None for all supported.
         tolerance: leave out samples as long as ‖H - H_t‖_2 <= tolerance tr(H) is certain; 0 keeps
             all. tr(M_n)‖x_n‖² bounds a sample's part of the spectrum.
         bias: "none" or "joint" (append 1 to x; P is m (d + 1)).
@@ -341,9 +363,7 @@ def layer_hessians(
     count, reasons, inexact = run.count, run.capture.reasons, run.capture.inexact
     if not count > 0:
         raise no_samples(", so there are no Hessians")
-    if layers is not None and reasons:
-        name, reason = next(iter(reasons.items()))
-        raise ValueError(f"layers: {name!r} {reason}")
+    refuse_missing(specs, reasons)
     shown = {name: inexact[name] for name in gathered if name in inexact and name not in reasons}
     if shown:
         text = "; ".join(f"{name!r} {reason}" for name, reason in shown.items())
@@ -366,7 +386,7 @@ def layer_hessians(
             + "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
         )
     if layers is not None:
-        return LayerHessians(result, skipped)
+        return LayerHessians(result, {**skipped, **reasons})
     covered = [specs[name] for name in result]
     return LayerHessians(result, left_out(model, {**skipped, **reasons}, covered, 2))
 

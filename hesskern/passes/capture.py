@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from hesskern.devices import on_host
 from hesskern.graph.cuts import Cuts
 from hesskern.graph.evidence import Evidence
 from hesskern.graph.nodes import behind, in_order
@@ -23,7 +25,7 @@ from hesskern.passes.forward_pass import check_repeatable, run_model
 from hesskern.passes.frozen_model import FrozenModel
 from hesskern.passes.layer_hooks import LayerHooks
 from hesskern.passes.layer_uses import LayerUse, before_autocast, inputs_by_call, layer_uses
-from hesskern.passes.layers import LayerSpec
+from hesskern.passes.layers import LayerSpec, tied_module
 
 __all__ = ["Capture"]
 
@@ -44,6 +46,8 @@ class Capture:
         unfit: layers not asked for by name that have no block here, with the reason: their weight
             acts otherwise than in linear calls, or their rows do not belong to single samples. They
             are left out of ``forward``'s uses for good.
+        linear_use: whether the linear calls of a weight that is also looked up count as its uses.
+        tied: such layers, with the name of a module that looks rows of their weight up.
     """
 
     model: nn.Module
@@ -54,6 +58,8 @@ class Capture:
     call: Callable[[nn.Module, Any], Tensor] = run_model
     inexact: dict[str, str] = field(default_factory=dict)
     unfit: dict[str, str] = field(default_factory=dict)
+    linear_use: bool = False
+    tied: dict[str, str] = field(default_factory=dict)
     _reached: set[str] = field(default_factory=set)
     _flat: set[Any] = field(default_factory=set)
     _tried: set[Any] = field(default_factory=set)
@@ -62,7 +68,9 @@ class Capture:
     def __enter__(self) -> Capture:
         self._frozen = FrozenModel(self.model, self.specs, self.call)
         self._frozen.__enter__()
-        self._hooks = LayerHooks(self._frozen.modules, self.specs, self._frozen.weights)
+        # Calling what holds several experts tells nothing about one of them.
+        single = [name for name, spec in self.specs.items() if spec.expert is None]
+        self._hooks = LayerHooks(self._frozen.modules, single, self._frozen.weights)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -81,6 +89,8 @@ class Capture:
                 reasons[name] = "runs under torch.no_grad() inside the model"
             elif name in self._hooks.called:
                 reasons[name] = "was never reached from the outputs, which do not depend on it"
+            elif self.specs[name].expert is not None:
+                reasons[name] = "was never reached in the forward pass: no row was routed to it"
             else:
                 reasons[name] = "was never reached in the forward pass"
         return {**reasons, **self.unfit}
@@ -118,7 +128,7 @@ class Capture:
             )
         if not len(outputs):
             return outputs, {}
-        uses = self._fitting(outputs, alive, calls, others)
+        uses = self._fitting(outputs, alive, calls, others, batch.mask)
         if self.examine:
             self._examine(outputs, uses, targets, cuts)
         return outputs, uses
@@ -135,6 +145,8 @@ class Capture:
             edges: tuple[GradientEdge, ...]
             if leaf is not None:
                 edges, shape = (self._leaf_edge(leaf),), tuple(leaf.shape)
+                if spec.expert is not None:
+                    shape = shape[1:]
             else:
                 edges = tuple(dict.fromkeys(self._hooks.computed.get(name, ())))
                 shape = self._hooks.shapes.get(name, spec.shape)
@@ -145,12 +157,16 @@ class Capture:
                 spec.kind == "conv",
                 spec.transposed,
                 None if bias is None else self._leaf_edge(bias),
+                self.linear_use,
+                spec.expert,
             )
         results, given = self._hooks.results, inputs_by_call(self._hooks.given)
         self._hooks.results, self._hooks.given = [], []
         self._flat = {node for node, x in given.items() if x.dim() == 2}
         alive = behind(outputs)
-        calls, others = find_uses(alive, targets, results)
+        calls, others, looked_up = find_uses(alive, targets, results)
+        for name in looked_up - self.tied.keys():
+            self.tied[name] = tied_module(self._frozen.modules, name)
         if self._frozen.autocast:
             calls = before_autocast(calls, given)
         return targets, alive, calls, others
@@ -168,6 +184,7 @@ class Capture:
         alive: list[Any],
         calls: dict[str, list[WeightUse]],
         others: dict[str, str],
+        mask: Any,
     ) -> dict[str, list[LayerUse]]:
         """Uses of the layers that have a block, and why the other layers have none.
 
@@ -179,9 +196,12 @@ class Capture:
             name: f"has a weight that {text}, so it has no block sum of s x^T"
             for name, text in others.items()
         }
+        # An expert that got nothing.
+        calls = {name: [use for use in uses if use.rows] for name, uses in calls.items()}
+        calls = {name: uses for name, uses in calls.items() if uses}
         fitting: dict[str, list[WeightUse]] = {}
         for name, uses in calls.items():
-            problem = next(filter(None, (self._misfit(name, use, samples) for use in uses)), None)
+            problem = next(filter(None, (self._misfit(name, use) for use in uses)), None)
             if problem is None:
                 fitting[name] = uses
             else:
@@ -191,7 +211,13 @@ class Capture:
         for name in fitting:
             text = next((a.problem for a in arranged[name] if a.problem), None)
             if text is not None:
-                found[name] = f"sees rows that are no samples: {text}"
+                found[name] = self._unarranged(fitting[name], samples, text)
+                continue
+            if any(call.routed for call in arranged[name]) and _may_mask(mask, name):
+                found[name] = (
+                    "sees rows that a router has chosen, and which of them are padding cannot be "
+                    "told (let position_mask say None for the layer where padding is to count)"
+                )
                 continue
             spec = self.specs[name]
             result[name] = [
@@ -216,14 +242,20 @@ class Capture:
         for name, text in found.items():
             self.unfit.setdefault(name, text)
 
-    def _misfit(self, name: str, use: WeightUse, samples: int) -> str | None:
+    @staticmethod
+    def _unarranged(uses: list[WeightUse], samples: int, text: str) -> str:
+        """Why rows of a layer's calls belong to no samples."""
+        for use in uses:
+            if use.rows % samples and use.window is None:
+                return (
+                    f"sees inputs {list(use.x.shape)} while the model returns {samples} samples; "
+                    f"its first axis does not count the samples, and {text}"
+                )
+        return f"sees rows that are no samples: {text}"
+
+    def _misfit(self, name: str, use: WeightUse) -> str | None:
         """Why a call has no place in the layer's block, before its samples are looked for."""
         spec = self.specs[name]
-        if use.rows % samples:
-            return (
-                f"sees inputs {list(use.x.shape)} while the model returns {samples} samples; its "
-                "first axis does not count the samples"
-            )
         if use.settings is not None:
             stride, padding, dilation, groups = use.settings
             same = (stride, dilation, groups[0]) == (spec.stride, spec.dilation, spec.groups)
@@ -302,7 +334,7 @@ class Capture:
         if (
             rows < 2
             or self._frozen.hooked
-            or any(use.arrangement.outer != 1 for layer in layers for use in layer)
+            or any(not use.contiguous for layer in layers for use in layer)
         ):
             return None
         edges = [use.edge for layer in uses.values() for use in layer]
@@ -346,6 +378,13 @@ class Capture:
                 )
             elif self._frozen.hooked:
                 self.inexact.setdefault(name, "lies in a model that hooks its gradients")
+
+
+def _may_mask(mask: Any, name: str) -> bool:
+    """Whether a batch's mask, or that of a layer's name, may say that a position is no data."""
+    if isinstance(mask, Mapping):
+        mask = next((one for pattern, one in mask.items() if fnmatchcase(name, pattern)), None)
+    return isinstance(mask, Tensor) and not (on_host(mask) and bool((mask != 0).all()))
 
 
 def _values(outputs: Tensor, calls: dict[str, list[WeightUse]]) -> list[Tensor]:

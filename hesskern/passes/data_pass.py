@@ -54,7 +54,7 @@ class DataPass:
         loss, specs: what gives the root rows, and the layers by name.
         evidence: of which rows belong to which samples; shared by passes of one model.
         progress, description: told after every batch, and what a bar says.
-        examine, kept, unfit: as in :class:`hesskern.passes.capture.Capture`.
+        examine, kept, unfit, linear_use: as in :class:`hesskern.passes.capture.Capture`.
         position_mask: as in :func:`hesskern.kronecker_factors`.
         count: weighted number of samples, behind the last batch.
     """
@@ -70,6 +70,7 @@ class DataPass:
     examine: bool = False
     kept: Collection[str] = ()
     unfit: dict[str, str] = field(default_factory=dict)
+    linear_use: bool = False
     position_mask: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
@@ -83,6 +84,7 @@ class DataPass:
             self.evidence,
             self.loss.run,
             unfit=self.unfit,
+            linear_use=self.linear_use,
         )
 
     def __enter__(self) -> DataPass:

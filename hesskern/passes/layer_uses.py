@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from hesskern.graph.evidence import ArrangedCall
 from hesskern.graph.nodes import kind, product
+from hesskern.graph.routed_rows import RoutedRows
 from hesskern.graph.sample_axes import Arrangement
 from hesskern.graph.weight_uses import WeightUse
 from hesskern.passes.layers import LayerSpec
@@ -35,6 +36,8 @@ class LayerUse:
         x: input [N, d], [N, t, d] or [N, C, (H,) W], detached, padded.
         edge: where the gradient with respect to the call's result arrives.
         arrangement: which rows of the result belong to which sample.
+        window: which rows of the result are the call's; None for all.
+        routed: whether they are some rows of a larger tensor, in an order of their own.
         outputs: m.
         part: the rows of the weight that the call used; None for all.
         convolution: whether the result is [B, m, (H,) W] rather than rows [..., m].
@@ -45,16 +48,29 @@ class LayerUse:
 
     x: Tensor
     edge: GradientEdge
-    arrangement: Arrangement
+    arrangement: Arrangement | RoutedRows
     outputs: int
     part: slice | None = None
     convolution: bool = False
     index: int = 0
     ambiguous: bool = False
     mask: PositionMask | None = None
+    window: slice | None = None
+    routed: bool = False
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether a sample's rows follow one another in the result, and there are no others."""
+        arrangement = self.arrangement
+        whole = isinstance(arrangement, Arrangement) and arrangement.outer == 1
+        return whole and self.window is None
 
     def by_sample(self, gradient: Tensor) -> Tensor:
         """[N, m], [N, t, m] or [N, m, (H,) W] of a gradient of the call's result."""
+        if self.window is not None:
+            gradient = gradient.reshape(-1, gradient.shape[-1])[self.window]
+        if isinstance(self.arrangement, RoutedRows):
+            return self._whole(self.arrangement.by_sample(gradient.reshape(-1, gradient.shape[-1])))
         one = self.arrangement.positions == 1
         if self.convolution:
             return gradient if one else self.arrangement.by_sample(gradient)[:, self.index]
@@ -113,14 +129,30 @@ def before_autocast(
 def layer_uses(spec: LayerSpec, use: WeightUse, call: ArrangedCall) -> list[LayerUse]:
     """A call as uses that have one input of a sample each."""
     edge, arrangement, ambiguous = GradientEdge(use.node, 0), call.arrangement, call.ambiguous
+    if isinstance(arrangement, RoutedRows):
+        x = arrangement.by_sample(use.x.reshape(-1, use.x.shape[-1]))
+        mask = PositionMask(arrangement.valid, arrangement.valid.device)
+        return [
+            LayerUse(
+                x,
+                edge,
+                arrangement,
+                spec.outputs,
+                use.part,
+                mask=mask,
+                window=use.window,
+                routed=True,
+            )
+        ]
     one = arrangement.positions == 1
     if use.settings is None:
         if one and use.x.dim() == 2:
-            return [LayerUse(use.x, edge, arrangement, spec.outputs, use.part, ambiguous=ambiguous)]
-        x = arrangement.by_sample(use.x.reshape(-1, use.x.shape[-1]))
-        if one:
-            x = x[:, 0]
-        return [LayerUse(x, edge, arrangement, spec.outputs, use.part, ambiguous=ambiguous)]
+            x = use.x
+        else:
+            x = arrangement.by_sample(use.x.reshape(-1, use.x.shape[-1]))
+            x = x[:, 0] if one else x
+        plain = LayerUse(x, edge, arrangement, spec.outputs, use.part, ambiguous=ambiguous)
+        return [replace(plain, window=use.window, routed=True) if call.routed else plain]
     x = use.x
     more = [p - q for p, q in zip(use.settings[1], spec.padding, strict=True)]
     if any(more):

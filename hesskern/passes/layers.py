@@ -10,22 +10,31 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from hesskern.choices import Bias, check_choice
 from hesskern.ops.reference import unfold
+from hesskern.passes.layer_names import given_names, is_pattern, matching
 
 __all__ = [
     "LayerSpec",
     "bias_of",
     "calls_itself",
     "left_out",
+    "limit_outputs",
     "own_parameters",
     "parameter_of",
+    "refuse_missing",
     "select_layers",
     "shared_weights",
+    "tied_module",
     "unfolded",
     "weight_of",
 ]
+
+
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _InstanceNorm)
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,7 @@ class LayerSpec:
         padding: zero padding per spatial axis.
         required: whether the layer was asked for by name, so that it may not be skipped.
         transposed: whether the weight is kept as [d, m], as in the Conv1D of transformers.
+        expert: which matrix of a parameter [E, m, d] the weight is; None where it is all of it.
     """
 
     name: str
@@ -59,6 +69,7 @@ class LayerSpec:
     dilation: tuple[int, ...] = ()
     required: bool = field(default=False, compare=False)
     transposed: bool = False
+    expert: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -84,7 +95,7 @@ def unfolded(spec: LayerSpec, image: Tensor) -> Tensor:
 
 
 def select_layers(
-    model: nn.Module, layers: Iterable[str] | None, bias: Bias
+    model: nn.Module, layers: str | Iterable[str] | None, bias: Bias
 ) -> tuple[dict[str, LayerSpec], dict[str, str]]:
     """The layers to work on, and why others with parameters are not among them.
 
@@ -94,7 +105,9 @@ def select_layers(
 
     Args:
         model: any module.
-        layers: names of layers, or None for every supported layer.
+        layers: a name of a layer or a pattern (``"*.mlp.*"``, as in :mod:`fnmatch`), or several;
+            None for every supported layer. Layers that a pattern alone matches are left out with
+            a reason where they have no block; those named themselves are refused.
         bias: "none" (weights only) or "joint" (append 1 to x where the layer has a bias).
 
     Returns:
@@ -102,17 +115,14 @@ def select_layers(
 
     Raises:
         TypeError: ``model`` is not a module, or ``layers`` not an iterable of names.
-        ValueError: a name is unknown, ``bias`` is unknown, nothing is left, or the model couples
-            the samples of a batch.
+        ValueError: a name is unknown, a pattern matches nothing, ``bias`` is unknown, nothing is
+            left, or the model couples the samples of a batch.
         NotImplementedError: a layer that was asked for is of an unsupported kind.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     check_choice("bias", bias, Bias)
-    if isinstance(layers, str):
-        layers = [layers]
-    if layers is not None and not isinstance(layers, Iterable):
-        raise TypeError(f"layers must be names of modules or None, got {type(layers).__name__}")
+    chosen = None if layers is None else given_names(layers)
     modules = dict(model.named_modules())
     for name, module in modules.items():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
@@ -130,15 +140,16 @@ def select_layers(
             reason = f"makes the weight of {owner!r}, whose block is that of the weight as it acts"
         if reason is not None and next(module.parameters(recurse=False), None) is not None:
             skipped[name] = reason
-    if layers is None:
+    if chosen is None:
         if not known:
             raise ValueError(_nothing(modules, skipped))
         return known, skipped
-    chosen = list(layers)
-    if not chosen:
-        raise ValueError("layers is empty; name at least one layer or pass None for all")
+    matched: set[str] = set()
     for name in chosen:
         if name in known:
+            continue
+        if name not in modules and is_pattern(name, known):
+            matched.update(matching(name, known, skipped))
             continue
         if name not in modules:
             raise ValueError(
@@ -151,8 +162,17 @@ def select_layers(
         )
         hint = f" (its layers: {', '.join(parts)})" if parts else ""
         raise NotImplementedError(f"layers: {name!r} {reason}{hint}")
-    picked = {n: replace(s, required=True) for n, s in known.items() if n in chosen}
+    picked = {
+        n: replace(s, required=n in chosen) for n, s in known.items() if n in chosen or n in matched
+    }
     return picked, skipped
+
+
+def refuse_missing(specs: Mapping[str, LayerSpec], reasons: Mapping[str, str]) -> None:
+    """Raises ValueError where a layer that was asked for by its own name has been left out."""
+    for name, reason in reasons.items():
+        if name in specs and specs[name].required:
+            raise ValueError(f"layers: {name!r} {reason}")
 
 
 def _nothing(modules: Mapping[str, nn.Module], skipped: Mapping[str, str]) -> str:
@@ -182,6 +202,9 @@ def weight_of(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, s
     ):
         return module, "weight"
     owner, _, own = name.rpartition(".")
+    if owner not in modules:
+        # An expert's number behind the name of a parameter.
+        owner, _, own = owner.rpartition(".")
     holder = modules[owner]
     return holder, own if own in own_parameters(holder) else f"{own}_weight"
 
@@ -210,14 +233,59 @@ def bias_of(modules: Mapping[str, nn.Module], spec: LayerSpec) -> Tensor | None:
 def shared_weights(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """Layers whose weight an earlier one of them has as well, with that layer."""
     modules = dict(model.named_modules())
-    owners: dict[int, str] = {}
+    owners: dict[tuple[int, str], str] = {}
     shared = {}
     for name in names:
         module, attribute = weight_of(modules, name)
         weight = own_parameters(module).get(attribute)
-        if weight is not None and owners.setdefault(id(weight), name) != name:
-            shared[name] = owners[id(weight)]
+        key = _key(weight, name)
+        if weight is not None and owners.setdefault(key, name) != name:
+            shared[name] = owners[key]
     return shared
+
+
+def tied_module(modules: Mapping[str, nn.Module], layer: str) -> str:
+    """Another module that holds a layer's weight, an embedding if there is one; else the layer."""
+    module, attribute = weight_of(modules, layer)
+    weight = own_parameters(module).get(attribute)
+    others = [
+        name
+        for name, other in modules.items()
+        if other is not module
+        and weight is not None
+        and any(own is weight for own in own_parameters(other).values())
+    ]
+    others.sort(key=lambda name: not isinstance(modules[name], _EMBEDDINGS))
+    return others[0] if others else layer
+
+
+def limit_outputs(
+    specs: Mapping[str, LayerSpec], max_outputs: Any
+) -> tuple[dict[str, LayerSpec], dict[str, str]]:
+    """The layers with so few outputs that [m, m] can be kept, and why the others are left out.
+
+    Raises:
+        TypeError, ValueError: ``max_outputs`` is no positive integer.
+        ValueError: one of the others was asked for by name, or no layer is left.
+    """
+    if isinstance(max_outputs, bool) or not isinstance(max_outputs, int):
+        raise TypeError(f"max_outputs must be an integer, got {type(max_outputs).__name__}")
+    if max_outputs < 1:
+        raise ValueError(f"max_outputs must be at least 1, got {max_outputs}")
+    reasons = {
+        name: (
+            f"has {spec.outputs:,} outputs, and an output Hessian of {spec.outputs**2:,} entries; "
+            f"max_outputs={spec.outputs} would include it (now {max_outputs})"
+        )
+        for name, spec in specs.items()
+        if spec.outputs > max_outputs
+    }
+    refuse_missing(specs, reasons)
+    kept = {name: spec for name, spec in specs.items() if name not in reasons}
+    if not kept:
+        text = "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
+        raise ValueError(f"no layer is left: {text}")
+    return kept, reasons
 
 
 def left_out(
@@ -240,6 +308,7 @@ def left_out(
     """
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
+    skipped = _one_for_all(skipped, modules)
     complete = dict(skipped)
     present = {id(weight_of(modules, spec.name)[0]) for spec in covered}
     for name, reason in skipped.items():
@@ -259,16 +328,44 @@ def left_out(
     return complete
 
 
+def _key(weight: Tensor | None, name: str) -> tuple[int, str]:
+    """Tells a layer's weight from others, and the experts of one parameter."""
+    fused = weight is not None and weight.dim() == 3 and name.rpartition(".")[2].isdecimal()
+    return id(weight), name.rpartition(".")[2] if fused else ""
+
+
+def _one_for_all(skipped: Mapping[str, str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The reasons, with one under the parameter's name where all experts of it have the same."""
+    by_parameter: dict[str, list[str]] = {}
+    for name in skipped:
+        parameter, _, number = name.rpartition(".")
+        if name not in modules and number.isdecimal() and parameter not in modules:
+            by_parameter.setdefault(parameter, []).append(name)
+    found = dict(skipped)
+    for parameter, names in by_parameter.items():
+        weight = own_parameters(weight_of(modules, names[0])[0])[parameter.rpartition(".")[2]]
+        if weight is not None and len(weight) == len(names) and len({*map(found.get, names)}) == 1:
+            reason = found[names[0]]
+            found = {
+                (parameter if name == names[0] else name): text
+                for name, text in found.items()
+                if name == names[0] or name not in names
+            }
+            found[parameter] = reason
+    return found
+
+
 def _share(
     model: nn.Module, modules: Mapping[str, nn.Module], covered: Collection[LayerSpec]
 ) -> float:
     """Part of the model's parameters that layers cover."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    weights: dict[int, int] = {}
+    weights: dict[tuple[int, str], int] = {}
     for spec in covered:
         module, attribute = weight_of(modules, spec.name)
         weight = own_parameters(module).get(attribute)
-        weights[id(module) if weight is None else id(weight)] = spec.outputs * spec.inputs
+        key = (id(module), "") if weight is None else _key(weight, spec.name)
+        weights[key] = spec.outputs * spec.inputs
     return sum(weights.values()) / max(total, 1)
 
 
@@ -312,6 +409,9 @@ def _specify(name: str, module: nn.Module, joint: bool) -> tuple[list[LayerSpec]
             [] if type(module).__module__.startswith("torch.") else _matrices(name, module, joint)
         )
         return [_of_module(name, module, joint), *(s for s in more if s.name != name)], None
+    reason = _without_products(module)
+    if reason is not None:
+        return [], reason
     if type(module).__module__.startswith("torch.nn."):
         return [], (
             f"is a {type(module).__name__}; supported are Linear, Conv1d and Conv2d, and the "
@@ -322,18 +422,66 @@ def _specify(name: str, module: nn.Module, joint: bool) -> tuple[list[LayerSpec]
         return specs, None
     if any(p is not None and p.is_complex() for p in own_parameters(module).values()):
         return [], "has complex weights, in which a loss has no Hessian of this form"
+    shapes = {
+        name: list(parameter.shape)
+        for name, parameter in own_parameters(module).items()
+        if parameter is not None
+    }
+    if shapes and all(len(shape) < 2 for shape in shapes.values()):
+        return [], (
+            f"is a {type(module).__name__}, whose own parameters are vectors "
+            f"({', '.join(shapes)}): they multiply no inputs as a matrix does"
+        )
+    if shapes:
+        text = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        return [], (
+            f"is a {type(module).__name__}, which holds no matrix but {text}; supported are "
+            "Linear, Conv1d and Conv2d, and modules that multiply with a matrix of their own"
+        )
     return [], (
         f"is a {type(module).__name__}; supported are Linear, Conv1d and Conv2d, and modules that "
         "multiply with a matrix of their own"
     )
 
 
+def _without_products(module: nn.Module) -> str | None:
+    """Why modules that look rows up, or scale entries, have no Kronecker factors."""
+    kind = type(module).__name__
+    if isinstance(module, _EMBEDDINGS):
+        return (
+            f"is {'an' if kind[0] in 'AEIOU' else 'a'} {kind}: it looks rows of its weight up, "
+            "which is no product of the weight and an input"
+        )
+    if isinstance(module, _NORMS):
+        return (
+            f"is a {kind}: its weight scales entries one by one, so its block is no Kronecker "
+            "product"
+        )
+    return None
+
+
 def _matrices(name: str, module: nn.Module, joint: bool) -> list[LayerSpec]:
     """The matrices that a module of another package holds."""
+    specs = []
+    for own, parameter in own_parameters(module).items():
+        if parameter is None or _unusable(parameter) is not None:
+            continue
+        if parameter.dim() == 2:
+            specs.append(_of_matrix(name, module, own, parameter, joint))
+        elif parameter.dim() == 3 and min(parameter.shape) > 1:
+            specs += _of_experts(name, module, own, parameter)
+    return specs
+
+
+def _of_experts(name: str, module: nn.Module, own: str, parameter: Tensor) -> list[LayerSpec]:
+    """The matrices of a parameter [E, m, d], or [E, d, m] where the module says so."""
+    transposed = getattr(module, "is_transposed", False) is True
+    first, second = parameter.shape[1:]
+    m, d = (second, first) if transposed else (first, second)
+    key = f"{name}.{own}" if name else own
     return [
-        _of_matrix(name, module, own, parameter, joint)
-        for own, parameter in own_parameters(module).items()
-        if parameter is not None and parameter.dim() == 2 and _unusable(parameter) is None
+        LayerSpec(f"{key}.{expert}", "linear", m, d, transposed=transposed, expert=expert)
+        for expert in range(len(parameter))
     ]
 
 

@@ -137,11 +137,12 @@ def masked_uses(
     if batch.mask is None or not len(outputs):
         return uses
     masks = LayerMasks(batch, specs, len(outputs), model, checks)
+    # Where padding could be among rows that a router has chosen, the layer has been left out.
     result = {
         name: [
             use if mask is None else replace(use, mask=mask)
             for use in layer
-            for mask in [masks.of(name, positions_of(specs[name], use))]
+            for mask in [None if use.routed else masks.of(name, positions_of(specs[name], use))]
         ]
         for name, layer in uses.items()
     }

@@ -55,7 +55,7 @@ class Settings:
         data, root, limit: see :func:`hesskern.zoo.data.load`.
         model: see :func:`hesskern.zoo.models.build`.
         checkpoints: files to load instead of training, one model each.
-        layers: names of the layers to look at; None for all.
+        layers: names or patterns of the layers to look at; None for all.
         top: eigenpairs per layer.
         seed, seeds: the models are trained from seeds ``seed`` ... ``seed + seeds - 1``.
         recipe: see :func:`hesskern.zoo.training.recipe_for`.
@@ -255,7 +255,7 @@ def _rehearse(settings: Settings, data: datasets.Dataset, test: datasets.Dataset
         # Of these weights and samples; the work has its own.
         warnings.simplefilter("ignore")
         factors = _factors(model, few, settings, reporter(False))
-        layer_hessians(model, few, loss, list(factors), settings.tolerance)
+        layer_hessians(model, few, loss, _with_hessians(factors), settings.tolerance)
     training.evaluate(model, replace(test, inputs=test.inputs[:_FEW], targets=test.targets[:_FEW]))
 
 
@@ -265,6 +265,11 @@ def _factors(model: nn.Module, batches: Any, settings: Settings, progress: Progr
     if not factors:
         raise ValueError(f"model {settings.model!r} has no supported layer: {factors.skipped}")
     return factors
+
+
+def _with_hessians(factors: Factors) -> list[str]:
+    """The layers that have a Hessian, too: a weight that is also looked up has no block."""
+    return [name for name, f in factors.items() if f.tied_to is None]
 
 
 def _keep_common(
@@ -324,10 +329,13 @@ def _look_at(
         factors = _factors(model, batches, settings, clock)
     with clock.step("exact layer-wise Hessians"):
         hessians = layer_hessians(
-            model, batches, loss, list(factors), settings.tolerance, progress=clock
+            model, batches, loss, _with_hessians(factors), settings.tolerance, progress=clock
         )
     entries, spectra, skipped = {}, {}, dict(factors.skipped)
     for name, layer_factors in factors.items():
+        if layer_factors.tied_to is not None:
+            skipped[name] = f"shares its weight with {layer_factors.tied_to!r}, which looks rows up"
+            continue
         if not hessians[name].trace() > 0:
             # Behind dead units: nothing relative to it is defined, and no reason to give up.
             skipped[name] = "has no curvature at these weights: its Hessian is zero"

@@ -31,6 +31,7 @@ __all__ = [
     "logits_of",
     "root_loss",
     "sample_losses",
+    "without_torchvision",
 ]
 
 _IGNORED = -100
@@ -88,7 +89,7 @@ def _sizes(settings: Settings) -> _Sizes:
 
 
 @contextmanager
-def _transformers() -> Iterator[Any]:
+def without_torchvision() -> Iterator[Any]:
     """transformers, while torchvision counts as missing.
 
     Its builds for PyPI's torch break the import of transformers beside one for the CPU.
@@ -111,7 +112,7 @@ _SPECIAL: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id"
 def gpt2(settings: Settings, padded: bool = False) -> TextCase:
     """GPT2LMHeadModel: 4 layers, 256 wide; with padding, about half of the tokens are none."""
     sizes = _sizes(settings)
-    with _transformers() as library:
+    with without_torchvision() as library:
         config = library.GPT2Config(
             n_layer=sizes.layers,
             n_embd=sizes.width,
@@ -126,7 +127,7 @@ def gpt2(settings: Settings, padded: bool = False) -> TextCase:
 def llama(settings: Settings, padded: bool = False) -> TextCase:
     """LlamaForCausalLM: 4 layers, 256 wide, grouped queries."""
     sizes = _sizes(settings)
-    with _transformers() as library:
+    with without_torchvision() as library:
         config = library.LlamaConfig(
             num_hidden_layers=sizes.layers,
             hidden_size=sizes.width,

@@ -1,14 +1,13 @@
 """Other packages on a language model. All imports are inside.
 
-They know nn.Linear and not Conv1D, so they get a copy of the model with the one for the other, and
-the same 4 layers of every block as hesskern; what a package needs besides stands at its function.
-Each returns factors in hesskern's normalization: A = 1/N sum_n sum_t x x^T, and E[M] the mean over
+All but bergson know nn.Linear and not Conv1D, so they get a copy of the model with the one for the
+other. All take the same 4 layers of every block as hesskern; what a package needs besides stands at
+its function. Each returns factors in hesskern's normalization: A = 1/N sum_n sum_t x x^T, and E[M] the mean over
 all positions of g g^T, g the gradients of :func:`hesskern.apps.bench.language.root_loss`.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -114,10 +113,7 @@ def _kronfluence(case: TextCase, drawn: bool) -> Call:
             logits = language.logits_of(model, batch)
             labels = batch["labels"]
             if sample:
-                with torch.no_grad():
-                    odds = logits.softmax(-1).flatten(0, 1)
-                    found = torch.multinomial(odds, 1).view_as(labels).roll(1, 1)
-                labels = torch.where(labels == -100, labels, found)
+                labels = _drawn(logits, labels)
             return language.root_loss(logits, labels)
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
@@ -156,7 +152,6 @@ def _kronfluence(case: TextCase, drawn: bool) -> Call:
 
 def _asdl(case: TextCase, drawn: bool) -> Call:
     """Logits flattened; it takes each token for a sample, and the sum of their losses."""
-    sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
     from asdl import (
         FISHER_EMP,
         FISHER_MC,
@@ -197,8 +192,50 @@ def _asdl(case: TextCase, drawn: bool) -> Call:
     return call
 
 
+def _bergson(case: TextCase, drawn: bool) -> Call:
+    """Native, as it knows Conv1D; the collector of its K-FAC, without its files.
+
+    It is told all positions that are no padding; by itself it leaves out each sample's last one.
+    """
+    with language.without_torchvision():
+        from bergson.hessians.kfac import CovarianceCollector
+    names = set(language.layers(case.model))
+
+    def call() -> Pairs:
+        collector = CovarianceCollector(
+            model=case.model, target_modules=names, dtype=torch.float32, path=""
+        )
+        with collector:
+            for batch in case.batches:
+                collector.with_batch(batch["attention_mask"].bool())
+                logits = language.logits_of(case.model, batch)
+                labels = batch["labels"]
+                if drawn:
+                    labels = _drawn(logits, labels)
+                language.root_loss(logits, labels).backward()
+                case.model.zero_grad()
+        return {
+            name: (
+                collector.S_cov_dict[name] / case.tokens,
+                collector.A_cov_dict[name] / case.samples,
+            )
+            for name in names
+        }
+
+    return call
+
+
+def _drawn(logits: Tensor, labels: Tensor) -> Tensor:
+    """Labels drawn from the logits where there are some."""
+    with torch.no_grad():
+        odds = logits.softmax(-1).flatten(0, 1)
+        found = torch.multinomial(odds, 1).view_as(labels).roll(1, 1)
+    return torch.where(labels == -100, labels, found)
+
+
 PEERS = (
     Peer("curvlinops KFAC", "curvlinops-for-pytorch", "curvlinops", _curvlinops),
     Peer("kronfluence", "kronfluence", "kronfluence.factor.covariance", _kronfluence, padding=True),
+    Peer("bergson", "bergson", "bergson.hessians.kfac", _bergson, padding=True),
     Peer("asdl", "asdfghjkl", "asdl", _asdl),
 )

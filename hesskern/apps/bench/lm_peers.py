@@ -3,7 +3,8 @@
 All but bergson know nn.Linear and not Conv1D, so they get a copy of the model with the one for the
 other. All take the same 4 layers of every block as hesskern; what a package needs besides stands at
 its function. Each returns factors in hesskern's normalization: A = 1/N sum_n sum_t x x^T, and E[M]
-the mean over all positions of g g^T, g the gradients of :func:`hesskern.apps.bench.language.root_loss`.
+the mean over all positions of g g^T, g the gradients of
+:func:`hesskern.apps.bench.language.root_loss`.
 """
 
 from __future__ import annotations

@@ -15,30 +15,87 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Its builds for PyPI's torch break the import of transformers beside one for the CPU.
+sys.modules.setdefault("torchvision", None)  # type: ignore[arg-type]
 
-import torch
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
 
-import hesskern as hk
-from hesskern.apps.bench import language
-from hesskern.apps.bench.language import TextCase
-from hesskern.apps.bench.settings import Settings
+import hesskern as hk  # noqa: E402
 
+TOKENS, SAMPLES, BATCH, VOCABULARY = 128, 64, 8, 2000
 TARGETS = {"GPT-2": 1.55, "Llama": 1.45}
 
 
-def measure(case: TextCase, rounds: int) -> dict[str, Any]:
+def models() -> dict[str, nn.Module]:
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    gpt2 = GPT2Config(
+        n_layer=4, n_embd=256, n_head=4, vocab_size=VOCABULARY, n_positions=TOKENS, **special
+    )
+    llama = LlamaConfig(
+        num_hidden_layers=4,
+        hidden_size=256,
+        intermediate_size=688,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=TOKENS,
+        **special,
+    )
+    torch.manual_seed(0)
+    return {"GPT-2": GPT2LMHeadModel(gpt2).eval(), "Llama": LlamaForCausalLM(llama).eval()}
+
+
+def forward(model: nn.Module, data: list[dict[str, Tensor]]) -> None:
+    with torch.no_grad():
+        for batch in data:
+            model(**batch)
+
+
+def hooks_and_addmm(model: nn.Module, data: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """[d, d] sums of X^T X by layer; of layers that share one input only the first has its sum."""
+    sums: dict[str, Tensor] = {}
+    last: list[Any] = [None, None]
+
+    def hook(name: str) -> Callable[..., None]:
+        def add(module: nn.Module, args: Any, result: Any) -> None:
+            x = args[0]
+            if x is last[0] and name != last[1]:
+                return
+            last[:] = x, name
+            rows = x.reshape(-1, x.shape[-1])
+            if name not in sums:
+                sums[name] = rows.new_zeros(rows.shape[1], rows.shape[1])
+            sums[name].addmm_(rows.T, rows)
+
+        return add
+
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    ]
+    forward(model, data)
+    for handle in handles:
+        handle.remove()
+    return sums
+
+
+def measure(model: nn.Module, data: list[dict[str, Tensor]], rounds: int) -> dict[str, Any]:
     calls = {
-        "forward": lambda: language.forward(case),
-        "hesskern": lambda: hk.input_covariances(case.model, case.batches),
-        "hooks and addmm": lambda: language.hooked_inputs(case),
+        "forward": lambda: forward(model, data),
+        "hesskern": lambda: hk.input_covariances(model, data),
+        "hooks and addmm": lambda: hooks_and_addmm(model, data),
     }
     ours, theirs = calls["hesskern"](), calls["hooks and addmm"]()
     difference = max(
-        float((ours[n].input_covariance - s / case.samples).norm() / (s / case.samples).norm())
+        float((ours[n].input_covariance - s / SAMPLES).norm() / (s / SAMPLES).norm())
         for n, s in theirs.items()
     )
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -72,8 +129,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    cases = {"GPT-2": language.gpt2(Settings()), "Llama": language.llama(Settings())}
-    results = {name: measure(case, arguments.rounds) for name, case in cases.items()}
+    tokens = torch.randint(VOCABULARY, (SAMPLES, TOKENS))
+    data = [{"input_ids": part} for part in tokens.split(BATCH)]
+    results = {name: measure(m, data, arguments.rounds) for name, m in models().items()}
     print(f"torch {torch.__version__}, {arguments.threads} threads, {arguments.rounds} rounds")
     print("| model | contender | forward passes | of the least times | processor time | least |")
     print("|---|---|---|---|---|---|")

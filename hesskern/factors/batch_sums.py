@@ -44,11 +44,19 @@ class BatchSums:
         Raises:
             ValueError: NaN or Inf on the host.
         """
-        found = memory.zeros({name: _layout(self.specs[name], roots.uses[name]) for name in names})
+        layouts = {name: _layout(self.specs[name], roots.uses[name]) for name in names}
+        found: BatchSum | None = None
+        for name, rows in self._output_rows(roots, names):
+            # Not before the first rows are there: on their way backwards the model's activations
+            # are given back, whose memory the sums then take.
+            found = memory.zeros(layouts) if found is None else found
+            ops.output_hessian_(found.layers[name].outputs, rows)
+        found = memory.zeros(layouts) if found is None else found
         found.counts += self._counted(roots, names)
         for name, sums in found.layers.items():
             self._add_inputs(self.specs[name], roots, sums)
-        self._add_outputs(roots, found.layers)
+        for name, sums in found.layers.items():
+            roots.check_sums(name, sums.inputs, sums.outputs)
         return found
 
     def _counted(self, roots: BatchRoots, names: list[str]) -> list[Counted]:
@@ -100,72 +108,72 @@ class BatchSums:
             if spec.joint:
                 sums.column += unfolded(spec, image).sum(1)
 
-    def _add_outputs(self, roots: BatchRoots, fresh: dict[str, LayerSums]) -> None:
-        """Adds the batch's output Hessians, some samples or a few root rows at a time."""
+    def _output_rows(self, roots: BatchRoots, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """Rows to be added to layers' output Hessians, as ``ops.output_hessian_`` takes them.
+
+        Some samples or a few root rows at a time; whoever takes them lets go of them at once.
+        """
         blocks = roots.blocks(self.memory_budget)
         if blocks is None:
-            self._add_rows(roots, fresh)
-        else:
-            self._add_blocks(roots, blocks, fresh)
-        for name, sums in fresh.items():
-            roots.check_sums(name, sums.inputs, sums.outputs)
+            return self._single_rows(roots, names)
+        return self._block_rows(roots, blocks, names)
 
-    def _add_blocks(
+    def _block_rows(
         self,
         roots: BatchRoots,
         blocks: Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]],
-        fresh: dict[str, LayerSums],
-    ) -> None:
+        names: list[str],
+    ) -> Iterator[tuple[str, Tensor]]:
         for samples, _, gradients in blocks:
-            for name, sums in fresh.items():
+            for name in names:
                 m = self.specs[name].outputs
                 for use, grad in zip(roots.uses[name], gradients[name], strict=True):
                     if grad is None:
                         continue
                     if use.mask is not None:
-                        rows = _data_gradients(use, grad, samples)[None]
+                        yield name, _data_gradients(use, grad, samples)[None]
                     elif self.specs[name].kind == "linear":
-                        rows = grad.reshape(1, -1, m)
+                        yield name, grad.reshape(1, -1, m)
                     elif grad.stride(2) == 1:
-                        rows = grad.movedim((1, 2), (-2, -1)).reshape(1, -1, m)
+                        yield name, grad.movedim((1, 2), (-2, -1)).reshape(1, -1, m)
                     else:
-                        rows = grad.flatten(3)
-                    ops.output_hessian_(sums.outputs, rows)
+                        yield name, grad.flatten(3)
 
-    def _add_rows(self, roots: BatchRoots, fresh: dict[str, LayerSums]) -> None:
-        kept: dict[str, list[Tensor]] = {name: [] for name in fresh}
+    def _single_rows(self, roots: BatchRoots, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        kept: dict[str, list[Tensor]] = {name: [] for name in names}
         held = 0
         for grads in roots.gradients():
-            for name in fresh:
+            for name in names:
                 for use, grad in zip(roots.uses[name], grads[name], strict=True):
                     if grad is not None:
                         if use.mask is not None:
                             grad = _data_gradients(use, grad.unsqueeze(1))
                         kept[name].append(grad)
                         held += grad.numel() * grad.element_size()
+            # From now on they are held by what is kept alone.
+            grads.clear()
             # What is joined at a time is held twice.
             if held > self.memory_budget - self._joined:
-                self._flush(kept, fresh)
+                yield from self._joined_rows(kept)
                 held = 0
-        self._flush(kept, fresh)
+        yield from self._joined_rows(kept)
 
-    def _flush(self, kept: dict[str, list[Tensor]], fresh: dict[str, LayerSums]) -> None:
+    def _joined_rows(self, kept: dict[str, list[Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """All gradients kept so far, small ones together; nothing is kept any more behind it."""
         for name, grads in kept.items():
-            spec, target = self.specs[name], fresh[name].outputs
+            spec = self.specs[name]
             if spec.kind == "linear" and grads:
                 small = grads[0].numel() // spec.outputs < _MANY
                 step = max(1, self._joined // max(1, grads[0].nbytes)) if small else 1
                 for begin in range(0, len(grads), step):
                     # Samples, rows and positions are all rows of one matrix [., m].
                     part = [g.reshape(1, -1, spec.outputs) for g in grads[begin : begin + step]]
-                    block = part[0] if len(part) == 1 else torch.cat(part, 1)
-                    ops.output_hessian_(target, block)
+                    yield name, part[0] if len(part) == 1 else torch.cat(part, 1)
             else:
                 for grad in grads:
                     # Of masked convolutions there are rows [R, m] already.
                     flat = grad.dim() == 2
-                    rows_t = grad[None] if flat else positions_last(spec, grad).unsqueeze(1)
-                    ops.output_hessian_(target, rows_t)
+                    yield name, grad[None] if flat else positions_last(spec, grad).unsqueeze(1)
             grads.clear()
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hesskern.devices import on_host
 from hesskern.graph.nodes import product
 from hesskern.ops import foreach
 
@@ -23,6 +24,11 @@ __all__ = [
     "bordered",
     "scale_sums",
 ]
+
+# Sums of more bytes than this are given back to the host between batches: the model takes them.
+_LARGE = 2**24
+# A layer's sums of more bytes than this have a piece of their own there.
+_APART = 2**18
 
 # Elements between which sums begin: 256 bytes of float32, as an allocator would align them.
 _ALIGNED = 64
@@ -112,6 +118,14 @@ class Layout:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return (self.inputs, self.outputs, self.column, *self.images)
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * sum(map(product, self.shapes))
+
 
 class Counted(NamedTuple):
     """A number that positions are counted in.
@@ -166,43 +180,54 @@ class BatchSum:
 
 
 class SumMemory:
-    """Memory for the sums of one batch after the other."""
+    """Memory for the sums of one batch after the other.
+
+    On a host large sums are let go of between batches, and those of every layer lie by themselves
+    from the second batch on: the next batch's activations take their place, and give it back when
+    rows have gone backwards. The first ones stay as the running sums, in one piece, so that they
+    leave no holes.
+    """
 
     def __init__(self) -> None:
         self._layouts: dict[str, Layout] = {}
         self._sum: BatchSum | None = None
+        self._begun = False
 
     def zeros(self, layouts: dict[str, Layout]) -> BatchSum:
         """Sums of no samples, in the memory of those before, which must not be needed any more."""
         if self._sum is None or layouts != self._layouts:
             # The ones before are let go first.
             self._sum = None
-            self._sum, self._layouts = _zeros(layouts), dict(layouts)
+            self._sum, self._layouts = _zeros(layouts, self._begun), dict(layouts)
+            self._begun = True
         else:
             for piece in self._sum.pieces:
                 piece.zero_()
+        found = self._sum
         layers = {
             name: LayerSums(s.inputs, s.outputs, s.column, list(s.images or ()))
-            for name, s in self._sum.layers.items()
+            for name, s in found.layers.items()
         }
-        return BatchSum(layers, list(self._sum.pieces))
+        if sum(piece.nbytes for piece in found.pieces) > _LARGE and all(map(on_host, found.pieces)):
+            self._sum = None
+        return BatchSum(layers, list(found.pieces))
 
     def let_go(self) -> None:
         """Leaves the memory to whoever holds the sums."""
         self._sum = None
 
 
-def _zeros(layouts: dict[str, Layout]) -> BatchSum:
-    groups: dict[tuple[torch.dtype, torch.device], list[str]] = {}
+def _zeros(layouts: dict[str, Layout], scattered: bool) -> BatchSum:
+    scattered = scattered and sum(layout.nbytes for layout in layouts.values()) > _LARGE
+    groups: dict[tuple[torch.dtype, torch.device, str], list[str]] = {}
     for name, layout in layouts.items():
-        groups.setdefault((layout.dtype, layout.device), []).append(name)
+        # One piece needs one fill; on a host only smaller ones find room between others.
+        large = scattered and layout.device.type == "cpu" and layout.nbytes > _APART
+        apart = name if large else ""
+        groups.setdefault((layout.dtype, layout.device, apart), []).append(name)
     pieces, found = [], {}
-    for (dtype, device), names in groups.items():
-        shapes = [
-            shape
-            for layout in (layouts[name] for name in names)
-            for shape in (layout.inputs, layout.outputs, layout.column, *layout.images)
-        ]
+    for (dtype, device, _), names in groups.items():
+        shapes = [shape for name in names for shape in layouts[name].shapes]
         room = [-(-product(shape) // _ALIGNED) * _ALIGNED for shape in shapes]
         piece = torch.zeros(sum(room), dtype=dtype, device=device)
         pieces.append(piece)

@@ -226,9 +226,9 @@ class _TokenLoss(_TransformersLoss):
         labelled = targets != _IGNORED
         if self.weighs:
             return labelled.sum(1)
-        if on_host(labelled) and bool(labelled.all()):
-            return None
-        return labelled.any(1)
+        counted = labelled.any(1)
+        # A mask of ones alone would have every input multiplied by it.
+        return None if on_host(counted) and bool(counted.all()) else counted
 
     def _terms(self, outputs: Tensor, targets: Any) -> Tensor | None:
         return self._labelled(targets)

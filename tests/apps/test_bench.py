@@ -16,6 +16,7 @@ from rich.console import Console
 
 from hesskern.apps.bench import cases, command, memory, report, runner, suites
 from hesskern.apps.bench.contenders import Contender, Problem, relative_difference
+from hesskern.apps.bench.machine import installed_version
 from hesskern.apps.bench.results import Group, Row, quartiles
 from hesskern.apps.bench.settings import Settings
 from hesskern.apps.bench.suites import SUITES, Suite, sum_over
@@ -307,6 +308,13 @@ def test_command_names_the_suites_it_knows() -> None:
     [
         ("factors", "mlp-exact"),
         ("factors", "mlp-mc"),
+        ("lm", "mc"),
+        ("lm", "mc-padded"),
+        ("lm", "empirical"),
+        ("lm", "empirical-padded"),
+        ("lm", "inputs"),
+        ("lm", "inputs-padded"),
+        ("lm", "inputs-llama"),
         ("kron", "mlp"),
         ("kron", "eigenbasis"),
         ("kron", "small-layers"),
@@ -317,6 +325,9 @@ def test_command_names_the_suites_it_knows() -> None:
     ],
 )
 def test_contenders_agree_on_small_data(suite: str, key: str) -> None:
+    needed = SUITES[suite].needs
+    if needed is not None and installed_version(needed) is None:
+        pytest.skip(f"{needed} is not installed")
     settings = replace(_QUIET, repeats=1)
     group = runner.run_problem(suites.find_problem(suite, key), settings, _silent)
     assert not [(row.name, row.difference, row.limit) for row in group.rows if row.disagrees]

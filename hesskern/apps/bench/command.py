@@ -14,7 +14,7 @@ from rich.console import Console
 
 from hesskern.apps.bench import report
 from hesskern.apps.bench.cases import train_f200
-from hesskern.apps.bench.machine import facts
+from hesskern.apps.bench.machine import facts, installed_version
 from hesskern.apps.bench.results import Group
 from hesskern.apps.bench.runner import run_problem
 from hesskern.apps.bench.settings import Settings
@@ -138,6 +138,9 @@ def run_suites(
             settings = replace(settings, checkpoint=path)
         for name in names:
             suite = SUITES[name]
+            if suite.needs is not None and installed_version(suite.needs) is None:
+                console.print(f"\n{name}: left out, {suite.needs} is not installed")
+                continue
             found = []
             for problem in suite.problems():
                 found.append(run_problem(problem, settings, progress))

@@ -15,7 +15,16 @@ from hesskern.version import __version__
 
 __all__ = ["PEERS", "facts", "installed_version"]
 
-PEERS = ("curvlinops-for-pytorch", "backpack-for-pytorch", "hessian-eigenthings", "pyhessian")
+PEERS = (
+    "curvlinops-for-pytorch",
+    "backpack-for-pytorch",
+    "hessian-eigenthings",
+    "pyhessian",
+    "transformers",
+    "kronfluence",
+    "bergson",
+    "asdfghjkl",
+)
 
 
 def installed_version(package: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hesskern.apps.bench import eigen, factors, kernels, kron, matvec
+from hesskern.apps.bench import eigen, factors, kernels, kron, lm, matvec
 from hesskern.apps.bench.contenders import Problem
 from hesskern.apps.bench.results import Group, Row, quartiles
 
@@ -21,12 +21,14 @@ class Suite:
         problems: makes the list; nothing is computed before a problem is run.
         trained: whether its problems need the trained F-200^2.
         summed: title of a group that sums the medians over the problems; None: no such group.
+        needs: distribution without which there is nothing to run; None: none.
     """
 
     title: str
     problems: Callable[[], list[Problem]]
     trained: bool = False
     summed: str | None = None
+    needs: str | None = None
 
 
 SUITES: dict[str, Suite] = {
@@ -42,6 +44,9 @@ SUITES: dict[str, Suite] = {
         eigen.problems,
         trained=True,
         summed="leading eigenpairs of every layer",
+    ),
+    "lm": Suite(
+        "factors and input covariances of a native GPT-2", lm.problems, needs="transformers"
     ),
     "kron": Suite("products with Kronecker factors", kron.problems),
     "kernels": Suite("single operators against torch", kernels.problems),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["on_host", "usable_device"]
+__all__ = ["on_host", "sent", "usable_device"]
 
 
 def usable_device(name: str | torch.device) -> torch.device:
@@ -24,3 +24,11 @@ def usable_device(name: str | torch.device) -> torch.device:
 def on_host(tensor: Tensor) -> bool:
     """Whether the tensor's values can be looked at without waiting for a device."""
     return tensor.device.type == "cpu"
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, without waiting for one; to the host values come before it returns.
+
+    A copy to the host that does not wait gives memory that the device has yet to write.
+    """
+    return tensor.to(device, non_blocking=device.type != "cpu")

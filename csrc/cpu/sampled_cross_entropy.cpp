@@ -28,7 +28,8 @@ void write_row(const T* p, int64_t p_stride, Out* out, int64_t out_stride, int64
     for (int64_t i = 0; i < 4; ++i) parts[i] += p[(k + i) * p_stride];
   }
   for (; k < c; ++k) parts[0] += p[k * p_stride];
-  const double threshold = uniform * ((parts[0] + parts[1]) + (parts[2] + parts[3]));
+  const double total = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+  const double threshold = uniform * total;
   // Where rounding or NaN leaves no class: the last one with a probability.
   int64_t chosen = -1, last = 0;
   double up_to = 0;
@@ -40,7 +41,8 @@ void write_row(const T* p, int64_t p_stride, Out* out, int64_t out_stride, int64
   }
   if (chosen < 0) chosen = last;
   for (k = 0; k < c; ++k) out[k * out_stride] = static_cast<Out>(p[k * p_stride] * scale);
-  out[chosen * out_stride] = static_cast<Out>((p[chosen * p_stride] - 1) * scale);
+  // Not 1: where one class is nearly certain, its p - 1 has no digits left in T.
+  out[chosen * out_stride] = static_cast<Out>(static_cast<T>((p[chosen * p_stride] - total) * scale));
 }
 
 // logits [N, c] or [N, c, t], uniform [N t], targets [N] or [N, t], terms [N]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.choices import Bias
+from hesskern.devices import sent
 from hesskern.graph.evidence import Evidence
 from hesskern.operators.base import CurvatureOperator
 from hesskern.operators.samples import SampleRows, added_bytes, layer_rows
@@ -325,5 +326,5 @@ def _add_inputs(sums: dict[str, Tensor], spec: LayerSpec, roots: BatchRoots) -> 
     total = x.sum(0) if roots.weight_root is None else roots.weight_root.square().to(x) @ x
     if spec.joint:
         count = torch.as_tensor(roots.count, dtype=torch.float64)
-        total = torch.cat([total, count.to(total, non_blocking=True).reshape(1)])
+        total = torch.cat([total, sent(count, total.device).to(total.dtype).reshape(1)])
     sums[spec.name] = sums[spec.name] + total if spec.name in sums else total

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hesskern.devices import sent
 from hesskern.passes.checks import as_weights, check_dense
 from hesskern.progress import Progress
 
@@ -195,9 +196,7 @@ def _length(data: Iterable[Any]) -> int | None:
 
 def _move(value: Any, device: torch.device) -> Any:
     # To the host without waiting, values would be read before they arrive.
-    return _mapped(
-        _usable(value), lambda tensor: tensor.to(device, non_blocking=device.type == "cuda")
-    )
+    return _mapped(_usable(value), lambda tensor: sent(tensor, device))
 
 
 def _nearby(value: Any, device: torch.device) -> Any:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.devices import on_host
+from hesskern.devices import on_host, sent
 from hesskern.passes.batches import Parts, pair
 from hesskern.passes.checks import Checks, check_dense
 from hesskern.passes.forward_pass import run_model
@@ -468,9 +468,9 @@ class _CrossEntropy(Loss):
 
     def _classes(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Class indices of which none stops a device for good; the checks report them."""
-        if on_host(targets):
-            return targets
         labels = targets.long()
+        if on_host(targets):
+            return labels
         inside = labels.clamp(0, max(outputs.shape[1] - 1, 0))
         return labels.where(labels == self.ignore_index, inside)
 
@@ -591,9 +591,9 @@ class _BinaryCrossEntropy(_Elementwise):
     ) -> Tensor:
         p = outputs.sigmoid()
         uniform = torch.rand(p.shape, generator=generator, dtype=p.dtype)
-        drawn = uniform.to(p.device, non_blocking=True) < p
-        # A difference of numbers and flags is refused, their sum is not.
-        return torch.add(p, drawn, alpha=-1).mul_(scale)
+        drawn = sent(uniform, p.device) < p
+        # Not p - 1, which has no digits left where p is nearly 1.
+        return torch.where(drawn, (-outputs).sigmoid().neg_(), p).mul_(scale)
 
     def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
         losses = _per_sample(

@@ -2,8 +2,8 @@
 
 A masked position counts nowhere: neither its input nor its gradient is looked at, whatever they
 hold. A mask speaks of a linear call whose samples have T rows each, and of a convolution over
-sequences with T columns. What has one row per sample, or a number of rows that T does not divide,
-is not the mask's.
+sequences with T columns. What has one row per sample, and images, are not the mask's; a layer with
+another number of positions is refused, since which of them are data is then for the caller to say.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from hesskern.passes.position_mask import PositionMask
 __all__ = ["LayerMasks", "checked_mask", "masked_uses"]
 
 # Of an encoder-decoder model, the layers of the decoder that read the encoder's positions.
-_CROSS = re.compile(r"(^|\.)(EncDecAttention|encoder_attn|crossattention|cross_attn)(\.|$)")
-_READS = frozenset("k v k_proj v_proj key value".split())
+_CROSS = re.compile(
+    r"(^|\.)(EncDecAttention|encoder_attn|crossattention|cross_attention|cross_attn)(\.|$)"
+)
+_READS = frozenset("k v k_proj v_proj key value key_proj value_proj".split())
 
 
 def checked_mask(position_mask: Any) -> Callable[[Any], Any] | None:
@@ -86,8 +88,8 @@ class LayerMasks:
 
         Raises:
             TypeError: a mask is not a tensor, or of complex numbers.
-            ValueError: it holds other values than 0 and 1 or 0 alone; the layer has several times T
-                positions, so that it cannot be told which is which.
+            ValueError: it holds other values than 0 and 1 or 0 alone; the layer has another number
+                of positions, so that it cannot be told which of them are data.
         """
         keep = self._choose(name)
         if keep is None:
@@ -104,7 +106,9 @@ class LayerMasks:
             return self._made[id(keep)]
         if count > 1:
             self._others[name] = count
-            _refuse(spec, count, keep.shape[1], self._named, self._about)
+            # With all positions data there is nothing to tell apart, whatever the layer's are.
+            if self._named or self._made[id(keep)] is not None:
+                _refuse(spec, count, keep.shape[1], self._named, self._about)
         return None
 
     def settle(self) -> None:
@@ -151,17 +155,17 @@ def masked_uses(
 
 
 def _refuse(spec: LayerSpec, count: int, length: int, named: bool, about: str) -> None:
-    """Refuses a mask of so many positions where a layer's ``count`` rows may still be its own."""
+    """Refuses a mask of so many positions where a layer's ``count`` rows may be made of them."""
     if named:
         raise ValueError(
             f"position_mask: layer {spec.name!r} has {count} positions, {about} that is returned "
             f"for it has {length}; a pattern before it can say None"
         )
-    if spec.kind == "linear" and length > 1 and count % length == 0:
+    if len(spec.kernel_size) < 2:
         raise ValueError(
-            f"layer {spec.name!r} has {count} rows per sample, {count // length} times the "
-            f"{length} positions of {about}, and it cannot be told which rows are masked: let "
-            f"position_mask return a dict with its mask [N, {count}], or None, under its name"
+            f"layer {spec.name!r} has {count} positions per sample, {about} has {length}, and it "
+            "cannot be told which of the layer's are data: let position_mask return a dict with "
+            f"its mask [N, {count}], or None, under its name"
         )
 
 
@@ -227,7 +231,9 @@ def _by_side(
         parts = name.split(".")
         if _CROSS.search(name):
             return keep if parts[-1] in _READS else decoder
-        return keep if "encoder" in parts else decoder
+        # The first one: a decoder that is a BERT has an encoder of its own inside.
+        first = next((part for part in parts if part in ("encoder", "decoder")), "decoder")
+        return keep if first == "encoder" else decoder
 
     return side
 

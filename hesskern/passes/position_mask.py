@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hesskern.devices import on_host
+from hesskern.devices import on_host, sent
 
 __all__ = ["PositionMask"]
 
@@ -29,7 +29,7 @@ class PositionMask:
 
     def __init__(self, keep: Tensor, device: torch.device) -> None:
         self.host = keep if on_host(keep) else None
-        self._keep = {device: keep.to(device, non_blocking=True)}
+        self._keep = {device: sent(keep, device)}
         self._drop: dict[torch.device, Tensor] = {}
         self._rows: dict[tuple[int, int, int, torch.device], Tensor] = {}
         self._compact: dict[torch.device, tuple[Tensor, Tensor | None]] = {}
@@ -42,7 +42,7 @@ class PositionMask:
         """[N, T] bool on a device."""
         if device not in self._keep:
             first = next(iter(self._keep.values()))
-            self._keep[device] = first.to(device, non_blocking=True)
+            self._keep[device] = sent(first, device)
         return self._keep[device]
 
     def _dropped(self, values: Tensor, samples: slice) -> Tensor:
@@ -59,7 +59,7 @@ class PositionMask:
         if key not in self._rows:
             keep = self.host[samples].unsqueeze(1).expand(-1, rows, -1)
             found = keep.flatten().nonzero()[:, 0]
-            self._rows[key] = found.to(device, non_blocking=True)
+            self._rows[key] = sent(found, device)
         return self._rows[key]
 
     def select(self, values: Tensor, samples: slice = slice(None)) -> Tensor:
@@ -117,8 +117,8 @@ class PositionMask:
             keep, order = keep[:, : self.width], order[:, : self.width]
             absent = None if bool(keep.all()) else ~keep.contiguous()
             self._compact[device] = (
-                order.contiguous().to(device, non_blocking=True),
-                None if absent is None else absent.to(device, non_blocking=True),
+                sent(order.contiguous(), device),
+                None if absent is None else sent(absent, device),
             )
         order, absent = self._compact[device]
         index = shaped(order[samples])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hesskern.choices import Output, check_choice
-from hesskern.devices import on_host
+from hesskern.devices import on_host, sent
 from hesskern.ops.reference import unfold
 from hesskern.passes.batches import Batch
 from hesskern.passes.capture import Capture
@@ -147,18 +147,24 @@ def sample_weights(
     if weight is not None:
         weight = weight.to(dtype)
     counted = loss.counted(outputs, batch.given_targets)
-    if counted is not None and weight is None and on_host(counted) and bool(counted.all()):
+    if (
+        counted is not None
+        and not loss.weighs
+        and weight is None
+        and on_host(counted)
+        and bool(counted.all())
+    ):
         counted = None
     if counted is not None:
         mask = counted.to(dtype)
         if weight is not None and weight.device != mask.device:
-            weight, mask = (t.to(outputs.device, non_blocking=True) for t in (weight, mask))
+            weight, mask = (sent(t, outputs.device) for t in (weight, mask))
         weight = mask if weight is None else weight * mask
     if weight is None:
         return None, float(n)
     total = weight.sum(dtype=torch.float64)
     count = float(total) if on_host(total) else total
-    return weight.to(outputs.device, non_blocking=True), count
+    return sent(weight, outputs.device), count
 
 
 def _check_weight_type(weight: Tensor) -> None:
@@ -342,7 +348,7 @@ class BatchRoots:
         if key not in self._positions:
             counts = mask.counts
             if self.weight_root is not None:
-                counts = counts.to(self.outputs.device, non_blocking=True)
+                counts = sent(counts, self.outputs.device)
                 weight = self.weight_root.double()
                 counts = counts * (weight if self._masked else weight.square())
             total = counts.sum()
@@ -356,7 +362,7 @@ class BatchRoots:
             if use.mask is None:
                 total = total + positions_of(self._capture.specs[name], use)
             else:
-                total = total + use.mask.counts.to(use.x.device, non_blocking=True)
+                total = total + sent(use.mask.counts, use.x.device)
         return total if isinstance(total, int) else total[:, None, None]
 
     def _make_rows(

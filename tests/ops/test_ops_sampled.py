@@ -107,3 +107,12 @@ def test_nothing(shape: tuple[int, ...]) -> None:
 def test_logits_are_data() -> None:
     logits = random((4, 3), F32).requires_grad_()
     assert not ops.sampled_cross_entropy_gradient(logits, uniforms(4)).requires_grad
+
+
+@pytest.mark.parametrize("gap", [10.0, 16.0, 20.0])
+def test_a_class_that_is_nearly_certain_keeps_its_digits(gap: float) -> None:
+    """p - 1 has none in float32; the other classes' sum has."""
+    logits = torch.tensor([[gap, 0.0, 0.0]])
+    found = ops.sampled_cross_entropy_gradient(logits, torch.tensor([0.5]))
+    wide = ops.sampled_cross_entropy_gradient(logits.double(), torch.tensor([0.5]).double())
+    torch.testing.assert_close(found.double(), wide, rtol=1e-5, atol=0)

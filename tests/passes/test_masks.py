@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from tensors import relative_error
 from torch import Tensor, nn
 
 import hesskern as hk
+from hesskern.passes import masks
+from hesskern.passes.batches import Batch
 
 CE = nn.CrossEntropyLoss()
 SIDES = ("right", "left")
@@ -344,7 +347,9 @@ def test_several_rows_for_each_position_are_refused() -> None:
             return (self.head(self.split(x).flatten(2)) * mask.unsqueeze(2)).sum(1)
 
     batch, model = padded("right"), seeded(Heads())
-    with pytest.raises(ValueError, match=r"layer 'split' has 12 rows per sample, 2 times the 6"):
+    with pytest.raises(
+        ValueError, match=r"layer 'split' has 12 positions per sample, the mask .* has 6"
+    ):
         hk.kronecker_factors(model, [batch], CE, position_mask=mask_of)
 
     def by_name(inputs: Any) -> Any:
@@ -352,12 +357,61 @@ def test_several_rows_for_each_position_are_refused() -> None:
 
     found = hk.kronecker_factors(model, [batch], CE, position_mask=by_name)
     assert_same(found, hk.kronecker_factors(model, alone(batch), CE), 1e-12)
+    # Where all is data there is nothing to tell apart.
+    whole = (dict(batch[0], mask=torch.ones_like(batch[0]["mask"])), batch[1])
+    found = hk.kronecker_factors(model, [whole], CE, position_mask=mask_of)
+    assert_same(found, hk.kronecker_factors(model, [whole], CE), 1e-12)
+
+
+def test_fewer_positions_than_the_mask_has_are_refused() -> None:
+    """As where a convolution of some stride stands in front: which of them are data?"""
+
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 4), nn.Linear(8, 5)
+
+        def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+            x = torch.nn.functional.one_hot(ids % 8, 8).double() * mask.unsqueeze(2)
+            return self.down(self.up(x).unflatten(1, (3, 2)).flatten(2)).sum(1)
+
+    batch, model = padded("right"), seeded(Halved())
+    with pytest.raises(ValueError, match=r"layer 'down' has 3 positions per sample, .* has 6"):
+        hk.kronecker_factors(model, [batch], CE, position_mask=mask_of)
+    found = hk.kronecker_factors(model, [batch], CE, layers="up", position_mask=mask_of)
+    assert found["up"].positions < 6
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("encoder.block.0.layer.0.SelfAttention.q", "encoder"),
+        ("decoder.block.0.layer.1.EncDecAttention.k", "encoder"),
+        ("decoder.block.0.layer.1.EncDecAttention.q", "decoder"),
+        ("decoder.bert.encoder.layer.0.output.dense", "decoder"),
+        ("decoder.bert.encoder.layer.0.crossattention.self.value", "encoder"),
+        ("model.decoder.layers.0.cross_attention.k_proj", "encoder"),
+        ("model.decoder.layers.0.cross_attn.key_proj", "encoder"),
+        ("lm_head", "decoder"),
+    ],
+)
+def test_encoder_and_decoder_by_names(name: str, side: str) -> None:
+    model = nn.Linear(1, 1)
+    model.config = SimpleNamespace(is_encoder_decoder=True)  # type: ignore[assignment]
+    keep, decoder = torch.ones(2, 3), torch.ones(2, 5)
+    batch = Batch(0, {"decoder_attention_mask": decoder}, None, None, None, keep)
+    choose = masks._by_side(keep, batch, 2, model, "the mask of batch 0")
+    assert choose(name) is (keep if side == "encoder" else decoder)
 
 
 def bad_masks() -> dict[str, tuple[Any, type[Exception], str]]:
     mask = padded("right")[0]["mask"]
     return {
-        "another length": (mask[:, :5], ValueError, r"mask of batch 1 is \[4, 5\], but no layer"),
+        "another length": (
+            mask[:, :5],
+            ValueError,
+            r"layer '\w+' has 6 positions per sample, the mask of batch 1 has 5, and it cannot be",
+        ),
         "another batch": (mask[:3], ValueError, r"must be \[N, T\] with N = 4, got \[3, 6\]"),
         "three axes": (mask[:, None], ValueError, r"must be \[N, T\] .*got \[4, 1, 6\]"),
         "no tensor": (mask.tolist(), TypeError, r"must be a tensor \[N, T\], got list"),
@@ -383,8 +437,8 @@ def bad_masks() -> dict[str, tuple[Any, type[Exception], str]]:
 def test_bad_masks(case: str) -> None:
     bad, error, message = bad_masks()[case]
     batch, model = padded("right"), encoder()
-    masks = iter([batch[0]["mask"], bad])
-    stream = hk.FactorAccumulator(model, CE, position_mask=lambda inputs: next(masks))
+    given = iter([batch[0]["mask"], bad])
+    stream = hk.FactorAccumulator(model, CE, position_mask=lambda inputs: next(given))
     stream.update(*batch)
     before = stream.factors()
     with pytest.raises(error, match=message):

@@ -222,3 +222,24 @@ def test_random_rows_are_drawn_in_order(name: str) -> None:
     for index in (1, 0):
         with pytest.raises(RuntimeError, match="out of order"):
             rows.row(index)
+
+
+@pytest.mark.parametrize("gap", [12.0, 18.0, 25.0])
+def test_drawn_rows_of_confident_outputs_keep_their_digits(gap: float) -> None:
+    """In float32 p - 1 has none where p is nearly 1."""
+    loss = resolve_loss(nn.BCEWithLogitsLoss(reduction="sum"))
+    outputs = torch.full((64, 1), gap)
+
+    def rows(values: Tensor) -> Tensor:
+        return loss.sampled(values, torch.ones(64, 1), 1, torch.Generator().manual_seed(0)).row(0)
+
+    expected = rows(outputs.double())
+    assert bool((expected < 0).all())
+    torch.testing.assert_close(rows(outputs).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_empirical_rows_of_tokens_with_narrow_labels() -> None:
+    outputs, targets = randn(3, 5, 4), torch.tensor([[0, 1, 4, 2]] * 3)
+    loss = resolve_loss(nn.CrossEntropyLoss())
+    narrow = loss.empirical(outputs, targets.to(torch.uint8)).row(0)
+    assert torch.equal(narrow, loss.empirical(outputs, targets).row(0))

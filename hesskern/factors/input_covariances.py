@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.choices import Bias
-from hesskern.factors.input_rows import BatchRows, Held, Rows, out_of_order, sample_count
+from hesskern.factors.input_rows import BatchRows, Held, Rows, out_of_order
 from hesskern.factors.input_sums import InputSums, SharedSums
 from hesskern.factors.precision import precisions
 from hesskern.factors.result import read_spec
-from hesskern.passes.batches import Batch, batches
+from hesskern.passes.batches import Batch, batches, sample_count
 from hesskern.passes.checks import Checks
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.input_batches import inputs_alone
@@ -388,7 +388,10 @@ class _Pass:
                 unsure[name] = last
         if unsure:
             self.capture.unfit.update(out_of_order(self.capture, batch, unsure))
-            self._ordered.update(unsure)
+            # Of samples that are all alike, any order looks right: the next batch is looked at too.
+            self._ordered.update(
+                name for name, last in unsure.items() if all(bool(one.tells) for one in last)
+            )
 
     def _checked_squares(
         self, batch: Batch, groups: Mapping[Hashable, list[str]], taken: Mapping[Hashable, Rows]
@@ -450,8 +453,9 @@ def input_covariances(
 ) -> InputCovariances:
     """E[x x^T] of every layer's inputs, by forward passes alone: no loss, no targets, no backward.
 
-    The same as ``kronecker_factors(...)[name].input_covariance``, at the price of little more than
-    the model's forward pass: for GPTQ, SparseGPT, activation-aware scales, low-rank compression.
+    The same as ``kronecker_factors(...)[name].input_covariance`` (but for losses that leave out
+    samples without labels, or count tokens), at the price of little more than the model's forward
+    pass: for GPTQ, SparseGPT, activation-aware scales, low-rank compression.
     Inputs are seen by forward hooks. A layer whose weight anything else than its own module's
     forward() multiplies with (a function, ``nn.MultiheadAttention``, a module of another package
     with a forward() of its own) is left out, with the reason in ``.skipped``; that nothing does is
@@ -465,7 +469,8 @@ def input_covariances(
         data: iterable of batches: tensors, dicts (also those of ``transformers``), or tuples
             (inputs,), (inputs, targets), (inputs, targets, weight [N]), where inputs are a tensor,
             a tuple of arguments or a dict of them, and targets are ignored. The first axis of the
-            inputs' first tensor counts the samples. ``labels`` in a dict are left out, as they
+            inputs' first tensor counts the samples; in a dict, that of ``input_ids`` and other
+            usual names, or of the mask. ``labels`` in a dict are left out, as they
             would make the model compute a loss.
         layers: names from ``model.named_modules()`` or patterns such as ``"*.mlp.*"``, one or
             several; None for all that hooks can see.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,11 +20,81 @@ from hesskern.passes.masks import LayerMasks
 from hesskern.passes.position_mask import PositionMask
 from hesskern.passes.roots import accumulator_dtype
 
-__all__ = ["BatchRows", "Held", "Rows", "out_of_order", "sample_count"]
+__all__ = ["BatchRows", "Held", "LastSample", "Rows", "out_of_order"]
 
-# Relative to the largest entry, what a sample's inputs may differ by when it is run alone.
-_ALONE = {torch.float64: 1e-8, torch.float32: 1e-3}
-_ALONE_NARROW = 5e-2
+# Relative to a feature's largest entry, what a sample's inputs may differ by when it is run alone.
+# Of rows in another order some entry differs by about as much as the feature has.
+_ALONE = {torch.float64: 1e-7, torch.float32: 1e-2}
+_ALONE_NARROW = 0.2
+# Entries that are compared at once, so that comparing takes little memory.
+_AT_ONCE = 1 << 22
+
+
+class LastSample:
+    """The last sample's part of a call's input, to be compared with the sample run alone.
+
+    Args:
+        spec: of the layer.
+        x: its input.
+        samples: N.
+        keep: [T] bool, which of the sample's positions are data; None: all.
+
+    Attributes:
+        tells: 0-dim bool, whether rows in another order would show: the sample differs from each
+            other one, and from what it would be with positions before samples.
+    """
+
+    def __init__(self, spec: LayerSpec, x: Tensor, samples: int, keep: Tensor | None) -> None:
+        self._spec, self._windows = spec, keep is not None
+        self._shape = torch.Size([x.shape[0] // samples, *x.shape[1:]])
+        rows = self._by_sample(x, samples)
+        self._rows = rows[-1].clone()
+        self._keep = torch.ones_like(self._rows[:, 0], dtype=torch.bool) if keep is None else keep
+        self._limit = self._limits()
+        across = rows.reshape(-1, samples, rows.shape[2])[:, -1]
+        if keep is not None:
+            # Padding may be any values, and so is looked at only where the data alone do not tell
+            # (the last row of all, for one, is the same in both orders).
+            self._keep = keep | ~self._differs(across)
+            self._limit = self._limits()
+        some = max(1, _AT_ONCE // max(1, self._rows.numel()))
+        told = [self._differs(others).all() for others in rows[:-1].split(some)]
+        if len(self._rows) > 1:
+            told.append(self._differs(across))
+        self.tells = torch.stack(told).all()
+
+    def _by_sample(self, x: Tensor, samples: int) -> Tensor:
+        """[N, T, features], if rows come sample after sample."""
+        spec = self._spec
+        if spec.kind != "linear":
+            if self._windows:
+                x = unfold(x, spec.kernel_size, spec.stride, spec.padding, spec.dilation)
+            x = x.movedim(1, -1)
+        return x.reshape(samples, product(x.shape[:-1]) // samples, x.shape[-1])
+
+    def _limits(self) -> Tensor:
+        """[features] what entries may differ by."""
+        rows = self._rows.to(accumulator_dtype(self._rows.dtype))
+        counts = self._keep.unsqueeze(1) & rows.isfinite()
+        scale = torch.where(counts, rows.abs(), 0).amax(0)
+        # A feature that is next to nothing here differs by the rounding of what it came from. One
+        # large feature does not change the median; those that are zero would.
+        usual = scale.masked_fill(scale == 0, torch.nan).nanmedian().nan_to_num(0)
+        return _ALONE.get(self._rows.dtype, _ALONE_NARROW) * torch.maximum(scale, usual)
+
+    def _differs(self, rows: Tensor) -> Tensor:
+        """Whether rows [..., T, features] are others, by more than rounding, where it counts."""
+        dtype = accumulator_dtype(self._rows.dtype)
+        mine, rows = self._rows.to(dtype), rows.to(dtype)
+        near = (rows - mine).abs() <= self._limit
+        near |= (rows == mine) | (rows.isnan() & mine.isnan())
+        return (~near & self._keep.unsqueeze(1)).flatten(-2).any(-1)
+
+    def is_like(self, alone: Tensor) -> bool:
+        """Whether the layer's input in a run of the sample alone differs only by rounding."""
+        if alone.shape != self._shape or not alone.numel():
+            return alone.shape == self._shape
+        return not bool(self._differs(self._by_sample(alone, 1)[0]))
 
 
 @dataclass(frozen=True)
@@ -37,7 +106,7 @@ class Rows:
         column: [g d] weighted sum over samples and positions.
         squares: 0-dim, the sum of all squared entries: finite only if all sums will be.
         positions: weighted sum of positions per sample.
-        last: per call where it mattered which rows are whose, the last sample's input, if nothing
+        last: per call where it mattered which rows are whose, the last sample's part, if nothing
             else tells that rows come sample after sample.
     """
 
@@ -45,7 +114,7 @@ class Rows:
     column: Tensor
     squares: Tensor
     positions: float
-    last: list[Tensor]
+    last: list[LastSample]
 
     @staticmethod
     def joined(parts: Sequence[Rows]) -> Rows:
@@ -170,10 +239,11 @@ class BatchRows:
 
     def _rows(self, spec: LayerSpec, x: Tensor, count: int, mask: PositionMask | None) -> Rows:
         n, dtype, weight = self._samples, accumulator_dtype(x.dtype), self._weight
-        last: list[Tensor] = []
+        last: list[LastSample] = []
         whose = weight is not None or (self._masks.batch.mask is not None and count > 1)
         if whose and n > 1 and spec.name not in self._ordered:
-            last = [x[x.shape[0] - x.shape[0] // n :].clone()]
+            keep = None if mask is None else mask.on(x.device)[-1]
+            last = [LastSample(spec, x, n, keep)] if x.numel() else []
         if mask is not None and spec.kind != "linear":
             # Windows of masked positions cannot be taken out of an image.
             x = unfold(x, spec.kernel_size, spec.stride, spec.padding, spec.dilation)
@@ -233,7 +303,7 @@ def _wider(x: Tensor, acc: Tensor) -> bool:
 
 
 def out_of_order(
-    capture: InputCapture, batch: Batch, last: Mapping[str, list[Tensor]]
+    capture: InputCapture, batch: Batch, last: Mapping[str, list[LastSample]]
 ) -> dict[str, str]:
     """Layers whose rows do not come sample after sample, with the reason.
 
@@ -243,7 +313,7 @@ def out_of_order(
     Args:
         capture: of the pass.
         batch: of several samples.
-        last: of the layers in question, those rows, by call.
+        last: of the layers in question, that sample's part, by call.
     """
     sample = batch
     while len(parts := halves(sample)) > 1:
@@ -253,29 +323,6 @@ def out_of_order(
         name: "was given rows that are not those of one sample after another, as masks and weights "
         "ask for"
         for name, calls in last.items()
-        if len(again.get(name, ())) != len(calls) or not all(map(_alike, calls, again[name]))
+        if len(again.get(name, ())) != len(calls)
+        or not all(call.is_like(x) for call, x in zip(calls, again[name], strict=True))
     }
-
-
-def _alike(last: Tensor, alone: Tensor) -> bool:
-    """Whether two inputs differ by no more than rounding."""
-    if last.shape != alone.shape or not last.numel():
-        return last.shape == alone.shape
-    last = last.to(accumulator_dtype(last.dtype))
-    limit = _ALONE.get(alone.dtype, _ALONE_NARROW) * float(last.abs().max())
-    # What is not finite is refused by itself, with a message of its own.
-    return not math.isfinite(limit) or float((last - alone).abs().max()) <= limit
-
-
-def sample_count(batch: Batch) -> int:
-    """N, the length of the first tensor's first axis."""
-    inputs = batch.inputs
-    if isinstance(inputs, Tensor):
-        return inputs.shape[0] if inputs.dim() else 1
-    for value in inputs.values() if isinstance(inputs, Mapping) else inputs:
-        if isinstance(value, Tensor) and value.dim():
-            return value.shape[0]
-    raise TypeError(
-        f"batch {batch.index} holds no tensor whose first axis counts the samples (a tokenizer's "
-        'lists? pass return_tensors="pt")'
-    )

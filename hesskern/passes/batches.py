@@ -13,7 +13,19 @@ from hesskern.devices import sent
 from hesskern.passes.checks import as_weights, check_dense
 from hesskern.progress import Progress
 
-__all__ = ["Batch", "Parts", "batches", "check_iterable", "halves", "no_samples", "pair"]
+__all__ = [
+    "Batch",
+    "Parts",
+    "batches",
+    "check_iterable",
+    "halves",
+    "no_samples",
+    "pair",
+    "sample_count",
+]
+
+# Entries of a dict whose first axis counts the samples.
+_BY_SAMPLE = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
 
 
 @dataclass(frozen=True)
@@ -130,15 +142,15 @@ def batches(
         _mapped(parts.inputs, _dense_input)
         inputs, given = _move(parts.inputs, device), _nearby(parts.targets, device)
         weight, mask = _nearby(parts.weight, device), _nearby(parts.mask, device)
+        if position_mask is not None:
+            own = _nearby(position_mask(parts.inputs), device)
+            mask = mask if own is None else own
         if sample_weight is not None:
-            count = _leading_size(inputs)
+            count = _leading_size(inputs, mask)
             weight = sample_weight[offset : offset + count]
             offset += count
             if len(weight) != count:
                 raise _other_length(sample_weight, "more samples")
-        if position_mask is not None:
-            own = _nearby(position_mask(parts.inputs), device)
-            mask = mask if own is None else own
         yield Batch(index, inputs, _move(given, device), given, weight, mask)
         if progress is not None:
             progress(description, index + 1, total)
@@ -240,7 +252,7 @@ def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def halves(batch: Batch) -> list[Batch]:
     """The batch in two, or as it is where it has one sample or does not say how many."""
     try:
-        count = _leading_size(batch.inputs)
+        count = _leading_size(batch.inputs, batch.mask)
     except (AttributeError, TypeError):
         return [batch]
     if count < 2:
@@ -260,9 +272,60 @@ def halves(batch: Batch) -> list[Batch]:
     return [half(slice(0, count // 2)), half(slice(count // 2, count))]
 
 
-def _leading_size(inputs: Any) -> int:
+def sample_count(batch: Batch) -> int:
+    """N, the length of the samples' axis.
+
+    Raises:
+        TypeError: the inputs have no tensor with such an axis.
+        ValueError: their tensors have several lengths, and no name or mask tells which one it is.
+    """
+    inputs = batch.inputs
+    if isinstance(inputs, Tensor):
+        return inputs.shape[0] if inputs.dim() else 1
+    known = _known_size(inputs, batch.mask)
+    if known is not None:
+        return known
+    found = {}
+    for key, value in inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs):
+        if isinstance(value, Tensor) and value.dim():
+            found[key] = value.shape[0]
+            if not isinstance(inputs, Mapping):
+                break
+    if not found:
+        raise TypeError(
+            f"batch {batch.index} holds no tensor whose first axis counts the samples (a "
+            'tokenizer\'s lists? pass return_tensors="pt")'
+        )
+    if len(set(found.values())) > 1:
+        listed = ", ".join(f"{key!r} has {size}" for key, size in found.items())
+        raise ValueError(
+            f"it cannot be told how many samples batch {batch.index} has, as the first axes of its "
+            f"tensors contradict each other: {listed}; pass the inputs as a tuple of arguments, "
+            "whose first tensor counts the samples"
+        )
+    return next(iter(found.values()))
+
+
+def _known_size(inputs: Any, mask: Any) -> int | None:
+    """The number of samples as an entry of a dict with a usual name has it, or the mask."""
+    if not isinstance(inputs, Mapping):
+        return None
+    for name in _BY_SAMPLE:
+        value = inputs.get(name)
+        if isinstance(value, Tensor) and value.dim():
+            return value.shape[0]
+    for value in (mask, inputs.get("attention_mask")):
+        if isinstance(value, Tensor) and value.dim() == 2:
+            return value.shape[0]
+    return None
+
+
+def _leading_size(inputs: Any, mask: Any = None) -> int:
     if isinstance(inputs, Tensor):
         return inputs.shape[0]
+    known = _known_size(inputs, mask)
+    if known is not None:
+        return known
     values = inputs.values() if isinstance(inputs, Mapping) else inputs
     for value in values:
         if isinstance(value, Tensor):

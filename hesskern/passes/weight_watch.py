@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,6 +14,14 @@ __all__ = ["WeightWatch"]
 
 # Rows of a tied embedding are looked up, which is no product with its weight.
 _LOOKED_UP = ("embedding", "embedding_bag", "_embedding_bag", "_embedding_bag_forward_only")
+
+
+class _Memory(NamedTuple):
+    """Where a tensor's entries lie: its storage's address, and its own first and last byte's."""
+
+    storage: int
+    begin: int
+    end: int
 
 
 class WeightWatch(TorchDispatchMode):
@@ -35,18 +43,19 @@ class WeightWatch(TorchDispatchMode):
     def __init__(self, modules: Mapping[str, nn.Module], names: Iterable[str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.elsewhere: dict[str, str] = {}
-        self._owners: dict[int, dict[str, nn.Module]] = {}
+        # By storage: weights may be pieces of one, as nn.utils.vector_to_parameters makes them.
+        self._owners: dict[int, list[tuple[_Memory, str, nn.Module]]] = {}
         self._running: list[nn.Module] = []
         self._handles: list[Any] = []
         self._counts: dict[Any, bool] = {}
         for name in names:
             module, attribute = weight_of(modules, name)
             memory = _memory(own_parameters(module).get(attribute))
-            if memory:
-                self._owners.setdefault(memory, {})[name] = module
+            if memory is not None:
+                self._owners.setdefault(memory.storage, []).append((memory, name, module))
 
     def __enter__(self) -> WeightWatch:
-        holders = {id(m): m for owners in self._owners.values() for m in owners.values()}
+        holders = {id(m): m for owners in self._owners.values() for _, _, m in owners}
         for module in holders.values():
             self._handles += [
                 module.register_forward_pre_hook(self._begin),
@@ -76,22 +85,37 @@ class WeightWatch(TorchDispatchMode):
             counts = self._counts[func] = not (func.is_view or looks_up)
         if counts:
             for tensor in _tensors((*args, *kwargs.values())):
-                owners = self._owners.get(_memory(tensor))
+                owners = self._owners_of(tensor)
                 if owners and not any(module in self._running for module in owners.values()):
                     for name in owners:
                         self.elsewhere.setdefault(name, str(func).removesuffix(".default"))
         return func(*args, **kwargs)
 
+    def _owners_of(self, tensor: Tensor) -> dict[str, nn.Module]:
+        """The layers, with their modules, whose weights have entries in common with a tensor."""
+        memory = _memory(tensor)
+        if memory is None:
+            return {}
+        return {
+            name: module
+            for own, name, module in self._owners.get(memory.storage, ())
+            if own.begin <= memory.end and memory.begin <= own.end
+        }
 
-def _memory(tensor: Tensor | None) -> int:
-    """Where a tensor's storage begins; 0 where that cannot be told."""
-    if tensor is None:
-        return 0
+
+def _memory(tensor: Tensor | None) -> _Memory | None:
+    """Where a tensor's entries lie; None where that cannot be told, or it has none."""
+    if tensor is None or not tensor.numel():
+        return None
     try:
-        return tensor.untyped_storage().data_ptr()
+        storage = tensor.untyped_storage().data_ptr()
+        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     except (NotImplementedError, RuntimeError):
         # Tensors of other packages, and sparse ones.
-        return 0
+        return None
+    size = tensor.element_size()
+    begin = storage + int(tensor.storage_offset()) * size
+    return _Memory(storage, begin, begin + (int(last) + 1) * size - 1) if storage else None
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:

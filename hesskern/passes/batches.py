@@ -59,12 +59,17 @@ class Parts(NamedTuple):
         targets: for the loss.
         weight: [N] sample weights, or None.
         mask: [N, T], which positions are data (1); None: all are.
+        check_mask: raises where that mask is none; not asked where ``position_mask`` gives another.
+        of_data: the targets without those that masked positions predict, of targets and the mask
+            that counts; None: all of them stay.
     """
 
     inputs: Any
     targets: Any
     weight: Any = None
     mask: Any = None
+    check_mask: Callable[[], None] | None = None
+    of_data: Callable[[Any, Any], Any] | None = None
 
 
 def pair(element: Any, index: int) -> Parts:
@@ -141,16 +146,22 @@ def batches(
         parts = split(element, index)
         _mapped(parts.inputs, _dense_input)
         inputs, given = _move(parts.inputs, device), _nearby(parts.targets, device)
-        weight, mask = _nearby(parts.weight, device), _nearby(parts.mask, device)
-        if position_mask is not None:
-            own = _nearby(position_mask(parts.inputs), device)
-            mask = mask if own is None else own
+        weight = _nearby(parts.weight, device)
+        mask = None if position_mask is None else _nearby(position_mask(parts.inputs), device)
+        # Masks by layers' names say nothing of targets: there the batch's own does.
+        predicting = parts.mask if mask is None or isinstance(mask, Mapping) else mask
+        if mask is None:
+            if parts.check_mask is not None:
+                parts.check_mask()
+            mask = _nearby(parts.mask, device)
         if sample_weight is not None:
             count = _leading_size(inputs, mask)
             weight = sample_weight[offset : offset + count]
             offset += count
             if len(weight) != count:
                 raise _other_length(sample_weight, "more samples")
+        if parts.of_data is not None:
+            given = parts.of_data(given, predicting)
         yield Batch(index, inputs, _move(given, device), given, weight, mask)
         if progress is not None:
             progress(description, index + 1, total)

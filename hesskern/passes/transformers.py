@@ -16,6 +16,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -46,6 +47,8 @@ ProblemType = Literal["regression", "single_label_classification", "multi_label_
 _LABELS = "labels"
 # Labels that have no term in the loss.
 _IGNORED = -100
+# Models (config.model_type) with a language model's head whose own loss does not shift labels.
+_AT_THEIR_POSITIONS = frozenset({"xlnet", "xlm", "flaubert"})
 
 _CROSS_ENTROPY = resolve_loss(nn.CrossEntropyLoss())
 _LOSSES: dict[str, Loss] = {
@@ -89,7 +92,7 @@ class _TransformersLoss(Loss):
                     f"{', '.join(map(repr, inputs)) or 'nothing'}. {self._how_to_label}"
                 )
         elif isinstance(element, (tuple, list)):
-            inputs, labels, weight, _ = pair(element, index)
+            inputs, labels, weight, *_ = pair(element, index)
         else:
             raise TypeError(
                 f"data must yield dicts with 'labels' or (inputs, labels) for {self._name}; batch "
@@ -106,8 +109,9 @@ class _TransformersLoss(Loss):
             )
         check_dense(labels, f"'labels' of batch {index}")
         targets = self._targets(labels, index)
-        mask = self._mask(inputs, labels, index)
-        return Parts(self._kept(inputs, labels), self._of_data(targets, mask), weight, mask)
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        check = None if mask is None else partial(_check_mask, inputs, index)
+        return Parts(self._kept(inputs, labels), targets, weight, mask, check, self._of_data)
 
     _how_to_label = "split=callable(batch) -> (inputs, targets) takes labels of another name"
 
@@ -115,36 +119,13 @@ class _TransformersLoss(Loss):
     def _targets(self, labels: Tensor, index: int) -> Tensor:
         """The targets that the labels of a batch stand for."""
 
-    def _of_data(self, targets: Tensor, mask: Tensor | None) -> Tensor:
+    def _of_data(self, targets: Any, mask: Any) -> Any:
         """The targets without those that no position of the data predicts."""
         return targets
 
     def _kept(self, inputs: Any, labels: Tensor) -> Any:
         """The inputs of a batch, from which :meth:`run` makes those of the model."""
         return inputs
-
-    def _mask(self, inputs: Any, labels: Tensor, index: int) -> Tensor | None:
-        """[N, T], which positions are data (1); None: all are."""
-        if not isinstance(inputs, Mapping) or inputs.get("attention_mask") is None:
-            return None
-        mask = inputs["attention_mask"]
-        ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        expected = list(ids.shape[:2]) if isinstance(ids, Tensor) else None
-        if (
-            not isinstance(mask, Tensor)
-            or mask.dim() != 2
-            or expected
-            not in (
-                None,
-                list(mask.shape),
-            )
-        ):
-            found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(
-                f"attention_mask of batch {index} must be [N, T]"
-                f"{'' if expected is None else f' = {expected}'}, got {found}"
-            )
-        return mask
 
     def run(self, model: nn.Module, inputs: Any) -> Tensor:
         return self._logits(model, inputs)
@@ -158,6 +139,20 @@ class _TransformersLoss(Loss):
             # Of return_dict=False, without a loss in front.
             result = result[0]
         return checked_outputs(result)
+
+
+def _check_mask(inputs: Mapping[str, Any], index: int) -> None:
+    """Raises ValueError if the attention mask does not say [N, T] which positions are data."""
+    mask = inputs["attention_mask"]
+    ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    expected = list(ids.shape[:2]) if isinstance(ids, Tensor) else None
+    found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or expected not in (None, found):
+        raise ValueError(
+            f"attention_mask of batch {index} must be [N, T]"
+            f"{'' if expected is None else f' = {expected}'}, got {found}; position_mask=function "
+            "gives the mask of a model that takes others"
+        )
 
 
 def _check_no_list(value: Any, key: str, index: int) -> None:
@@ -262,6 +257,13 @@ class _TokenLoss(_TransformersLoss):
 
         return Rows(samples, row)
 
+    def empirical(self, outputs: Tensor, targets: Any) -> Rows:
+        # As sampled rows, they are rounded to the outputs' dtype only once divided by the root of
+        # T: the mean's gradient (p - y) / T leaves the range of float16, and so may T.
+        wide = torch.float64 if outputs.dtype == torch.float64 else torch.float32
+        rows = super().empirical(outputs.to(wide), targets)
+        return Rows(rows.count, lambda j: rows.row(j).to(outputs.dtype))
+
     def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
         n, tokens, classes = outputs.shape
         labels = targets.reshape(-1)
@@ -279,8 +281,8 @@ class CausalLM(_TokenLoss):
     """Next-token cross-entropy of a decoder: GPT-2, Llama and other ``AutoModelForCausalLM``.
 
     The label of position t + 1 is the target of position t; the last position has none. What
-    padding would predict is no target: with padding on the left the first token has none before it,
-    as in the sample alone.
+    padding would predict is no target, whether ``attention_mask`` or ``position_mask`` says that it
+    is padding: with padding on the left the first token has none before it, as in the sample alone.
 
     >>> factors = hk.kronecker_factors(model, loader, hk.CausalLM(), output="mc")
 
@@ -297,7 +299,9 @@ class CausalLM(_TokenLoss):
         TypeError: ``split`` is not callable. In a pass: the batch is no dict of tensors, or labels
             are no integers.
         ValueError: an unknown ``reduction`` or ``call``. In a pass: the batch has no labels, or
-            they do not fit the logits [N, T, V]; the attention mask is not [N, T].
+            they do not fit the logits [N, T, V]; the attention mask is not [N, T] and no
+            ``position_mask`` gives another; the model is an encoder-decoder, or XLNet, XLM or
+            Flaubert, whose own losses do not shift labels.
     """
 
     _how_to_label = (
@@ -309,13 +313,19 @@ class CausalLM(_TokenLoss):
         labels = super()._targets(labels, index)
         return F.pad(labels, (0, 1), value=_IGNORED)[:, 1:]
 
-    def _of_data(self, targets: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None or mask.shape != targets.shape:
+    def _of_data(self, targets: Any, mask: Any) -> Any:
+        if not isinstance(mask, Tensor) or mask.shape != targets.shape:
             return targets
         return targets.masked_fill(mask.to(targets.device) == 0, _IGNORED)
 
     def run(self, model: nn.Module, inputs: Any) -> Tensor:
-        if _is_encoder_decoder(model):
+        kind = _configured(model, "model_type")
+        if kind in _AT_THEIR_POSITIONS:
+            raise ValueError(
+                f"CausalLM shifts labels, but the loss of {kind!r} models takes them at their "
+                "positions; pass hk.MaskedLM(), which does so too"
+            )
+        if _configured(model, "is_encoder_decoder"):
             raise ValueError(
                 "CausalLM shifts labels, but the model is an encoder-decoder, whose labels stand "
                 "at their positions; pass hk.Seq2SeqLM()"
@@ -434,7 +444,7 @@ class SequenceClassification(_TransformersLoss):
         given = dict(inputs)
         labels = given.pop(_LABELS)
         logits = self._logits(model, given)
-        configured = getattr(getattr(model, "config", None), "problem_type", None)
+        configured = _configured(model, "problem_type")
         if self.problem_type is None and configured is not None and logits.dim() == 2:
             found = self._problem(logits, labels)
             if found != configured:
@@ -504,5 +514,12 @@ class SequenceClassification(_TransformersLoss):
 ImageClassification = SequenceClassification
 
 
-def _is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+def _configured(model: nn.Module, name: str) -> Any:
+    """What the model's configuration says, or that of the model in a wrapper; None: nothing."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        # The outermost counts: parts of a model may be configured otherwise. That of a wrapper that
+        # is none of transformers says nothing.
+        if hasattr(config, "model_type") or hasattr(config, name):
+            return getattr(config, name, None)
+    return None

@@ -33,6 +33,17 @@ def without(batch: dict[str, Tensor], key: str) -> dict[str, Tensor]:
     return {k: v for k, v in batch.items() if k != key}
 
 
+class Wrapped(nn.Module):
+    """As DataParallel has it: what is inside knows its configuration."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+
 def with_label(value: int) -> dict[str, Tensor]:
     batch = text()
     batch["labels"][1, 3] = value
@@ -144,7 +155,7 @@ BAD: dict[str, tuple[Make, Any, Any, type[Exception], str]] = {
         LM,
         {**text(), "attention_mask": torch.ones(2, 1, 5, 5)},
         ValueError,
-        r"attention_mask of batch 0 must be \[N, T\] = \[2, 5\], got \[2, 1, 5, 5\]",
+        r"attention_mask of batch 0 must be \[N, T\] = \[2, 5\], got \[2, 1, 5, 5\]; pos",
     ),
     "logits of samples": (
         bert_classifier,
@@ -200,6 +211,21 @@ BAD: dict[str, tuple[Make, Any, Any, type[Exception], str]] = {
         t5,
         LM,
         translated_text(),
+        ValueError,
+        r"the model is an encoder-decoder, .*hk\.Seq2SeqLM",
+    ),
+    "another problem type behind a wrapper": (
+        lambda: Wrapped(bert_classifier(problem_type="regression")),
+        CLASSES,
+        {**classified_text(), "labels": torch.rand(3, 3)},
+        ValueError,
+        r"model\.config\.problem_type is 'regression', but logits \[3, 3\]",
+    ),
+    "an encoder-decoder behind a wrapper": (
+        lambda: Wrapped(t5()),
+        LM,
+        # The decoder's inputs are of the length of the labels.
+        {**translated_text(), "decoder_input_ids": torch.ones(2, 3, dtype=torch.long)},
         ValueError,
         r"the model is an encoder-decoder, .*hk\.Seq2SeqLM",
     ),

@@ -19,7 +19,7 @@ SHELL := /bin/bash
 CSRC := $(sort $(shell find csrc -type f))
 BUILD_FILES := $(CSRC) setup.py hesskern/ops/source_digest.py
 # What a copy of the tree needs in order to build and to run the tests.
-TREE := $(wildcard setup.py pyproject.toml MANIFEST.in Makefile *.md LICENSE csrc docs hesskern tests)
+TREE := $(wildcard setup.py pyproject.toml MANIFEST.in Makefile *.md LICENSE csrc docs examples hesskern tests)
 COPY = rm -rf $(1)/csrc $(1)/hesskern $(1)/tests && mkdir -p $(1) && \
 	tar -cf - --exclude='*.so' --exclude=__pycache__ $(TREE) | tar -xf - -C $(1)
 

@@ -42,7 +42,8 @@ void write_row(const T* p, int64_t p_stride, Out* out, int64_t out_stride, int64
   if (chosen < 0) chosen = last;
   for (k = 0; k < c; ++k) out[k * out_stride] = static_cast<Out>(p[k * p_stride] * scale);
   // Not 1: where one class is nearly certain, its p - 1 has no digits left in T.
-  out[chosen * out_stride] = static_cast<Out>(static_cast<T>((p[chosen * p_stride] - total) * scale));
+  out[chosen * out_stride] =
+      static_cast<Out>(static_cast<T>((p[chosen * p_stride] - total) * scale));
 }
 
 // logits [N, c] or [N, c, t], uniform [N t], targets [N] or [N, t], terms [N]

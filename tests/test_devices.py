@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import hesskern as hk
 from hesskern import ops
+from hesskern.devices import sent
 from hesskern.ops import reference
 
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
@@ -324,3 +326,11 @@ class TestStreams:
         assert_near(acc.cpu(), 3 * reference.input_covariance(x.double().cpu()))
         assert_near(product.cpu(), reference.layer_hessian_matmul(
             *(t.double().cpu() for t in (x[:300], s, V))))  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "waits"), [("cpu", True), ("cuda", False)])
+def test_copies_to_the_host_wait_for_their_values(name: str, waits: bool) -> None:
+    """One that does not is read before the device has written it."""
+    tensor, device = mock.Mock(), torch.device(name)
+    sent(tensor, device)
+    tensor.to.assert_called_once_with(device, non_blocking=not waits)

@@ -15,7 +15,7 @@ from hesskern.choices import Bias
 from hesskern.factors.input_rows import BatchRows, Held, Rows, out_of_order
 from hesskern.factors.input_sums import InputSums, SharedSums
 from hesskern.factors.precision import precisions
-from hesskern.factors.result import read_spec
+from hesskern.factors.result import OfLayer, read_spec
 from hesskern.passes.batches import Batch, batches, sample_count
 from hesskern.passes.checks import Checks
 from hesskern.passes.forward_pass import model_device
@@ -40,7 +40,7 @@ _UNREACHED = "was never reached in the forward pass"
 
 
 @dataclass(frozen=True, eq=False)
-class LayerInputs:
+class LayerInputs(OfLayer):
     """What one layer is given, as means over samples.
 
     Attributes:
@@ -59,23 +59,6 @@ class LayerInputs:
     input_mean: Tensor
     num_samples: float
     positions: float
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def kind(self) -> str:
-        return self.spec.kind
-
-    @property
-    def layer_shape(self) -> tuple[int, int]:
-        """(m, d): the shape of the weight as a matrix, d per group."""
-        return self.spec.shape
-
-    @property
-    def groups(self) -> int:
-        return self.spec.groups
 
 
 class InputCovariances(Mapping[str, LayerInputs]):

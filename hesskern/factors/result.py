@@ -17,13 +17,36 @@ from hesskern.passes.layers import LayerSpec, unfolded
 from hesskern.solvers.result import EigenResult
 from hesskern.tensor_files import OpenedFile, TensorFormat
 
-__all__ = ["Factors", "LayerFactors", "load_factors", "read_spec"]
+__all__ = ["Factors", "LayerFactors", "OfLayer", "load_factors", "read_spec"]
 
 _FILE = TensorFormat("hesskern.factors/1", "hesskern factors", "factors file")
 
 
+class OfLayer:
+    """What a result about one layer says of the layer."""
+
+    spec: LayerSpec
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def kind(self) -> str:
+        return self.spec.kind
+
+    @property
+    def layer_shape(self) -> tuple[int, int]:
+        """(m, d): the shape of the weight as a matrix, d per group."""
+        return self.spec.shape
+
+    @property
+    def groups(self) -> int:
+        return self.spec.groups
+
+
 @dataclass(frozen=True, eq=False)
-class LayerFactors:
+class LayerFactors(OfLayer):
     """Both Kronecker factors of one layer, means over samples.
 
     Attributes:
@@ -49,26 +72,9 @@ class LayerFactors:
     tied_to: str | None = None
 
     @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def kind(self) -> str:
-        return self.spec.kind
-
-    @property
-    def layer_shape(self) -> tuple[int, int]:
-        """(m, d): the shape of the weight as a matrix, d per group."""
-        return self.spec.shape
-
-    @property
     def weight_shape(self) -> tuple[int, int]:
         """(m, d), or (d, m) for a weight that is kept transposed: the order of flat vectors."""
         return self.spec.weight_shape
-
-    @property
-    def groups(self) -> int:
-        return self.spec.groups
 
     @cached_property
     def input_mean(self) -> Tensor:

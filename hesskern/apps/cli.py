@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 
+from hesskern import interrupts
+
 __all__ = ["main", "missing_packages"]
 
 # Module name -> package name of everything the cli extra brings.
@@ -29,6 +31,7 @@ def main() -> None:
             f"hesskern's command line needs {', '.join(missing)}. Install what it uses with\n"
             '    pip install "hesskern[cli]"'
         )
+    interrupts.watch()
     try:
         from hesskern.apps.commands import hesskern
 

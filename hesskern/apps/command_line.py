@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from hesskern import interrupts
 from hesskern.files import NotDrawnError
 from hesskern.progress import Progress, reporter
 
@@ -67,9 +68,15 @@ _INTERRUPTED = 130
 def running(context: click.Context) -> Iterator[Progress]:
     """Progress for a long command; wrong input and Ctrl-C end it with one line."""
     report = reporter(True)
+
+    def checked(description: str, done: int, total: int | None) -> None:
+        interrupts.check()
+        report(description, done, total)
+
     try:
-        yield report
+        yield checked
     except KeyboardInterrupt:
+        interrupts.handled()
         _close(report)
         click.echo("Interrupted; no file was left half-written.", err=True)
         context.exit(_INTERRUPTED)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hesskern import interrupts
 from hesskern.choices import check_counts
 from hesskern.devices import on_host
 from hesskern.pacbayes.checkpoint import read_checkpoint, write_checkpoint
@@ -223,6 +224,7 @@ def optimize(
                     kept = copy.deepcopy(state)
                 last_saved = time.perf_counter()
     except KeyboardInterrupt:
+        interrupts.handled()
         interrupted = True
     except NotFiniteError as error:
         if kept is None:

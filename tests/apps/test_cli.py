@@ -133,14 +133,36 @@ def test_interruption_exits_130_with_one_line(here, monkeypatch):
     assert list(here.iterdir()) == []
 
 
+SLOW_NET = """
+import os, signal, sys, weakref
+from torch import nn
+
+class Held:
+    pass
+
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+
+def net(inputs, classes):
+    {}
+    return nn.Sequential(nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, classes))
+"""
+
+# Where Ctrl-C comes while the model is made, besides from outside.
+INTERRUPTED = {
+    "from outside": "print('built', file=sys.stderr, flush=True)",
+    "in the open": "interrupt()",
+    "in exec, which changes CPython's exit code": "exec('interrupt()')",
+    "in a weak reference's callback": "held = Held(); r = weakref.ref(held, interrupt); del held",
+    "where everything is caught": """try: interrupt(); [0 for _ in range(1000)]
+    except BaseException: pass""",
+}
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C reaches processes in another way on Windows")
-def test_sigint_in_the_middle_of_training(here):
-    (here / "slow_net.py").write_text(
-        "import sys\nfrom torch import nn\n"
-        "def net(inputs, classes):\n"
-        "    print('built', file=sys.stderr, flush=True)\n"
-        "    return nn.Sequential(nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, classes))\n"
-    )
+@pytest.mark.parametrize("where", INTERRUPTED)
+def test_sigint_in_the_middle_of_an_analysis(here, where):
+    (here / "slow_net.py").write_text(SLOW_NET.format(INTERRUPTED[where]))
     command = [sys.executable, "-m", "hesskern", "analyze", "--model", "slow_net:net"]
     root = str(Path(hesskern.__file__).resolve().parents[1])
     process = subprocess.Popen(
@@ -153,8 +175,9 @@ def test_sigint_in_the_middle_of_training(here):
     )
     try:
         assert process.stderr is not None
-        assert process.stderr.readline() == "built\n"
-        process.send_signal(signal.SIGINT)
+        if where == "from outside":
+            assert process.stderr.readline() == "built\n"
+            process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()

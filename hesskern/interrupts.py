@@ -16,7 +16,7 @@ __all__ = ["Interrupted", "check", "handled", "watch"]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C; a class of its own, because CPython looks for KeyboardInterrupt itself in ``exec``."""
+    """Ctrl-C, as a class of its own: in ``exec`` CPython looks for KeyboardInterrupt itself."""
 
 
 _pending = False

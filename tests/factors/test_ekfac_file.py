@@ -119,7 +119,7 @@ def test_factors_are_no_ekfac(tmp_path: Path) -> None:
     case = CASES["relu"]
     factors = hk.kronecker_factors(case.model(), case.data(), CE)
     factors.save(tmp_path / "factors")
-    with pytest.raises(ValueError, match="does not hold an EKFAC, but is of format 'hesskern.fact"):
+    with pytest.raises(ValueError, match="does not hold an EKFAC, but is of format 'hesskern"):
         hk.load_ekfac(tmp_path / "factors")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         hk.load_ekfac(tmp_path / "nothing")
@@ -221,7 +221,7 @@ def test_batches_in_halves(output: Any, monkeypatch: pytest.MonkeyPatch) -> None
     found = hk.ekfac(Small(inner, 4), data, CE, **given)
     expected = hk.ekfac(inner, data, CE, **given)
     for name, layer in expected.items():
-        torch.testing.assert_close(found[f"inner.{name}"].values.flip(0).flip(0), layer.values)
+        torch.testing.assert_close(found[f"inner.{name}"].values, layer.values)
     with pytest.raises(torch.OutOfMemoryError, match="smaller batches"):
         hk.ekfac(Small(inner, 2), data, CE, **given)
     # What is added before memory runs out is taken back.

@@ -123,7 +123,9 @@ class LayerFactors(OfLayer):
         """
         check_choice("order", order, Order)
         transposed = self.spec.transposed and order == "weight"
-        return KroneckerOperator(self.output_hessian, self.input_covariance, transposed=transposed)
+        return KroneckerOperator(
+            self.output_hessian, self.input_covariance, transposed=transposed, name=self.name
+        )
 
     def eigsh(self, k: int) -> EigenResult:
         """Top k eigenpairs of :meth:`operator` from the factors' own, which is never formed."""

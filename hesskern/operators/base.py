@@ -106,10 +106,12 @@ class LayerOperator(CurvatureOperator):
     Attributes:
         layer_shape: (m, d) of the weight as a matrix.
         transposed: whether the weight is kept as [d, m], and flat vectors with it.
+        name: of the layer, where it is known.
     """
 
     layer_shape: tuple[int, int]
     transposed: bool = False
+    name: str | None = None
 
     @property
     def weight_shape(self) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hesskern import ops
 from hesskern.operators.base import EigenbasisOperator
+from hesskern.operators.damping import Damping, resolved, rounding, said
 
 __all__ = ["KroneckerOperator"]
 
@@ -24,16 +25,19 @@ class KroneckerOperator(EigenbasisOperator):
         B: [d, d] symmetric, e.g. the input covariance; or [g, d, d].
         transposed: whether vectors are matrices [d, m] flattened, as the weight is kept: the matrix
             is then B (x) A.
+        name: of the layer, for messages.
 
     Raises:
         TypeError: a factor is not a tensor.
         ValueError: a factor is not square, dtypes or devices differ, or g does not divide m.
     """
 
-    def __init__(self, A: Tensor, B: Tensor, *, transposed: bool = False) -> None:
-        for name, factor in (("A", A), ("B", B)):
+    def __init__(
+        self, A: Tensor, B: Tensor, *, transposed: bool = False, name: str | None = None
+    ) -> None:
+        for letter, factor in (("A", A), ("B", B)):
             if not isinstance(factor, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(factor).__name__}")
+                raise TypeError(f"{letter} must be a tensor, got {type(factor).__name__}")
         if A.dim() != 2 or A.shape[0] != A.shape[1]:
             raise ValueError(f"A must be [m, m], got {list(A.shape)}")
         if B.dim() not in (2, 3) or B.shape[-1] != B.shape[-2]:
@@ -47,6 +51,7 @@ class KroneckerOperator(EigenbasisOperator):
         if A.shape[0] % groups:
             raise ValueError(f"B has {groups} groups, which do not divide m = {A.shape[0]}")
         self.A, self.B = A, B
+        self.name = name
         self.groups = groups
         self.transposed = transposed
         self.layer_shape = (A.shape[0], B.shape[-1])
@@ -118,3 +123,70 @@ class KroneckerOperator(EigenbasisOperator):
     def to_dense(self) -> Tensor:
         pairs = zip(self._left, self._right, strict=True)
         return self._outward_matrix(torch.block_diag(*(torch.kron(a, b) for a, b in pairs)))
+
+    def factored_inverse(self, damping: Damping) -> KroneckerOperator:
+        """K-FAC's inverse: the damping goes into both factors, and the result has two again.
+
+        (A + pi sqrt(damping) I)^-1 (x) (B + sqrt(damping) / pi I)^-1 with
+        pi^2 = (tr A / m) / (tr B / d), group by group (Martens & Grosse 2015, section 6.3). It is
+        no inverse of K + damping I, which :meth:`solve` gives, but that of a matrix which is larger
+        by pi sqrt(damping) I (x) B + A (x) sqrt(damping) / pi I.
+
+        Args:
+            damping: a number >= 0, or "mean" for a tenth of K's mean eigenvalue.
+
+        Returns:
+            with factors in K's dtype, inverted in float64. A block of zero trace has pi = 1.
+
+        Raises:
+            TypeError, ValueError: ``damping`` is no such number; a factor is not positive definite
+                with its share of it, or not finite.
+        """
+        root = resolved(damping, self.trace(), self.shape[0], self.name) ** 0.5
+        left, right = [], []
+        for a, b in zip(self._left, self._right, strict=True):
+            a, b = a.double(), b.double()
+            share, other = _mean_diagonal(a), _mean_diagonal(b)
+            pi = (share / other) ** 0.5 if share > 0 and other > 0 else 1.0
+            left.append(self._inverse("A", a, root * pi))
+            right.append(self._inverse("B", b, root / pi))
+        A = torch.block_diag(*left)
+        B = torch.stack(right) if self.B.dim() == 3 else right[0]
+        return KroneckerOperator(A, B, transposed=self.transposed, name=self.name)
+
+    def _inverse(self, letter: str, factor: Tensor, shift: float) -> Tensor:
+        """(factor + shift I)^-1 of a float64 factor, in K's dtype."""
+        if shift > 0:
+            eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+            root, info = torch.linalg.cholesky_ex(factor + shift * eye)
+            inverse = torch.cholesky_inverse(root).to(self.dtype)
+            if not bool(info) and bool(inverse.isfinite().all()):
+                return (inverse + inverse.T) / 2
+        what = f"{letter} of {said(self.name)}"
+        if not bool(factor.isfinite().all()):
+            raise ValueError(f"{what} holds NaN or Inf, and has no inverse")
+        values, vectors = torch.linalg.eigh(factor)
+        within = rounding(values, self.dtype)
+        least = float(values[0]) if len(values) else 1.0
+        if least < -within and least + shift <= 0:
+            raise ValueError(
+                f"factored_inverse needs positive definite factors, but {what} has the eigenvalue "
+                f"{least:.3g}, and {shift:.3g} is added to it: give a larger damping"
+            )
+        if shift == 0 and least <= within:
+            raise ValueError(
+                f"factored_inverse needs damping > 0: {what} is singular, of rank "
+                f"{int((values > within).sum())} of {len(values)} to {self.dtype}'s rounding"
+            )
+        shifted = torch.where(values.abs() <= within, values.clamp(min=0), values) + shift
+        inverse = ((vectors / shifted) @ vectors.T).to(self.dtype)
+        if not bool(inverse.isfinite().all()):
+            raise ValueError(
+                f"damping is too small for {said(self.name)}: the inverse of {letter} + "
+                f"{shift:.3g} I passes the range of {self.dtype}"
+            )
+        return (inverse + inverse.T) / 2
+
+
+def _mean_diagonal(factor: Tensor) -> float:
+    return float(factor.diagonal().mean()) if len(factor) else 0.0

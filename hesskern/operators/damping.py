@@ -8,7 +8,6 @@ from numbers import Real
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 __all__ = ["Damping", "Extent", "check_damping", "check_invertible", "resolved", "rounding", "said"]
 
@@ -37,9 +36,10 @@ def check_damping(damping: object, name: str | None) -> None:
         return
     if isinstance(damping, bool) or not isinstance(damping, Real):
         raise TypeError(f"damping must be a number or 'mean', got {type(damping).__name__}")
-    if not 0 <= damping < math.inf:
+    number = float(damping)
+    if not 0 <= number < math.inf:
         where = "" if name is None else f" for {said(name)}"
-        raise ValueError(f"damping must be finite and >= 0, got {float(damping):g}{where}")
+        raise ValueError(f"damping must be finite and >= 0, got {number:g}{where}")
 
 
 def resolved(damping: Damping, trace: float, size: int, name: str | None) -> float:
@@ -60,18 +60,17 @@ def resolved(damping: Damping, trace: float, size: int, name: str | None) -> flo
     return _MEAN_SHARE * trace / size
 
 
-def rounding(values: Tensor, dtype: torch.dtype) -> float:
-    """What eigenvalues of a symmetric matrix in a dtype may be off by: eps n max |value|.
+def rounding(largest: float, size: int, dtype: torch.dtype) -> float:
+    """What eigenvalues of a symmetric matrix may be off by: eps n max |value|.
 
-    The bound below which numpy's and torch's ``matrix_rank`` take them for zero.
+    Below it numpy's and torch's ``matrix_rank`` take them for zero.
 
     Args:
-        values: [n].
-        dtype: in which the matrix was summed; the values may be in a wider one.
+        largest: absolute eigenvalue.
+        size: n, rows of the matrix.
+        dtype: in which the matrix was summed.
     """
-    if len(values) == 0:
-        return 0.0
-    return torch.finfo(dtype).eps * len(values) * float(values.abs().max())
+    return torch.finfo(dtype).eps * size * largest
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def check_invertible(
             f"{extent.size} to {str(dtype).removeprefix('torch.')}'s rounding"
         )
     smallest = extent.least + damping
-    if 0 <= smallest and smallest * torch.finfo(dtype).max < 1:
+    if smallest >= 0 and smallest * torch.finfo(dtype).max < 1:
         raise ValueError(
             f"damping of {damping:g} is too small for {said(name)}: {what} passes the range of "
             f"{dtype}"

@@ -1,6 +1,6 @@
 """Curvature of neural-network layers: Kronecker factors, exact layer-wise Hessians, eigenspaces."""
 
-from hesskern import ops, pacbayes
+from hesskern import ops, optim, pacbayes
 from hesskern.diagnostics.centring import centre_inputs
 from hesskern.diagnostics.clustering import GradientClusters, gradient_clusters
 from hesskern.diagnostics.functional import functional_share
@@ -116,6 +116,7 @@ __all__ = [
     "load_input_covariances",
     "nearest_kronecker",
     "ops",
+    "optim",
     "pacbayes",
     "position_mean_hessian",
     "predict_overlap",

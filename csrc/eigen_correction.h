@@ -5,44 +5,43 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
-#include <functional>
+
+#include "correction_checks.h"
 
 namespace hesskern {
 
-// Sizes of a call, outputs and inputs of one group; inputs with the column of ones.
-struct CorrectionSizes {
-  int64_t samples, roots, positions, groups, outputs, inputs;
-  bool ones;
-
-  // R = sum_t g_t x_t^T [m, d] is rotated by U after the sum over positions, or g before: of r m m
-  // d and r t m m multiplications the fewer.
-  bool outputs_first() const { return positions == 1 || positions < inputs; }
-  // The same for V: r m d d, or t d d, which all root rows share.
-  bool inputs_first() const { return positions == 1 || positions < roots * outputs; }
-};
-
+// What a backend brings along. Tensors are contiguous, but for the rows of sum.
 struct CorrectionKernels {
   // Numbers that are held beside the arguments, about, where one sample does not take more.
   int64_t numbers;
   // Matrices whose squares go into one sum: float32 sums of many terms drift.
   int64_t level;
-  // Rows of sum are padded to a multiple of so many columns.
+  // sum has so many columns or, past those that matter, more, up to a multiple.
   int64_t width;
-  // sum [m, columns] += squares of rows [k, m, d], contiguous but for sum's rows, padded
+  // sum [m, columns] += squares of rows [k, m, d]; rows by any strides with d contiguous
   void (*add_squares)(const at::Tensor& sum, const at::Tensor& rows);
-  // sum [m, columns] += squares of left_nr^T right_n; left [n, r, t, m], right [n, t, d],
-  // contiguous but for sum's rows, padded; null: torch multiplies
+  // sum [m, columns] += squares of left_nr^T right_n; left [n, r, t, m], right [n, t, d]; null:
+  // torch multiplies, and the matrices are in memory
   void (*add_squared_products)(const at::Tensor& sum, const at::Tensor& left,
                                const at::Tensor& right);
+  // A convolution's sums sum_t x_t g_t^T [groups, d, n, r, m] without its patches in memory;
+  // images [n, C, H, W], g [n, r, groups m, t]; null: from patches
+  at::Tensor (*conv_sums)(const at::Tensor& images, const at::Tensor& g,
+                          const ConvGeometry& geometry, bool ones);
+  // Whether that way takes images of so many pixels.
+  bool (*conv_sums_fit)(const ConvGeometry& geometry, int64_t height, int64_t width);
 };
 
-// Inputs [count, t, groups d] of samples [first, first + count), without the column of ones.
-using CorrectionInputs = std::function<at::Tensor(int64_t first, int64_t count)>;
+// acc [m, d], g [N, r, m(, t)], x [N, groups d(, t)], U [(groups,) m, m], V [(groups,) d, d]
+void eigen_correction(const at::Tensor& acc, const at::Tensor& g, const at::Tensor& x,
+                      const at::Tensor& U, const at::Tensor& V, double alpha, bool ones,
+                      const CorrectionKernels& kernels);
 
-// acc [m, d] += alpha sum_n sum_r (U^T R_nr V)^2; g [N, r, m, t] or [N, r, m, Ho, Wo]
-void add_eigen_correction(const at::Tensor& acc, const at::Tensor& g,
-                          const CorrectionInputs& inputs, const at::Tensor& U, const at::Tensor& V,
-                          double alpha, const CorrectionSizes& sizes,
-                          const CorrectionKernels& kernels);
+// acc [m, d], g [N, r, m, Ho, Wo] or [N, r, m, Lo], x [N, C, H, W] or [N, C, L]
+void conv_eigen_correction(const at::Tensor& acc, const at::Tensor& g, const at::Tensor& x,
+                           const at::Tensor& U, const at::Tensor& V, at::IntArrayRef kernel_size,
+                           at::IntArrayRef stride, at::IntArrayRef padding,
+                           at::IntArrayRef dilation, int64_t groups, double alpha, bool ones,
+                           const CorrectionKernels& kernels);
 
 }  // namespace hesskern

@@ -22,25 +22,31 @@ constexpr int64_t kThreadNumbers = 1 << 15;
 // Panels of the right operand from which a block of the left one is laid out anew for them.
 constexpr int64_t kFewPanels = 4;
 
-// sum [m, d] with rows stride apart += squares of rows [k, m, d]
+// Matrices [k, m, d], d contiguous.
 template <typename T>
-void sum_squares(T* sum, int64_t stride, const T* rows, int64_t k, int64_t m, int64_t d) {
-  const int64_t parts = (d + kColumns - 1) / kColumns;
-  const int64_t grain = std::max<int64_t>(1, kThreadNumbers / (k * std::min(d, kColumns)));
-  at::parallel_for(0, m * parts, grain, [&](int64_t begin, int64_t end) {
-    with_simd([&](auto) HESSKERN_INLINE {
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t i = item / parts, first = item % parts * kColumns;
-        const int64_t count = std::min(kColumns, d - first);
-        T* target = sum + i * stride + first;
-        for (int64_t n = 0; n < k; ++n) {
-          const T* row = rows + (n * m + i) * d + first;
-          for (int64_t j = 0; j < count; ++j) target[j] += row[j] * row[j];
+struct Matrices {
+  const T* data;
+  int64_t k, m, d, k_stride, m_stride;
+
+  // sum [m, d] with rows stride apart += their squares
+  void add_squares(T* sum, int64_t stride) const {
+    const int64_t parts = (d + kColumns - 1) / kColumns;
+    const int64_t grain = std::max<int64_t>(1, kThreadNumbers / (k * std::min(d, kColumns)));
+    at::parallel_for(0, m * parts, grain, [&](int64_t begin, int64_t end) {
+      with_simd([&](auto) HESSKERN_INLINE {
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t i = item / parts, first = item % parts * kColumns;
+          const int64_t count = std::min(kColumns, d - first);
+          T* target = sum + i * stride + first;
+          const T* row = data + i * m_stride + first;
+          for (int64_t n = 0; n < k; ++n, row += k_stride) {
+            for (int64_t j = 0; j < count; ++j) target[j] += row[j] * row[j];
+          }
         }
-      }
+      });
     });
-  });
-}
+  }
+};
 
 // Left and right rows of n samples, r root rows and t positions each.
 template <typename T>
@@ -113,9 +119,13 @@ struct SquaredProducts {
 
 void add_squares(const at::Tensor& sum, const at::Tensor& rows) {
   AT_DISPATCH_FLOATING_TYPES(sum.scalar_type(), "add_squares", [&] {
-    sum_squares<scalar_t>(sum.mutable_data_ptr<scalar_t>(), sum.stride(0),
-                          rows.const_data_ptr<scalar_t>(), rows.size(0), rows.size(1),
-                          rows.size(2));
+    const Matrices<scalar_t> matrices{rows.const_data_ptr<scalar_t>(),
+                                      rows.size(0),
+                                      rows.size(1),
+                                      rows.size(2),
+                                      rows.stride(0),
+                                      rows.stride(1)};
+    matrices.add_squares(sum.mutable_data_ptr<scalar_t>(), sum.stride(0));
   });
 }
 

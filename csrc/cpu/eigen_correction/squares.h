@@ -5,7 +5,7 @@
 
 namespace hesskern::cpu {
 
-// sum [m, columns] += squares of rows [k, m, d]
+// sum [m, columns] += squares of rows [k, m, d], d contiguous
 void add_squares(const at::Tensor& sum, const at::Tensor& rows);
 
 // sum [m, columns] += squares of left_nr^T right_n; left [n, r, t, m], right [n, t, d]; columns are

@@ -23,6 +23,7 @@ from hesskern.diagnostics.output_space import (
 )
 from hesskern.diagnostics.predictor import OverlapPrediction, classify_peak, predict_overlap
 from hesskern.factors.accumulator import FactorAccumulator
+from hesskern.factors.addition import add_factors
 from hesskern.factors.compute import kronecker_factors
 from hesskern.factors.input_covariances import (
     InputCovariances,
@@ -92,6 +93,7 @@ __all__ = [
     "SumOperator",
     "TokenClassification",
     "TraceEstimate",
+    "add_factors",
     "build_info",
     "centre_inputs",
     "classify_peak",

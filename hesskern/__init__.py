@@ -1,6 +1,6 @@
 """Curvature of neural-network layers: Kronecker factors, exact layer-wise Hessians, eigenspaces."""
 
-from hesskern import ops, pacbayes
+from hesskern import ops, optim, pacbayes
 from hesskern.diagnostics.centring import centre_inputs
 from hesskern.diagnostics.clustering import GradientClusters, gradient_clusters
 from hesskern.diagnostics.functional import functional_share
@@ -25,6 +25,8 @@ from hesskern.diagnostics.predictor import OverlapPrediction, classify_peak, pre
 from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.addition import add_factors
 from hesskern.factors.compute import kronecker_factors
+from hesskern.factors.compute_ekfac import ekfac
+from hesskern.factors.ekfac import EKFAC, load_ekfac
 from hesskern.factors.input_covariances import (
     InputCovariances,
     LayerInputs,
@@ -62,6 +64,7 @@ from hesskern.solvers.spectrum import (
 from hesskern.version import __version__ as __version__
 
 __all__ = [
+    "EKFAC",
     "AutogradHessian",
     "CausalLM",
     "CorrectedOperator",
@@ -102,6 +105,7 @@ __all__ = [
     "eigenvalue_corrected",
     "eigenvector_correspondence",
     "eigsh",
+    "ekfac",
     "functional_share",
     "gradient_clusters",
     "hutchpp_trace",
@@ -109,10 +113,12 @@ __all__ = [
     "input_covariances",
     "kronecker_factors",
     "layer_hessians",
+    "load_ekfac",
     "load_factors",
     "load_input_covariances",
     "nearest_kronecker",
     "ops",
+    "optim",
     "pacbayes",
     "position_mean_hessian",
     "predict_overlap",

@@ -23,6 +23,7 @@ from hesskern.diagnostics.output_space import (
 )
 from hesskern.diagnostics.predictor import OverlapPrediction, classify_peak, predict_overlap
 from hesskern.factors.accumulator import FactorAccumulator
+from hesskern.factors.addition import add_factors
 from hesskern.factors.compute import kronecker_factors
 from hesskern.factors.compute_ekfac import ekfac
 from hesskern.factors.ekfac import EKFAC, load_ekfac
@@ -95,6 +96,7 @@ __all__ = [
     "SumOperator",
     "TokenClassification",
     "TraceEstimate",
+    "add_factors",
     "build_info",
     "centre_inputs",
     "classify_peak",

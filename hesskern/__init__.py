@@ -1,6 +1,8 @@
 """Curvature of neural-network layers: Kronecker factors, exact layer-wise Hessians, eigenspaces."""
 
 from hesskern import ops, pacbayes
+from hesskern.attribution.influence import influence
+from hesskern.attribution.result import Influence
 from hesskern.diagnostics.centring import centre_inputs
 from hesskern.diagnostics.clustering import GradientClusters, gradient_clusters
 from hesskern.diagnostics.functional import functional_share
@@ -72,6 +74,7 @@ __all__ = [
     "GaussNewton",
     "GradientClusters",
     "ImageClassification",
+    "Influence",
     "InputAutocorrelation",
     "InputCovariances",
     "KroneckerOperator",
@@ -100,6 +103,7 @@ __all__ = [
     "functional_share",
     "gradient_clusters",
     "hutchpp_trace",
+    "influence",
     "input_autocorrelation",
     "input_covariances",
     "kronecker_factors",

@@ -26,6 +26,8 @@ from hesskern.diagnostics.output_space import (
 from hesskern.diagnostics.predictor import OverlapPrediction, classify_peak, predict_overlap
 from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.compute import kronecker_factors
+from hesskern.factors.compute_ekfac import ekfac
+from hesskern.factors.ekfac import EKFAC, load_ekfac
 from hesskern.factors.input_covariances import (
     InputCovariances,
     LayerInputs,
@@ -62,6 +64,7 @@ from hesskern.solvers.spectrum import (
 from hesskern.version import __version__ as __version__
 
 __all__ = [
+    "EKFAC",
     "AutogradHessian",
     "CausalLM",
     "CorrectedOperator",
@@ -100,6 +103,7 @@ __all__ = [
     "eigenvalue_corrected",
     "eigenvector_correspondence",
     "eigsh",
+    "ekfac",
     "functional_share",
     "gradient_clusters",
     "hutchpp_trace",
@@ -108,6 +112,7 @@ __all__ = [
     "input_covariances",
     "kronecker_factors",
     "layer_hessians",
+    "load_ekfac",
     "load_factors",
     "load_input_covariances",
     "nearest_kronecker",

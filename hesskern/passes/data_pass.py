@@ -86,7 +86,8 @@ class DataPass:
 
     def __post_init__(self) -> None:
         self.count = 0.0
-        self._asked = False
+        # Which batch's sample was asked on a device.
+        self._asked: int | None = None
         self.checks = Checks()
         self.capture = Capture(
             self.model,
@@ -137,7 +138,8 @@ class DataPass:
         roots = BatchRoots(
             self.capture, batch, self.loss, output, samples, generator, self.checks, sums_follow
         )
-        if not self.evidence.compared and not self._asked:
+        # Once more where a batch that ran out of memory comes again, in parts.
+        if not self.evidence.compared and self._asked in (None, batch.index):
             self._compare(batch, roots.outputs)
         return roots
 
@@ -146,13 +148,14 @@ class DataPass:
         conditions = self.checks.conditions
         with self.capture.aside():
             self.evidence.compared = self.loss.compare(self.model, batch, outputs, self.checks)
-        # On a device the answer comes later.
-        self._asked = self.checks.conditions > conditions
+        if self.checks.conditions > conditions:
+            # A device, whose answer comes later.
+            self._asked = batch.index
 
     def settle(self) -> None:
         """Behind the last batch: looks at all conditions, or raises the first error among them."""
         self.checks.settle()
-        self.evidence.compared |= self._asked
+        self.evidence.compared |= self._asked is not None
 
 
 @dataclass

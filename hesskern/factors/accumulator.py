@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from hesskern.factors.layer_sums import (
     Counted,
     LayerSums,
     SumMemory,
+    add_diagonals,
     add_sums,
     bordered,
     scale_sums,
@@ -24,11 +25,20 @@ from hesskern.factors.layer_sums import (
 from hesskern.factors.precision import precisions
 from hesskern.factors.result import Factors, LayerFactors
 from hesskern.graph.evidence import Evidence
+from hesskern.ops import foreach
 from hesskern.passes.batches import Batch, halves, no_samples
 from hesskern.passes.checks import as_weights
 from hesskern.passes.data_pass import DataPass
+from hesskern.passes.diagonals import DiagonalCapture, diagonal_parameters
 from hesskern.passes.forward_pass import model_device
-from hesskern.passes.layers import LayerSpec, left_out, limit_outputs, refuse_missing, select_layers
+from hesskern.passes.layers import (
+    LayerSpec,
+    left_out,
+    limit_outputs,
+    own_parameters,
+    refuse_missing,
+    select_layers,
+)
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
 from hesskern.passes.memory import budget_for, out_of_memory, release
@@ -57,6 +67,8 @@ class _Before:
     reasons: dict[str, str]
     unfit: dict[str, str]
     precisions: dict[str, None]
+    diagonals: frozenset[str]
+    unfit_diagonals: dict[str, str]
 
 
 class _Held:
@@ -107,7 +119,7 @@ class FactorAccumulator(Portable):
 
     Args:
         model, loss, layers, output, bias, mc_samples, seed, output_root, check, max_outputs,
-            position_mask: as in :func:`hesskern.kronecker_factors`. What is found out about the
+            position_mask, diagonal: as in :func:`hesskern.kronecker_factors`. What is found out about the
             samples holds for the batches that follow, as long as the model's graph and its shapes
             stay the same.
         decay: None for means over everything seen; a number in [0, 1) for moving averages over
@@ -133,6 +145,7 @@ class FactorAccumulator(Portable):
         check: bool = True,
         max_outputs: int = 8192,
         position_mask: Callable[[Any], Any] | None = None,
+        diagonal: bool = False,
     ) -> None:
         check_output(output, mc_samples, seed)
         if decay is not None:
@@ -141,6 +154,12 @@ class FactorAccumulator(Portable):
         known, self._skipped = select_layers(model, layers, bias)
         self._specs, large = limit_outputs(known, max_outputs)
         self._skipped.update(large)
+        if not isinstance(diagonal, bool):
+            raise TypeError(f"diagonal must be True or False, got {type(diagonal).__name__}")
+        self._parameters = diagonal_parameters(model, self._specs, layers) if diagonal else None
+        self._diagonals: dict[str, Tensor] = {}
+        self._diagonal_reasons: dict[str, str] = {}
+        self._unfit_diagonals: dict[str, str] = {}
         self._by_name = layers is not None
         self._model = model
         self._position_mask = checked_mask(position_mask)
@@ -154,6 +173,8 @@ class FactorAccumulator(Portable):
             "seed": seed,
             "decay": decay,
         }
+        if diagonal:
+            self._settings["diagonal"] = True
         self._generator = torch.Generator().manual_seed(seed)
         self._evidence = Evidence(check)
         self._sums: dict[str, LayerSums] = {}
@@ -243,6 +264,11 @@ class FactorAccumulator(Portable):
         now = precisions(self._model, model_device(self._model))
         given = self._model, data, self._loss, self._specs, sample_weight, self._evidence
         kept, unfit = self._sums.keys(), dict(self._unfit)
+        diagonals = None
+        if self._parameters is not None:
+            unfit_diagonals = dict(self._unfit_diagonals)
+            kept_diagonals = self._diagonals.keys()
+            diagonals = DiagonalCapture(self._parameters, kept_diagonals, unfit_diagonals)
         run = DataPass(
             *given,
             progress,
@@ -251,6 +277,7 @@ class FactorAccumulator(Portable):
             unfit=unfit,
             position_mask=self._position_mask,
             linear_use=True,
+            diagonals=diagonals,
         )
         try:
             with run.capture:
@@ -272,6 +299,8 @@ class FactorAccumulator(Portable):
         self._generator.set_state(before.generator)
         self._sums = {name: sums for name, sums in self._sums.items() if name in before.layers}
         self._reasons, self._unfit = before.reasons, before.unfit
+        self._diagonals = {n: d for n, d in self._diagonals.items() if n in before.diagonals}
+        self._unfit_diagonals = before.unfit_diagonals
         self._precisions = before.precisions
 
     def _add(self, run: DataPass, batch: Batch, memory: SumMemory) -> None:
@@ -283,6 +312,8 @@ class FactorAccumulator(Portable):
             dict(self._reasons),
             dict(self._unfit),
             dict(self._precisions),
+            frozenset(self._diagonals),
+            dict(self._unfit_diagonals),
         )
         try:
             fresh = self._sums_in_memory(run, batch, memory)
@@ -301,6 +332,9 @@ class FactorAccumulator(Portable):
         self._unfit.update(run.capture.unfit)
         self._tied.update(run.capture.tied)
         self._note({**self._reasons, **run.capture.reasons})
+        if run.diagonals is not None:
+            self._unfit_diagonals.update(run.diagonals.unfit)
+            self._diagonal_reasons.update(run.diagonals.reasons)
 
     def _sums_in_memory(self, run: DataPass, batch: Batch, memory: SumMemory) -> BatchSum:
         """:meth:`_sums_of`, of one half after the other where memory does not suffice."""
@@ -368,6 +402,7 @@ class FactorAccumulator(Portable):
         for name, sums in fresh.layers.items():
             if name not in known:
                 self._sums[name] = sums.copy() if known else sums
+        add_diagonals(self._diagonals, fresh.diagonals)
         if not known:
             # It holds the running sums from now on.
             memory.let_go()
@@ -409,6 +444,8 @@ class FactorAccumulator(Portable):
             self._held.scale(old)
         scale_sums(self._sums.values(), old)
         scale_sums(fresh.layers.values(), new)
+        foreach.scale_(list(self._diagonals.values()), old)
+        foreach.scale_(list(fresh.diagonals.values()), new)
         fresh.counts = [counted._replace(number=counted.number * new) for counted in fresh.counts]
 
     def factors(self) -> Factors:
@@ -435,19 +472,39 @@ class FactorAccumulator(Portable):
         if not layers:
             reasons = "; ".join(f"{name!r} {reason}" for name, reason in self._reasons.items())
             raise ValueError(f"no layer of the model has factors: {reasons}")
+        diagonals = {name: total / self.num_samples for name, total in self._diagonals.items()}
         skipped = left_out(
             self._model,
-            {**self._skipped, **self._reasons},
+            {**self._skipped_modules(diagonals), **self._reasons, **self._missing(diagonals)},
             [f.spec for f in layers.values()],
             None if self._by_name else stacklevel,
         )
-        checked = {name: self._evidence.found.get(name, "graph") for name in layers}
+        known = (*layers, *diagonals)
+        checked = {name: self._evidence.found.get(name, "graph") for name in known}
         settings = {
             **self._settings,
             "precision": "; ".join(self._precisions),
             "checked": checked,
         }
-        return Factors(layers, self.num_samples, skipped, settings)
+        return Factors(layers, self.num_samples, skipped, settings, diagonals)
+
+    def _missing(self, diagonals: Mapping[str, Tensor]) -> dict[str, str]:
+        """Why parameters have no diagonal block, where they were asked for."""
+        reasons = {**self._diagonal_reasons, **self._unfit_diagonals}
+        return {n: reason for n, reason in reasons.items() if n not in diagonals}
+
+    def _skipped_modules(self, diagonals: Mapping[str, Tensor]) -> dict[str, str]:
+        """Reasons of modules some of whose parameters have no block at all."""
+        owners = {id(p): name for name, p in self._model.named_parameters()}
+        modules = dict(self._model.named_modules())
+
+        def whole(name: str) -> bool:
+            if name not in modules:
+                return False
+            own = [p for p in own_parameters(modules[name]).values() if p is not None]
+            return bool(own) and all(owners.get(id(p)) in diagonals for p in own)
+
+        return {name: reason for name, reason in self._skipped.items() if not whole(name)}
 
     def _layer(self, spec: LayerSpec, sums: LayerSums) -> LayerFactors:
         count, positions = self.num_samples, float(sums.positions) / self.num_samples
@@ -483,11 +540,23 @@ class FactorAccumulator(Portable):
                     f"other does not fit: layer {name!r} {another._unfit[name]} in one of both and "
                     "has factors in the other (leave the layer out with layers=[...])"
                 )
+        for first, second in ((self, other), (other, self)):
+            for name in first._diagonals.keys() & second._unfit_diagonals.keys():
+                raise ValueError(
+                    f"other does not fit: parameter {name!r} {second._unfit_diagonals[name]} in "
+                    "one of both and has a diagonal in the other (diagonal=False leaves all out)"
+                )
         shared = [(self._sums[n], sums) for n, sums in other._sums.items() if n in self._sums]
         add_sums(shared)
         for name, sums in other._sums.items():
             if name not in self._sums:
                 self._sums[name] = sums.copy()
+        add_diagonals(
+            self._diagonals,
+            {n: d if n in self._diagonals else d.clone() for n, d in other._diagonals.items()},
+        )
+        self._unfit_diagonals = {**other._unfit_diagonals, **self._unfit_diagonals}
+        self._diagonal_reasons = {**other._diagonal_reasons, **self._diagonal_reasons}
         self._count += other._count
         self._batches += other._batches
         self._precisions.update(other._precisions)
@@ -511,6 +580,9 @@ class FactorAccumulator(Portable):
             "checked": dict(self._evidence.found),
             "precisions": list(self._precisions),
             "layers": {name: vars(sums.copy()) for name, sums in self._sums.items()},
+            "diagonals": {name: total.clone() for name, total in self._diagonals.items()},
+            "unfit_diagonals": dict(self._unfit_diagonals),
+            "diagonal_reasons": dict(self._diagonal_reasons),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -541,7 +613,20 @@ class FactorAccumulator(Portable):
                     f"state has layer {name!r} with (m, d) = {found}, the model has "
                     f"{(spec.outputs, spec.weight_inputs)}"
                 )
+        diagonals = {
+            name: total.to(device, copy=True) for name, total in state.get("diagonals", {}).items()
+        }
+        for name, total in diagonals.items():
+            own = None if self._parameters is None else self._parameters.get(name)
+            if own is None or own.shape != total.shape:
+                raise ValueError(
+                    f"state has a diagonal {list(total.shape)} of a parameter {name!r}; the "
+                    f"model has {'no such one' if own is None else list(own.shape)}"
+                )
         self._generator.set_state(state["generator"])
+        self._diagonals = diagonals
+        self._unfit_diagonals = dict(state.get("unfit_diagonals", {}))
+        self._diagonal_reasons = dict(state.get("diagonal_reasons", {}))
         self._sums = loaded
         self._count, self._batches = state["count"], state["batches"]
         self._precisions = dict.fromkeys(state.get("precisions", ()))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hesskern import ops
+from hesskern.factors.diagonal_sums import DiagonalSums
 from hesskern.factors.layer_sums import BatchSum, Counted, LayerSums, Layout, SumMemory
 from hesskern.passes.layer_uses import LayerUse, positions_of
 from hesskern.passes.layers import LayerSpec, unfolded
@@ -46,7 +47,8 @@ class BatchSums:
         """
         layouts = {name: _layout(self.specs[name], roots.uses[name]) for name in names}
         found: BatchSum | None = None
-        for name, rows in self._output_rows(roots, names):
+        diagonals = DiagonalSums(roots.diagonal_uses)
+        for name, rows in self._output_rows(roots, names, diagonals):
             # Not before the first rows are there: on their way backwards the model's activations
             # are given back, whose memory the sums then take.
             found = memory.zeros(layouts) if found is None else found
@@ -57,6 +59,10 @@ class BatchSums:
             self._add_inputs(self.specs[name], roots, sums)
         for name, sums in found.layers.items():
             roots.check_sums(name, sums.inputs, sums.outputs)
+        for name, diagonal in diagonals.sums.items():
+            roots.check_diagonal(name, diagonal)
+            found.diagonals[name] = diagonal
+            found.pieces.append(diagonal)
         return found
 
     def _counted(self, roots: BatchRoots, names: list[str]) -> list[Counted]:
@@ -108,23 +114,27 @@ class BatchSums:
             if spec.joint:
                 sums.column += unfolded(spec, image).sum(1)
 
-    def _output_rows(self, roots: BatchRoots, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    def _output_rows(
+        self, roots: BatchRoots, names: list[str], diagonals: DiagonalSums
+    ) -> Iterator[tuple[str, Tensor]]:
         """Rows to be added to layers' output Hessians, as ``ops.output_hessian_`` takes them.
 
         Some samples or a few root rows at a time; whoever takes them lets go of them at once.
         """
         blocks = roots.blocks(self.memory_budget)
         if blocks is None:
-            return self._single_rows(roots, names)
-        return self._block_rows(roots, blocks, names)
+            return self._single_rows(roots, names, diagonals)
+        return self._block_rows(roots, blocks, names, diagonals)
 
     def _block_rows(
         self,
         roots: BatchRoots,
         blocks: Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]],
         names: list[str],
+        diagonals: DiagonalSums,
     ) -> Iterator[tuple[str, Tensor]]:
         for samples, _, gradients in blocks:
+            diagonals.take(gradients, samples, False)
             for name in names:
                 m = self.specs[name].outputs
                 for use, grad in zip(roots.uses[name], gradients[name], strict=True):
@@ -139,10 +149,13 @@ class BatchSums:
                     else:
                         yield name, grad.flatten(3)
 
-    def _single_rows(self, roots: BatchRoots, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    def _single_rows(
+        self, roots: BatchRoots, names: list[str], diagonals: DiagonalSums
+    ) -> Iterator[tuple[str, Tensor]]:
         kept: dict[str, list[Tensor]] = {name: [] for name in names}
         held = 0
         for grads in roots.gradients():
+            diagonals.take(grads, slice(None), True)
             for name in names:
                 for use, grad in zip(roots.uses[name], grads[name], strict=True):
                     if grad is not None:

@@ -20,6 +20,8 @@ from hesskern.tensor_files import OpenedFile, TensorFormat
 __all__ = ["Factors", "LayerFactors", "OfLayer", "load_factors", "read_spec"]
 
 _FILE = TensorFormat("hesskern.factors/1", "hesskern factors", "factors file")
+# Before the names of parameters in a file; no layer's name begins so.
+_DIAGONAL = "diagonal/"
 
 
 class OfLayer:
@@ -142,6 +144,10 @@ class Factors(Mapping[str, LayerFactors]):
             known which rows belong to which samples: "graph" (proved), "probe" (found by backward
             passes), "not checked" (never two samples in a batch: nothing was to be told apart)
             or "switched off" (``check=False``).
+        diagonals: with ``diagonal=True``, by parameter (``"ln_f.weight"``, ``"fc1.bias"``) and of
+            its shape, the diagonal of the Gauss-Newton or Fisher matrix in it:
+            1/N sum_n sum_c (d f_nc)^2, with d f_nc the gradient of sample n's root row c in the
+            parameter, all its uses counted.
     """
 
     def __init__(
@@ -150,11 +156,13 @@ class Factors(Mapping[str, LayerFactors]):
         num_samples: float,
         skipped: Mapping[str, str],
         settings: Mapping[str, Any],
+        diagonals: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._layers = dict(layers)
         self.num_samples = num_samples
         self.skipped = dict(skipped)
         self.settings = dict(settings)
+        self.diagonals = dict(diagonals or {})
 
     def __getitem__(self, name: str) -> LayerFactors:
         try:
@@ -174,6 +182,7 @@ class Factors(Mapping[str, LayerFactors]):
 
     def __repr__(self) -> str:
         rows = [f"  {n}: {f.kind} {f.layer_shape}" for n, f in self._layers.items()]
+        rows += [f"  {n}: diagonal {tuple(d.shape)}" for n, d in self.diagonals.items()]
         return "\n".join([f"Factors of {self.num_samples:g} samples:", *rows])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -206,6 +215,9 @@ class Factors(Mapping[str, LayerFactors]):
             "settings": self.settings,
             "layers": layers,
         }
+        if self.diagonals:
+            tensors.update((f"{_DIAGONAL}{name}", d) for name, d in self.diagonals.items())
+            header["diagonals"] = list(self.diagonals)
         _FILE.write(path, tensors, header)
 
 
@@ -236,6 +248,7 @@ def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu
             header["num_samples"],
             header["skipped"],
             header["settings"],
+            {n: file.tensor(f"{_DIAGONAL}{n}").to(device) for n in header.get("diagonals", ())},
         )
 
 

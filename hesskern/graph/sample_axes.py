@@ -213,7 +213,7 @@ class _Proof:
         return all(self._is_steady(node) for node in self._needed)
 
     def _is_steady(self, node: Any) -> bool:
-        if passes_gradients(node) or node in self._calls:
+        if passes_gradients(node) or (node in self._calls and kind(node) in _PRODUCTS):
             return True
         here = [
             self._axes[node, number]
@@ -805,6 +805,8 @@ _RULES.update(
     )
 )
 
+# Calls by which a matrix acts on every row alone, whatever the values.
+_PRODUCTS = frozenset("Addmm Bmm Convolution GroupedMm Linear Mm".split())
 # Where samples are not known to be, these cannot move or mix rows in another way in another batch
 # of the same shapes. All others can: by a mask, a gate, an adjacency, a list of numbers.
 _STEADY = frozenset(

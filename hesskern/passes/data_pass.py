@@ -27,6 +27,7 @@ from hesskern.graph.evidence import Evidence
 from hesskern.passes.batches import Batch, batches
 from hesskern.passes.capture import Capture
 from hesskern.passes.checks import Checks
+from hesskern.passes.diagonals import DiagonalCapture
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.losses import Loss
@@ -54,7 +55,7 @@ class DataPass:
         loss, specs: what gives the root rows, and the layers by name.
         evidence: of which rows belong to which samples; shared by passes of one model.
         progress, description: told after every batch, and what a bar says.
-        examine, kept, unfit, linear_use: as in :class:`hesskern.passes.capture.Capture`.
+        examine, kept, unfit, linear_use, diagonals: as in :class:`hesskern.passes.capture.Capture`.
         position_mask: as in :func:`hesskern.kronecker_factors`.
         count: weighted number of samples, behind the last batch.
     """
@@ -72,6 +73,7 @@ class DataPass:
     unfit: dict[str, str] = field(default_factory=dict)
     linear_use: bool = False
     position_mask: Callable[[Any], Any] | None = None
+    diagonals: DiagonalCapture | None = None
 
     def __post_init__(self) -> None:
         self.count = 0.0
@@ -85,6 +87,7 @@ class DataPass:
             self.loss.run,
             unfit=self.unfit,
             linear_use=self.linear_use,
+            diagonals=self.diagonals,
         )
 
     def __enter__(self) -> DataPass:

@@ -20,6 +20,7 @@ __all__ = [
     "LayerSpec",
     "bias_of",
     "calls_itself",
+    "is_norm_or_embedding",
     "left_out",
     "limit_outputs",
     "own_parameters",
@@ -442,6 +443,11 @@ def _specify(name: str, module: nn.Module, joint: bool) -> tuple[list[LayerSpec]
         f"is a {type(module).__name__}; supported are Linear, Conv1d and Conv2d, and modules that "
         "multiply with a matrix of their own"
     )
+
+
+def is_norm_or_embedding(module: nn.Module) -> bool:
+    """Whether a module of torch looks rows up, or scales entries."""
+    return isinstance(module, (*_EMBEDDINGS, *_NORMS))
 
 
 def _without_products(module: nn.Module) -> str | None:

@@ -1,0 +1,81 @@
+"""Diagonals of native models of transformers: every parameter that is no matrix, by sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from per_sample import diagonal_loops, native_predictions
+from tensors import relative_error
+from torch import Tensor
+from transformer_models import NATIVE, Native
+
+import hesskern as hk
+
+# Absolute positions come from the first token; these have none that a mask could not tell.
+PADDED = ("gpt2", "llama", "bert", "bert_tagger")
+
+
+def alone(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The samples one by one, without their padding."""
+    parts = []
+    for i in range(len(batch["labels"])):
+        part = {key: value[i : i + 1] for key, value in batch.items()}
+        keep = part.get("attention_mask")
+        if keep is not None:
+            chosen = keep[0].bool()
+            part = {
+                key: value[:, chosen] if value.shape == keep.shape else value
+                for key, value in part.items()
+            }
+        parts.append(part)
+    return parts
+
+
+def padded(native: Native) -> dict[str, Tensor]:
+    """Three samples with padding on the right, which bears no labels."""
+    batch = native.batch(3)
+    keep = torch.arange(batch["input_ids"].shape[1]) < torch.tensor((3, 5, 4))[:, None]
+    batch = {**batch, "attention_mask": keep.long()}
+    batch["input_ids"] = batch["input_ids"].masked_fill(~keep, 0)
+    batch["labels"] = batch["labels"].masked_fill(~keep, -100)
+    # Every sample has a label behind its first token.
+    batch["labels"][:, 1] = 3
+    return batch
+
+
+def check(name: str, data: list[dict[str, Tensor]], output: Any, missing: set[str]) -> None:
+    native = NATIVE[name]
+    model = native.model()
+    found = hk.kronecker_factors(model, data, native.loss, output=output, diagonal=True)
+    layers = {f"{layer}.weight" for layer in found}
+    rest = {
+        n
+        for n, p in model.named_parameters()
+        if n not in layers and not any(n.startswith(f"{layer}.") and p.dim() > 2 for layer in found)
+    }
+    assert set(found.diagonals) | missing >= rest
+    samples = [part for batch in data for part in alone(batch)]
+    predictions = native_predictions(isinstance(native.loss, hk.CausalLM))
+    expected = diagonal_loops(model, samples, predictions, found.diagonals, output)
+    for n, diagonal in expected.items():
+        assert found.diagonals[n].shape == diagonal.shape
+        error = relative_error(found.diagonals[n], diagonal) if diagonal.any() else 0.0
+        # RMS norms and rotations of transformers have float32 inside.
+        assert error <= (1e-6 if name in ("llama", "mixtral", "t5") else 1e-10), (n, error)
+        if not diagonal.any():
+            assert not found.diagonals[n].any()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("output", ["exact", "empirical"])
+@pytest.mark.parametrize("name", NATIVE)
+def test_of_every_parameter(name: str, output: str) -> None:
+    check(name, [NATIVE[name].batch(3), NATIVE[name].batch(2, seed=1)], output, set())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", PADDED)
+def test_of_padded_batches(name: str) -> None:
+    check(name, [padded(NATIVE[name])], "empirical", set())

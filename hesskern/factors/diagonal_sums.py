@@ -30,9 +30,7 @@ class DiagonalSums:
         self._uses = uses
         self.sums: dict[str, Tensor] = {}
 
-    def take(
-        self, gradients: dict[str, list[Tensor | None]], samples: slice, single: bool
-    ) -> None:
+    def take(self, gradients: dict[str, list[Tensor | None]], samples: slice, single: bool) -> None:
         """Adds one block, and takes its gradients out of those of all layers.
 
         Args:
@@ -51,9 +49,7 @@ class DiagonalSums:
             if present:
                 self._add(name, present, samples)
 
-    def _add(
-        self, name: str, uses: list[tuple[DiagonalUse, Tensor]], samples: slice
-    ) -> None:
+    def _add(self, name: str, uses: list[tuple[DiagonalUse, Tensor]], samples: slice) -> None:
         first, gradient = uses[0]
         dtype = accumulator_dtype(gradient.dtype)
         if name not in self.sums:
@@ -84,9 +80,7 @@ class DiagonalSums:
                     total += whole.square_().sum((0, 1))
 
 
-def _add_looked_up(
-    total: Tensor, block: list[tuple[DiagonalUse, Tensor]], samples: slice
-) -> None:
+def _add_looked_up(total: Tensor, block: list[tuple[DiagonalUse, Tensor]], samples: slice) -> None:
     """Adds squares of the gradients in rows of an embedding, of those rows alone.
 
     Args:

@@ -23,6 +23,14 @@ from hesskern.graph.weight_uses import Target, linear_call
 
 __all__ = ["Leaf", "ParameterUse", "find_parameter_uses"]
 
+# What they do to an operand is a sign, a number or zeros.
+_SUMS = frozenset("Add MaskedFill Sub Where".split())
+
+
+def _is_sum(name: str, operand: int) -> bool:
+    return name in _SUMS and operand < (1 if name == "MaskedFill" else 2)
+
+
 _OVERWRITTEN = "acts on values that were overwritten in place"
 
 
@@ -168,7 +176,7 @@ class _Search:
                 self._behind(node, number, _Operand(moved, here.scale))
         elif name == "Embedding" and operand == 0:
             self._look_up(node, here)
-        elif name in ("Add", "Sub") and operand < 2:
+        elif _is_sum(name, operand):
             self._sum(node, operand, here)
         else:
             self._act(node, operand, name, here)
@@ -239,20 +247,28 @@ class _Search:
         return product(shape) // size % self._samples == 0
 
     def _sum(self, node: Any, operand: int, here: _Operand) -> None:
-        """A sum or difference: with something of every sample, or of this operand's own shape."""
-        shape, own = output_shape(node), tuple(here.numbers.tensor.shape)
+        """A sum, difference or choice: with something of every sample, or of this one's shape."""
+        shape, own, name = output_shape(node), tuple(here.numbers.tensor.shape), kind(node)
         if shape is None:
             self._unknown(node)
             return
-        scale = here.scale
-        if operand == 1:
-            scale *= float(node._saved_alpha) * (1.0 if kind(node) == "Add" else -1.0)
+        scale, stays = here.scale, None
+        if name == "Where":
+            stays = node._saved_condition if operand == 0 else ~node._saved_condition
+        elif name == "MaskedFill":
+            stays = ~node._saved_mask
+        elif operand == 1:
+            scale *= float(node._saved_alpha) * (1.0 if name == "Add" else -1.0)
         if self._repeats(shape, own):
-            self._use(node, self._padded(node, here), _Operand(here.numbers, scale))
+            factor = None if stays is None else stays.float
+            self._use(node, self._padded(node, here), _Operand(here.numbers, scale), factor)
             return
         numbers = here.numbers
-        if own != shape:
-            numbers = Numbers(self._leaf.shape, "", numbers.tensor.expand(shape))
+        if own != shape or stays is not None:
+            moved = numbers.tensor.expand(shape)
+            if stays is not None:
+                moved = moved.masked_fill(~stays.cpu(), -1)
+            numbers = Numbers(self._leaf.shape, "", moved)
         self._behind(node, 0, _Operand(numbers, scale))
 
     def _look_up(self, node: Any, here: _Operand) -> None:
@@ -296,7 +312,7 @@ class _Search:
                     return False
                 if name == "Expand" and self._brings_samples(parent):
                     found = True
-                elif name in ("Add", "Sub") and operand < 2:
+                elif _is_sum(name, operand):
                     if self._repeats(result, own):
                         found = True
                     else:

@@ -147,7 +147,9 @@ class DiagonalUse:
         repeated, own = self.use.outputs[lead:], self.use.operand[lead:]
         block = product(repeated[:-1])
         found = values.reshape(n, r, t // block, *repeated).sum(2)
-        axes = [i + 2 for i, (size, full) in enumerate(zip(own, repeated, strict=True)) if size < full]
+        axes = [
+            i + 2 for i, (size, full) in enumerate(zip(own, repeated, strict=True)) if size < full
+        ]
         if axes:
             found = found.sum(axes)
         return found.reshape(n, r, -1)
@@ -179,7 +181,9 @@ def add_rows(index: Tensor, rows: Tensor, size: int) -> Tensor:
         rows: [R, q] float32 or float64.
         size: above every index.
     """
-    found: Tensor = torch.ops.aten.embedding_dense_backward(rows.contiguous(), index, size, -1, False)
+    found: Tensor = torch.ops.aten.embedding_dense_backward(
+        rows.contiguous(), index, size, -1, False
+    )
     return found
 
 
@@ -209,9 +213,7 @@ def diagonal_use(
                 f"acts through {kind(use.node)}, where its entries belong to samples or to rows of "
                 "several"
             )
-    return DiagonalUse(
-        use, tuple(shape), arrangement, transposed=transposed, routed=call.routed
-    )
+    return DiagonalUse(use, tuple(shape), arrangement, transposed=transposed, routed=call.routed)
 
 
 def mask_positions(use: DiagonalUse) -> tuple[int, bool]:

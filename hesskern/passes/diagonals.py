@@ -67,7 +67,9 @@ def diagonal_parameters(
 def _may_be_diagonal(module: nn.Module, owner: str, own: str, parameter: Tensor) -> bool:
     if isinstance(module, nn.Module) and is_norm_or_embedding(module):
         return True
-    if ".parametrizations." in f".{owner}." or f"{own.removesuffix('_g')}_v" in own_parameters(module):
+    if ".parametrizations." in f".{owner}." or f"{own.removesuffix('_g')}_v" in own_parameters(
+        module
+    ):
         # They make a weight.
         return False
     if parameter.dim() < 2:

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from per_sample import diagonal_loops, native_predictions
-from tensors import relative_error
 from torch import Tensor
 from transformer_models import NATIVE, Native
 
 import hesskern as hk
 
-# Absolute positions come from the first token; these have none that a mask could not tell.
+# Of Swin: rows taken by two numbers at once.
+TABLES = (".relative_position_bias_table",)
+# Padding on the right: absolute positions are those of the samples alone.
 PADDED = ("gpt2", "llama", "bert", "bert_tagger")
 
 
@@ -45,37 +46,38 @@ def padded(native: Native) -> dict[str, Tensor]:
     return batch
 
 
-def check(name: str, data: list[dict[str, Tensor]], output: Any, missing: set[str]) -> None:
+def check(
+    name: str, data: list[dict[str, Tensor]], output: Any, missing: tuple[str, ...] = ()
+) -> None:
     native = NATIVE[name]
     model = native.model()
     found = hk.kronecker_factors(model, data, native.loss, output=output, diagonal=True)
     layers = {f"{layer}.weight" for layer in found}
-    rest = {
-        n
-        for n, p in model.named_parameters()
-        if n not in layers and not any(n.startswith(f"{layer}.") and p.dim() > 2 for layer in found)
-    }
-    assert set(found.diagonals) | missing >= rest
+    # Experts of one parameter are layers of their own, with numbers behind its name.
+    fused = {layer.rpartition(".")[0] for layer in found}
+    rest = {n for n, _ in model.named_parameters()} - layers - fused
+    assert rest - set(found.diagonals) == {n for n in rest if n.endswith(missing)}
     samples = [part for batch in data for part in alone(batch)]
     predictions = native_predictions(isinstance(native.loss, hk.CausalLM))
     expected = diagonal_loops(model, samples, predictions, found.diagonals, output)
+    # RMS norms and rotations of transformers have float32 inside.
+    limit = 1e-6 if name in ("llama", "mixtral", "t5") else 1e-10
+    largest = max(float(diagonal.max()) for diagonal in expected.values())
     for n, diagonal in expected.items():
         assert found.diagonals[n].shape == diagonal.shape
-        error = relative_error(found.diagonals[n], diagonal) if diagonal.any() else 0.0
-        # RMS norms and rotations of transformers have float32 inside.
-        assert error <= (1e-6 if name in ("llama", "mixtral", "t5") else 1e-10), (n, error)
-        if not diagonal.any():
-            assert not found.diagonals[n].any()
+        error = float((found.diagonals[n] - diagonal).norm())
+        # Biases of keys have gradients of rounding alone: a softmax does not see them.
+        assert error <= limit * float(diagonal.norm()) + 1e-20 * largest, (n, error)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("output", ["exact", "empirical"])
 @pytest.mark.parametrize("name", NATIVE)
 def test_of_every_parameter(name: str, output: str) -> None:
-    check(name, [NATIVE[name].batch(3), NATIVE[name].batch(2, seed=1)], output, set())
+    check(name, [NATIVE[name].batch(3), NATIVE[name].batch(2, seed=1)], output, TABLES)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", PADDED)
 def test_of_padded_batches(name: str) -> None:
-    check(name, [padded(NATIVE[name])], "empirical", set())
+    check(name, [padded(NATIVE[name])], "empirical")

@@ -25,12 +25,6 @@ __all__ = ["Leaf", "ParameterUse", "find_parameter_uses"]
 
 # What they do to an operand is a sign, a number or zeros.
 _SUMS = frozenset("Add MaskedFill Sub Where".split())
-
-
-def _is_sum(name: str, operand: int) -> bool:
-    return name in _SUMS and operand < (1 if name == "MaskedFill" else 2)
-
-
 _OVERWRITTEN = "acts on values that were overwritten in place"
 
 
@@ -41,12 +35,10 @@ class Leaf:
     Attributes:
         edge: where its gradient arrives.
         shape: its own.
-        transposed: whether it is kept [d, m] where it acts as a matrix.
     """
 
     edge: GradientEdge
     shape: tuple[int, ...]
-    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,7 +185,7 @@ class _Search:
                 here = _Operand(here.numbers, here.scale * scale)
                 self._use(node, padded, here, factor, channels)
                 return
-        target = Target(self._leaf.shape, (), transposed=self._leaf.transposed)
+        target = Target(self._leaf.shape, ())
         call = None
         if here.scale == 1.0 and len(self._leaf.shape) == 2:
             call = linear_call(node, operand, here.numbers, target)
@@ -325,6 +317,10 @@ class _Search:
                 else:
                     return False
         return found
+
+
+def _is_sum(name: str, operand: int) -> bool:
+    return name in _SUMS and operand < (1 if name == "MaskedFill" else 2)
 
 
 _Found = tuple[tuple[int, ...], Callable[[], Tensor] | None, float] | None

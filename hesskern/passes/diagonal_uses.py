@@ -37,7 +37,6 @@ class DiagonalUse:
         arrangement: which of the result's rows [R, q] belong to which sample; q is its last axis.
         mask: which positions are data; None: all.
         columns: whether the mask's positions are the last axis, q, as in sequences [N, C, T].
-        transposed: whether the parameter is kept [d, m] where it acts as a matrix.
         routed: whether the rows are some of a larger tensor's.
     """
 
@@ -46,7 +45,6 @@ class DiagonalUse:
     arrangement: Arrangement | RoutedRows
     mask: PositionMask | None = None
     columns: bool = False
-    transposed: bool = False
     routed: bool = False
 
     @property
@@ -130,26 +128,23 @@ class DiagonalUse:
             self._add_entries(total, self._reduced(values))
 
     def _products(self, values: Tensor, samples: slice) -> Tensor:
-        """[n, r, m, d] or [n, r, d, m] sums of outer products with the inputs."""
+        """[n, r, m, d] sums of outer products with the inputs."""
         assert self.use.x is not None
         x = self.arrangement.by_sample(self.use.x.reshape(-1, self.use.x.shape[-1]))
         x = x[samples].to(values.dtype)
         if self.mask is not None:
             x = self.mask.zeroed(x.unsqueeze(1), samples)[:, 0]
-        if self.transposed:
-            return torch.matmul(x.mT.unsqueeze(1), values)
         return torch.matmul(values.mT, x.unsqueeze(1))
 
     def _reduced(self, values: Tensor) -> Tensor:
         """[n, r, entries of the operand]."""
-        n, r, t, q = values.shape
+        n, r, t, _ = values.shape
         lead = _lead(self.use.operand)
         repeated, own = self.use.outputs[lead:], self.use.operand[lead:]
         block = product(repeated[:-1])
         found = values.reshape(n, r, t // block, *repeated).sum(2)
-        axes = [
-            i + 2 for i, (size, full) in enumerate(zip(own, repeated, strict=True)) if size < full
-        ]
+        sizes = enumerate(zip(own, repeated, strict=True))
+        axes = [i + 2 for i, (size, full) in sizes if size < full]
         if axes:
             found = found.sum(axes)
         return found.reshape(n, r, -1)
@@ -181,22 +176,19 @@ def add_rows(index: Tensor, rows: Tensor, size: int) -> Tensor:
         rows: [R, q] float32 or float64.
         size: above every index.
     """
-    found: Tensor = torch.ops.aten.embedding_dense_backward(
-        rows.contiguous(), index, size, -1, False
-    )
+    # What an embedding's gradient is; on every device in a fixed order.
+    add = torch.ops.aten.embedding_dense_backward
+    found: Tensor = add(rows.contiguous(), index, size, -1, False)
     return found
 
 
-def diagonal_use(
-    use: ParameterUse, shape: Sequence[int], call: ArrangedCall, transposed: bool
-) -> DiagonalUse | str:
+def diagonal_use(use: ParameterUse, shape: Sequence[int], call: ArrangedCall) -> DiagonalUse | str:
     """A use whose rows belong to samples, or why its gradients cannot be had by sample.
 
     Args:
         use: from the graph.
         shape: of the parameter.
         call: whose rows are which sample's.
-        transposed: as in :class:`DiagonalUse`.
     """
     if call.problem is not None:
         return f"acts through {kind(use.node)} on rows that are no samples: {call.problem}"
@@ -213,7 +205,7 @@ def diagonal_use(
                 f"acts through {kind(use.node)}, where its entries belong to samples or to rows of "
                 "several"
             )
-    return DiagonalUse(use, tuple(shape), arrangement, transposed=transposed, routed=call.routed)
+    return DiagonalUse(use, tuple(shape), arrangement, routed=call.routed)
 
 
 def mask_positions(use: DiagonalUse) -> tuple[int, bool]:

@@ -135,7 +135,7 @@ class DiagonalCapture:
             own = [use for use in found[name] if as_call(use).rows]
             shape = leaves[name].shape
             made = [
-                diagonal_use(use, shape, call, False)
+                diagonal_use(use, shape, call)
                 for use, call in zip(own, arranged[name], strict=True)
             ]
             reason = next((one for one in made if isinstance(one, str)), None)
@@ -179,6 +179,7 @@ class DiagonalCapture:
         gradients = iter(arrived[: len(edges)])
         with torch.no_grad():
             for name, whole in zip(names, arrived[len(edges) :], strict=True):
+                own: list[tuple[DiagonalUse, Tensor | None]]
                 own = [(use, next(gradients)) for use in uses[name]]
                 if not _agrees(own, whole, self.parameters[name]):
                     reason = "acts in a way in which its gradients by sample do not add up"

@@ -211,7 +211,8 @@ def masked_diagonals(
         module = name.rpartition(".")[0]
         if masks.sided and sum(use.use.indices is not None for use in own) > 1:
             reasons[name] = (
-                "is looked up by the encoder and the decoder, whose masks cannot be told apart there"
+                "is looked up several times, by the encoder and by the decoder, whose masks cannot "
+                "be told apart there"
             )
             continue
         found[name] = []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hesskern import ops
 from hesskern.choices import Bias, Output
 from hesskern.factors.batch_sums import BatchSums
+from hesskern.factors.large_layers import LargeLayerFactors
 from hesskern.factors.layer_sums import (
     BatchSum,
     Counted,
@@ -34,6 +35,7 @@ from hesskern.passes.diagonals import DiagonalCapture, diagonal_parameters
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import (
     LayerSpec,
+    large_layers,
     left_out,
     limit_outputs,
     own_parameters,
@@ -156,10 +158,14 @@ class FactorAccumulator(Portable):
             check_fraction("decay", decay)
         self._loss = resolve_loss(loss, output_root)
         known, self._skipped = select_layers(model, layers, bias)
-        self._specs, large = limit_outputs(known, max_outputs)
-        self._skipped.update(large)
         if not isinstance(diagonal, bool):
             raise TypeError(f"diagonal must be True or False, got {type(diagonal).__name__}")
+        self._large: frozenset[str] = frozenset()
+        if diagonal:
+            self._specs, self._large = known, frozenset(large_layers(known, max_outputs))
+        else:
+            self._specs, large = limit_outputs(known, max_outputs)
+            self._skipped.update(large)
         self._parameters = diagonal_parameters(model, self._specs, layers) if diagonal else None
         self._diagonals: dict[str, Tensor] = {}
         self._diagonal_reasons: dict[str, str] = {}
@@ -169,7 +175,7 @@ class FactorAccumulator(Portable):
         self._position_mask = checked_mask(position_mask)
         self._decay = decay
         budget = budget_for(memory_budget, model_device(model), 2**30, 1 / 16)
-        self._batch_sums = BatchSums(self._specs, budget)
+        self._batch_sums = BatchSums(self._specs, budget, self._large)
         self._settings: dict[str, Any] = {
             "output": output,
             "bias": bias,
@@ -502,21 +508,35 @@ class FactorAccumulator(Portable):
         layers = {
             name: self._layer(self._specs[name], self._sums[name])
             for name in self._specs
-            if name in self._sums
+            if name in self._sums and name not in self._large
         }
-        if not layers:
+        large = {
+            name: self._large_layer(self._specs[name], self._sums[name])
+            for name in self._specs
+            if name in self._sums and name in self._large
+        }
+        if not layers and not large:
             reasons = "; ".join(f"{name!r} {reason}" for name, reason in self._reasons.items())
             raise ValueError(f"no layer of the model has factors: {reasons}")
         diagonals = {name: total / self.num_samples for name, total in self._diagonals.items()}
         skipped = self._left_out(None if self._by_name else stacklevel)
-        known = (*layers, *diagonals)
+        known = (*layers, *large, *diagonals)
         checked = {name: self.evidence.found.get(name, "graph") for name in known}
         settings = {
             **self._settings,
             "precision": "; ".join(self._precisions),
             "checked": checked,
         }
-        return Factors(layers, self.num_samples, skipped, settings, diagonals)
+        return Factors(layers, self.num_samples, skipped, settings, diagonals, large)
+
+    def _large_layer(self, spec: LayerSpec, sums: LayerSums) -> LargeLayerFactors:
+        count, positions = self.num_samples, float(sums.positions) / self.num_samples
+        inputs = ops.mirror_(sums.inputs / count)
+        if spec.joint:
+            inputs = bordered(inputs, sums.column / count, positions)
+        diagonal = sums.outputs / (float(sums.positions) or 1.0)
+        tied = self._tied.get(spec.name)
+        return LargeLayerFactors(spec, inputs, diagonal, count, positions, tied)
 
     def _missing(self) -> dict[str, str]:
         """Why parameters have no diagonal block, where they were asked for."""
@@ -562,7 +582,7 @@ class FactorAccumulator(Portable):
             raise ValueError(
                 f"other was made with settings {other._settings}, this one with {self._settings}"
             )
-        if self._specs != other._specs:
+        if self._specs != other._specs or self._large != other._large:
             raise ValueError("other has other layers than this accumulator")
         for one, another in ((self, other), (other, self)):
             for name in one._sums.keys() & another._unfit.keys():
@@ -637,6 +657,11 @@ class FactorAccumulator(Portable):
             spec = self._specs.get(name)
             if spec is None:
                 raise ValueError(f"state has a layer {name!r} that this accumulator lacks")
+            if (sums.outputs.dim() == 1) != (name in self._large):
+                raise ValueError(
+                    f"state has another output factor of layer {name!r} than this accumulator, "
+                    "whose max_outputs differs"
+                )
             found = (sums.outputs.shape[0], sums.inputs.shape[-1])
             if found != (spec.outputs, spec.weight_inputs):
                 raise ValueError(

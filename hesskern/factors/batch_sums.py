@@ -21,6 +21,9 @@ __all__ = ["BatchSums"]
 # Gradients with fewer rows than this are added several root rows at a time.
 _MANY = 4096
 
+# Entries of rows that are squared at a time.
+_SQUARES = 2**22
+
 
 @dataclass(frozen=True)
 class BatchSums:
@@ -29,10 +32,12 @@ class BatchSums:
     Attributes:
         specs: the layers, by name.
         memory_budget: bytes for root rows kept at a time beyond one row per layer.
+        large: layers of whose output Hessian the diagonal is summed alone.
     """
 
     specs: dict[str, LayerSpec]
     memory_budget: int
+    large: frozenset[str] = frozenset()
 
     @property
     def _joined(self) -> int:
@@ -45,14 +50,19 @@ class BatchSums:
         Raises:
             ValueError: NaN or Inf on the host.
         """
-        layouts = {name: _layout(self.specs[name], roots.uses[name]) for name in names}
+        layouts = {
+            name: _layout(self.specs[name], roots.uses[name], name in self.large) for name in names
+        }
         found: BatchSum | None = None
         diagonals = DiagonalSums(roots.diagonal_uses)
         for name, rows in self._output_rows(roots, names, diagonals):
             # Not before the first rows are there: on their way backwards the model's activations
             # are given back, whose memory the sums then take.
             found = memory.zeros(layouts) if found is None else found
-            ops.output_hessian_(found.layers[name].outputs, rows)
+            if name in self.large:
+                _add_squares(found.layers[name].outputs, rows)
+            else:
+                ops.output_hessian_(found.layers[name].outputs, rows)
         found = memory.zeros(layouts) if found is None else found
         found.counts += self._counted(roots, names)
         for name, sums in found.layers.items():
@@ -190,12 +200,23 @@ class BatchSums:
             grads.clear()
 
 
-def _layout(spec: LayerSpec, uses: list[LayerUse]) -> Layout:
+def _add_squares(diagonal: Tensor, rows: Tensor) -> None:
+    """Adds to a diagonal [m] the squares of rows [N, r, m] or [N, r, m, t], a few at a time."""
+    if rows.dim() == 4:
+        for part in rows.flatten(0, 1):
+            diagonal += part.to(diagonal.dtype).square().sum(1)
+        return
+    flat = rows.reshape(-1, rows.shape[-1])
+    for part in flat.split(max(1, _SQUARES // max(1, flat.shape[1]))):
+        diagonal += part.to(diagonal.dtype).square().sum(0)
+
+
+def _layout(spec: LayerSpec, uses: list[LayerUse], large: bool) -> Layout:
     """Shapes of a layer's sums."""
     d, m, x = spec.weight_inputs, spec.outputs, uses[0].x
     return Layout(
         (d, d) if spec.groups == 1 else (spec.groups, d, d),
-        (m, m),
+        (m,) if large else (m, m),
         (spec.groups * d,),
         tuple(tuple(use.x.shape[1:]) for use in uses),
         accumulator_dtype(x.dtype),

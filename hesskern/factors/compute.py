@@ -73,7 +73,7 @@ def kronecker_factors(
             rows. A layer whose rows are no samples, or act on
             several, is then left out with the reason. False takes the first axis for the samples.
         max_outputs: layers with more outputs, such as heads over a large vocabulary, are left out:
-            E[M] is [m, m].
+            E[M] is [m, m]. With ``diagonal=True`` they have its diagonal, in ``factors.large``.
         position_mask: which positions are data, where they are not all: a function of a batch's
             inputs that gives a mask [N, T] of zeros and ones, a dict of such masks or None by
             patterns of layers' names ({"encoder.*": mask}; the first that fits counts), or None for

@@ -41,7 +41,7 @@ class LayerSums:
 
     Attributes:
         inputs: [d, d] or [g, d, d], without the bias.
-        outputs: [m, m], summed over samples and positions.
+        outputs: [m, m], summed over samples and positions; its diagonal [m] of large layers.
         column: [g d] sum of the inputs over samples and positions; used with a joint bias.
         images: sums of the inputs, one per use; None once their shapes varied.
         positions: weighted sum of positions per sample, as far as the host knows it.

@@ -454,13 +454,16 @@ class BatchRoots:
     def check_sums(self, name: str, inputs: Tensor, outputs: Tensor) -> None:
         """Requires that a layer's covariance [(g,) d, d] and output Hessian [m, m] are finite.
 
+        Of the latter it may be the diagonal [m].
+
         One entry of the data that is not finite leaves a diagonal entry of theirs that is not.
         """
         # Finite entries may still have squares that are not.
         sums = (("squared inputs", inputs), ("output gradients", outputs))
         for what, matrix in sums:
             # On a device a diagonal would be an operation of its own.
-            looked_at = matrix.diagonal(dim1=-2, dim2=-1) if on_host(matrix) else matrix
+            whole = not on_host(matrix) or matrix.dim() == 1
+            looked_at = matrix if whole else matrix.diagonal(dim1=-2, dim2=-1)
             check_finite(self._checks, looked_at, f"{what} of layer {name!r}", self._batch.index)
 
     def check_diagonal(self, name: str, diagonal: Tensor) -> None:

@@ -78,6 +78,20 @@ def test_of_every_parameter(name: str, output: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_of_a_large_head_tied_to_its_embedding() -> None:
+    """The head's factors are of its linear use, the diagonal of the embedding is of all uses."""
+    native = NATIVE["gpt2"]
+    model, data = native.model(), [native.batch(3)]
+    whole = hk.kronecker_factors(model, data, native.loss, diagonal=True)
+    found = hk.kronecker_factors(model, data, native.loss, diagonal=True, max_outputs=10)
+    head = found.large["lm_head"]
+    assert head.tied_to == "transformer.wte"
+    assert torch.allclose(head.output_diagonal, whole["lm_head"].output_hessian.diagonal())
+    name = "transformer.wte.weight"
+    assert torch.allclose(found.diagonals[name], whole.diagonals[name])
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", PADDED)
 def test_of_padded_batches(name: str) -> None:
     check(name, [padded(NATIVE[name])], "empirical")

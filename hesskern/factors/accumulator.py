@@ -168,6 +168,7 @@ class FactorAccumulator(Portable):
             self._skipped.update(large)
         self._parameters = diagonal_parameters(model, self._specs, layers) if diagonal else None
         self._diagonals: dict[str, Tensor] = {}
+        self._verified: set[Any] = set()
         self._diagonal_reasons: dict[str, str] = {}
         self._unfit_diagonals: dict[str, str] = {}
         self._by_name = layers is not None
@@ -278,7 +279,9 @@ class FactorAccumulator(Portable):
         if self._parameters is not None:
             unfit_diagonals = dict(self._unfit_diagonals)
             kept_diagonals = self._diagonals.keys()
-            diagonals = DiagonalCapture(self._parameters, kept_diagonals, unfit_diagonals)
+            diagonals = DiagonalCapture(
+                self._parameters, kept_diagonals, unfit_diagonals, verified=self._verified
+            )
         run = DataPass(
             *given,
             progress,

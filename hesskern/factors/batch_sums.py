@@ -54,7 +54,7 @@ class BatchSums:
             name: _layout(self.specs[name], roots.uses[name], name in self.large) for name in names
         }
         found: BatchSum | None = None
-        diagonals = DiagonalSums(roots.diagonal_uses)
+        diagonals = DiagonalSums(roots.diagonal_uses, roots.outputs)
         for name, rows in self._output_rows(roots, names, diagonals):
             # Not before the first rows are there: on their way backwards the model's activations
             # are given back, whose memory the sums then take.

@@ -21,13 +21,14 @@ class DiagonalSums:
 
     Args:
         uses: by parameter.
+        outputs: [N, ...] of the model.
 
     Attributes:
         sums: by parameter, of its shape.
     """
 
-    def __init__(self, uses: Mapping[str, Sequence[DiagonalUse]]) -> None:
-        self._uses = uses
+    def __init__(self, uses: Mapping[str, Sequence[DiagonalUse]], outputs: Tensor) -> None:
+        self._uses, self._outputs = uses, outputs
         self.sums: dict[str, Tensor] = {}
 
     def take(self, gradients: dict[str, list[Tensor | None]], samples: slice, single: bool) -> None:
@@ -46,14 +47,16 @@ class DiagonalSums:
                 for use, g in zip(uses, given, strict=True)
                 if g is not None
             ]
+            if name not in self.sums:
+                like = present[0][1] if present else self._outputs
+                dtype, shape = accumulator_dtype(like.dtype), uses[0].shape
+                self.sums[name] = torch.zeros(shape, dtype=dtype, device=like.device)
             if present:
                 self._add(name, present, samples)
 
     def _add(self, name: str, uses: list[tuple[DiagonalUse, Tensor]], samples: slice) -> None:
         first, gradient = uses[0]
         dtype = accumulator_dtype(gradient.dtype)
-        if name not in self.sums:
-            self.sums[name] = gradient.new_zeros(first.shape, dtype=dtype)
         total = self.sums[name].view(-1)
         n, r = gradient.shape[:2]
         begin, _, _ = samples.indices(n if samples.stop is None else samples.stop)

@@ -77,9 +77,10 @@ class ParameterUse:
 
     @property
     def form(self) -> tuple[Any, ...]:
-        """What tells this use from others of the same parameter."""
+        """What tells this use from others of the same parameter, but for sizes."""
         what = (self.indices is not None, self.x is not None, self.factor is not None)
-        return kind(self.node), self.outputs, self.operand, self.scale, *what
+        repeated = tuple(size == 1 for size in self.operand)
+        return kind(self.node), len(self.outputs), repeated, self.scale, *what
 
 
 def find_parameter_uses(

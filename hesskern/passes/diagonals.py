@@ -87,13 +87,14 @@ class DiagonalCapture:
         kept: those of which earlier passes have kept something.
         unfit: those that have no diagonal here, with the reason.
         reached: those that had uses in some batch.
+        verified: forms of uses whose gradients were found to add up, shared by passes of one model.
     """
 
     parameters: dict[str, Tensor]
     kept: Collection[str] = ()
     unfit: dict[str, str] = field(default_factory=dict)
     reached: set[str] = field(default_factory=set)
-    _verified: set[Any] = field(default_factory=set)
+    verified: set[Any] = field(default_factory=set)
 
     @property
     def reasons(self) -> dict[str, str]:
@@ -165,7 +166,7 @@ class DiagonalCapture:
     ) -> None:
         """Holds the uses' gradients against autograd's, once for all runs of the same form."""
         forms = {name: (name, tuple(use.use.form for use in own)) for name, own in uses.items()}
-        names = [name for name in uses if forms[name] not in self._verified]
+        names = [name for name in uses if forms[name] not in self.verified]
         if not names:
             return
         edges: list[GradientEdge] = [use.edge for name in names for use in uses[name]]
@@ -184,7 +185,7 @@ class DiagonalCapture:
                 if not _agrees(own, whole, self.parameters[name]):
                     reason = "acts in a way in which its gradients by sample do not add up"
                     self.leave_out({name: reason})
-                self._verified.add(forms[name])
+                self.verified.add(forms[name])
 
 
 def _agrees(

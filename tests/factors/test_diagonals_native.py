@@ -95,3 +95,26 @@ def test_of_a_large_head_tied_to_its_embedding() -> None:
 @pytest.mark.parametrize("name", PADDED)
 def test_of_padded_batches(name: str) -> None:
     check(name, [padded(NATIVE[name])], "empirical")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_of_a_padded_encoder() -> None:
+    """T5: what an encoder and a decoder look up alike has no mask of its own, and is left out."""
+    native = NATIVE["t5"]
+    batch = native.batch(3)
+    keep = torch.arange(5) < torch.tensor((3, 5, 4))[:, None]
+    ids = batch["input_ids"].masked_fill(~keep, 0)
+    batch = {**batch, "attention_mask": keep.long(), "input_ids": ids}
+    model = native.model()
+    found = hk.kronecker_factors(model, [batch], native.loss, output="empirical", diagonal=True)
+    assert "by the encoder and by the decoder" in found.skipped["shared.weight"]
+    table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    assert "10 positions" in found.skipped[table]
+    assert len(found.diagonals) == 8
+    samples = alone(batch)
+    expected = diagonal_loops(
+        model, samples, native_predictions(False), found.diagonals, "empirical"
+    )
+    for name, diagonal in expected.items():
+        error = float((found.diagonals[name] - diagonal).norm() / diagonal.norm())
+        assert error <= 1e-6, (name, error)

@@ -1,6 +1,8 @@
 """Curvature of neural-network layers: Kronecker factors, exact layer-wise Hessians, eigenspaces."""
 
 from hesskern import ops, optim, pacbayes
+from hesskern.attribution.influence import influence
+from hesskern.attribution.result import Influence
 from hesskern.diagnostics.centring import centre_inputs
 from hesskern.diagnostics.clustering import GradientClusters, gradient_clusters
 from hesskern.diagnostics.functional import functional_share
@@ -23,6 +25,7 @@ from hesskern.diagnostics.output_space import (
 )
 from hesskern.diagnostics.predictor import OverlapPrediction, classify_peak, predict_overlap
 from hesskern.factors.accumulator import FactorAccumulator
+from hesskern.factors.addition import add_factors
 from hesskern.factors.compute import kronecker_factors
 from hesskern.factors.compute_ekfac import ekfac
 from hesskern.factors.ekfac import EKFAC, load_ekfac
@@ -79,6 +82,7 @@ __all__ = [
     "GaussNewton",
     "GradientClusters",
     "ImageClassification",
+    "Influence",
     "InputAutocorrelation",
     "InputCovariances",
     "KroneckerOperator",
@@ -99,6 +103,7 @@ __all__ = [
     "SumOperator",
     "TokenClassification",
     "TraceEstimate",
+    "add_factors",
     "build_info",
     "centre_inputs",
     "classify_peak",
@@ -111,6 +116,7 @@ __all__ = [
     "functional_share",
     "gradient_clusters",
     "hutchpp_trace",
+    "influence",
     "input_autocorrelation",
     "input_covariances",
     "kronecker_factors",

@@ -72,9 +72,17 @@ def test_files_states_and_merge(tmp_path: Path) -> None:
     second = hk.FactorAccumulator(model, CE, **options)
     second.update(*data[1])
     second.merge(one)
+    right = whole.large["2"].output_diagonal
     for acc in (other, second):
-        found = acc.factors().large["2"].output_diagonal
-        assert relative_error(found, whole.large["2"].output_diagonal) <= 1e-12
+        assert relative_error(acc.factors().large["2"].output_diagonal, right) <= 1e-12
+    parts = [hk.kronecker_factors(model, [batch], CE, **options) for batch in data]
+    added = hk.add_factors(*parts)
+    assert relative_error(added.large["2"].output_diagonal, right) <= 1e-12
+    assert set(added.diagonals) == set(whole.diagonals)
+    for name, diagonal in whole.diagonals.items():
+        assert relative_error(added.diagonals[name], diagonal) <= 1e-12
+    with pytest.raises(ValueError, match="have other"):
+        hk.add_factors(parts[0], hk.kronecker_factors(model, data, CE, layers=["0"]))
     with pytest.raises(ValueError, match="max_outputs"):
         hk.FactorAccumulator(model, CE, diagonal=True).load_state_dict(one.state_dict())
 

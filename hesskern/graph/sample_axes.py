@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hesskern.graph.nodes import axis_of, kind, output_shape, passes_gradients, product
 from hesskern.graph.routed_rows import RoutedRows, merged_owners, regular
-from hesskern.graph.sample_rules import RULES, STEADY
+from hesskern.graph.sample_rules import PRODUCTS, RULES, STEADY
 from hesskern.graph.sample_selections import PUTS, SELECTIONS
 from hesskern.graph.sample_step import Axis, Step, owners_of
 
@@ -222,7 +222,7 @@ class _Proof:
         return all(self._is_steady(node) for node in self._needed)
 
     def _is_steady(self, node: Any) -> bool:
-        if passes_gradients(node) or node in self._calls:
+        if passes_gradients(node) or (node in self._calls and kind(node) in PRODUCTS):
             return True
         here = [
             self._axes[node, number]

@@ -39,7 +39,7 @@ from hesskern.graph.sample_selections import (
 )
 from hesskern.graph.sample_step import Rule
 
-__all__ = ["RULES", "STEADY"]
+__all__ = ["PRODUCTS", "RULES", "STEADY"]
 
 
 RULES: dict[str, Rule] = {
@@ -117,6 +117,9 @@ RULES.update(
         elementwise,
     )
 )
+
+# Calls by which a matrix acts on every row alone, whatever the values.
+PRODUCTS = frozenset("Addmm Bmm Convolution GroupedMm Linear Mm".split())
 
 # Where samples are not known to be, these cannot move or mix rows in another way in another batch
 # of the same shapes. All others can: by a mask, a gate, an adjacency, a list of numbers.

@@ -27,6 +27,7 @@ from hesskern.graph.evidence import Evidence
 from hesskern.passes.batches import Batch, batches, halves
 from hesskern.passes.capture import Capture
 from hesskern.passes.checks import Checks
+from hesskern.passes.diagonals import DiagonalCapture
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.losses import Loss
@@ -61,7 +62,7 @@ class DataPass:
         loss, specs: what gives the root rows, and the layers by name.
         evidence: of which rows belong to which samples; shared by passes of one model.
         progress, description: told after every batch, and what a bar says.
-        examine, kept, unfit, linear_use: as in :class:`hesskern.passes.capture.Capture`.
+        examine, kept, unfit, linear_use, diagonals: as in :class:`hesskern.passes.capture.Capture`.
         position_mask, output, mc_samples, seed: as in :func:`hesskern.kronecker_factors`. The same
             rows are drawn in every pass.
         count: weighted number of samples, behind the last batch.
@@ -83,6 +84,7 @@ class DataPass:
     output: Output = "exact"
     mc_samples: int = 1
     seed: int = 0
+    diagonals: DiagonalCapture | None = None
 
     def __post_init__(self) -> None:
         self.count = 0.0
@@ -98,6 +100,7 @@ class DataPass:
             self.loss.run,
             unfit=self.unfit,
             linear_use=self.linear_use,
+            diagonals=self.diagonals,
         )
 
     def __enter__(self) -> DataPass:

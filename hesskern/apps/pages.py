@@ -33,6 +33,6 @@ def picture_uri(pixels: np.ndarray) -> str:
     """Pixels in [0, 1], [H, W] or [H, W, 3], as a PNG image."""
     stream = io.BytesIO()
     matplotlib.image.imsave(
-        stream, pixels, cmap="gray", vmin=0, vmax=1, format="png", metadata={"Software": None}
+        stream, pixels, cmap="gray", vmin=0, vmax=1, format="png", metadata={"Software": "hesskern"}
     )
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"

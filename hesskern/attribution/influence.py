@@ -184,7 +184,7 @@ class _Walk:
                     f"the model gives outputs {list(roots.outputs.shape)} for {piece.count} "
                     "samples (every tensor of a batch must have its samples in the first axis)"
                 )
-            yield piece, layer_rows(roots, self.run.specs)
+            yield piece, layer_rows(roots, self.run.specs, self.loss.scale)
             self.run.checks.close()
         self.run.checks.settle()
 

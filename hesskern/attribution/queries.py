@@ -12,7 +12,7 @@ from hesskern.attribution.sample_gradients import LayerRows, matrices
 __all__ = ["LayerQueries", "of_low_rank"]
 
 # Bytes of samples' gradient matrices, or of images of their rows, that are made at a time.
-_TOGETHER_BYTES = 2**26
+_TOGETHER_BYTES = {"cpu": 2**26, "cuda": 2**29}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LayerQueries:
         if q * t * (m * d + min(m, d)) <= (t + q) * m * d:
             return sum_calls([self._through(call).sum(2) for call in calls])
         flat = self.matrices.flatten(1)
-        step = max(1, _TOGETHER_BYTES // max(1, flat.shape[1] * flat.element_size()))
+        step = _at_a_time(flat[0])
         n = len(calls[0].x)
         parts = [
             flat @ matrices(calls, slice(begin, begin + step)).flatten(1).T
@@ -101,9 +101,15 @@ def sum_calls(parts: list[Tensor]) -> Tensor:
     return total
 
 
+def _at_a_time(one: Tensor, times: int = 1) -> int:
+    """How many tensors like one (or so many of it) are made together."""
+    limit = _TOGETHER_BYTES.get(one.device.type, _TOGETHER_BYTES["cpu"])
+    return max(1, limit // max(1, times * one.nbytes))
+
+
 def _queries_at_a_time(call: LayerRows, columns: int) -> int:
-    each = call.x.shape[0] * call.x.shape[1] * call.groups * columns * call.x.element_size()
-    return max(1, _TOGETHER_BYTES // max(1, each))
+    """Queries with images of so many columns per group and row of a call."""
+    return _at_a_time(call.x[:, :, :1], call.groups * columns)
 
 
 def of_low_rank(queries: LayerQueries, rank: int) -> tuple[LayerQueries, Tensor]:

@@ -6,6 +6,7 @@ the calls of the weight as well. With groups it is one such matrix [m/g, d] per 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -60,12 +61,15 @@ def matrices(calls: list[LayerRows], samples: slice) -> Tensor:
     return total
 
 
-def layer_rows(roots: BatchRoots, specs: dict[str, LayerSpec]) -> dict[str, list[LayerRows]]:
+def layer_rows(
+    roots: BatchRoots, specs: dict[str, LayerSpec], scale: Tensor | None = None
+) -> dict[str, list[LayerRows]]:
     """Every layer's calls in one batch; layers that no output depends on have none.
 
     Args:
         roots: of the batch, with one root row for each sample.
         specs: of the layers.
+        scale: [N] that samples' root rows have been divided by; None: by nothing.
     """
     if not roots.uses:
         return {}
@@ -73,7 +77,7 @@ def layer_rows(roots: BatchRoots, specs: dict[str, LayerSpec]) -> dict[str, list
     found = {}
     for name, uses in roots.uses.items():
         calls = [
-            _rows(specs[name], use, gradient)
+            _rows(specs[name], use, gradient, scale)
             for use, gradient in zip(uses, gradients.pop(name), strict=True)
             if gradient is not None
         ]
@@ -82,21 +86,23 @@ def layer_rows(roots: BatchRoots, specs: dict[str, LayerSpec]) -> dict[str, list
     return found
 
 
-def _rows(spec: LayerSpec, use: LayerUse, gradient: Tensor) -> LayerRows:
+def _rows(spec: LayerSpec, use: LayerUse, gradient: Tensor, scale: Tensor | None) -> LayerRows:
     n = len(use.x)
     if spec.kind == "conv":
         shape = spec.kernel_size, spec.stride, spec.padding, spec.dilation
         x = unfold(use.x, *shape).transpose(1, 2)
         g = gradient.flatten(2).transpose(1, 2)
     else:
-        x = use.x.reshape(n, -1, use.x.shape[-1])
-        g = gradient.reshape(n, -1, gradient.shape[-1])
+        t = math.prod(use.x.shape[1:-1])
+        x, g = use.x.reshape(n, t, spec.weight_inputs), gradient.reshape(n, t, spec.outputs)
     if use.mask is not None:
         # Whatever masked positions hold counts nowhere, NaN included.
         masked = ~use.mask.on(x.device).unsqueeze(2)
         x, g = x.masked_fill(masked, 0), g.masked_fill(masked, 0)
     dtype = accumulator_dtype(use.x.dtype)
     x, g = x.to(dtype), g.to(dtype)
+    if scale is not None:
+        g = g * scale.to(g)[:, None, None]
     if spec.joint:
         one = x.new_ones(n, x.shape[1], spec.groups, 1)
         x = torch.cat([x.unflatten(2, (spec.groups, -1)), one], 3).flatten(2)

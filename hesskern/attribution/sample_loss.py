@@ -24,11 +24,13 @@ class SampleLoss(Loss):
 
     Attributes:
         first: number of the first sample of the batch that is looked at, for messages.
+        scale: [N] float32 that the rows of that batch have been divided by; None: by nothing.
     """
 
     def __init__(self, loss: Loss, what: str) -> None:
         self._loss, self._what = loss, what
         self.first = 0
+        self.scale: Tensor | None = None
 
     def split_batch(self, element: Any, index: int) -> Parts:
         return self._loss.split_batch(element, index)._replace(weight=None)
@@ -78,4 +80,11 @@ class SampleLoss(Loss):
         with torch.enable_grad():
             free = outputs.detach().to(wide).requires_grad_()
             (gradient,) = torch.autograd.grad(self.per_sample(free, targets).sum(), free)
+        self.scale = None
+        if outputs.dtype == torch.float16 and gradient.numel():
+            # Where a network is sure, or the mean is over many tokens, they leave its range. Every
+            # sample by itself, and a power of two: scores stay its own, to the bit.
+            largest = torch.linalg.vector_norm(gradient.flatten(1), torch.inf, 1)
+            self.scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+            gradient = gradient / self.scale.reshape(-1, *(1,) * (gradient.dim() - 1))
         return Rows(1, lambda _: gradient.to(outputs.dtype))

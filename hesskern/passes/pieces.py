@@ -119,8 +119,12 @@ def _form(batch: Batch, count: int) -> Any:
         if isinstance(value, Mapping):
             return type(value), tuple((key, of(item)) for key, item in value.items())
         if isinstance(value, (tuple, list)):
+            if isinstance(value, list) and not all(isinstance(item, Tensor) for item in value):
+                # Of what no tensor holds it cannot be told whether it counts the samples.
+                raise _Whole
             return type(value), tuple(of(item) for item in value)
-        return value
+        plain = value is None or isinstance(value, (bool, int, float, str))
+        return value if plain else id(value)
 
     try:
         return tuple(of(value) for value in _fields(batch))

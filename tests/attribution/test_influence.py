@@ -130,17 +130,34 @@ class TestScores:
         expected = loop_scores(E, model, singles(queries), singles(train), F.cross_entropy)
         close(hk.influence(E, model, queries, train, LOSS).scores, total(expected))
 
-    def test_bfloat16(self) -> None:
-        model, train, queries = (
-            mlp(torch.bfloat16),
-            data(20, torch.bfloat16),
-            data(3, torch.bfloat16, 1),
-        )
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_narrow_models(self, dtype: torch.dtype) -> None:
+        model, train, queries = mlp(dtype), data(20, dtype), data(3, dtype, 1)
         E = {n: f.operator() for n, f in hk.kronecker_factors(model, train, LOSS).items()}
         expected = loop_scores(E, model, singles(queries), singles(train), F.cross_entropy)
         found = hk.influence(E, model, queries, train, LOSS)
         assert tensor(found.scores).dtype == torch.float32
-        close(found.scores, total(expected), 3e-2)
+        close(found.scores, total(expected), 3e-2 if dtype == torch.bfloat16 else 4e-3)
+
+    def test_gradients_below_the_range_of_float16(self) -> None:
+        class PerToken(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(2, 2, bias=False)
+                # Logits that float16 holds exactly, far apart.
+                self.layer.weight.data = torch.tensor([[7.0, 0.0], [0.0, 7.0]])
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.layer(x).transpose(1, 2)
+
+        # The mean over many tokens leaves gradients of 1e-3 / 4096.
+        model, tokens = PerToken().half(), torch.tensor([0, 1]).repeat(2, 2048)
+        x = F.one_hot(tokens, 2).half() * torch.tensor([1.0, 1.25]).half()[:, None, None]
+        train, queries = [(x, tokens)], [(x[:1], 1 - tokens[:1])]
+        E = {"layer": hk.KroneckerOperator(torch.eye(2), torch.eye(2))}
+        expected = loop_scores(E, model, singles(queries), singles(train), F.cross_entropy)["layer"]
+        found = tensor(hk.influence(E, model, queries, train, LOSS).scores)
+        assert float((found / expected - 1).abs().max()) < 2e-3
 
 
 class TestWhatIsKept:

@@ -65,8 +65,8 @@ def frozen_eval(model: nn.Module, trainable: Iterable[Tensor] = ()) -> Iterator[
         for parameter, flag in flags:
             if flag and id(parameter) not in kept:
                 parameter.requires_grad_(False)
-        for parameter in chosen:
-            parameter.requires_grad_(True)
+        for weight in chosen:
+            weight.requires_grad_(True)
         torch.backends.mha.set_fastpath_enabled(False)
         # Compiled models run eagerly: hooks and double backward need the plain graph.
         with (

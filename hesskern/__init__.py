@@ -1,6 +1,8 @@
 """Curvature of neural-network layers: Kronecker factors, exact layer-wise Hessians, eigenspaces."""
 
 from hesskern import ops, pacbayes
+from hesskern.attribution.influence import influence
+from hesskern.attribution.result import Influence
 from hesskern.diagnostics.centring import centre_inputs
 from hesskern.diagnostics.clustering import GradientClusters, gradient_clusters
 from hesskern.diagnostics.functional import functional_share
@@ -24,6 +26,8 @@ from hesskern.diagnostics.output_space import (
 from hesskern.diagnostics.predictor import OverlapPrediction, classify_peak, predict_overlap
 from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.compute import kronecker_factors
+from hesskern.factors.compute_ekfac import ekfac
+from hesskern.factors.ekfac import EKFAC, load_ekfac
 from hesskern.factors.input_covariances import (
     InputCovariances,
     LayerInputs,
@@ -60,6 +64,7 @@ from hesskern.solvers.spectrum import (
 from hesskern.version import __version__ as __version__
 
 __all__ = [
+    "EKFAC",
     "AutogradHessian",
     "CausalLM",
     "CorrectedOperator",
@@ -72,6 +77,7 @@ __all__ = [
     "GaussNewton",
     "GradientClusters",
     "ImageClassification",
+    "Influence",
     "InputAutocorrelation",
     "InputCovariances",
     "KroneckerOperator",
@@ -97,13 +103,16 @@ __all__ = [
     "eigenvalue_corrected",
     "eigenvector_correspondence",
     "eigsh",
+    "ekfac",
     "functional_share",
     "gradient_clusters",
     "hutchpp_trace",
+    "influence",
     "input_autocorrelation",
     "input_covariances",
     "kronecker_factors",
     "layer_hessians",
+    "load_ekfac",
     "load_factors",
     "load_input_covariances",
     "nearest_kronecker",

@@ -24,14 +24,14 @@ from hesskern.factors.layer_sums import (
 from hesskern.factors.precision import precisions
 from hesskern.factors.result import Factors, LayerFactors
 from hesskern.graph.evidence import Evidence
-from hesskern.passes.batches import Batch, halves, no_samples
+from hesskern.passes.batches import Batch, no_samples
 from hesskern.passes.checks import as_weights
-from hesskern.passes.data_pass import DataPass
+from hesskern.passes.data_pass import DataPass, whole_or_halves
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec, left_out, limit_outputs, refuse_missing, select_layers
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
-from hesskern.passes.memory import budget_for, out_of_memory, release
+from hesskern.passes.memory import budget_for
 from hesskern.passes.roots import check_fraction, check_output
 from hesskern.portable import Portable
 from hesskern.progress import Progress, reporter
@@ -115,6 +115,9 @@ class FactorAccumulator(Portable):
         memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
             on a GPU for a sixteenth of its free memory. A batch for which a GPU's memory does not
             suffice is taken in two halves.
+
+    Attributes:
+        evidence: of which rows belong to which samples, for other passes of the model.
     """
 
     def __init__(
@@ -155,7 +158,7 @@ class FactorAccumulator(Portable):
             "decay": decay,
         }
         self._generator = torch.Generator().manual_seed(seed)
-        self._evidence = Evidence(check)
+        self.evidence = Evidence(check)
         self._sums: dict[str, LayerSums] = {}
         self._reasons: dict[str, str] = {}
         self._unfit: dict[str, str] = {}
@@ -241,7 +244,7 @@ class FactorAccumulator(Portable):
         memory = SumMemory()
         # Before the capture, which switches autocast off for all but the model.
         now = precisions(self._model, model_device(self._model))
-        given = self._model, data, self._loss, self._specs, sample_weight, self._evidence
+        given = self._model, data, self._loss, self._specs, sample_weight, self.evidence
         kept, unfit = self._sums.keys(), dict(self._unfit)
         run = DataPass(
             *given,
@@ -305,23 +308,18 @@ class FactorAccumulator(Portable):
     def _sums_in_memory(self, run: DataPass, batch: Batch, memory: SumMemory) -> BatchSum:
         """:meth:`_sums_of`, of one half after the other where memory does not suffice."""
         state = self._generator.get_state()
-        try:
-            return self._sums_of(run, batch, memory)
-        except torch.OutOfMemoryError as error:
-            parts = halves(batch)
-            if len(parts) == 1:
-                raise out_of_memory(error, False) from error
-        # Behind the except clause, whose error holds on to the tensors of the failed attempt.
-        run.checks.drop()
-        memory.let_go()
-        self._generator.set_state(state)
-        release()
-        try:
-            fresh = self._sums_of(run, parts[0], SumMemory())
-            fresh.join(self._sums_of(run, parts[1], SumMemory()))
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            # Something in the batch may not be cut by samples.
-            raise out_of_memory(error, True) from error
+
+        def undo() -> None:
+            run.checks.drop()
+            memory.let_go()
+            self._generator.set_state(state)
+
+        def attempt(part: Batch, whole: bool) -> BatchSum:
+            return self._sums_of(run, part, memory if whole else SumMemory())
+
+        fresh, *others = whole_or_halves(batch, attempt, undo)
+        for other in others:
+            fresh.join(other)
         return fresh
 
     def _same_shapes(self, fresh: BatchSum) -> bool:
@@ -441,7 +439,7 @@ class FactorAccumulator(Portable):
             [f.spec for f in layers.values()],
             None if self._by_name else stacklevel,
         )
-        checked = {name: self._evidence.found.get(name, "graph") for name in layers}
+        checked = {name: self.evidence.found.get(name, "graph") for name in layers}
         settings = {
             **self._settings,
             "precision": "; ".join(self._precisions),
@@ -493,8 +491,8 @@ class FactorAccumulator(Portable):
         self._precisions.update(other._precisions)
         self._unfit = {**other._unfit, **self._unfit}
         self._tied = {**other._tied, **self._tied}
-        for name, how in other._evidence.found.items():
-            self._evidence.note(name, [how])
+        for name, how in other.evidence.found.items():
+            self.evidence.note(name, [how])
         self._note({**other._reasons, **self._reasons})
 
     def state_dict(self) -> dict[str, Any]:
@@ -508,7 +506,7 @@ class FactorAccumulator(Portable):
             "tied": dict(self._tied),
             "generator": self._generator.get_state(),
             "settings": dict(self._settings),
-            "checked": dict(self._evidence.found),
+            "checked": dict(self.evidence.found),
             "precisions": list(self._precisions),
             "layers": {name: vars(sums.copy()) for name, sums in self._sums.items()},
         }
@@ -547,4 +545,4 @@ class FactorAccumulator(Portable):
         self._precisions = dict.fromkeys(state.get("precisions", ()))
         self._reasons, self._unfit = dict(state["reasons"]), dict(state["unfit"])
         self._tied = dict(state.get("tied", {}))
-        self._evidence.found = dict(state.get("checked", {}))
+        self.evidence.found = dict(state.get("checked", {}))

@@ -28,11 +28,42 @@ class CorrectedOperator(EigenbasisOperator):
             raise ValueError(
                 f"values must be [m, d] = {list(like.layer_shape)}, got {list(values.shape)}"
             )
-        self.layer_shape, self.groups = like.layer_shape, like.groups
-        self.transposed = like.transposed
-        self.shape, self.dtype, self.device = like.shape, like.dtype, like.device
-        self._left, self._right, _ = like.eigenbases
-        self.values = values.to(like.dtype)
+        left, right, _ = like.eigenbases
+        self._take(left, right, values.to(like.dtype), like.transposed)
+
+    @classmethod
+    def of_bases(
+        cls, left: list[Tensor], right: list[Tensor], values: Tensor, *, transposed: bool = False
+    ) -> CorrectedOperator:
+        """The operator of eigenvectors that are known.
+
+        Args:
+            left, right: per group, U [m/g, m/g] and V [d, d], orthogonal.
+            values: S [m, d] of their dtype, which is kept and not copied.
+            transposed: whether the weight is kept as [d, m].
+
+        Raises:
+            ValueError: the shapes do not fit.
+        """
+        m, d = sum(len(u) for u in left), len(right[0])
+        if len(left) != len(right) or tuple(values.shape) != (m, d):
+            raise ValueError(
+                f"values must be [m, d] = {[m, d]} with as many U as V, got {list(values.shape)}, "
+                f"{len(left)} U and {len(right)} V"
+            )
+        found = cls.__new__(cls)
+        found._take(left, right, values, transposed)
+        return found
+
+    def _take(
+        self, left: list[Tensor], right: list[Tensor], values: Tensor, transposed: bool
+    ) -> None:
+        self.layer_shape, self.groups = (values.shape[0], values.shape[1]), len(left)
+        self.transposed = transposed
+        self.shape = (values.numel(), values.numel())
+        self.dtype, self.device = values.dtype, values.device
+        self._left, self._right = left, right
+        self.values = values
 
     @property
     def eigenbases(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

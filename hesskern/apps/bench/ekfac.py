@@ -12,7 +12,10 @@ from hesskern.apps.bench.machine import installed_version
 from hesskern.apps.bench.settings import Settings
 from hesskern.apps.bench.streams import Bases, Stream
 from hesskern.choices import Output
+from hesskern.factors.compute import kronecker_factors
 from hesskern.factors.compute_ekfac import ekfac
+from hesskern.operators.corrected import eigenvalue_corrected
+from hesskern.operators.layer_hessian import layer_hessians
 from hesskern.progress import Progress
 
 __all__ = ["problems"]
@@ -58,6 +61,13 @@ def _build(
     limit = streams.MISFIT if drawn else _AGREEMENT
     names = list(stream.names)
 
+    def stored() -> Any:
+        factors = kronecker_factors(*fit, names, output)
+        hessians = layer_hessians(*fit, names, output=output)
+        return {
+            name: eigenvalue_corrected(hessians[name], factors[name].operator()) for name in names
+        }
+
     kind = "from one drawn target each (MC)" if drawn else "empirical"
     return (
         f"{stream.title}: EKFAC {kind}",
@@ -69,6 +79,7 @@ def _build(
                 read=_bases,
                 limit=limit,
             ),
+            Contender("hesskern, stored samples", lambda: stored, read=_bases, limit=limit),
             Contender(
                 "hooks and torch",
                 lambda: lambda: streams.plain_ekfac(stream, drawn),

@@ -36,12 +36,13 @@ from hesskern.factors.input_covariances import (
 )
 from hesskern.factors.result import Factors, LayerFactors, load_factors
 from hesskern.operators.autograd import AutogradHessian
-from hesskern.operators.base import CurvatureOperator
+from hesskern.operators.base import CurvatureOperator, SumOperator
 from hesskern.operators.corrected import CorrectedOperator, eigenvalue_corrected
 from hesskern.operators.gauss_newton import GaussNewton
 from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.operators.layer_hessian import LayerHessian, LayerHessians, layer_hessians
 from hesskern.operators.nearest import nearest_kronecker
+from hesskern.operators.network import NetworkOperator
 from hesskern.operators.position_mean import PositionMeanHessian, position_mean_hessian
 from hesskern.operators.stacked import StackedGaussNewton
 from hesskern.ops.extension import build_info
@@ -86,6 +87,7 @@ __all__ = [
     "LayerHessians",
     "LayerInputs",
     "MaskedLM",
+    "NetworkOperator",
     "OverlapPrediction",
     "PositionMeanHessian",
     "RowSpaceOverlap",
@@ -93,6 +95,7 @@ __all__ = [
     "SequenceClassification",
     "SpectralDensity",
     "StackedGaussNewton",
+    "SumOperator",
     "TokenClassification",
     "TraceEstimate",
     "build_info",

@@ -251,6 +251,6 @@ def _without_values(
         layer = bases.pop(name)
         values = torch.zeros(specs[name].shape, dtype=dtypes[name], device=devices[name])
         found[name] = CorrectedOperator.of_bases(
-            layer.left, layer.right, values, transposed=specs[name].transposed
+            layer.left, layer.right, values, transposed=specs[name].transposed, name=name
         )
     return found

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hesskern.choices import Precision
 from hesskern.factors.result import LayerFactors
+from hesskern.operators.decompositions import eigenpairs
 
 __all__ = ["Bases", "eigenbases"]
 
@@ -98,33 +99,7 @@ def _decompose(
     pieces: list[_Piece], precision: Precision, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Eigenvectors of matrices of one size."""
-    if len(pieces) == 1:
-        matrices = pieces[0].matrix.to(device, dtype)[None]
-    else:
-        matrices = torch.stack([piece.matrix.to(device, dtype) for piece in pieces])
-    finite = torch.isfinite(matrices).flatten(1).all(1).tolist()
-    for piece, good in zip(pieces, finite, strict=True):
-        if not good:
-            raise ValueError(
-                f"factors: the {piece.what} of layer {piece.layer!r} contains NaN or Inf"
-            )
-    vectors = _eigenvectors(matrices, precision, pieces)
-    for i, piece in enumerate(pieces):
-        # Each in memory of its own, or a copy of one would take all of them along.
-        own = vectors[i].clone(memory_format=torch.contiguous_format)
-        piece.target[piece.group] = own
-
-
-def _eigenvectors(matrices: Tensor, precision: Precision, pieces: list[_Piece]) -> Tensor:
-    """[k, n, n] of [k, n, n], in their dtype."""
-    dtypes = [torch.float64]
-    if precision == "float32" and matrices.dtype == torch.float32:
-        # What does not converge in float32 may do so in float64.
-        dtypes.insert(0, torch.float32)
-    for dtype in dtypes:
-        try:
-            return torch.linalg.eigh(matrices.to(dtype)).eigenvectors.to(matrices.dtype)
-        except torch.linalg.LinAlgError as found:  # type: ignore[attr-defined]
-            error = found
-    names = ", ".join(f"the {piece.what} of layer {piece.layer!r}" for piece in pieces)
-    raise ValueError(f"factors: no eigendecomposition of {names} ({error})") from error
+    matrices = [piece.matrix.to(device, dtype) for piece in pieces]
+    names = [f"the {piece.what} of layer {piece.layer!r}" for piece in pieces]
+    for piece, (_, vectors) in zip(pieces, eigenpairs(matrices, names, precision), strict=True):
+        piece.target[piece.group] = vectors.contiguous()

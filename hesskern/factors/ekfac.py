@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesskern.choices import Order, check_choice
 from hesskern.factors.result import read_spec
 from hesskern.operators.corrected import CorrectedOperator
+from hesskern.operators.network import LayerDamping, NetworkOperator
 from hesskern.passes.layers import LayerSpec
 from hesskern.tensor_files import OpenedFile, TensorFormat
 
@@ -48,6 +50,7 @@ class EKFAC(Mapping[str, CorrectedOperator]):
         self.num_samples = num_samples
         self.skipped = dict(skipped)
         self.settings = dict(settings)
+        self._operators: dict[str, NetworkOperator] = {}
 
     def __getitem__(self, name: str) -> CorrectedOperator:
         try:
@@ -64,6 +67,50 @@ class EKFAC(Mapping[str, CorrectedOperator]):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def operator(self, order: Order = "weight") -> NetworkOperator:
+        """Every layer's matrix as one, block diagonal over all weights, with ``solve`` and ``@``.
+
+        Args:
+            order: of flat vectors within a layer: "weight" as the weight is kept, which is [d, m]
+                for the Conv1D of transformers and [m, d] otherwise; "output" for [m, d] always.
+
+        Raises:
+            ValueError: ``order`` is another word, or layers are on several devices.
+        """
+        check_choice("order", order, Order)
+        if order not in self._operators:
+            layers = {n: _ordered(layer, order) for n, layer in self._layers.items()}
+            self._operators[order] = NetworkOperator(layers)
+        return self._operators[order]
+
+    def __matmul__(self, vectors: Any) -> Any:
+        """The product of :meth:`operator`, whose vectors it takes."""
+        return self.operator() @ vectors
+
+    def solve(self, vectors: Any, damping: LayerDamping) -> Any:
+        """(E + damping)^-1 times vectors, by :meth:`hesskern.NetworkOperator.solve`."""
+        return self.operator().solve(vectors, damping)
+
+    def power(self, p: float, damping: LayerDamping = 0.0) -> NetworkOperator:
+        """(E + damping)^p, by :meth:`hesskern.NetworkOperator.power`."""
+        return self.operator().power(p, damping)
+
+    def logdet(self, damping: LayerDamping) -> float:
+        """log det(E + damping), by :meth:`hesskern.NetworkOperator.logdet`."""
+        return self.operator().logdet(damping)
+
+    def sample(self, *args: Any, **given: Any) -> Any:
+        """Draws from N(0, (E + damping)^-1), by :meth:`hesskern.NetworkOperator.sample`."""
+        return self.operator().sample(*args, **given)
+
+    def trace(self) -> float:
+        """The sum of all eigenvalues."""
+        return self.operator().trace()
+
+    def diagonal(self) -> Tensor:
+        """[P] diagonal of :meth:`operator`."""
+        return self.operator().diagonal()
 
     def __repr__(self) -> str:
         rows = [f"  {n}: {spec.kind} {spec.shape}" for n, spec in self.specs.items()]
@@ -137,4 +184,13 @@ def _read_layer(
         [read(f"right.{group}", d, d) for group in range(spec.groups)],
         read("values", m, d),
         transposed=spec.transposed,
+        name=spec.name,
     )
+
+
+def _ordered(layer: CorrectedOperator, order: Order) -> CorrectedOperator:
+    """The layer's operator over flat vectors of one order."""
+    if order == "weight" or not layer.transposed:
+        return layer
+    left, right, _ = layer.eigenbases
+    return CorrectedOperator.of_bases(left, right, layer.values, name=layer.name)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from hesskern import ops
 from hesskern.choices import Bias, Order, Output, check_choice
 from hesskern.graph.evidence import Evidence
-from hesskern.operators.base import EigenbasisOperator, LayerOperator
+from hesskern.operators.base import LayerOperator
+from hesskern.operators.eigenbasis import EigenbasisOperator
 from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.operators.packed_inputs import PackedInputs
 from hesskern.operators.pruning import kept_samples, prune

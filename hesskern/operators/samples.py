@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesskern.operators.base import EigenbasisOperator
+from hesskern.operators.eigenbasis import EigenbasisOperator
 from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.ops.reference import unfold
 from hesskern.passes.layer_uses import LayerUse

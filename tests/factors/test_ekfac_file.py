@@ -165,12 +165,12 @@ MISFITS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "NaN in a factor": (
         {"factors": lambda: _with_nan(_factors("relu"), "input_covariance")},
         ValueError,
-        "factors: the input covariance of layer '2' contains NaN or Inf",
+        "the input covariance of layer '2' holds NaN or Inf",
     ),
     "NaN in the other": (
         {"factors": lambda: _with_nan(_factors("relu"), "output_hessian")},
         ValueError,
-        "factors: the output Hessian of layer '2' contains NaN or Inf",
+        "the output Hessian of layer '2' holds NaN or Inf",
     ),
     "precision": ({"precision": "half"}, ValueError, "precision must be 'float32' or 'float64'"),
     "output": ({"output": "sampled"}, ValueError, "output must be 'exact', 'mc' or 'empirical'"),

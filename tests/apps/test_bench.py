@@ -322,6 +322,8 @@ def test_command_names_the_suites_it_knows() -> None:
         ("ekfac", "lenet5-empirical"),
         ("influence", "gpt2-mc"),
         ("influence", "gpt2-empirical"),
+        ("solve", "resnet18-1"),
+        ("solve", "gpt2-8"),
         ("kron", "mlp"),
         ("kron", "eigenbasis"),
         ("kron", "small-layers"),

@@ -14,6 +14,7 @@ from hesskern.apps.bench import (
     kron,
     lm,
     matvec,
+    solve,
 )
 from hesskern.apps.bench.contenders import Problem
 from hesskern.apps.bench.results import Group, Row, quartiles
@@ -63,6 +64,7 @@ SUITES: dict[str, Suite] = {
         influence.problems,
         needs="transformers",
     ),
+    "solve": Suite("solves with all layers' damped Kronecker products", solve.problems),
     "kron": Suite("products with Kronecker factors", kron.problems),
     "kernels": Suite("single operators against torch", kernels.problems),
 }

@@ -289,6 +289,10 @@ def difference(result: Bases, expected: Reference) -> float:
 
 
 def _misfit(basis: Tensor, matrix: Tensor) -> float:
-    """How far W diag(W^T M W) W^T is from M: 0 where W [n, n] are M's eigenvectors."""
+    """How far W [n, n] is from M's eigenvectors: W diag(W^T M W) W^T from M, and W^T W from I."""
     values = (basis * (matrix @ basis)).sum(0)
-    return relative_difference((basis * values) @ basis.T, matrix)
+    one = torch.eye(len(basis), dtype=basis.dtype)
+    return max(
+        relative_difference((basis * values) @ basis.T, matrix),
+        relative_difference(basis.T @ basis, one),
+    )

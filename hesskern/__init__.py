@@ -1,6 +1,6 @@
 """Curvature of neural-network layers: Kronecker factors, exact layer-wise Hessians, eigenspaces."""
 
-from hesskern import ops, pacbayes
+from hesskern import ops, optim, pacbayes
 from hesskern.attribution.influence import influence
 from hesskern.attribution.result import Influence
 from hesskern.diagnostics.centring import centre_inputs
@@ -25,6 +25,7 @@ from hesskern.diagnostics.output_space import (
 )
 from hesskern.diagnostics.predictor import OverlapPrediction, classify_peak, predict_overlap
 from hesskern.factors.accumulator import FactorAccumulator
+from hesskern.factors.addition import add_factors
 from hesskern.factors.compute import kronecker_factors
 from hesskern.factors.compute_ekfac import ekfac
 from hesskern.factors.ekfac import EKFAC, load_ekfac
@@ -98,6 +99,7 @@ __all__ = [
     "SumOperator",
     "TokenClassification",
     "TraceEstimate",
+    "add_factors",
     "build_info",
     "centre_inputs",
     "classify_peak",
@@ -120,6 +122,7 @@ __all__ = [
     "load_input_covariances",
     "nearest_kronecker",
     "ops",
+    "optim",
     "pacbayes",
     "position_mean_hessian",
     "predict_overlap",

@@ -59,11 +59,10 @@ def influence(
     as the model itself runs deterministically there.
 
     Args:
-        E: by layer an operator with a Kronecker eigenbasis (:func:`hesskern.eigenvalue_corrected`,
-            a :class:`hesskern.KroneckerOperator`), or a layer's factors: what
-            :func:`hesskern.kronecker_factors` gives is taken as it is. Layers with ``bias="joint"``
-            are recognized by their shape. None: the identity, so that scores are the gradients'
-            own products (weights only).
+        E: of :func:`hesskern.ekfac`, factors of :func:`hesskern.kronecker_factors`, or by layer an
+            operator with a Kronecker eigenbasis. Layers with ``bias="joint"`` are recognized by
+            their shape; of a weight that an embedding shares the linear calls count, as in E. None:
+            the identity, so that scores are the gradients' own products (weights only).
         model: any module; runs in eval mode and comes back as it was.
         queries: data as in :func:`hesskern.kronecker_factors`.
         train: the same; the samples that are scored, in this order. It may be an iterator. Weights
@@ -129,7 +128,8 @@ def influence(
             progress=report,
             description=f"Influence: {description}",
             kept=kept,
-            linear_use=curvature.linear_use,
+            # E has such a layer only where it was made of these calls, too.
+            linear_use=E is not None,
             position_mask=mask,
         )
         return _Walk(run, of, size)

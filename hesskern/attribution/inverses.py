@@ -29,14 +29,12 @@ class Curvature:
         operators: E by layer; empty for the identity.
         damping: what is added to the eigenvalues, by layer.
         skipped: other layers, with the reason.
-        linear_use: whether a weight that is also looked up counts with its linear calls alone.
     """
 
     specs: dict[str, LayerSpec]
     operators: dict[str, EigenbasisOperator]
     damping: dict[str, float]
     skipped: dict[str, str]
-    linear_use: bool = False
 
     def solve(self, name: str, gradients: Tensor) -> Tensor:
         """(E + damping)^-1 of a layer times gradients [q, g, m/g, d]."""
@@ -88,12 +86,10 @@ def curvature_of(
             raise ValueError(
                 f"E: layer {name!r} is on {operator.device}, the model on {device}; move one"
             )
-    # Of factors of a weight that is also looked up, as an embedding's.
-    tied = any(getattr(E[name], "tied_to", None) is not None for name in specs)
     numbers = _damping(damping, operators)
     for name, operator in operators.items():
         _check_regular(name, operator, numbers[name])
-    return Curvature(specs, operators, numbers, skipped, tied)
+    return Curvature(specs, operators, numbers, skipped)
 
 
 def _chosen(
@@ -124,14 +120,26 @@ def _chosen(
 def _matching(name: str, E: Mapping[str, Any], specs: tuple[LayerSpec, ...]) -> LayerSpec:
     """The layer with or without its bias, whichever E has."""
     operator = _operator(name, E[name])
+    # What E says of the layer's geometry, where it does: strides and padding are in no shape.
+    given = getattr(E[name], "spec", None) or getattr(E, "specs", {}).get(name)
     for spec in specs:
-        if (operator.layer_shape, operator.groups) == (spec.shape, spec.groups):
+        same = (operator.layer_shape, operator.groups) == (spec.shape, spec.groups)
+        if same and given in (None, spec):
             return spec
     spec = specs[0]
     raise ValueError(
-        f"E: layer {name!r} has [m, d] = {list(operator.layer_shape)} and {operator.groups} groups "
-        f"there, {list(spec.shape)} and {spec.groups} in the model: E belongs to another model"
+        f"E: layer {name!r} has {_geometry(operator.layer_shape, operator.groups, given)} there, "
+        f"{_geometry(spec.shape, spec.groups, spec)} in the model: E belongs to another model"
     )
+
+
+def _geometry(shape: tuple[int, int], groups: int, spec: LayerSpec | None) -> str:
+    text = f"[m, d] = {list(shape)}"
+    text += f" and {groups} groups" if groups > 1 else ""
+    if spec is not None and spec.kind == "conv":
+        fields = ("kernel_size", "stride", "padding", "dilation")
+        text += "".join(f", {field} {getattr(spec, field)}" for field in fields)
+    return text
 
 
 def _operator(name: str, value: Any) -> EigenbasisOperator:
@@ -139,8 +147,8 @@ def _operator(name: str, value: Any) -> EigenbasisOperator:
         return value.operator()
     if not isinstance(value, EigenbasisOperator):
         raise TypeError(
-            f"E[{name!r}] must have a Kronecker eigenbasis (a CorrectedOperator, a "
-            f"KroneckerOperator, a layer's factors), got {type(value).__name__}"
+            f"E[{name!r}] must have a Kronecker eigenbasis (as layers of hk.ekfac have, and "
+            f"KroneckerOperator) or be a layer's factors, got {type(value).__name__}"
         )
     return value
 

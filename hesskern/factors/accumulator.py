@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -263,7 +264,7 @@ class FactorAccumulator(Portable):
         finally:
             try:
                 # Also when it was interrupted: what is there stays.
-                run.checks.settle()
+                run.settle()
             finally:
                 if run.checks.failed is not None:
                     self._go_back(run.checks.failed)
@@ -409,6 +410,25 @@ class FactorAccumulator(Portable):
         scale_sums(fresh.layers.values(), new)
         fresh.counts = [counted._replace(number=counted.number * new) for counted in fresh.counts]
 
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Does without some of the layers from now on.
+
+        Args:
+            reasons: why, by the layers' names, as :attr:`Factors.skipped` is to say it.
+
+        Raises:
+            ValueError: a layer is unknown, or was asked for by its own name.
+        """
+        for name in reasons:
+            if name not in self._specs:
+                raise ValueError(f"reasons: there is no layer {name!r} here")
+        refuse_missing(self._specs, reasons)
+        self._skipped.update(reasons)
+        for name in reasons:
+            # What makes up the batches' sums knows them by the same mapping.
+            del self._specs[name]
+            self._sums.pop(name, None)
+
     def factors(self) -> Factors:
         """The factors of everything seen so far; the accumulator can go on afterwards.
 
@@ -420,8 +440,25 @@ class FactorAccumulator(Portable):
         """
         return self.finished(2)
 
-    def finished(self, stacklevel: int) -> Factors:
-        """:meth:`factors`, with warnings ``stacklevel`` calls above."""
+    @property
+    def skipped(self) -> dict[str, str]:
+        """What :attr:`Factors.skipped` would be; before the first batch what is known then."""
+        return self._left_out(None)
+
+    def _left_out(self, stacklevel: int | None) -> dict[str, str]:
+        """The same, with a warning ``stacklevel`` calls above; None for none."""
+        covered = [spec for name, spec in self._specs.items() if name not in self._reasons]
+        skipped = {**self._skipped, **self._reasons}
+        above = None if stacklevel is None else stacklevel + 1
+        return left_out(self._model, skipped, covered, above)
+
+    @property
+    def specs(self) -> Mapping[str, LayerSpec]:
+        """The layers that are accumulated, as far as batches reach them."""
+        return MappingProxyType(self._specs)
+
+    def finished(self, stacklevel: int | None) -> Factors:
+        """:meth:`factors`, with warnings ``stacklevel`` calls above; None for none."""
         if not self.num_samples > 0:
             raise no_samples(", so there are no factors")
         refuse_missing(self._specs, self._reasons)
@@ -433,12 +470,7 @@ class FactorAccumulator(Portable):
         if not layers:
             reasons = "; ".join(f"{name!r} {reason}" for name, reason in self._reasons.items())
             raise ValueError(f"no layer of the model has factors: {reasons}")
-        skipped = left_out(
-            self._model,
-            {**self._skipped, **self._reasons},
-            [f.spec for f in layers.values()],
-            None if self._by_name else stacklevel,
-        )
+        skipped = self._left_out(None if self._by_name else stacklevel)
         checked = {name: self.evidence.found.get(name, "graph") for name in layers}
         settings = {
             **self._settings,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hesskern import ops
+from hesskern.devices import on_host
 from hesskern.operators.base import LayerOperator
 from hesskern.operators.damping import (
     Damping,
@@ -388,6 +389,10 @@ def settled(values: Sequence[Tensor], name: str | None) -> tuple[list[Tensor], E
 def require_finite(blocks: Sequence[Tensor], names: Sequence[str | None]) -> None:
     """Raises ValueError where vectors hold NaN or Inf, with the layer's name."""
     kept = [i for i, block in enumerate(blocks) if block.numel() > 0]
+    # One NaN or Inf is enough for a sum to be none either, and a sum is read faster; one that
+    # overflows says nothing.
+    if not kept or all(math.isfinite(blocks[i].sum()) for i in kept if on_host(blocks[i])):
+        kept = [i for i in kept if not on_host(blocks[i])]
     if not kept:
         return
     flags, order = foreach.are_finite([blocks[i] for i in kept])

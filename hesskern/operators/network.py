@@ -23,6 +23,10 @@ LayerDamping = Damping | Mapping[str, Damping]
 
 Blocks = dict[str, Tensor]
 
+# Weights up to which the eigenvalues' inverses are kept for the next solve: of small networks they
+# take a share of the time, of large ones memory.
+_KEPT = 1 << 22
+
 
 class NetworkOperator(CurvatureOperator):
     """The block diagonal matrix of all layers' operators.
@@ -73,6 +77,7 @@ class NetworkOperator(CurvatureOperator):
             self.slices[name] = slice(size, size + layer.shape[0])
             size += layer.shape[0]
         self.shape = (size, size)
+        self._inverse: tuple[list[float], list[Tensor]] | None = None
 
     def __repr__(self) -> str:
         rows = [f"  {name}: {layer!r}" for name, layer in self.layers.items()]
@@ -106,7 +111,8 @@ class NetworkOperator(CurvatureOperator):
         blocks = []
         for name, layer in self.layers.items():
             block = rows[:, self.slices[name]].unflatten(1, layer.weight_shape)
-            blocks.append((block.mT if layer.transposed else block).to(layer.dtype))
+            block = block.mT if layer.transposed else block
+            blocks.append(block if block.dtype == layer.dtype else block.to(layer.dtype))
         return blocks
 
     def _joined(self, blocks: Sequence[Tensor], single: bool) -> Tensor:
@@ -115,7 +121,7 @@ class NetworkOperator(CurvatureOperator):
             (block.mT if layer.transposed else block).flatten(1)
             for layer, block in zip(self.layers.values(), blocks, strict=True)
         ]
-        rows = torch.cat([block.to(self.dtype) for block in turned], 1)
+        rows = torch.cat([b if b.dtype == self.dtype else b.to(self.dtype) for b in turned], 1)
         return rows[0] if single else rows.T
 
     def _read(self, blocks: Mapping[str, Tensor]) -> tuple[bool, list[Tensor]]:
@@ -162,7 +168,8 @@ class NetworkOperator(CurvatureOperator):
                 self._check_flat(vectors)
                 single, blocks = vectors.dim() == 1, self._cut(vectors)
             blocks = [b.clone() if b.is_inference() else b for b in blocks]
-            if by_layer or not bool(vectors.isfinite().all()):
+            # Flat vectors are looked at all together, and by layer for the message alone.
+            if by_layer or not math.isfinite(vectors.sum()):
                 require_finite(blocks, list(self.layers))
             found = function(blocks)
             if not by_layer:
@@ -247,18 +254,28 @@ class NetworkOperator(CurvatureOperator):
         """
         numbers = self._numbers(damping)
         self._decompose()
-        values, shifts = [], []
+        layers = list(self.layers.values())
+
+        def inverse(blocks: list[Tensor]) -> list[Tensor]:
+            return _eigen_products(layers, blocks, self._inverses(numbers))
+
+        return self._on_blocks(vectors, inverse)
+
+    def _inverses(self, numbers: dict[str, float]) -> list[Tensor]:
+        """Per layer and group 1 / (S + number) [m/g, d]."""
+        key = list(numbers.values())
+        if self._inverse is not None and self._inverse[0] == key:
+            return self._inverse[1]
+        values: list[Tensor] = []
+        shifts: list[float] = []
         for name, layer in self.layers.items():
             layer._require_invertible(numbers[name], "solve", name)
             values += layer._settled[0]
             shifts += [numbers[name]] * layer.groups
-        layers = list(self.layers.values())
-
-        def inverse(blocks: list[Tensor]) -> list[Tensor]:
-            scales = foreach.inverse_shifted(values, shifts)
-            return _eigen_products(layers, blocks, scales)
-
-        return self._on_blocks(vectors, inverse)
+        scales = foreach.inverse_shifted(values, shifts)
+        if self.shape[0] <= _KEPT:
+            self._inverse = key, scales
+        return scales
 
     def power(self, p: float, damping: LayerDamping = 0.0) -> NetworkOperator:
         """(K + damping)^p of every layer, as :meth:`hesskern.KroneckerOperator.power`.
@@ -396,7 +413,9 @@ def _regrouped(layers: Sequence[EigenbasisOperator], parts: Sequence[Tensor]) ->
 def _grouped(layers: Sequence[EigenbasisOperator], blocks: Sequence[Tensor]) -> list[Tensor]:
     """Every layer's groups [k, m/g, d], one after the other."""
     return [
-        part for layer, block in zip(layers, blocks, strict=True) for part in layer._blocks(block)
+        part
+        for layer, block in zip(layers, blocks, strict=True)
+        for part in ([block] if layer.groups == 1 else layer._blocks(block))
     ]
 
 

@@ -38,7 +38,7 @@ def test_it_writes_a_page_and_all_scores(here):
     worst = losses.topk(3).indices
     assert [q["index"] for q in result["queries"]] == worst.tolist()
     assert [q["predicted"] for q in result["queries"]] == outputs[worst].argmax(1).tolist()
-    E = hk.kronecker_factors(model, train.batches(64), loss, bias="joint")
+    E = hk.ekfac(model, train.batches(64), loss, bias="joint")
     queries = [(test.inputs[worst], test.targets[worst])]
     expected = hk.influence(E, model, queries, train.batches(64), loss).scores
     assert isinstance(expected, torch.Tensor)

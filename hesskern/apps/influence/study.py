@@ -19,7 +19,7 @@ from hesskern.attribution.influence import influence
 from hesskern.attribution.result import Influence
 from hesskern.choices import check_counts
 from hesskern.devices import usable_device
-from hesskern.factors.compute import kronecker_factors
+from hesskern.factors.compute_ekfac import ekfac
 from hesskern.progress import Progress
 from hesskern.zoo import data as datasets
 from hesskern.zoo import models, training
@@ -126,7 +126,14 @@ def study(
     fitted = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        E = _curvature(model, train, settings, progress)
+        E = ekfac(
+            model,
+            train.batches(settings.batch_size),
+            nn.CrossEntropyLoss(),
+            settings.layers,
+            bias="joint",
+            progress=progress,
+        )
         curved = time.perf_counter()
         losses, guesses = _outcomes(model, test)
         chosen = list(settings.query)
@@ -215,20 +222,6 @@ def _check_queries(settings: Settings, count: int) -> None:
     for index in settings.query:
         if not 0 <= index < count:
             raise ValueError(f"query must be in [0, {count}), the test samples; got {index}")
-
-
-def _curvature(
-    model: nn.Module, train: datasets.Dataset, settings: Settings, progress: Progress
-) -> dict[str, Any]:
-    factors = kronecker_factors(
-        model,
-        train.batches(settings.batch_size),
-        nn.CrossEntropyLoss(),
-        settings.layers,
-        bias="joint",
-        progress=progress,
-    )
-    return {name: layer.operator() for name, layer in factors.items()}
 
 
 @torch.no_grad()

@@ -346,6 +346,13 @@ def test_contenders_agree_on_small_data(suite: str, key: str) -> None:
         assert any(row.difference is not None for row in group.rows[1:])
 
 
+def test_a_step_of_every_kfac_is_measured() -> None:
+    settings = replace(_QUIET, repeats=1)
+    group = runner.run_problem(suites.find_problem("kfac-step", "lenet5"), settings, _silent)
+    assert not [row.note for row in group.rows if row.note.startswith("failed")]
+    assert all(row.seconds for row in group.rows if row.note != "not installed")
+
+
 def test_synthetic_data_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HESSKERN_DATA", str(tmp_path))
     path = tmp_path / "f200x2.safetensors"

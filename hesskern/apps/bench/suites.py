@@ -11,6 +11,7 @@ from hesskern.apps.bench import (
     factors,
     influence,
     kernels,
+    kfac_step,
     kron,
     lm,
     matvec,
@@ -65,6 +66,7 @@ SUITES: dict[str, Suite] = {
         needs="transformers",
     ),
     "solve": Suite("solves with all layers' damped Kronecker products", solve.problems),
+    "kfac-step": Suite("training steps with K-FAC", kfac_step.problems),
     "kron": Suite("products with Kronecker factors", kron.problems),
     "kernels": Suite("single operators against torch", kernels.problems),
 }

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from hesskern import ops
 from hesskern.operators.corrected import CorrectedOperator
-from hesskern.operators.samples import LayerColumns, SampleRows
+from hesskern.operators.samples import LayerColumns
 from hesskern.ops import foreach
 from hesskern.passes.batches import Batch
 from hesskern.passes.data_pass import DataPass, whole_or_halves
@@ -38,6 +39,7 @@ class Corrections:
     def __init__(self, run: DataPass, layers: Mapping[str, CorrectedOperator], budget: int) -> None:
         self._run, self._layers, self._budget = run, layers, budget
         self._generator = torch.Generator().manual_seed(run.seed)
+        self._bases = {name: _stacked_bases(layer) for name, layer in layers.items()}
 
     def add(self) -> float:
         """Makes the pass.
@@ -117,38 +119,45 @@ class Corrections:
         given = [gradient for gradient in gradients if gradient is not None]
         if not given:
             return
-        n, rows = given[0].shape[:2]
-        begin = samples.indices(len(uses[0].x))[0]
-        step = self._step(spec, uses, rows)
+        left, right = self._bases[spec.name]
+        (n, rows), use = given[0].shape[:2], uses[0]
+        begin = samples.indices(len(use.x))[0]
+        alone = len(uses) == 1 and use.mask is None
+        if alone and spec.kind == "conv":
+            geometry = spec.kernel_size, spec.stride, spec.padding, spec.dilation, spec.groups
+            x, g = _one_dtype(use.x[begin : begin + n], given[0])
+            ops.conv_eigen_correction_(total, g, x, left, right, *geometry, ones=spec.joint)
+            return
+        step = max(1, n) if alone else _step(spec, uses, rows)
         for start in range(0, n, step):
             part = slice(start, min(n, start + step))
-            chosen = slice(begin + part.start, begin + part.stop)
-            columns = LayerColumns(spec, uses, chosen)
+            columns = LayerColumns(spec, uses, slice(begin + part.start, begin + part.stop))
             cut = [None if gradient is None else gradient[part] for gradient in gradients]
-            s = columns.gradients(cut, part.stop - part.start, rows)
-            _add_correction(total, s, columns.x, self._layers[spec.name])
-
-    @staticmethod
-    def _step(spec: LayerSpec, uses: list[LayerUse], rows: int) -> int:
-        """How many samples' inputs and gradients are put together at a time."""
-        if spec.kind == "linear" and len(uses) == 1 and uses[0].mask is None and not spec.joint:
-            return max(1, len(uses[0].x))
-        positions = sum(positions_of(spec, use) for use in uses)
-        size = positions * (spec.groups * spec.inputs + rows * spec.outputs)
-        return max(1, _TOGETHER_BYTES // max(1, size * uses[0].x.element_size()))
+            x, g = _one_dtype(columns.x, columns.gradients(cut, part.stop - part.start, rows))
+            ops.eigen_correction_(total, g, x, left, right, ones=spec.joint)
 
 
-def _add_correction(total: Tensor, s: Tensor, x: Tensor, layer: CorrectedOperator) -> None:
-    """total [m, d] += sum_n sum_r (U^T R_nr V)^2 of x [n, d(, t)] and s [n, r, m(, t)]."""
-    x, s = x.to(total.dtype), s.to(total.dtype)
-    rows = SampleRows(x, s)
-    if layer.groups > 1:
-        g = layer.groups
-        x, s = (x, s) if x.dim() == 3 else (x.unsqueeze(2), s.unsqueeze(3))
-        inputs = x.unflatten(1, (g, -1)).transpose(2, 3).unsqueeze(1)
-        flat = torch.matmul(s.unflatten(2, (g, -1)), inputs).flatten(2)
-        rows = SampleRows(x.new_ones(len(x), 1), flat, True)
-    total += rows.diagonal_in(layer)
+def _step(spec: LayerSpec, uses: list[LayerUse], rows: int) -> int:
+    """How many samples' inputs and gradients are put together at a time."""
+    positions = sum(positions_of(spec, use) for use in uses)
+    size = positions * (spec.groups * spec.inputs + rows * spec.outputs)
+    return max(1, _TOGETHER_BYTES // max(1, size * uses[0].x.element_size()))
+
+
+def _one_dtype(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and gradients in the wider dtype of both, as autocast may have made them differ."""
+    if x.dtype == g.dtype:
+        return x, g
+    dtype = torch.promote_types(x.dtype, g.dtype)
+    return x.to(dtype), g.to(dtype)
+
+
+def _stacked_bases(layer: CorrectedOperator) -> tuple[Tensor, Tensor]:
+    """U and V, [m, m] and [d, d], or [groups, m/g, m/g] and [groups, d, d]."""
+    left, right, _ = layer.eigenbases
+    if layer.groups == 1:
+        return left[0], right[0]
+    return torch.stack(left), torch.stack(right)
 
 
 def _nbytes(gradients: dict[str, list[Tensor | None]]) -> int:

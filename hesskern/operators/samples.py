@@ -315,9 +315,9 @@ class LayerColumns:
         dtype: of ``x``; None for the inputs' own.
 
     Attributes:
-        x: [n, d] of one use with one position per sample, [n, d, t] otherwise; d counts all groups
-            and, with a joint bias, a row of ones for each. Of a masked use the positions that are
-            data, beside zeros. A view where nothing is to be put together.
+        x: [n, d] of one use with one position per sample, [n, d, t] otherwise; d counts all groups,
+            but no joint bias. Of a masked use the positions that are data, beside zeros. A view
+            where nothing is to be put together.
         plain: whether it is [n, d].
         positions: t of every use.
     """
@@ -332,7 +332,6 @@ class LayerColumns:
         self._spec, self._uses, self._samples = spec, uses, samples
         inputs = [_columns(spec, use, samples).to(dtype) for use in uses]
         self.plain = len(inputs) == 1 and inputs[0].dim() == 2
-        n = inputs[0].shape[0]
         if self.plain:
             self.x = inputs[0]
             self.positions = [1]
@@ -340,16 +339,18 @@ class LayerColumns:
             columns = [x if x.dim() == 3 else x.unsqueeze(2) for x in inputs]
             self.positions = [x.shape[2] for x in columns]
             self.x = columns[0] if len(columns) == 1 else torch.cat(columns, 2)
-        if spec.joint:
-            ones = self.x.new_ones(n, spec.groups, *self.x.shape[2:])
-            begin = 0
-            for use, t in zip(uses, self.positions, strict=True):
-                if use.mask is not None:
-                    whole = ones.new_ones(n, spec.groups, use.mask.length)
-                    ones[:, :, begin : begin + t] = use.mask.compact(whole, 2, samples)
-                begin += t
-            grouped = self.x.unflatten(1, (spec.groups, -1))
-            self.x = torch.cat([grouped, ones.unsqueeze(2)], 2).flatten(1, 2)
+
+    def with_ones(self) -> Tensor:
+        """``x`` with a row of ones behind every group's, zero where a mask keeps nothing."""
+        groups = self._spec.groups
+        ones = self.x.new_ones(len(self.x), groups, *self.x.shape[2:])
+        begin = 0
+        for use, t in zip(self._uses, self.positions, strict=True):
+            if use.mask is not None:
+                whole = ones.new_ones(len(ones), groups, use.mask.length)
+                ones[:, :, begin : begin + t] = use.mask.compact(whole, 2, self._samples)
+            begin += t
+        return torch.cat([self.x.unflatten(1, (groups, -1)), ones.unsqueeze(2)], 2).flatten(1, 2)
 
     def gradients(
         self, grads: list[Tensor | None], n: int, rows: int, samples: slice | None = None
@@ -383,7 +384,8 @@ class _Maker:
         self._spec, self._roots, self._uses = spec, roots, roots.uses[spec.name]
         dtype = accumulator_dtype(self._uses[0].x.dtype)
         self._columns = LayerColumns(spec, self._uses, dtype=dtype)
-        self._x, plain = self._columns.x, self._columns.plain
+        self._x = self._columns.with_ones() if spec.joint else self._columns.x
+        plain = self._columns.plain
         m, d = spec.shape
         t = sum(self._columns.positions)
         stored = m * d

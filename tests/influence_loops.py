@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesskern.operators.base import EigenbasisOperator
+from hesskern.operators.eigenbasis import EigenbasisOperator
 
 Samples = list[tuple[Any, Any]]
 

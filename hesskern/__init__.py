@@ -1,6 +1,8 @@
 """Curvature of neural-network layers: Kronecker factors, exact layer-wise Hessians, eigenspaces."""
 
 from hesskern import ops, optim, pacbayes
+from hesskern.attribution.influence import influence
+from hesskern.attribution.result import Influence
 from hesskern.diagnostics.centring import centre_inputs
 from hesskern.diagnostics.clustering import GradientClusters, gradient_clusters
 from hesskern.diagnostics.functional import functional_share
@@ -77,6 +79,7 @@ __all__ = [
     "GaussNewton",
     "GradientClusters",
     "ImageClassification",
+    "Influence",
     "InputAutocorrelation",
     "InputCovariances",
     "KroneckerOperator",
@@ -109,6 +112,7 @@ __all__ = [
     "functional_share",
     "gradient_clusters",
     "hutchpp_trace",
+    "influence",
     "input_autocorrelation",
     "input_covariances",
     "kronecker_factors",

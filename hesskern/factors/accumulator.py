@@ -264,7 +264,7 @@ class FactorAccumulator(Portable):
         finally:
             try:
                 # Also when it was interrupted: what is there stays.
-                run.checks.settle()
+                run.settle()
             finally:
                 if run.checks.failed is not None:
                     self._go_back(run.checks.failed)

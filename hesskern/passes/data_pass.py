@@ -86,6 +86,7 @@ class DataPass:
 
     def __post_init__(self) -> None:
         self.count = 0.0
+        self._asked = False
         self.checks = Checks()
         self.capture = Capture(
             self.model,
@@ -115,7 +116,7 @@ class DataPass:
             count = count + roots.count
             yield batch, roots
             self.checks.close()
-        self.checks.settle()
+        self.settle()
         self.count = float(count)
 
     def batches(self) -> Iterator[Batch]:
@@ -133,9 +134,25 @@ class DataPass:
         sums_follow: bool = False,
     ) -> BatchRoots:
         """Runs the model on a batch; arguments as those of :class:`BatchRoots`."""
-        return BatchRoots(
+        roots = BatchRoots(
             self.capture, batch, self.loss, output, samples, generator, self.checks, sums_follow
         )
+        if not self.evidence.compared and not self._asked:
+            self._compare(batch, roots.outputs)
+        return roots
+
+    def _compare(self, batch: Batch, outputs: Tensor) -> None:
+        """The loss with the model's own, until a batch tells."""
+        conditions = self.checks.conditions
+        with self.capture.aside():
+            self.evidence.compared = self.loss.compare(self.model, batch, outputs, self.checks)
+        # On a device the answer comes later.
+        self._asked = self.checks.conditions > conditions
+
+    def settle(self) -> None:
+        """Behind the last batch: looks at all conditions, or raises the first error among them."""
+        self.checks.settle()
+        self.evidence.compared |= self._asked
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.factors.result import LayerFactors
-from hesskern.operators.base import EigenbasisOperator
+from hesskern.operators.eigenbasis import EigenbasisOperator
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec, select_layers
 

@@ -293,9 +293,8 @@ inline void check_sampled_cross_entropy_gradient(const at::Tensor& logits,
   TORCH_CHECK_VALUE(uniform.dim() == 1 && uniform.size(0) == n * t, op,
                     ": uniform must be [N t] = [", n * t, "] for logits ", logits.sizes(), ", got ",
                     uniform.sizes());
-  const auto expected = type == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK_VALUE(uniform.scalar_type() == expected, op, ": uniform must be ", expected,
-                    " for logits of ", type, ", got ", uniform.scalar_type());
+  TORCH_CHECK_VALUE(uniform.scalar_type() == at::kDouble, op, ": uniform must be float64, got ",
+                    uniform.scalar_type());
   TORCH_CHECK_VALUE(uniform.device() == logits.device(), op, ": logits is on ", logits.device(),
                     " but uniform is on ", uniform.device());
   if (targets.has_value()) {

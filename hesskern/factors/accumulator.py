@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,14 +25,14 @@ from hesskern.factors.layer_sums import (
 from hesskern.factors.precision import precisions
 from hesskern.factors.result import Factors, LayerFactors
 from hesskern.graph.evidence import Evidence
-from hesskern.passes.batches import Batch, halves, no_samples
+from hesskern.passes.batches import Batch, no_samples
 from hesskern.passes.checks import as_weights
-from hesskern.passes.data_pass import DataPass
+from hesskern.passes.data_pass import DataPass, whole_or_halves
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec, left_out, limit_outputs, refuse_missing, select_layers
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
-from hesskern.passes.memory import budget_for, out_of_memory, release
+from hesskern.passes.memory import budget_for
 from hesskern.passes.roots import check_fraction, check_output
 from hesskern.portable import Portable
 from hesskern.progress import Progress, reporter
@@ -115,6 +116,9 @@ class FactorAccumulator(Portable):
         memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
             on a GPU for a sixteenth of its free memory. A batch for which a GPU's memory does not
             suffice is taken in two halves.
+
+    Attributes:
+        evidence: of which rows belong to which samples, for other passes of the model.
     """
 
     def __init__(
@@ -155,7 +159,7 @@ class FactorAccumulator(Portable):
             "decay": decay,
         }
         self._generator = torch.Generator().manual_seed(seed)
-        self._evidence = Evidence(check)
+        self.evidence = Evidence(check)
         self._sums: dict[str, LayerSums] = {}
         self._reasons: dict[str, str] = {}
         self._unfit: dict[str, str] = {}
@@ -241,7 +245,7 @@ class FactorAccumulator(Portable):
         memory = SumMemory()
         # Before the capture, which switches autocast off for all but the model.
         now = precisions(self._model, model_device(self._model))
-        given = self._model, data, self._loss, self._specs, sample_weight, self._evidence
+        given = self._model, data, self._loss, self._specs, sample_weight, self.evidence
         kept, unfit = self._sums.keys(), dict(self._unfit)
         run = DataPass(
             *given,
@@ -260,7 +264,7 @@ class FactorAccumulator(Portable):
         finally:
             try:
                 # Also when it was interrupted: what is there stays.
-                run.checks.settle()
+                run.settle()
             finally:
                 if run.checks.failed is not None:
                     self._go_back(run.checks.failed)
@@ -305,23 +309,18 @@ class FactorAccumulator(Portable):
     def _sums_in_memory(self, run: DataPass, batch: Batch, memory: SumMemory) -> BatchSum:
         """:meth:`_sums_of`, of one half after the other where memory does not suffice."""
         state = self._generator.get_state()
-        try:
-            return self._sums_of(run, batch, memory)
-        except torch.OutOfMemoryError as error:
-            parts = halves(batch)
-            if len(parts) == 1:
-                raise out_of_memory(error, False) from error
-        # Behind the except clause, whose error holds on to the tensors of the failed attempt.
-        run.checks.drop()
-        memory.let_go()
-        self._generator.set_state(state)
-        release()
-        try:
-            fresh = self._sums_of(run, parts[0], SumMemory())
-            fresh.join(self._sums_of(run, parts[1], SumMemory()))
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            # Something in the batch may not be cut by samples.
-            raise out_of_memory(error, True) from error
+
+        def undo() -> None:
+            run.checks.drop()
+            memory.let_go()
+            self._generator.set_state(state)
+
+        def attempt(part: Batch, whole: bool) -> BatchSum:
+            return self._sums_of(run, part, memory if whole else SumMemory())
+
+        fresh, *others = whole_or_halves(batch, attempt, undo)
+        for other in others:
+            fresh.join(other)
         return fresh
 
     def _same_shapes(self, fresh: BatchSum) -> bool:
@@ -411,6 +410,25 @@ class FactorAccumulator(Portable):
         scale_sums(fresh.layers.values(), new)
         fresh.counts = [counted._replace(number=counted.number * new) for counted in fresh.counts]
 
+    def leave_out(self, reasons: Mapping[str, str]) -> None:
+        """Does without some of the layers from now on.
+
+        Args:
+            reasons: why, by the layers' names, as :attr:`Factors.skipped` is to say it.
+
+        Raises:
+            ValueError: a layer is unknown, or was asked for by its own name.
+        """
+        for name in reasons:
+            if name not in self._specs:
+                raise ValueError(f"reasons: there is no layer {name!r} here")
+        refuse_missing(self._specs, reasons)
+        self._skipped.update(reasons)
+        for name in reasons:
+            # What makes up the batches' sums knows them by the same mapping.
+            del self._specs[name]
+            self._sums.pop(name, None)
+
     def factors(self) -> Factors:
         """The factors of everything seen so far; the accumulator can go on afterwards.
 
@@ -422,8 +440,25 @@ class FactorAccumulator(Portable):
         """
         return self.finished(2)
 
-    def finished(self, stacklevel: int) -> Factors:
-        """:meth:`factors`, with warnings ``stacklevel`` calls above."""
+    @property
+    def skipped(self) -> dict[str, str]:
+        """What :attr:`Factors.skipped` would be; before the first batch what is known then."""
+        return self._left_out(None)
+
+    def _left_out(self, stacklevel: int | None) -> dict[str, str]:
+        """The same, with a warning ``stacklevel`` calls above; None for none."""
+        covered = [spec for name, spec in self._specs.items() if name not in self._reasons]
+        skipped = {**self._skipped, **self._reasons}
+        above = None if stacklevel is None else stacklevel + 1
+        return left_out(self._model, skipped, covered, above)
+
+    @property
+    def specs(self) -> Mapping[str, LayerSpec]:
+        """The layers that are accumulated, as far as batches reach them."""
+        return MappingProxyType(self._specs)
+
+    def finished(self, stacklevel: int | None) -> Factors:
+        """:meth:`factors`, with warnings ``stacklevel`` calls above; None for none."""
         if not self.num_samples > 0:
             raise no_samples(", so there are no factors")
         refuse_missing(self._specs, self._reasons)
@@ -435,13 +470,8 @@ class FactorAccumulator(Portable):
         if not layers:
             reasons = "; ".join(f"{name!r} {reason}" for name, reason in self._reasons.items())
             raise ValueError(f"no layer of the model has factors: {reasons}")
-        skipped = left_out(
-            self._model,
-            {**self._skipped, **self._reasons},
-            [f.spec for f in layers.values()],
-            None if self._by_name else stacklevel,
-        )
-        checked = {name: self._evidence.found.get(name, "graph") for name in layers}
+        skipped = self._left_out(None if self._by_name else stacklevel)
+        checked = {name: self.evidence.found.get(name, "graph") for name in layers}
         settings = {
             **self._settings,
             "precision": "; ".join(self._precisions),
@@ -493,8 +523,8 @@ class FactorAccumulator(Portable):
         self._precisions.update(other._precisions)
         self._unfit = {**other._unfit, **self._unfit}
         self._tied = {**other._tied, **self._tied}
-        for name, how in other._evidence.found.items():
-            self._evidence.note(name, [how])
+        for name, how in other.evidence.found.items():
+            self.evidence.note(name, [how])
         self._note({**other._reasons, **self._reasons})
 
     def state_dict(self) -> dict[str, Any]:
@@ -508,7 +538,7 @@ class FactorAccumulator(Portable):
             "tied": dict(self._tied),
             "generator": self._generator.get_state(),
             "settings": dict(self._settings),
-            "checked": dict(self._evidence.found),
+            "checked": dict(self.evidence.found),
             "precisions": list(self._precisions),
             "layers": {name: vars(sums.copy()) for name, sums in self._sums.items()},
         }
@@ -547,4 +577,4 @@ class FactorAccumulator(Portable):
         self._precisions = dict.fromkeys(state.get("precisions", ()))
         self._reasons, self._unfit = dict(state["reasons"]), dict(state["unfit"])
         self._tied = dict(state.get("tied", {}))
-        self._evidence.found = dict(state.get("checked", {}))
+        self.evidence.found = dict(state.get("checked", {}))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hesskern.choices import Order, check_choice
 from hesskern.operators.kronecker import KroneckerOperator
+from hesskern.operators.network import NetworkOperator
 from hesskern.passes.layers import LayerSpec, unfolded
 from hesskern.solvers.result import EigenResult
 from hesskern.tensor_files import OpenedFile, TensorFormat
@@ -123,7 +124,9 @@ class LayerFactors(OfLayer):
         """
         check_choice("order", order, Order)
         transposed = self.spec.transposed and order == "weight"
-        return KroneckerOperator(self.output_hessian, self.input_covariance, transposed=transposed)
+        return KroneckerOperator(
+            self.output_hessian, self.input_covariance, transposed=transposed, name=self.name
+        )
 
     def eigsh(self, k: int) -> EigenResult:
         """Top k eigenpairs of :meth:`operator` from the factors' own, which is never formed."""
@@ -171,6 +174,19 @@ class Factors(Mapping[str, LayerFactors]):
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    def operator(self, order: Order = "weight") -> NetworkOperator:
+        """Every layer's K = E[M] (x) E[x x^T] as one block diagonal matrix over all weights.
+
+        Args:
+            order: of flat vectors within a layer, as in :meth:`LayerFactors.operator`.
+
+        Raises:
+            ValueError: ``order`` is another word, there is no layer, or the factors are on several
+                devices.
+        """
+        check_choice("order", order, Order)
+        return NetworkOperator({name: f.operator(order) for name, f in self._layers.items()})
 
     def __repr__(self) -> str:
         rows = [f"  {n}: {f.kind} {f.layer_shape}" for n, f in self._layers.items()]

@@ -75,11 +75,13 @@ class Proved:
             numbers, or a product with an input, may move other rows in the next one; a sum over
             samples shows where the gates behind it are open.
         selected: calls whose rows are taken from those of a larger tensor.
+        placed: calls whose rows become some of those of a larger tensor, along the samples' axis.
     """
 
     arrangements: list[Arrangement | RoutedRows | None]
     steady: bool
     selected: frozenset[Any] = frozenset()
+    placed: frozenset[Any] = frozenset()
 
 
 def prove(
@@ -106,7 +108,8 @@ def prove(
         return Proved([None] * len(calls), True)
     proof = _Proof(outputs, alive, calls, trusted)
     arrangements = proof.arrangements(windows or [None] * len(calls))
-    return Proved(arrangements, proof.steady(), frozenset(proof.selected))
+    placed = frozenset(node for node in calls if proof.placed.get((node, 0)))
+    return Proved(arrangements, proof.steady(), frozenset(proof.selected), placed)
 
 
 class _Proof:
@@ -124,6 +127,8 @@ class _Proof:
         self._mixed = self._moved = False
         self._selections: set[Any] = set()
         self.selected: set[Any] = set()
+        # By the same keys: whether what lies there goes into a larger tensor on all its ways.
+        self.placed: dict[tuple[Any, int], bool] = {}
         self._trusted = trusted
         self._device = outputs.device
         # By node and number of its output: where samples are, or None for what is not known.
@@ -142,12 +147,31 @@ class _Proof:
                 if follower not in self._needed:
                     continue
                 there = None
+                key = follower, arriving
                 if here is not None:
                     there = self._step(node, number, operand, follower, arriving, here)
-                key = follower, arriving
+                placed = self._is_placed(node, number, operand, key, here)
+                self.placed[key] = placed and self.placed.get(key, True)
                 if key in self._axes:
                     there = self._merged(self._axes[key], there, output_shape(follower, arriving))
                 self._axes[key] = there
+
+    def _is_placed(
+        self, node: Any, number: int, operand: int, key: tuple[Any, int], here: _Axis | None
+    ) -> bool:
+        """Whether an operand goes into a larger tensor, here or behind."""
+        name = kind(node)
+        if name in _PUTS and operand == 1:
+            return True
+        shape, source = output_shape(node, number), output_shape(*key)
+        if here is None or shape is None or source is None:
+            return False
+        if name == "Cat" and len(shape) == len(source):
+            axis = axis_of(node._saved_dim, len(shape))
+            if axis == here.axis and shape[axis] > source[axis]:
+                return True
+        # Behind a selection lies the larger tensor.
+        return node not in self._selections and self.placed.get((node, number), False)
 
     def _merged(
         self, one: _Axis | None, other: _Axis | None, shape: tuple[int, ...] | None
@@ -371,12 +395,16 @@ def _reshaped(step: _Step) -> _Axis | None:
         return _reshaped_owners(step, step.here.owners)
     inner = step.here.inner * product(step.shape[step.here.axis + 1 :])
     stride = 1
+    found = None
     for axis in range(len(step.source) - 1, -1, -1):
         size = step.source[axis]
         if inner % stride == 0 and size % (inner // stride * step.samples) == 0 and size > 0:
-            return _Axis(axis, inner // stride)
+            found = _Axis(axis, inner // stride)
+            if step.samples > 1:
+                break
+            # Of one sample alone it may be any axis: the first is where others would be.
         stride *= size
-    return None
+    return found
 
 
 def _reshaped_owners(step: _Step, owners: Tensor) -> _Axis | None:
@@ -682,6 +710,9 @@ def _cut(step: _Step, axis: int, part: slice) -> _Axis | None:
     owners = torch.full((step.source[axis],), -1, device=step.device)
     if len(owners[part]) != step.shape[axis]:
         return None
+    if len(owners) == len(step.owners) and part.step in (None, 1):
+        # All of it.
+        return step.at(axis)
     owners[part] = step.owners
     return _Axis(axis, 1, owners)
 
@@ -770,6 +801,8 @@ _RULES: dict[str, _Rule] = {
     "Topk": _along("_saved_dim"),
     "Unbind": _selection,
 }
+# Their second operand's rows are some of the result's.
+_PUTS = frozenset("IndexAdd IndexCopy IndexPut Scatter ScatterAdd".split())
 # Their results are rows of a larger operand.
 _SELECTIONS = frozenset("Gather Index IndexSelect Slice Split SplitWithSizes".split())
 _RULES.update(dict.fromkeys(("Permute", "T", "Transpose"), _permuted))

@@ -459,9 +459,8 @@ def sampled_cross_entropy_gradient(
     Args:
         logits: [N, c] or [N, c, t]; float32, float64, bfloat16 or float16. One that is NaN or
             infinite makes its token's row NaN; minus infinity is a class of probability zero.
-        uniform: [N t], from [0, 1), those of a sample's tokens one after another; float64 for
-            float64 logits, else float32. torch.rand's steps of 2^-24 in float32 are what rare
-            classes' frequencies are rounded to.
+        uniform: [N t] float64, from [0, 1), those of a sample's tokens one after another. Their
+            steps, 2^-53 of torch.rand, are what rare classes' frequencies are rounded to.
         targets: [N] or [N, t] int64. Tokens whose target is ``ignore_index`` get zeros, whatever
             their logits; no other value matters. None: there is none.
         ignore_index: see ``targets``.

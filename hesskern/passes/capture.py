@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -77,6 +77,15 @@ class Capture:
         self._hooks.remove()
         self._flat, self._edges = set(), {}
         self._frozen.__exit__(*error)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, the model may run without anything being captured."""
+        self._hooks.paused = True
+        try:
+            yield
+        finally:
+            self._hooks.paused = False
 
     @property
     def reasons(self) -> dict[str, str]:

@@ -101,6 +101,8 @@ class LayerMasks:
             whole = on_host(keep) and bool(keep.all())
             device = model_device(self.model)
             self._made[id(keep)] = None if whole else PositionMask(keep.bool(), device)
+        if keep.shape[1] == 1 and not self._named:
+            _require_whole(keep, self.checks, self._about)
         if count == keep.shape[1] and (self._named or len(spec.kernel_size) < 2):
             self._spoken.add(id(keep))
             return self._made[id(keep)]
@@ -152,6 +154,22 @@ def masked_uses(
     }
     masks.settle()
     return result
+
+
+def _require_whole(keep: Tensor, checks: Checks, about: str) -> None:
+    """Refuses samples without data where a sample has one position.
+
+    A layer's one row of such a sample may be its token's, which is no data, or the sample's own.
+    """
+    checks.require(
+        (keep != 0).all(),
+        lambda: (
+            f"{about} is {list(keep.shape)} and leaves samples without a position; it cannot be "
+            "told which layers have one row for a token and which one for a sample (a pooler): "
+            "leave these samples out of the batch, or let position_mask return a dict of masks by "
+            "layers' names"
+        ),
+    )
 
 
 def _refuse(spec: LayerSpec, count: int, length: int, named: bool, about: str) -> None:

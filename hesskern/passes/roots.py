@@ -232,7 +232,7 @@ class BatchRoots:
         for name, layer in self.uses.items():
             for use in layer:
                 self._check_use(name, use, sums_follow)
-        check_finite(checks, self.outputs, "the model's outputs", batch.index, total)
+        self._check_outputs(loss, total)
         self._rows = self._make_rows(loss, output, samples, generator)
 
     def _check_use(self, name: str, use: LayerUse, sums_follow: bool) -> None:
@@ -253,6 +253,18 @@ class BatchRoots:
         elif masked:
             x = self._zeroed(use)
         check_finite(self._checks, x, f"inputs of layer {name!r}", self._batch.index, total)
+
+    def _check_outputs(self, loss: Loss, total: Tensor | None) -> None:
+        """Requires outputs without NaN and Inf, but at masked positions without a label."""
+        looked_at, batch = self.outputs, self._batch
+        unread = None if self._finite_outputs else loss.unread(self.outputs, self._targets)
+        mask = batch.mask
+        if unread is not None and isinstance(mask, Tensor) and mask.shape == unread.tokens.shape:
+            hidden = unread.tokens & (sent(mask, self.outputs.device) == 0)
+            # One number for each token: NaN or Inf if one of its outputs is.
+            largest = torch.linalg.vector_norm(self.outputs.detach(), math.inf, dim=unread.axis)
+            looked_at, total = largest.masked_fill(hidden, 0), None
+        check_finite(self._checks, looked_at, "the model's outputs", batch.index, total)
 
     @staticmethod
     def _zeroed(use: LayerUse) -> Tensor:

@@ -32,7 +32,7 @@ from hesskern import ops
 
 
 def uniform(count: int) -> Tensor:
-    return torch.linspace(0, 0.99, count)
+    return torch.linspace(0, 0.99, count, dtype=torch.float64)
 
 
 # Kernel size, stride, padding and dilation.
@@ -121,7 +121,7 @@ SAMPLES: dict[str, list[Callable[[], tuple]]] = {
         lambda: (f32(5, 4), uniform(5)),
         lambda: (
             f64(4, 5).t(),
-            uniform(5).double(),
+            uniform(5),
             torch.tensor([0, -1, 2, 3, 9]),
             -1,
         ),

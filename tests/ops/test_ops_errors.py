@@ -499,51 +499,51 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     # sampled_cross_entropy_gradient
     "sampled logits": (
-        sampled(f32(5), f32(5)),
+        sampled(f32(5), f64(5)),
         ["sampled_cross_entropy_gradient: logits must be [N, c] or [N, c, t], got [5]"],
     ),
     "sampled dtype": (
-        sampled(X54.int(), f32(5)),
+        sampled(X54.int(), f64(5)),
         ["logits must be float32, float64, bfloat16 or float16, got Int"],
     ),
     "sampled uniform": (
-        sampled(f32(5, 4, 2), f32(5)),
+        sampled(f32(5, 4, 2), f64(5)),
         ["uniform must be [N t] = [10] for logits [5, 4, 2], got [5]"],
     ),
     "sampled uniform dtype": (
-        sampled(X54.double(), f32(5)),
-        ["uniform must be Double for logits of Double, got Float"],
+        sampled(X54, f32(5)),
+        ["uniform must be float64, got Float"],
     ),
     "sampled uniform device": (
-        sampled(X54, f32(5).to("meta")),
+        sampled(X54, f64(5).to("meta")),
         ["sampled_cross_entropy_gradient: logits is on cpu but uniform is on meta"],
     ),
     "sampled targets": (
-        sampled(X54, f32(5), torch.zeros(5, 1).long()),
+        sampled(X54, f64(5), torch.zeros(5, 1).long()),
         ["targets must be [N] for logits [5, 4], got [5, 1]"],
     ),
     "sampled targets with positions": (
-        sampled(f32(5, 4, 2), f32(10), torch.zeros(5).long()),
+        sampled(f32(5, 4, 2), f64(10), torch.zeros(5).long()),
         ["targets must be [N, t] for logits [5, 4, 2], got [5]"],
     ),
     "sampled targets dtype": (
-        sampled(X54, f32(5), torch.zeros(5).int()),
+        sampled(X54, f64(5), torch.zeros(5).int()),
         ["targets must be int64, got Int"],
     ),
     "sampled targets device": (
-        sampled(X54, f32(5), torch.zeros(5).long().to("meta")),
+        sampled(X54, f64(5), torch.zeros(5).long().to("meta")),
         ["logits is on cpu but targets is on meta"],
     ),
     "sampled terms": (
-        sampled(X54, f32(5), None, -100, torch.ones(4).long()),
+        sampled(X54, f64(5), None, -100, torch.ones(4).long()),
         ["terms must be [N] = [5], got [4]"],
     ),
     "sampled terms dtype": (
-        sampled(X54, f32(5), None, -100, torch.ones(5)),
+        sampled(X54, f64(5), None, -100, torch.ones(5)),
         ["terms must be int64, got Float"],
     ),
     "sampled terms device": (
-        sampled(X54, f32(5), None, -100, torch.ones(5).long().to("meta")),
+        sampled(X54, f64(5), None, -100, torch.ones(5).long().to("meta")),
         ["logits is on cpu but terms is on meta"],
     ),
     # to_eigenbasis, from_eigenbasis: U [4, 3], V [5, 2], X [4, 5], Y [3, 2]

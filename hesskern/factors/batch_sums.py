@@ -69,7 +69,7 @@ class BatchSums:
             self._add_inputs(self.specs[name], roots, sums)
         for name, sums in found.layers.items():
             roots.check_sums(name, sums.inputs, sums.outputs)
-        for name, diagonal in diagonals.sums.items():
+        for name, diagonal in diagonals.finished().items():
             roots.check_diagonal(name, diagonal)
             found.diagonals[name] = diagonal
             found.pieces.append(diagonal)

@@ -171,11 +171,17 @@ def ekfac(
         "seed": seed,
         "precision": "; ".join(now),
         "checked": {name: evidence.found.get(name, "graph") for name in result},
-        "eigenvectors": precision,
+        "eigenvectors": _decomposed(result, precision),
         "factors": settings,
     }
     skipped = left_out(model, {**skipped, **reasons}, [specs[name] for name in result], None)
     return EKFAC(result, specs, count, skipped, own)
+
+
+def _decomposed(layers: dict[str, CorrectedOperator], precision: Precision) -> str:
+    """In which precision the layers' factors were decomposed."""
+    found = {"float64" if layer.dtype == torch.float64 else precision for layer in layers.values()}
+    return "; ".join(sorted(found))
 
 
 def _without_factors(

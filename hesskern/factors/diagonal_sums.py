@@ -48,11 +48,20 @@ class DiagonalSums:
                 if g is not None
             ]
             if name not in self.sums:
-                like = present[0][1] if present else self._outputs
-                dtype, shape = accumulator_dtype(like.dtype), uses[0].shape
-                self.sums[name] = torch.zeros(shape, dtype=dtype, device=like.device)
+                self._begin(name, present[0][1] if present else self._outputs)
             if present:
                 self._add(name, present, samples)
+
+    def finished(self) -> dict[str, Tensor]:
+        """:attr:`sums` of all parameters, zero where the loss has no root rows (one class)."""
+        for name in self._uses:
+            if name not in self.sums:
+                self._begin(name, self._outputs)
+        return self.sums
+
+    def _begin(self, name: str, like: Tensor) -> None:
+        dtype, shape = accumulator_dtype(like.dtype), self._uses[name][0].shape
+        self.sums[name] = torch.zeros(shape, dtype=dtype, device=like.device)
 
     def _add(self, name: str, uses: list[tuple[DiagonalUse, Tensor]], samples: slice) -> None:
         first, gradient = uses[0]

@@ -202,19 +202,22 @@ class KroneckerOperator(EigenbasisOperator):
             TypeError, ValueError: ``damping`` is no such number; a factor is not positive definite
                 with its share of it, or not finite.
         """
-        root = resolved(damping, self.trace(), self.shape[0], self.name) ** 0.5
+        return self._factored_inverse(damping, self.name)
+
+    def _factored_inverse(self, damping: Damping, name: str | None) -> KroneckerOperator:
+        root = resolved(damping, self.trace(), self.shape[0], name) ** 0.5
         left, right = [], []
         for a, b in zip(self._left, self._right, strict=True):
             a, b = a.double(), b.double()
             share, other = _mean_diagonal(a), _mean_diagonal(b)
             pi = (share / other) ** 0.5 if share > 0 and other > 0 else 1.0
-            left.append(self._inverse("A", a, root * pi))
-            right.append(self._inverse("B", b, root / pi))
+            left.append(self._inverse(f"A of {said(name)}", a, root * pi))
+            right.append(self._inverse(f"B of {said(name)}", b, root / pi))
         A = torch.block_diag(*left)
         B = torch.stack(right) if self.B.dim() == 3 else right[0]
         return KroneckerOperator(A, B, transposed=self.transposed, name=self.name)
 
-    def _inverse(self, letter: str, factor: Tensor, shift: float) -> Tensor:
+    def _inverse(self, what: str, factor: Tensor, shift: float) -> Tensor:
         """(factor + shift I)^-1 of a float64 factor, in K's dtype."""
         if shift > 0:
             eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
@@ -222,7 +225,6 @@ class KroneckerOperator(EigenbasisOperator):
             inverse = torch.cholesky_inverse(root).to(self.dtype)
             if not bool(info) and bool(inverse.isfinite().all()):
                 return ((inverse + inverse.T) / 2).contiguous()
-        what = f"{letter} of {said(self.name)}"
         if not bool(factor.isfinite().all()):
             raise ValueError(f"{what} holds NaN or Inf, and has no inverse")
         values, vectors = torch.linalg.eigh(factor)
@@ -242,8 +244,8 @@ class KroneckerOperator(EigenbasisOperator):
         inverse = ((vectors / shifted) @ vectors.T).to(self.dtype)
         if not bool(inverse.isfinite().all()):
             raise ValueError(
-                f"damping is too small for {said(self.name)}: the inverse of {letter} + "
-                f"{shift:.3g} I passes the range of {self.dtype}"
+                f"damping is too small for {what}: its inverse with {shift:.3g} added passes the "
+                f"range of {self.dtype}"
             )
         return ((inverse + inverse.T) / 2).contiguous()
 

@@ -390,7 +390,7 @@ class NetworkOperator(CurvatureOperator):
                     f"factored_inverse needs Kronecker factors, but layer {name!r} is a "
                     f"{type(layer).__name__}"
                 )
-            inverses[name] = layer.factored_inverse(numbers[name])
+            inverses[name] = layer._factored_inverse(numbers[name], name)
         return NetworkOperator(inverses)
 
 

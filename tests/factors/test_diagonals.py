@@ -331,3 +331,13 @@ def test_a_bad_batch_leaves_what_was_there() -> None:
 def test_diagonal_is_yes_or_no() -> None:
     with pytest.raises(TypeError, match="diagonal"):
         hk.kronecker_factors(seeded(_mlp()), [_pair(4, 4)], CE, diagonal="yes")  # type: ignore[arg-type]
+
+
+def test_a_loss_without_root_rows_has_zeros() -> None:
+    """Of one class there is nothing to draw, and nothing is curved."""
+    model = seeded(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 1)))
+    data = [(randn(3, 4), torch.zeros(3, dtype=torch.long))]
+    found = hk.kronecker_factors(model, data, CE, diagonal=True)
+    assert set(found.diagonals) == {"0.bias", "1.weight", "1.bias", "2.bias"}
+    assert not any(diagonal.any() for diagonal in found.diagonals.values())
+    assert {diagonal.dtype for diagonal in found.diagonals.values()} == {torch.float64}

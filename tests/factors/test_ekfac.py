@@ -127,6 +127,8 @@ def test_float32_against_float64(name: str, precision: Any) -> None:
     assert E.settings["eigenvectors"] == precision
     wide = [(x.double(), y) for x, y in data]
     model.double()
+    # There is no other precision for float64 models.
+    assert hk.ekfac(model, wide, CE, precision=precision).settings["eigenvectors"] == "float64"
     for layer, found in E.items():
         dense = gauss_newton(model, wide, sample_loss, layer)
         assert relative_error(found.values, along(found, dense)) <= 1e-5

@@ -113,10 +113,14 @@ def test_what_has_no_inverse_is_refused_by_name() -> None:
         (positive(3), low, 0.0, r"damping > 0: B of layer 'fc' is singular, of rank 2 of 4"),
         (torch.diag(torch.tensor([2.0, -1.0])).double(), positive(3), 0.01, "eigenvalue -1, and"),
         (torch.eye(2), torch.full((2, 2), math.nan), 0.1, "B of layer 'fc' holds NaN or Inf"),
-        (torch.zeros(2, 2), torch.eye(2), 1e-90, "too small for layer 'fc': .* torch.float32"),
+        (torch.zeros(2, 2), torch.eye(2), 1e-90, "too small for A of layer 'fc': .* torch.float32"),
     ]
     for A, B, damping, message in cases:
         with pytest.raises(ValueError, match=message):
             hk.KroneckerOperator(A, B, name="fc").factored_inverse(damping)
     with pytest.raises(ValueError, match=r"the trace of layer 'fc' is 0: give a number"):
         hk.KroneckerOperator(torch.zeros(2, 2), torch.eye(2), name="fc").factored_inverse("mean")
+    # A network knows its layers by the names that it was given.
+    network = hk.NetworkOperator({"out": hk.KroneckerOperator(low, positive(3))})
+    with pytest.raises(ValueError, match=r"A of layer 'out' is singular, of rank 2 of 4"):
+        network.factored_inverse(0.0)

@@ -194,8 +194,15 @@ def _without_factors(
     if layers is not None:
         return {}
     known, unknown = select_layers(model, None, factors.settings.get("bias", "none"))
-    missing = dict.fromkeys(known.keys() - specs.keys(), "is not among the factors")
+    missing = {name: _absent(name, factors) for name in known if name not in specs}
     return {**unknown, **missing}
+
+
+def _absent(name: str, factors: Factors) -> str:
+    """Why factors lack a layer of the model."""
+    if name in factors.large:
+        return "has the diagonal of E[M] alone among the factors, which gives no eigenvectors"
+    return "is not among the factors"
 
 
 def _specs(
@@ -205,12 +212,16 @@ def _specs(
 
     Raises:
         TypeError: ``factors`` are none.
-        ValueError: they are those of other layers, or made with another ``bias``.
+        ValueError: there are none of any layer, they are those of other layers, or made with
+            another ``bias``.
     """
     if not isinstance(factors, Factors):
         raise TypeError(
             f"factors must be Factors, as kronecker_factors gives, got {type(factors).__name__}"
         )
+    if not factors:
+        large = f"; those of {', '.join(factors.large)} have no eigenvectors" * bool(factors.large)
+        raise ValueError(f"factors must hold at least one layer's E[M] and E[x x^T]{large}")
     own = factors.settings.get("bias", "none")
     if bias is not None and bias != own:
         raise ValueError(f"bias is {bias!r}, but the factors were made with bias={own!r}")
@@ -232,6 +243,8 @@ def _specs(
     for name, spec in picked.items():
         if spec.required and name not in factors:
             reason = factors.skipped.get(name)
+            if name in factors.large:
+                reason = _absent(name, factors)
             raise ValueError(
                 f"layers: there are no factors of {name!r}" + (f": it {reason}" if reason else "")
             )

@@ -128,3 +128,18 @@ def test_bad_factors() -> None:
             hk.DiagonalKroneckerOperator(*bad)
     with pytest.raises(TypeError, match="a must"):
         hk.DiagonalKroneckerOperator([1.0], B)  # type: ignore[arg-type]
+
+
+def test_ekfac_of_factors_with_large_layers_says_why_they_are_left_out() -> None:
+    model, data = seeded(_model()), _data(4)
+    whole = hk.kronecker_factors(model, data, CE, diagonal=True, max_outputs=8)
+    E = hk.ekfac(model, data, CE, factors=whole)
+    assert list(E) == ["0"]
+    with pytest.raises(KeyError, match="'2': it has the diagonal of E\\[M\\] alone"):
+        E["2"]
+    with pytest.raises(ValueError, match="no factors of '2': it has the diagonal"):
+        hk.ekfac(model, data, CE, layers="2", factors=whole)
+    # An EKFAC of no layer would have a trace of nothing.
+    none = hk.kronecker_factors(model, data, CE, diagonal=True, max_outputs=1)
+    with pytest.raises(ValueError, match=r"at least one layer's .*; those of 0, 2 have no eigen"):
+        hk.ekfac(model, data, CE, factors=none)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hesskern.operators.base import LayerOperator
-from hesskern.operators.damping import Damping, Extent, check_invertible, resolved, rounding
+from hesskern.operators.damping import Damping, Extent, check_invertible, resolved, rounding, said
+from hesskern.operators.vectors import require_finite
 
 __all__ = ["DiagonalKroneckerOperator"]
 
@@ -71,16 +72,26 @@ class DiagonalKroneckerOperator(LayerOperator):
         return (self._left * torch.matmul(self._by_group(block), self._right)).flatten(1)
 
     @cached_property
-    def _eigen(self) -> tuple[Tensor, Tensor]:
-        """V [g, d, d] of B, and the products of its eigenvalues with a [g, m/g, d] in float64.
+    def _eigen(self) -> tuple[Tensor, Tensor, Extent]:
+        """V [g, d, d] of B, the products of its eigenvalues with a [g, m/g, d] in float64, none
+        below zero by B's rounding; and their extent.
 
-        Those below zero by rounding are zero.
+        What an eigenvalue of B is off by tells of its own size alone: the entries of a are known
+        each to its own rounding, and small ones beside large ones are no zeros.
+
+        Raises:
+            ValueError: a or B holds NaN or Inf.
         """
+        for letter, factor in (("a", self.a), ("B", self.B)):
+            if not bool(factor.isfinite().all()):
+                raise ValueError(f"{letter} of {said(self.name)} holds NaN or Inf")
         gamma, v = torch.linalg.eigh(self._right.double())
-        values = self._left.double() * gamma.unsqueeze(1)
-        largest = float(values.abs().max()) if values.numel() else 0.0
-        values[values.abs() <= rounding(largest, self.layer_shape[1], self.dtype)] = 0.0
-        return v.to(self.dtype), values
+        largest = gamma.abs().amax(1, keepdim=True)
+        small = gamma.abs() <= rounding(1.0, self.layer_shape[1], self.dtype) * largest
+        values = self._left.double() * gamma.masked_fill(small & (gamma < 0), 0.0).unsqueeze(1)
+        rank = int(((self._left != 0).sum((1, 2)) * (~small).sum(1)).sum())
+        extent = Extent(float(values.min()), float(values.abs().max()), rank, values.numel())
+        return v.to(self.dtype), values, extent
 
     def solve(self, vectors: Tensor, damping: Damping) -> Tensor:
         """(K + damping I)^-1 times vectors, exact in B's eigenbasis.
@@ -93,21 +104,18 @@ class DiagonalKroneckerOperator(LayerOperator):
             the shape of ``vectors``.
 
         Raises:
-            TypeError, ValueError: ``vectors`` do not fit; ``damping`` is no such number; K +
-                damping I is singular.
+            TypeError, ValueError: ``vectors`` do not fit, or hold NaN or Inf; ``damping`` is no
+                such number; K + damping I is singular; a factor holds NaN or Inf.
         """
         number = resolved(damping, self.trace(), self.shape[0], self.name)
-        v, values = self._eigen
-        largest, least = float(values.max()), float(values.min())
-        rank = int((values != 0).sum())
-        check_invertible(
-            Extent(least, largest, rank, values.numel()), number, self.dtype, self.name, "solve"
-        )
-        if least + number <= 0:
-            raise ValueError(f"solve needs a damping above {-least:g}, got {number:g}")
+        v, values, extent = self._eigen
+        check_invertible(extent, number, self.dtype, self.name, "solve")
+        if extent.least + number <= 0:
+            raise ValueError(f"solve needs a damping above {-extent.least:g}, got {number:g}")
         inverse = (values + number).reciprocal().to(self.dtype)
 
         def solved(rows: Tensor) -> Tensor:
+            require_finite([rows], [self.name])
             rotated = torch.matmul(self._by_group(rows), v)
             return torch.matmul(rotated * inverse, v.mT).flatten(1)
 

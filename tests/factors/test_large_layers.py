@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,37 @@ def test_operators(groups: int, transposed: bool) -> None:
         assert relative_error(K.solve(v, damping), expected) <= 1e-10
     with pytest.raises(ValueError, match="singular"):
         hk.DiagonalKroneckerOperator(a * (a > a.min()), B).solve(v, 0.0)
+
+
+def test_small_outputs_beside_large_ones_are_no_zeros() -> None:
+    """Rare tokens: B's rounding, eps d, is no rounding of the entries of a."""
+    a, B = torch.tensor([1.0, 1e-6, 0.0]), torch.diag(torch.linspace(0.5, 2.0, 64))
+    dense = torch.kron(torch.diag(a.double()), B.double())
+    v, number = torch.ones(192), 1e-7
+    expected = torch.linalg.solve(dense + number * torch.eye(192).double(), v.double())
+    found = hk.DiagonalKroneckerOperator(a, B).solve(v, number)
+    # Output by output, for theirs differ by many orders.
+    for one, other in zip(found.reshape(3, 64), expected.reshape(3, 64), strict=True):
+        assert relative_error(one, other) <= 1e-5
+    K = hk.DiagonalKroneckerOperator(a[:2], B)
+    inverse = torch.linalg.solve(dense[:128, :128], v[:128].double())
+    assert relative_error(K.solve(v[:128], 0.0), inverse) <= 1e-5
+    # Below zero by B's rounding is zero, and of that alone K is singular.
+    low = hk.DiagonalKroneckerOperator(a[:2], torch.diag(torch.tensor([1.0, -1e-8])))
+    assert torch.allclose(low.solve(torch.ones(4), 0.5)[[1, 3]], torch.tensor(2.0))
+    with pytest.raises(ValueError, match="of rank 2 of 4"):
+        low.solve(torch.ones(4), 0.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    K = hk.DiagonalKroneckerOperator(torch.ones(2), torch.eye(2), name="head")
+    with pytest.raises(ValueError, match="those of layer 'head' hold NaN or Inf"):
+        K.solve(torch.tensor([1.0, value, 1.0, 1.0]), 0.1)
+    bad = torch.tensor([1.0, value])
+    for letter, factors in (("a", (bad, torch.eye(2))), ("B", (torch.ones(2), torch.diag(bad)))):
+        with pytest.raises(ValueError, match=f"{letter} of layer 'head' holds NaN or Inf"):
+            hk.DiagonalKroneckerOperator(*factors, name="head").solve(torch.ones(4), 0.1)
 
 
 def test_no_matrix_of_outputs_is_made() -> None:

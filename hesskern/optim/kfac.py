@@ -68,8 +68,8 @@ class KFAC:
         factor_every: steps from one update of the factors to the next.
         kl_clip: bound of the preconditioned step: all preconditioned gradients are scaled by
             min(1, sqrt(kl_clip / sum_layers lr^2 <V, K^-1 V>)), with the learning rates that the
-            optimizer has at the time (Ba, Grosse & Martens 2017, section 5; the default is the one
-            of kfac-pytorch); None for none. It presumes an optimizer that steps by the learning
+            optimizer has at the time, of a weight and its bias the higher (Ba, Grosse & Martens
+            2017, section 5; the default is the one of kfac-pytorch); None for none. It presumes an optimizer that steps by the learning
             rate times what it is given, as SGD does.
         bias: "joint": weight and bias of a layer are preconditioned together, as one matrix with
             the bias as its last column; "none": biases keep their gradients.
@@ -225,8 +225,7 @@ class KFAC:
             rates = self._rates()
             squared: Any = 0.0
             for name, product, gradient in zip(layers, products, found, strict=True):
-                # What the optimizer has let go of takes no step.
-                rate = rates.get(id(self._gradients[name].weight), 0.0)
+                rate = self._gradients[name].rate(rates)
                 squared = squared + rate * rate * (product * gradient).sum(dtype=torch.float64)
             scale = (self.kl_clip / squared).sqrt().clamp(max=1.0)
             products = [product * scale.to(product) for product in products]

@@ -76,7 +76,8 @@ def influence(
             :func:`hesskern.kronecker_factors`; None for all of E's.
         per_layer: scores by layer instead of their sums.
         per_token: the part of every position of the training samples, g_nt^T P_q x_nt, which add up
-            to the sample's score. Every layer must have one row for each position.
+            to the sample's score. Every layer must have one row for each position, which routed
+            experts have not.
         top: keep each query's so many largest scores and their samples alone. Of equal scores the
             earlier sample comes first.
         query_rank: keep each layer's preconditioned gradient P_q of a query as the nearest matrix
@@ -282,6 +283,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _positions(layers: Mapping[str, list[LayerRows]]) -> int:
     """How many positions all layers have."""
+    routed = [name for name, calls in layers.items() if any(call.routed for call in calls)]
+    if routed:
+        raise ValueError(
+            f"per_token needs layers with one row for each position, but {', '.join(routed)} "
+            "took some rows alone, which do not say what positions they come from; leave some out "
+            "with layers=[...]"
+        )
     found = {name: call.positions for name, calls in layers.items() for call in calls}
     if len(set(found.values())) > 1:
         text = ", ".join(f"{name!r} has {count}" for name, count in found.items())

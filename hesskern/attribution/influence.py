@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 
 from hesskern.attribution.inverses import Curvature, curvature_of
 from hesskern.attribution.queries import LayerQueries, of_low_rank, sum_calls
@@ -65,8 +67,10 @@ def influence(
             the identity, so that scores are the gradients' own products (weights only).
         model: any module; runs in eval mode and comes back as it was.
         queries: data as in :func:`hesskern.kronecker_factors`.
-        train: the same; the samples that are scored, in this order. It may be an iterator. Weights
-            of samples in either are ignored: a score is that of the sample's loss with weight one.
+        train: the same; the samples that are scored, in the order in which they come (from a loader
+            that shuffles they come in another than the data set's: there is a warning). It may be
+            an iterator. Weights of samples in either are ignored: a score is that of the sample's
+            loss with weight one.
         loss: as in :func:`hesskern.kronecker_factors`. A sample's loss is torch's on that sample
             alone: with several targets (tokens) their mean, or their sum where the loss has
             ``reduction="sum"``.
@@ -107,6 +111,7 @@ def influence(
     for name, data in (("queries", queries), ("train", train)):
         with _named(name):
             check_iterable(data)
+        _warn_of_shuffling(name, data)
     curvature = curvature_of(E, model, layers, damping)
     resolved = resolve_loss(loss)
     asked = resolved if query_loss is None else resolve_loss(query_loss)
@@ -345,6 +350,19 @@ def _check_choices(
             raise TypeError(f"{name} must be True or False, got {value!r}")
         if value and top is not None:
             raise ValueError(f"top keeps scores of whole samples over all layers, not {name}")
+
+
+def _warn_of_shuffling(name: str, data: Any) -> None:
+    if isinstance(data, DataLoader) and isinstance(
+        data.sampler, (RandomSampler, WeightedRandomSampler)
+    ):
+        number = "row" if name == "queries" else "column (or index)"
+        warnings.warn(
+            f"{name}: the loader shuffles, so that {number} i of the scores belongs to the i-th "
+            "sample that it gave this time, not to sample i of its data set; pass a loader with "
+            "shuffle=False",
+            stacklevel=3,
+        )
 
 
 @contextmanager

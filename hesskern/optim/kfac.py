@@ -69,8 +69,8 @@ class KFAC:
         kl_clip: bound of the preconditioned step: all preconditioned gradients are scaled by
             min(1, sqrt(kl_clip / sum_layers lr^2 <V, K^-1 V>)), with the learning rates that the
             optimizer has at the time, of a weight and its bias the higher (Ba, Grosse & Martens
-            2017, section 5; the default is the one of kfac-pytorch); None for none. It presumes an optimizer that steps by the learning
-            rate times what it is given, as SGD does.
+            2017, section 5; the default is the one of kfac-pytorch); None for none. It presumes an
+            optimizer that steps by the learning rate times what it is given, as SGD does.
         bias: "joint": weight and bias of a layer are preconditioned together, as one matrix with
             the bias as its last column; "none": biases keep their gradients.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from networks import classes, randn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import hesskern as hk
 
@@ -161,6 +163,20 @@ class TestChoices:
 
     def test_flags(self) -> None:
         refuse("per_layer must be True or False", TypeError, per_layer=3)
+
+
+@pytest.mark.parametrize("name", ["queries", "train"])
+def test_a_loader_that_shuffles_is_warned_of(name: str) -> None:
+    samples = TensorDataset(*TRAIN[0])
+    given = {"queries": QUERIES, "train": TRAIN}
+    loader = DataLoader(samples, batch_size=5, shuffle=True)
+    with pytest.warns(UserWarning, match=f"^{name}: the loader shuffles") as caught:
+        hk.influence(E, MODEL, loss=LOSS, **{**given, name: loader})
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader = DataLoader(samples, batch_size=5)
+        hk.influence(E, MODEL, loss=LOSS, **{**given, name: loader})
 
 
 class Stop(BaseException):

@@ -1,4 +1,4 @@
-"""Influence scores of batches with tensors that have positions, but no samples, in their first axis."""
+"""Influence scores of batches with a tensor that has positions, not samples, in its first axis."""
 
 from __future__ import annotations
 

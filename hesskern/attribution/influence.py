@@ -295,6 +295,13 @@ def _positions(layers: Mapping[str, list[LayerRows]]) -> int:
             "took some rows alone, which do not say what positions they come from; leave some out "
             "with layers=[...]"
         )
+    several = [name for name, calls in layers.items() if any(call.image for call in calls)]
+    if several:
+        raise ValueError(
+            f"per_token needs layers with one row for each position, but {', '.join(several)} "
+            "took several images of a sample, each with positions of its own; leave some out with "
+            "layers=[...]"
+        )
     found = {name: call.positions for name, calls in layers.items() for call in calls}
     if len(set(found.values())) > 1:
         text = ", ".join(f"{name!r} has {count}" for name, count in found.items())

@@ -136,6 +136,7 @@ def _matching(name: str, E: Mapping[str, Any], specs: tuple[LayerSpec, ...]) -> 
 def _geometry(shape: tuple[int, int], groups: int, spec: LayerSpec | None) -> str:
     text = f"[m, d] = {list(shape)}"
     text += f" and {groups} groups" if groups > 1 else ""
+    text += " with a bias" if spec is not None and spec.joint else ""
     if spec is not None and spec.kind == "conv":
         fields = ("kernel_size", "stride", "padding", "dilation")
         text += "".join(f", {field} {getattr(spec, field)}" for field in fields)

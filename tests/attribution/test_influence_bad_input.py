@@ -72,6 +72,12 @@ class TestCurvature:
         message = r"'0' has .* stride \(1, 1\).* there, .* stride \(2, 2\)"
         refuse(message, model=net(2), E=wrong, queries=data, train=data)
 
+    def test_of_a_bias_in_place_of_an_input(self) -> None:
+        other = nn.Sequential(nn.Linear(3, 5)).double()
+        wrong = hk.ekfac(other, [(randn(6, 3), classes(6, c=3))], LOSS, bias="joint")
+        message = r"'0' has \[m, d\] = \[5, 4\] with a bias there, \[m, d\] = \[5, 4\] in"
+        refuse(message, E=wrong)
+
     def test_of_something_else(self) -> None:
         refuse("E must be a mapping", TypeError, E=3)
         refuse("E is empty", E={})

@@ -110,6 +110,7 @@ def conv_eigen_correction(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int = 1,
+    *,
     alpha: float = 1.0,
     ones: bool = False,
 ) -> Tensor:

@@ -69,35 +69,33 @@ inline void check_input_covariance(const at::Tensor& acc, const at::Tensor& x, b
 }
 
 // Value pair of a per-axis convolution argument for x with one or two spatial axes.
-inline void read_pair(const char* name, at::IntArrayRef values, int64_t axes, int64_t neutral,
-                      int64_t minimum, int64_t* h, int64_t* w) {
-  TORCH_CHECK_VALUE(static_cast<int64_t>(values.size()) == axes, "conv_input_covariance_: ", name,
-                    " must have ", axes, " entries for x with ", axes, " spatial axes, got ",
-                    values);
+inline void read_pair(const char* op, const char* name, at::IntArrayRef values, int64_t axes,
+                      int64_t neutral, int64_t minimum, int64_t* h, int64_t* w) {
+  TORCH_CHECK_VALUE(static_cast<int64_t>(values.size()) == axes, op, ": ", name, " must have ",
+                    axes, " entries for x with ", axes, " spatial axes, got ", values);
   // The upper limit keeps the geometry's products within int64_t.
   constexpr int64_t maximum = std::numeric_limits<int32_t>::max();
   for (const int64_t v : values) {
-    TORCH_CHECK_VALUE(v >= minimum && v <= maximum, "conv_input_covariance_: ", name,
-                      " must be between ", minimum, " and ", maximum, ", got ", values);
+    TORCH_CHECK_VALUE(v >= minimum && v <= maximum, op, ": ", name, " must be between ", minimum,
+                      " and ", maximum, ", got ", values);
   }
   *h = axes == 2 ? values[0] : neutral;
   *w = values[axes - 1];
 }
 
-// acc [C k k, C k k] or [g, C k k / g, C k k / g], x [N, C, H, W] or [N, C, L]
-inline ConvGeometry check_conv_input_covariance(const at::Tensor& acc, const at::Tensor& x,
-                                                at::IntArrayRef kernel_size, at::IntArrayRef stride,
-                                                at::IntArrayRef padding, at::IntArrayRef dilation,
-                                                int64_t groups) {
-  const char* op = "conv_input_covariance_";
+// x [N, C, H, W] or [N, C, L]
+inline ConvGeometry read_conv_geometry(const char* op, const at::Tensor& x,
+                                       at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                       at::IntArrayRef padding, at::IntArrayRef dilation,
+                                       int64_t groups) {
   TORCH_CHECK_VALUE(x.dim() == 3 || x.dim() == 4, op, ": x must be [N, C, L] or [N, C, H, W], got ",
                     x.sizes());
   const int64_t axes = x.dim() - 2;
   ConvGeometry g{};
-  read_pair("kernel_size", kernel_size, axes, 1, 1, &g.kernel_h, &g.kernel_w);
-  read_pair("stride", stride, axes, 1, 1, &g.stride_h, &g.stride_w);
-  read_pair("padding", padding, axes, 0, 0, &g.padding_h, &g.padding_w);
-  read_pair("dilation", dilation, axes, 1, 1, &g.dilation_h, &g.dilation_w);
+  read_pair(op, "kernel_size", kernel_size, axes, 1, 1, &g.kernel_h, &g.kernel_w);
+  read_pair(op, "stride", stride, axes, 1, 1, &g.stride_h, &g.stride_w);
+  read_pair(op, "padding", padding, axes, 0, 0, &g.padding_h, &g.padding_w);
+  read_pair(op, "dilation", dilation, axes, 1, 1, &g.dilation_h, &g.dilation_w);
   const int64_t channels = x.size(1);
   TORCH_CHECK_VALUE(groups >= 1 && channels % groups == 0, op,
                     ": groups must divide the number of channels ", channels, ", got ", groups);
@@ -111,7 +109,17 @@ inline ConvGeometry check_conv_input_covariance(const at::Tensor& acc, const at:
                     ", kernel_size ", kernel_size, ", padding ", padding, ", dilation ", dilation);
   g.out_h = room_h / g.stride_h + 1;
   g.out_w = room_w / g.stride_w + 1;
-  const int64_t d = channels / groups * g.taps();
+  return g;
+}
+
+// acc [C k k, C k k] or [g, C k k / g, C k k / g], x [N, C, H, W] or [N, C, L]
+inline ConvGeometry check_conv_input_covariance(const at::Tensor& acc, const at::Tensor& x,
+                                                at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                                                at::IntArrayRef padding, at::IntArrayRef dilation,
+                                                int64_t groups) {
+  const char* op = "conv_input_covariance_";
+  const ConvGeometry g = read_conv_geometry(op, x, kernel_size, stride, padding, dilation, groups);
+  const int64_t d = x.size(1) / groups * g.taps();
   const bool plain = acc.dim() == 2 && groups == 1 && acc.size(0) == d && acc.size(1) == d;
   const bool grouped =
       acc.dim() == 3 && acc.size(0) == groups && acc.size(1) == d && acc.size(2) == d;
@@ -285,9 +293,8 @@ inline void check_sampled_cross_entropy_gradient(const at::Tensor& logits,
   TORCH_CHECK_VALUE(uniform.dim() == 1 && uniform.size(0) == n * t, op,
                     ": uniform must be [N t] = [", n * t, "] for logits ", logits.sizes(), ", got ",
                     uniform.sizes());
-  const auto expected = type == at::kDouble ? at::kDouble : at::kFloat;
-  TORCH_CHECK_VALUE(uniform.scalar_type() == expected, op, ": uniform must be ", expected,
-                    " for logits of ", type, ", got ", uniform.scalar_type());
+  TORCH_CHECK_VALUE(uniform.scalar_type() == at::kDouble, op, ": uniform must be float64, got ",
+                    uniform.scalar_type());
   TORCH_CHECK_VALUE(uniform.device() == logits.device(), op, ": logits is on ", logits.device(),
                     " but uniform is on ", uniform.device());
   if (targets.has_value()) {

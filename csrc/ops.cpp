@@ -25,6 +25,17 @@ TORCH_LIBRARY(hesskern, m) {
   m.def(
       "output_hessian_(Tensor(a!) acc, Tensor jacobian, Tensor? probabilities=None, "
       "float alpha=1.0) -> ()");
+  // acc [m, d] += alpha sum_n sum_r (U^T (sum_t g_nrt x_nt^T) V)^2 by element; g [N, r, m(, t)],
+  // x [N, d(, t)]; ones: x with one more column, of ones
+  m.def(
+      "eigen_correction_(Tensor(a!) acc, Tensor g, Tensor x, Tensor U, Tensor V, float alpha=1.0, "
+      "bool ones=False) -> ()");
+  // the same with the patches of x [N, C, H, W] or [N, C, L] and g [N, r, m, Ho, Wo] or [N, r, m,
+  // Lo]
+  m.def(
+      "conv_eigen_correction_(Tensor(a!) acc, Tensor g, Tensor x, Tensor U, Tensor V, "
+      "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups=1, "
+      "float alpha=1.0, bool ones=False) -> ()");
   // lower triangle of acc [d, d] or [g, d, d] := upper triangle
   m.def("mirror_(Tensor(a!) acc) -> ()");
   // A [m', m] X [(k,) m, d] B^T [d, d']
@@ -71,8 +82,9 @@ TORCH_LIBRARY(hesskern_internal, m) {
 
 namespace {
 
-constexpr const char* kAccumulating[] = {"input_covariance_", "conv_input_covariance_",
-                                         "output_hessian_", "mirror_"};
+constexpr const char* kAccumulating[] = {"input_covariance_",      "conv_input_covariance_",
+                                         "output_hessian_",        "eigen_correction_",
+                                         "conv_eigen_correction_", "mirror_"};
 constexpr const char* kProducing[] = {"kron_matmul",
                                       "grouped_kron_matmul",
                                       "kron_eigen_matmul",

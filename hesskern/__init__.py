@@ -1,6 +1,8 @@
 """Curvature of neural-network layers: Kronecker factors, exact layer-wise Hessians, eigenspaces."""
 
 from hesskern import ops, optim, pacbayes
+from hesskern.attribution.influence import influence
+from hesskern.attribution.result import Influence
 from hesskern.diagnostics.centring import centre_inputs
 from hesskern.diagnostics.clustering import GradientClusters, gradient_clusters
 from hesskern.diagnostics.functional import functional_share
@@ -23,21 +25,27 @@ from hesskern.diagnostics.output_space import (
 )
 from hesskern.diagnostics.predictor import OverlapPrediction, classify_peak, predict_overlap
 from hesskern.factors.accumulator import FactorAccumulator
+from hesskern.factors.addition import add_factors
 from hesskern.factors.compute import kronecker_factors
+from hesskern.factors.compute_ekfac import ekfac
+from hesskern.factors.ekfac import EKFAC, load_ekfac
 from hesskern.factors.input_covariances import (
     InputCovariances,
     LayerInputs,
     input_covariances,
     load_input_covariances,
 )
+from hesskern.factors.large_layers import LargeLayerFactors
 from hesskern.factors.result import Factors, LayerFactors, load_factors
 from hesskern.operators.autograd import AutogradHessian
-from hesskern.operators.base import CurvatureOperator
+from hesskern.operators.base import CurvatureOperator, SumOperator
 from hesskern.operators.corrected import CorrectedOperator, eigenvalue_corrected
+from hesskern.operators.diagonal_kronecker import DiagonalKroneckerOperator
 from hesskern.operators.gauss_newton import GaussNewton
 from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.operators.layer_hessian import LayerHessian, LayerHessians, layer_hessians
 from hesskern.operators.nearest import nearest_kronecker
+from hesskern.operators.network import NetworkOperator
 from hesskern.operators.position_mean import PositionMeanHessian, position_mean_hessian
 from hesskern.operators.stacked import StackedGaussNewton
 from hesskern.ops.extension import build_info
@@ -60,26 +68,31 @@ from hesskern.solvers.spectrum import (
 from hesskern.version import __version__ as __version__
 
 __all__ = [
+    "EKFAC",
     "AutogradHessian",
     "CausalLM",
     "CorrectedOperator",
     "Correspondence",
     "CurvatureOperator",
     "DecouplingError",
+    "DiagonalKroneckerOperator",
     "EigenResult",
     "FactorAccumulator",
     "Factors",
     "GaussNewton",
     "GradientClusters",
     "ImageClassification",
+    "Influence",
     "InputAutocorrelation",
     "InputCovariances",
     "KroneckerOperator",
+    "LargeLayerFactors",
     "LayerFactors",
     "LayerHessian",
     "LayerHessians",
     "LayerInputs",
     "MaskedLM",
+    "NetworkOperator",
     "OverlapPrediction",
     "PositionMeanHessian",
     "RowSpaceOverlap",
@@ -87,8 +100,10 @@ __all__ = [
     "SequenceClassification",
     "SpectralDensity",
     "StackedGaussNewton",
+    "SumOperator",
     "TokenClassification",
     "TraceEstimate",
+    "add_factors",
     "build_info",
     "centre_inputs",
     "classify_peak",
@@ -97,13 +112,16 @@ __all__ = [
     "eigenvalue_corrected",
     "eigenvector_correspondence",
     "eigsh",
+    "ekfac",
     "functional_share",
     "gradient_clusters",
     "hutchpp_trace",
+    "influence",
     "input_autocorrelation",
     "input_covariances",
     "kronecker_factors",
     "layer_hessians",
+    "load_ekfac",
     "load_factors",
     "load_input_covariances",
     "nearest_kronecker",

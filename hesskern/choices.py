@@ -10,6 +10,7 @@ __all__ = [
     "Method",
     "Order",
     "Output",
+    "Precision",
     "PublishedMethod",
     "Which",
     "check_choice",
@@ -22,6 +23,9 @@ Output = Literal["exact", "mc", "empirical"]
 
 Bias = Literal["none", "joint"]
 """Weights only, or 1 appended to the inputs where a layer has a bias."""
+
+Precision = Literal["float32", "float64"]
+"""In which precision eigenvectors of float32 matrices are computed."""
 
 Order = Literal["weight", "output"]
 """Flat vectors of a layer as its weight is kept in memory, or as matrices [m, d], flattened."""

@@ -93,6 +93,19 @@ class TensorFormat:
     def _metadata(self, header: Mapping[str, Any]) -> dict[str, str]:
         return {_KEY: json.dumps({"format": self.name, **header})}
 
+    def _other(self, found: Any) -> str:
+        """What is wrong with a file of another format."""
+        if not isinstance(found, str):
+            return f"does not hold {self.content}"
+        kind, _, version = found.rpartition("/")
+        own, _, known = self.name.rpartition("/")
+        if kind == own and version.isdecimal() and int(version) > int(known):
+            return (
+                f"was written by a newer version of hesskern (format {found!r}, this one reads "
+                f"{self.name!r})"
+            )
+        return f"does not hold {self.content}, but is of format {found!r}"
+
     @contextmanager
     def opened(self, path: str | os.PathLike[str]) -> Iterator[OpenedFile]:
         """A file to read from; what is missing or of a wrong type in it makes it a damaged one.
@@ -107,8 +120,9 @@ class TensorFormat:
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get(_KEY, "null"))
-                if not isinstance(header, dict) or header.pop("format", None) != self.name:
-                    raise ValueError(f"path: {str(path)!r} does not hold {self.content}")
+                found = header.pop("format", None) if isinstance(header, dict) else None
+                if found != self.name:
+                    raise ValueError(f"path: {str(path)!r} {self._other(found)}")
                 yield OpenedFile(header, file)
         except (
             SafetensorError,

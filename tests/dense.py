@@ -137,6 +137,31 @@ def gauss_newton(
     return sum(parts) / _total(weights, [len(targets) for _, targets in batches])
 
 
+def rows_hessian(
+    model: nn.Module,
+    data: Iterable[Any],
+    rows: Sequence[Tensor],
+    layer: str,
+    *,
+    joint: bool = False,
+    weights: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """[P, P] (weighted) mean of J^T q q^T J in a layer's weight, q a sample's given rows.
+
+    Args:
+        rows: per batch [r, N, outputs per sample].
+    """
+    batches = list(data)
+    weights = weights or [None] * len(batches)
+    parts = []
+    for (inputs, _), row, weight in zip(batches, rows, weights, strict=True):
+        jacobian, _ = jacobians(model, inputs, layer, joint=joint)
+        share = jacobian.new_ones(len(jacobian)) if weight is None else weight
+        products = torch.einsum("rnc,ncp->rnp", row, jacobian)
+        parts.append(torch.einsum("rnp,rnq,n->pq", products, products, share))
+    return sum(parts) / _total(weights, [len(targets) for _, targets in batches])
+
+
 def patches(module: nn.Module, x: Tensor) -> Tensor:
     """[d, t] columns that a layer's weight sees of one sample's input [d], [t, d] or [C, (H,) W].
 

@@ -13,15 +13,24 @@ import torch
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-@pytest.fixture
-def gptq(monkeypatch: pytest.MonkeyPatch) -> Any:
-    spec = importlib.util.spec_from_file_location("gptq", EXAMPLES / "gptq.py")
+def loaded(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gptq", module)
+    monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def gptq(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return loaded("gptq", monkeypatch)
+
+
+@pytest.fixture
+def flipped_labels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return loaded("flipped_labels", monkeypatch)
 
 
 def test_gptq_beats_rounding_to_nearest_in_every_layer(gptq: Any, capsys: Any) -> None:
@@ -59,3 +68,28 @@ def test_a_grid_has_its_values_and_zero(gptq: Any) -> None:
     for part in rounded.split(4, 1):
         assert all(len(row.unique()) <= 8 for row in part)
     assert torch.equal(grid.nearest(torch.zeros(5, 7)), torch.zeros(5, 7))
+
+
+def test_wrong_labels_are_found(
+    flipped_labels: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.delenv("HESSKERN_DATA", raising=False)
+    problem = flipped_labels.load(None, 1000, 0.05)
+    assert "Taking scikit-learn's digits instead" in capsys.readouterr().out
+    wrong = problem.flipped
+    assert 30 < int(wrong.sum()) < 70
+    clean = flipped_labels.data.load("digits", limit=1000).targets
+    assert torch.equal(problem.train.targets != clean, wrong)
+    areas = flipped_labels.compare(problem, "f32x1", 15)
+    assert areas["clean queries"] > 0.9
+    assert areas["self-influence"] > 0.95
+    assert all(0.5 < value <= 1 for value in areas.values())
+
+
+def test_the_area_is_a_probability(flipped_labels: Any) -> None:
+    source = torch.Generator().manual_seed(0)
+    suspicion = torch.randint(0, 6, (40,), generator=source)
+    wrong = torch.rand(40, generator=source) < 0.3
+    pairs = suspicion[wrong][:, None] - suspicion[~wrong][None]
+    expected = float(((pairs > 0).double() + 0.5 * (pairs == 0).double()).mean())
+    assert flipped_labels.area(suspicion, wrong) == pytest.approx(expected)

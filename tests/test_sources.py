@@ -16,6 +16,7 @@ MAY_INCLUDE = {
     "cpu": {"cpu", "", "cpu/blas"},
     "cpu/blas": {"cpu/blas", "cpu"},
     "cpu/conv": {"cpu/conv", "", "cpu", "cpu/blas"},
+    "cpu/eigen_correction": {"cpu/eigen_correction", "", "cpu", "cpu/blas"},
     "cpu/kron": {"cpu/kron", "", "cpu", "cpu/blas"},
     "cpu/layer_hessian": {"cpu/layer_hessian", "", "cpu", "cpu/blas"},
     "cuda": {"cuda", "", "cuda/core", "cuda/block_gram"},

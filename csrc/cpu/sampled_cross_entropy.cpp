@@ -19,8 +19,8 @@ constexpr int64_t kGrain = 1 << 14;
 // out [c] := scale (p - e_k), with k the first class at which the sum of p [c] passes uniform; p
 // and out with element strides. Sums are float64.
 template <typename T, typename Out>
-void write_row(const T* p, int64_t p_stride, Out* out, int64_t out_stride, int64_t c, T uniform,
-               T scale) {
+void write_row(const T* p, int64_t p_stride, Out* out, int64_t out_stride, int64_t c,
+               double uniform, T scale) {
   // Four sums, none of which waits for another.
   double parts[4] = {};
   int64_t k = 0;
@@ -58,7 +58,7 @@ at::Tensor sampled_cross_entropy_gradient(const at::Tensor& logits, const at::Te
   const auto position_stride = [](const at::Tensor& t) { return t.dim() == 3 ? t.stride(2) : 0; };
   // Torch's softmax over a last axis takes three times as long where it fills no vector.
   const bool few = logits.dim() == 2 && c < 16;
-  const at::Tensor wide = logits.to(uniform.scalar_type());
+  const at::Tensor wide = logits.to(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   const at::Tensor p = at::_softmax(few ? wide.unsqueeze(2) : wide, 1, false);
   const int64_t* target = targets.has_value() ? targets->const_data_ptr<int64_t>() : nullptr;
   const int64_t target_n = target ? targets->stride(0) : 0;
@@ -70,7 +70,7 @@ at::Tensor sampled_cross_entropy_gradient(const at::Tensor& logits, const at::Te
       at::kHalf, at::kBFloat16, logits.scalar_type(), "sampled_cross_entropy_gradient", [&] {
         using T = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
         const T* probabilities = p.const_data_ptr<T>();
-        const T* u = uniform.const_data_ptr<T>();
+        const double* u = uniform.const_data_ptr<double>();
         scalar_t* rows = out.mutable_data_ptr<scalar_t>();
         const int64_t out_n = out.stride(0), out_c = out.stride(1), out_t = position_stride(out);
         const int64_t p_n = p.stride(0), p_c = p.stride(1), p_t = position_stride(p);

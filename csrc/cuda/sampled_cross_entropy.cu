@@ -70,7 +70,7 @@ struct Token {
     const int64_t n = index / call.positions, t = index % call.positions;
     logits = call.logits + n * call.logit_strides.sample + t * call.logit_strides.position;
     out = call.out + n * call.out_strides.sample + t * call.out_strides.position;
-    uniform = static_cast<double>(call.uniform[index * call.uniform_stride]);
+    uniform = call.uniform[index * call.uniform_stride];
     counts = call.targets == nullptr ||
              call.targets[n * call.target_sample_stride + t * call.target_position_stride] !=
                  call.ignore_index;

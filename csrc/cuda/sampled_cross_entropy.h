@@ -20,7 +20,7 @@ struct SampledCrossEntropy {
   In* out;
   int64_t samples, classes, positions;
   ClassStrides logit_strides, out_strides;
-  const T* uniform;  // [N t], in [0, 1)
+  const double* uniform;  // [N t], in [0, 1)
   int64_t uniform_stride;
   const int64_t* targets;  // [N, t]; null: every token counts
   int64_t target_sample_stride, target_position_stride;

@@ -34,7 +34,7 @@ at::Tensor sampled_cross_entropy_gradient(const at::Tensor& logits, const at::Te
           call.positions = logits.dim() == 3 ? logits.size(2) : 1;
           call.logit_strides = class_strides(logits);
           call.out_strides = class_strides(out);
-          call.uniform = uniform.const_data_ptr<scalar_t>();
+          call.uniform = uniform.const_data_ptr<double>();
           call.uniform_stride = uniform.stride(0);
           if (targets.has_value()) {
             call.targets = targets->const_data_ptr<int64_t>();
@@ -47,7 +47,7 @@ at::Tensor sampled_cross_entropy_gradient(const at::Tensor& logits, const at::Te
             call.term_stride = terms->stride(0);
           }
           call.alpha = alpha;
-          run_work(call.plan(), uniform.options());
+          run_work(call.plan(), uniform.options().dtype(wide ? at::kDouble : at::kFloat));
         });
       });
   return out;

@@ -29,6 +29,7 @@ from hesskern.apps.command_line import (
     running,
     shown_option,
 )
+from hesskern.apps.influence.command import influence_command
 from hesskern.apps.reproduce.command import reproduce
 from hesskern.apps.reproduce.published import figures_for
 from hesskern.files import check_writable, write_files
@@ -37,12 +38,10 @@ from hesskern.tensor_files import savable
 from hesskern.text import counted, listed
 from hesskern.version import __version__
 from hesskern.zoo.data import DATASETS
-from hesskern.zoo.models import KNOWN_MODELS
+from hesskern.zoo.models import DEFAULT_MODELS, KNOWN_MODELS
 from hesskern.zoo.training import RECIPES
 
 __all__ = ["hesskern"]
-
-_DEFAULT_MODELS = {"digits": "f64x2", "mnist": "f200x2", "cifar10": "lenet5"}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -116,7 +115,7 @@ def analyze_command(
     between the models, and writes one HTML page with every figure.
     """
     settings = Settings(
-        model=model or _DEFAULT_MODELS[options["data"]],
+        model=model or DEFAULT_MODELS[options["data"]],
         layers=tuple(part.strip() for part in layers.split(",")) if layers else None,
         **options,
     )
@@ -220,4 +219,5 @@ def info(as_json: bool) -> None:
 
 hesskern.add_command(bench)
 hesskern.add_command(certify_command)
+hesskern.add_command(influence_command)
 hesskern.add_command(reproduce)

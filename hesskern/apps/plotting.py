@@ -544,3 +544,55 @@ def history_panel(history: Sequence[Mapping[str, float]], bound: float) -> Pictu
         axes.legend(loc="upper right")
 
     return Picture(draw)
+
+
+def score_panel(histogram: Mapping[str, Sequence[float]]) -> Picture:
+    """Histogram of influence scores, counts on a logarithmic axis.
+
+    Args:
+        histogram: ``edges`` and ``counts``, of scores over their query's root mean square.
+    """
+
+    def draw(axes: Axes) -> None:
+        edges, counts = histogram["edges"], histogram["counts"]
+        for index, sign in enumerate((1, -1)):
+            chosen = [
+                (low, high, count)
+                for low, high, count in zip(edges, edges[1:], counts, strict=False)
+                if sign * (low + high) >= 0 and count
+            ]
+            axes.bar(
+                [low for low, _, _ in chosen],
+                [count for _, _, count in chosen],
+                [high - low for low, high, _ in chosen],
+                align="edge",
+                color=colour(index),
+                label=("helpful", "harmful")[index],
+            )
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.5)
+        axes.set_xlabel("score / root mean square of the query's")
+        axes.set_ylabel("training samples, all queries")
+        axes.set_title("Histogram of the scores")
+        axes.legend(loc="upper right")
+
+    return Picture(draw)
+
+
+def concentration_panel(curve: Mapping[str, Sequence[float]]) -> Picture:
+    """Share of the sum of absolute scores in the largest so many.
+
+    Args:
+        curve: ``samples`` and ``share``.
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.plot(curve["samples"], curve["share"], color=colour(2))
+        axes.axhline(0.5, color=MUTED, linewidth=0.8, linestyle=":")
+        axes.set_xscale("log")
+        axes.set_ylim(0, 1.03)
+        axes.set_xlabel("training samples, largest scores first")
+        axes.set_ylabel("share of absolute scores")
+        axes.set_title("How few samples carry it")
+
+    return Picture(draw)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hesskern.devices import on_host
-from hesskern.operators.base import CurvatureOperator, EigenbasisOperator
+from hesskern.operators.base import CurvatureOperator
 from hesskern.operators.corrected import eigenvalue_corrected
+from hesskern.operators.eigenbasis import EigenbasisOperator
 from hesskern.operators.layer_hessian import LayerHessian
 from hesskern.solvers.subspace import OnItsWay, lengths
 

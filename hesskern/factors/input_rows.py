@@ -240,7 +240,8 @@ class BatchRows:
     def _rows(self, spec: LayerSpec, x: Tensor, count: int, mask: PositionMask | None) -> Rows:
         n, dtype, weight = self._samples, accumulator_dtype(x.dtype), self._weight
         last: list[LastSample] = []
-        whose = weight is not None or (self._masks.batch.mask is not None and count > 1)
+        # Where all rows count alike, their order does not matter.
+        whose = weight is not None or mask is not None
         if whose and n > 1 and spec.name not in self._ordered:
             keep = None if mask is None else mask.on(x.device)[-1]
             last = [LastSample(spec, x, n, keep)] if x.numel() else []

@@ -54,12 +54,14 @@ class Evidence:
             nothing to tell apart yet) or "switched off".
         probed: what was found, by the graph and its shapes, and by call.
         routed: layers to which some rows of a larger tensor were routed.
+        compared: whether the loss has been compared with the model's own.
     """
 
     check: bool = True
     found: dict[str, str] = field(default_factory=dict)
     probed: dict[str, list[ArrangedCall]] = field(default_factory=dict)
     routed: set[str] = field(default_factory=set)
+    compared: bool = False
 
     def note(self, name: str, calls: Iterable[str]) -> None:
         """How it is known for a layer's calls in one batch.
@@ -102,8 +104,10 @@ class Evidence:
             arrangement = proved.arrangements[i]
             if arrangement is not None:
                 name, use = uses[i]
+                # A head on one token of each sample is no expert: what it gives stays where it is.
                 several = use.node in proved.selected and arrangement.positions > 1
-                if isinstance(arrangement, RoutedRows) or several:
+                chosen = several or use.node in proved.placed
+                if isinstance(arrangement, RoutedRows) or chosen:
                     self.routed.add(name)
                 routed = use.expert or name in self.routed
                 answers[i] = ArrangedCall(arrangement, routed=routed)

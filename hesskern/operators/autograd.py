@@ -88,6 +88,7 @@ class AutogradHessian(Portable, CurvatureOperator):
         self._model, self._data, self._loss = model, data, resolve_loss(loss)
         self._sample_weight, self._progress = sample_weight, reporter(progress)
         self._bar = progress is True
+        self._compared = False
         self._parameters = [known[name] for name in self.params]
         for name, parameter in zip(self.params, self._parameters, strict=True):
             if not parameter.is_floating_point():
@@ -112,6 +113,8 @@ class AutogradHessian(Portable, CurvatureOperator):
     def _matmul(self, block: Tensor) -> Tensor:
         total = torch.zeros_like(block)
         total_weight: float | Tensor = 0.0
+        # Of a device, which answers behind the last batch.
+        asked = False
         # Fused attention has no second derivative; its plain form has.
         with (
             Checks() as checks,
@@ -129,6 +132,10 @@ class AutogradHessian(Portable, CurvatureOperator):
             ):
                 outputs = self._outputs(batch)
                 targets = checked_targets(self._loss, outputs, batch, checks)
+                if not self._compared and not asked:
+                    conditions = checks.conditions
+                    self._compared = self._loss.compare(self._model, batch, outputs, checks)
+                    asked = checks.conditions > conditions
                 losses = self._loss.per_sample(outputs, targets)
                 weight, batch_weight = sample_weights(batch, outputs, self._loss, checks)
                 checks.close()
@@ -148,6 +155,7 @@ class AutogradHessian(Portable, CurvatureOperator):
                 for j, vector in enumerate(block):
                     total[j] += self._again(flat, vector, keep=j < len(block) - 1)
             modes.check()
+        self._compared |= asked
         count = float(total_weight)
         if count == 0:
             raise no_samples()

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import scipy.sparse.linalg as sparse
 import torch
 from torch import Tensor
 
-from hesskern import ops
+__all__ = ["CurvatureOperator", "LayerOperator", "SumOperator"]
 
-if TYPE_CHECKING:
-    from hesskern.solvers.result import EigenResult
-
-__all__ = ["CurvatureOperator", "EigenbasisOperator", "LayerOperator"]
+Layout = tuple[tuple[str | None, tuple[int, int], bool], ...]
+"""Of what flat vectors consist: per layer its name, (m, d), and whether it is kept as [d, m]."""
 
 
 class CurvatureOperator(ABC):
     """A symmetric [P, P] matrix: ``H @ v`` for v [P], ``H @ V`` for a block V [P, k].
+
+    ``H + K``, ``H - K`` and ``2.0 * H`` are operators, too (:class:`SumOperator`).
 
     Attributes:
         shape: (P, P).
@@ -29,6 +32,8 @@ class CurvatureOperator(ABC):
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
+    # numpy's numbers leave products to __rmul__.
+    __array_ufunc__ = None
 
     @abstractmethod
     def _matmul(self, block: Tensor) -> Tensor:
@@ -61,6 +66,20 @@ class CurvatureOperator(ABC):
             TypeError: ``vectors`` is not a tensor, or of another dtype.
             ValueError: its shape or device do not fit.
         """
+        return self._applied(vectors, self._matmul)
+
+    def _applied(self, vectors: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """A function of rows [k, P], output first, on one vector [P] or a block [P, k]."""
+        self._check(vectors)
+        with torch.inference_mode(False), torch.no_grad():
+            if vectors.is_inference():
+                vectors = vectors.clone()
+            if vectors.dim() == 1:
+                return self._outward(function(self._inward(vectors.unsqueeze(0))))[0]
+            return self._outward(function(self._inward(vectors.T.contiguous()))).T
+
+    def _check(self, vectors: Tensor) -> None:
+        """Raises TypeError or ValueError unless these are vectors [P] or [P, k]."""
         if not isinstance(vectors, Tensor):
             raise TypeError(f"vectors must be a tensor, got {type(vectors).__name__}")
         size = self.shape[0]
@@ -70,12 +89,39 @@ class CurvatureOperator(ABC):
             raise TypeError(f"vectors must be {self.dtype}, got {vectors.dtype}")
         if vectors.device != self.device:
             raise ValueError(f"vectors must be on {self.device}, got {vectors.device}")
-        with torch.inference_mode(False), torch.no_grad():
-            if vectors.is_inference():
-                vectors = vectors.clone()
-            if vectors.dim() == 1:
-                return self._outward(self._matmul(self._inward(vectors.unsqueeze(0))))[0]
-            return self._outward(self._matmul(self._inward(vectors.T.contiguous()))).T
+
+    def _layout(self) -> Layout | None:
+        """What flat vectors consist of; None where only their length is known."""
+        return None
+
+    def _scaled(self, factor: float) -> CurvatureOperator:
+        return SumOperator([(factor, self)])
+
+    def __mul__(self, factor: float) -> CurvatureOperator:
+        if isinstance(factor, bool) or not isinstance(factor, Real):
+            return NotImplemented
+        if not math.isfinite(factor):
+            raise ValueError(f"the factor of an operator must be finite, got {float(factor):g}")
+        return self._scaled(float(factor))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> CurvatureOperator:
+        return self._scaled(-1.0)
+
+    def __add__(self, other: CurvatureOperator) -> CurvatureOperator:
+        if not isinstance(other, CurvatureOperator):
+            return NotImplemented
+        return SumOperator([(1.0, self), (1.0, other)])
+
+    def __radd__(self, other: int) -> CurvatureOperator:
+        # What sum() begins with.
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __sub__(self, other: CurvatureOperator) -> CurvatureOperator:
+        if not isinstance(other, CurvatureOperator):
+            return NotImplemented
+        return SumOperator([(1.0, self), (-1.0, other)])
 
     def to_dense(self) -> Tensor:
         """[P, P]; for small layers."""
@@ -98,6 +144,107 @@ class CurvatureOperator(ABC):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.shape[0]} x {self.shape[1]}, {self.dtype})"
+
+
+class SumOperator(CurvatureOperator):
+    """A linear combination of operators over the same vectors, term by term.
+
+    It has products, trace, diagonal and ``to_dense()``. Solves and powers it has none: operators
+    share no eigenvectors in general. A multiple of one operator that has them keeps them.
+
+    Args:
+        terms: factors and operators; sums among them are taken apart.
+
+    Attributes:
+        terms: the same.
+
+    Raises:
+        TypeError: a term is no operator.
+        ValueError: shapes, dtypes, devices or the order of vectors differ.
+    """
+
+    def __init__(self, terms: Sequence[tuple[float, CurvatureOperator]]) -> None:
+        flat: list[tuple[float, CurvatureOperator]] = []
+        for factor, term in terms:
+            if not isinstance(term, CurvatureOperator):
+                raise TypeError(f"terms must be operators, got {type(term).__name__}")
+            inner = term.terms if isinstance(term, SumOperator) else [(1.0, term)]
+            flat += [(factor * own, operator) for own, operator in inner]
+        if not flat:
+            raise ValueError("terms must hold at least one operator")
+        first = flat[0][1]
+        for _, other in flat[1:]:
+            for what in ("shape", "dtype", "device"):
+                a, b = getattr(first, what), getattr(other, what)
+                if a != b:
+                    raise ValueError(f"operators of a sum must agree in {what}, got {a} and {b}")
+        placed = [operator for _, operator in flat if operator._layout() is not None]
+        for other in placed[1:]:
+            _check_layouts(placed[0], other)
+        self.terms: tuple[tuple[float, CurvatureOperator], ...] = tuple(flat)
+        self.shape, self.dtype, self.device = first.shape, first.dtype, first.device
+
+    def _layout(self) -> Layout | None:
+        found = [layout for _, term in self.terms if (layout := term._layout()) is not None]
+        return found[0] if found else None
+
+    def __matmul__(self, vectors: Any) -> Any:
+        """Product with one vector [P], a block [P, k], or what else all terms take."""
+        if isinstance(vectors, Mapping):
+            terms: list[Any] = [term for _, term in self.terms]
+            products = [term @ vectors for term in terms]
+            return {
+                name: self._combined([product[name] for product in products])
+                for name in products[0]
+            }
+        return super().__matmul__(vectors)
+
+    def _matmul(self, block: Tensor) -> Tensor:
+        return self._combined([(term @ block.T).T for _, term in self.terms])
+
+    def _combined(self, parts: Sequence[Tensor]) -> Tensor:
+        """The terms' factors times these, summed in the terms' order."""
+        total = self.terms[0][0] * parts[0]
+        for (factor, _), part in zip(self.terms[1:], parts[1:], strict=True):
+            total = total.add_(part, alpha=factor)
+        return total
+
+    def trace(self) -> float:
+        return math.fsum(factor * term.trace() for factor, term in self.terms)
+
+    def diagonal(self) -> Tensor:
+        return self._combined([term.diagonal() for _, term in self.terms])
+
+    def to_dense(self) -> Tensor:
+        return self._combined([term.to_dense() for _, term in self.terms])
+
+    def __repr__(self) -> str:
+        inner = " + ".join(f"{factor:g} * {term!r}" for factor, term in self.terms)
+        return f"SumOperator({inner})"
+
+
+def _check_layouts(first: CurvatureOperator, other: CurvatureOperator) -> None:
+    """Raises ValueError where entries of both operators' vectors belong to other weights."""
+    a, b = first._layout(), other._layout()
+    if a is None or b is None:
+        return
+    for i, ((name, shape, kept), (other_name, other_shape, other_kept)) in enumerate(
+        zip(a, b, strict=False)
+    ):
+        one, two = name or f"layer {i}", other_name or f"layer {i}"
+        if (name and other_name and name != other_name) or shape != other_shape:
+            raise ValueError(
+                f"operators of a sum must have the same layers in one order, got {one!r} "
+                f"{list(shape)} and {two!r} {list(other_shape)}"
+            )
+        if kept != other_kept:
+            raise ValueError(
+                f"operators of a sum must order their vectors alike, but {one!r} is in the order "
+                "of the weight, [d, m], in one and output first, [m, d], in the other: make both "
+                "by operator(order=...) of one word"
+            )
+    if len(a) != len(b):
+        raise ValueError(f"operators of a sum must have the same layers, got {len(a)} and {len(b)}")
 
 
 class LayerOperator(CurvatureOperator):
@@ -125,86 +272,8 @@ class LayerOperator(CurvatureOperator):
     def _outward(self, rows: Tensor) -> Tensor:
         return self._turned(rows, self.layer_shape)
 
+    def _layout(self) -> Layout:
+        return ((None, self.layer_shape, self.transposed),)
+
     def _turned(self, rows: Tensor, shape: tuple[int, int]) -> Tensor:
         return rows.unflatten(-1, shape).mT.flatten(-2) if self.transposed else rows
-
-
-class EigenbasisOperator(LayerOperator):
-    """A symmetric matrix that is diagonal in a Kronecker eigenbasis u_i (x) v_j.
-
-    Attributes:
-        layer_shape: (m, d); vectors are such matrices, flattened.
-        groups: with groups the matrix is block diagonal.
-    """
-
-    groups: int
-
-    @property
-    @abstractmethod
-    def eigenbases(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Per group: U [m/g, m/g] and V [d, d], orthogonal, and the eigenvalues S [m/g, d]."""
-
-    def squared_norm(self) -> float:
-        """The squared Frobenius norm, the sum of S²."""
-        return sum(float(s.double().square().sum()) for s in self.eigenbases[2])
-
-    def _blocks(self, block: Tensor) -> list[Tensor]:
-        """[k, P] -> per group [k, m/g, d]."""
-        m, d = self.layer_shape
-        shaped = block.reshape(len(block), self.groups, m // self.groups, d)
-        return list(shaped.unbind(1))
-
-    @staticmethod
-    def _joined(blocks: list[Tensor]) -> Tensor:
-        return torch.stack(blocks, 1).flatten(1)
-
-    def eigsh(self, k: int) -> EigenResult:
-        """The k largest eigenpairs: the largest entries of S, u (x) v.
-
-        Raises:
-            ValueError: k is not in [1, P].
-        """
-        from hesskern.solvers.result import EigenResult
-
-        if not 1 <= k <= self.shape[0]:
-            raise ValueError(f"k must lie in [1, {self.shape[0]}], got {k}")
-        left, right, products = self.eigenbases
-        flat = torch.cat([s.flatten() for s in products])
-        values, index = flat.topk(k)
-        m, d = left[0].shape[0], right[0].shape[0]
-        group = index // (m * d)
-        row, column = index % (m * d) // d, index % d
-        u = torch.stack(left)[group, :, row]
-        v = torch.stack(right)[group, :, column]
-        vectors = torch.zeros(k, self.groups, m, d, dtype=self.dtype, device=self.device)
-        vectors[torch.arange(k, device=self.device), group] = u.unsqueeze(2) * v.unsqueeze(1)
-        vectors = self._outward(vectors.flatten(1)).T
-        scale = flat.abs().max().clamp(min=torch.finfo(self.dtype).tiny)
-        residuals = (self @ vectors - vectors * values).norm(dim=0) / scale
-        return EigenResult(values, vectors, residuals, True, 0)
-
-    def solve_shifted(self, vectors: Tensor, shifts: Tensor, floor: float = 1e-3) -> Tensor:
-        """(K - shift_j I)^-1 vectors_j in K's eigenbasis, guarded away from its poles.
-
-        Args:
-            vectors: [P, k].
-            shifts: [k].
-            floor: differences smaller than ``floor * |shift|`` are moved out to it, sign kept; for
-                shifts near zero |shift| counts as the rounding of K's largest eigenvalue.
-
-        Returns:
-            [P, k].
-        """
-        left, right, products = self.eigenbases
-        blocks = self._blocks(self._inward(vectors.T.contiguous()))
-        theta = shifts.to(self.dtype).reshape(-1, 1, 1)
-        info = torch.finfo(self.dtype)
-        largest = torch.stack([s.abs().max() for s in products]).max()
-        gap = (floor * torch.maximum(theta.abs(), info.eps * largest)).clamp(min=info.tiny)
-        rotated = ops.grouped_kron_matmul([u.T for u in left], [v.T for v in right], blocks)
-        scaled = []
-        for y, s in zip(rotated, products, strict=True):
-            difference = s - theta
-            sign = torch.where(difference >= 0, 1.0, -1.0).to(self.dtype)
-            scaled.append(y / (sign * torch.maximum(difference.abs(), gap)))
-        return self._outward(self._joined(ops.grouped_kron_matmul(left, right, scaled))).T

@@ -2,54 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from hesskern import ops
-from hesskern.operators.base import EigenbasisOperator
+from hesskern.operators.eigenbasis import CorrectedOperator, EigenbasisOperator
 from hesskern.operators.layer_hessian import LayerHessian
 
 __all__ = ["CorrectedOperator", "eigenvalue_corrected"]
-
-
-class CorrectedOperator(EigenbasisOperator):
-    """(U (x) V) diag(S) (U (x) V)^T, with any S in place of an outer product of eigenvalues.
-
-    Args:
-        like: gives the eigenbases, shape and groups.
-        values: S [m, d].
-
-    Raises:
-        ValueError: ``values`` is of another shape than the layer.
-    """
-
-    def __init__(self, like: EigenbasisOperator, values: Tensor) -> None:
-        if tuple(values.shape) != like.layer_shape:
-            raise ValueError(
-                f"values must be [m, d] = {list(like.layer_shape)}, got {list(values.shape)}"
-            )
-        self.layer_shape, self.groups = like.layer_shape, like.groups
-        self.transposed = like.transposed
-        self.shape, self.dtype, self.device = like.shape, like.dtype, like.device
-        self._left, self._right, _ = like.eigenbases
-        self.values = values.to(like.dtype)
-
-    @property
-    def eigenbases(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Per group: U [m/g, m/g], V [d, d] and the eigenvalues S [m/g, d]."""
-        step = self.layer_shape[0] // self.groups
-        return self._left, self._right, list(self.values.split(step))
-
-    def _matmul(self, block: Tensor) -> Tensor:
-        left, right, values = self.eigenbases
-        return self._joined(ops.grouped_kron_eigen_matmul(left, values, right, self._blocks(block)))
-
-    def trace(self) -> float:
-        return float(self.values.double().sum())
-
-    def diagonal(self) -> Tensor:
-        parts = [u.square() @ s @ v.square().T for u, v, s in zip(*self.eigenbases, strict=True)]
-        return self._outward(torch.cat([part.flatten() for part in parts]))
 
 
 def eigenvalue_corrected(H: LayerHessian, K: EigenbasisOperator) -> CorrectedOperator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
@@ -10,7 +11,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Damping", "Extent", "check_damping", "check_invertible", "resolved", "rounding", "said"]
+__all__ = [
+    "Damping",
+    "Extent",
+    "check_damping",
+    "check_invertible",
+    "resolved",
+    "rounding",
+    "said",
+    "settled",
+]
 
 Damping = float | Literal["mean"]
 """A number >= 0, or a tenth of the mean eigenvalue."""
@@ -37,9 +47,10 @@ def check_damping(damping: object, name: str | None) -> None:
         return
     if isinstance(damping, bool) or not isinstance(damping, Real):
         raise TypeError(f"damping must be a number or 'mean', got {type(damping).__name__}")
-    if not 0 <= damping < math.inf:
+    number = float(damping)
+    if not 0 <= number < math.inf:
         where = "" if name is None else f" for {said(name)}"
-        raise ValueError(f"damping must be finite and >= 0, got {float(damping):g}{where}")
+        raise ValueError(f"damping must be finite and >= 0, got {number:g}{where}")
 
 
 def resolved(damping: Damping, trace: float, size: int, name: str | None) -> float:
@@ -60,18 +71,17 @@ def resolved(damping: Damping, trace: float, size: int, name: str | None) -> flo
     return _MEAN_SHARE * trace / size
 
 
-def rounding(values: Tensor, dtype: torch.dtype) -> float:
-    """What eigenvalues of a symmetric matrix in a dtype may be off by: eps n max |value|.
+def rounding(largest: float, size: int, dtype: torch.dtype) -> float:
+    """What eigenvalues of a symmetric matrix may be off by: eps n max |value|.
 
-    The bound below which numpy's and torch's ``matrix_rank`` take them for zero.
+    Below it numpy's and torch's ``matrix_rank`` take them for zero.
 
     Args:
-        values: [n].
-        dtype: in which the matrix was summed; the values may be in a wider one.
+        largest: absolute eigenvalue.
+        size: n, rows of the matrix.
+        dtype: in which the matrix was summed.
     """
-    if len(values) == 0:
-        return 0.0
-    return torch.finfo(dtype).eps * len(values) * float(values.abs().max())
+    return torch.finfo(dtype).eps * size * largest
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,32 @@ class Extent:
     size: int
 
 
+def settled(values: Sequence[Tensor], name: str | None) -> tuple[list[Tensor], Extent]:
+    """Eigenvalues with those below zero by rounding at zero, and how far they reach.
+
+    Args:
+        values: per group, [r, q], with the rounding of their dtype.
+        name: of the layer.
+
+    Raises:
+        ValueError: one is NaN or infinite.
+    """
+    whole = torch.stack(list(values))
+    largest = whole.abs().amax((1, 2), keepdim=True)
+    eps = torch.finfo(whole.dtype).eps
+    small = whole.abs() <= eps * max(whole.shape[1:]) * largest
+    below = small & (whole < 0)
+    clamped = whole.masked_fill(below, 0.0)
+    least, top, rank, touched = torch.stack(
+        [n.double() for n in (clamped.amin(), largest.amax(), (~small).sum(), below.any())]
+    ).tolist()
+    if not top < math.inf:
+        raise ValueError(f"the eigenvalues of {said(name)} hold NaN or Inf")
+    extent = Extent(least, top, int(rank), whole.numel())
+    # The same memory wherever it serves.
+    return list(clamped.unbind()) if touched else list(values), extent
+
+
 def check_invertible(
     extent: Extent, damping: float, dtype: torch.dtype, name: str | None, what: str
 ) -> None:
@@ -105,7 +141,7 @@ def check_invertible(
             f"{extent.size} to {str(dtype).removeprefix('torch.')}'s rounding"
         )
     smallest = extent.least + damping
-    if 0 <= smallest and smallest * torch.finfo(dtype).max < 1:
+    if smallest >= 0 and smallest * torch.finfo(dtype).max < 1:
         raise ValueError(
             f"damping of {damping:g} is too small for {said(name)}: {what} passes the range of "
             f"{dtype}"

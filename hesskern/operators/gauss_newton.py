@@ -13,7 +13,7 @@ from hesskern import ops
 from hesskern.choices import Bias
 from hesskern.devices import sent
 from hesskern.graph.evidence import Evidence
-from hesskern.operators.base import CurvatureOperator
+from hesskern.operators.base import CurvatureOperator, Layout
 from hesskern.operators.samples import SampleRows, added_bytes, layer_rows
 from hesskern.operators.stacked import StackedGaussNewton
 from hesskern.passes.batches import check_iterable, no_samples
@@ -143,6 +143,10 @@ class GaussNewton(CurvatureOperator):
             name: rows[..., part].reshape(*shape, *self.layer_shapes[name])
             for name, part in self.slices.items()
         }
+
+    def _layout(self) -> Layout:
+        kept = self._transposed
+        return tuple((name, shape, name in kept) for name, shape in self.layer_shapes.items())
 
     def _inward(self, rows: Tensor) -> Tensor:
         return self._turned(rows, flip=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -9,10 +11,11 @@ import torch
 from torch import Tensor
 
 from hesskern import ops
-from hesskern.operators.base import EigenbasisOperator
-from hesskern.operators.damping import Damping, resolved, rounding, said
+from hesskern.operators.damping import Damping, Extent, resolved, rounding, said
+from hesskern.operators.decompositions import Eigenpairs, eigenpairs
+from hesskern.operators.eigenbasis import EigenbasisOperator
 
-__all__ = ["KroneckerOperator"]
+__all__ = ["KroneckerOperator", "decompose"]
 
 
 class KroneckerOperator(EigenbasisOperator):
@@ -76,6 +79,11 @@ class KroneckerOperator(EigenbasisOperator):
         self.__dict__.update(state)
         self._cut()
 
+    @property
+    def factors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Per group: the block A_ii [m/g, m/g] and B_i [d, d], in the memory of A and B."""
+        return self._left, self._right
+
     def of_rows(self, rows: Tensor) -> Tensor:
         """[k, P] products with rows [k, P] of matrices [m, d], output first whatever the weight."""
         return self._matmul(rows)
@@ -84,17 +92,67 @@ class KroneckerOperator(EigenbasisOperator):
         return self._joined(ops.grouped_kron_matmul(self._left, self._right, self._blocks(block)))
 
     @cached_property
+    def _pairs(self) -> tuple[list[Eigenpairs], list[Eigenpairs]]:
+        """Per group the eigenvalues, in float64, and eigenvectors of A and of B."""
+        decompose([self], [self.name])
+        return self.__dict__["_pairs"]
+
+    @cached_property
     def eigenbases(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Per group: eigenvectors U [m/g, m/g] of A and V [d, d] of B, and the products of their
         eigenvalues S [m/g, d]; ascending along both axes."""
-        left, right, values = [], [], []
-        for a, b in zip(self._left, self._right, strict=True):
-            tau, u = torch.linalg.eigh(a.double())
-            gamma, v = torch.linalg.eigh(b.double())
-            left.append(u.to(self.dtype))
-            right.append(v.to(self.dtype))
-            values.append(torch.outer(tau, gamma).to(self.dtype))
-        return left, right, values
+        left, right = self._pairs
+        values = [
+            torch.outer(tau, gamma).to(self.dtype)
+            for (tau, _), (gamma, _) in zip(left, right, strict=True)
+        ]
+        return [u for _, u in left], [v for _, v in right], values
+
+    @cached_property
+    def _factor_values(self) -> tuple[list[tuple[Tensor, Tensor]], Extent, bool]:
+        """Per group the factors' eigenvalues in float64, none below zero by rounding; the extent of
+        their products, and whether there was any."""
+        eps = torch.finfo(self.dtype).eps
+        settled, numbers = [], []
+        for (tau, _), (gamma, _) in zip(*self._pairs, strict=True):
+            pair = []
+            for values in (tau, gamma):
+                small = values.abs() <= eps * len(values) * values.abs().max()
+                clamped = values.masked_fill(small & (values < 0), 0.0)
+                # The ends, how many are beyond rounding, and whether one was moved.
+                ends = clamped[0], clamped[-1]
+                moved = (clamped != values).any()
+                numbers += [n.double() for n in (*ends, (~small).sum(), moved)]
+                pair.append(clamped)
+            settled.append((pair[0], pair[1]))
+        least, largest, rank, any_moved = math.inf, 0.0, 0, False
+        for row in torch.stack(numbers).reshape(-1, 8).tolist():
+            low, high, beyond, moved_left, other_low, other_high, others, moved_right = row
+            corners = [a * b for a in (low, high) for b in (other_low, other_high)]
+            least = min(least, *corners)
+            largest = max(largest, *map(abs, corners))
+            rank += int(beyond) * int(others)
+            any_moved = any_moved or bool(moved_left or moved_right)
+        return settled, Extent(least, largest, rank, self.shape[0]), any_moved
+
+    @cached_property
+    def _settled(self) -> tuple[list[Tensor], Extent]:
+        _, extent, moved = self._factor_values
+        # The same memory wherever it serves.
+        values = [s.to(self.dtype) for s in self._eigenvalues()] if moved else self.eigenbases[2]
+        return values, extent
+
+    def _eigenvalues(self) -> Iterator[Tensor]:
+        return (torch.outer(tau, gamma) for tau, gamma in self._factor_values[0])
+
+    def _scaled(self, factor: float) -> KroneckerOperator:
+        scaled = KroneckerOperator(
+            factor * self.A, self.B, transposed=self.transposed, name=self.name
+        )
+        if "_pairs" in self.__dict__ and factor > 0:
+            left, right = self._pairs
+            scaled._pairs = [(factor * tau, u) for tau, u in left], right
+        return scaled
 
     def trace(self) -> float:
         return float(
@@ -122,7 +180,9 @@ class KroneckerOperator(EigenbasisOperator):
 
     def to_dense(self) -> Tensor:
         pairs = zip(self._left, self._right, strict=True)
-        return self._outward_matrix(torch.block_diag(*(torch.kron(a, b) for a, b in pairs)))
+        # torch's own wants views that not all strides have.
+        blocks = (torch.kron(a.contiguous(), b.contiguous()) for a, b in pairs)
+        return self._outward_matrix(torch.block_diag(*blocks))
 
     def factored_inverse(self, damping: Damping) -> KroneckerOperator:
         """K-FAC's inverse: the damping goes into both factors, and the result has two again.
@@ -161,13 +221,13 @@ class KroneckerOperator(EigenbasisOperator):
             root, info = torch.linalg.cholesky_ex(factor + shift * eye)
             inverse = torch.cholesky_inverse(root).to(self.dtype)
             if not bool(info) and bool(inverse.isfinite().all()):
-                return (inverse + inverse.T) / 2
+                return ((inverse + inverse.T) / 2).contiguous()
         what = f"{letter} of {said(self.name)}"
         if not bool(factor.isfinite().all()):
             raise ValueError(f"{what} holds NaN or Inf, and has no inverse")
         values, vectors = torch.linalg.eigh(factor)
-        within = rounding(values, self.dtype)
-        least = float(values[0]) if len(values) else 1.0
+        within = rounding(float(values.abs().max()), len(values), self.dtype)
+        least = float(values[0])
         if least < -within and least + shift <= 0:
             raise ValueError(
                 f"factored_inverse needs positive definite factors, but {what} has the eigenvalue "
@@ -185,8 +245,32 @@ class KroneckerOperator(EigenbasisOperator):
                 f"damping is too small for {said(self.name)}: the inverse of {letter} + "
                 f"{shift:.3g} I passes the range of {self.dtype}"
             )
-        return (inverse + inverse.T) / 2
+        return ((inverse + inverse.T) / 2).contiguous()
 
 
 def _mean_diagonal(factor: Tensor) -> float:
     return float(factor.diagonal().mean()) if len(factor) else 0.0
+
+
+def decompose(operators: Sequence[KroneckerOperator], names: Sequence[str | None]) -> None:
+    """Decomposes the factors of all operators that have not been decomposed, together.
+
+    Args:
+        operators: on one device.
+        names: of their layers, for messages.
+
+    Raises:
+        ValueError: a factor holds NaN or Inf.
+    """
+    given = zip(operators, names, strict=True)
+    new = [(K, name) for K, name in given if "_pairs" not in K.__dict__]
+    labels = [
+        f"{letter} of {said(name)}" for K, name in new for letter in "AB" for _ in range(K.groups)
+    ]
+    # They are kept, whatever mode the first that asks for them is in.
+    with torch.inference_mode(False), torch.no_grad():
+        matrices = [factor.detach() for K, _ in new for factor in (*K._left, *K._right)]
+        found = iter(eigenpairs(matrices, labels))
+    for K, _ in new:
+        left = [next(found) for _ in range(K.groups)]
+        K._pairs = left, [next(found) for _ in range(K.groups)]

@@ -1,4 +1,4 @@
-"""Exact layer-wise Hessians E[M (x) x x^T] of every layer, from one pass over the data."""
+"""Layer-wise Hessians E[M (x) x x^T] of every layer, from one pass over the data."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.choices import Bias, Order, check_choice
+from hesskern.choices import Bias, Order, Output, check_choice
 from hesskern.graph.evidence import Evidence
-from hesskern.operators.base import EigenbasisOperator, LayerOperator
+from hesskern.operators.base import LayerOperator
+from hesskern.operators.eigenbasis import EigenbasisOperator
 from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.operators.packed_inputs import PackedInputs
 from hesskern.operators.pruning import kept_samples, prune
@@ -33,18 +34,25 @@ from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec, left_out, refuse_missing, select_layers
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
-from hesskern.passes.roots import accumulator_dtype, check_fraction
+from hesskern.passes.roots import accumulator_dtype, check_fraction, check_output
 from hesskern.progress import Progress, reporter
 
 __all__ = ["LayerHessian", "LayerHessians", "layer_hessians"]
 
+# Why a block of such rows is not the Hessian.
+_OF_ROWS = {
+    "mc": "is made of rows for targets drawn from the model (output='mc')",
+    "empirical": "is made of the gradients at the data's own targets (output='empirical')",
+}
+
 
 class LayerHessian(LayerOperator):
-    """The exact layer-wise Hessian H = E[M (x) x x^T] of one layer, in the weight's own order.
+    """The layer-wise Hessian H = E[M (x) x x^T] of one layer, in the weight's own order.
 
-    Made by :func:`layer_hessians`. Products run in fused C++/CUDA kernels over stored samples. On a
-    GPU of compute capability 9.0 the samples' inputs are kept a second time, in the form that
-    these kernels multiply, from the second product on and where there is memory to spare.
+    Exact, or of drawn or empirical rows. Made by :func:`layer_hessians`. Products run in fused
+    C++/CUDA kernels over stored samples. On a GPU of compute capability 9.0 the samples' inputs are
+    kept a second time, in the form that these kernels multiply, from the second product on and
+    where there is memory to spare.
 
     Attributes:
         name: of the layer.
@@ -54,7 +62,7 @@ class LayerHessian(LayerOperator):
         groups: of a convolution, 1 otherwise.
         is_exact: True if this is the Hessian, as double backward has it at these weights: all that
             follows the layer is piecewise linear, and its uses do not follow one another. False: it
-            is the Gauss-Newton block.
+            is the Gauss-Newton block, or that of drawn or empirical rows.
         inexact_reason: why ``is_exact`` is False, or None.
         pruning_error: bound on ‖H - H_t‖_2 for what was left out under ``tolerance``; 0 if nothing.
         pruned_trace: tr(H - H_t).
@@ -301,7 +309,10 @@ def layer_hessians(
     layers: str | Iterable[str] | None = None,
     tolerance: float = 0.0,
     *,
+    output: Output = "exact",
     bias: Bias = "none",
+    mc_samples: int = 1,
+    seed: int = 0,
     sample_weight: Tensor | None = None,
     output_root: Callable[..., Tensor] | None = None,
     memory_budget: int | None = None,
@@ -322,7 +333,13 @@ def layer_hessians(
             several; None for all supported.
         tolerance: leave out samples as long as ‖H - H_t‖_2 <= tolerance tr(H) is certain; 0 keeps
             all. tr(M_n)‖x_n‖² bounds a sample's part of the spectrum.
+        output: "exact" (all classes), "mc" (targets drawn from the model) or "empirical" (the
+            targets of the data), as in :func:`hesskern.kronecker_factors`: H is then the mean of
+            the outer products of these rows, and never exact. Layers that run the model again
+            draw the same targets each time.
         bias: "none" or "joint" (append 1 to x; P is m (d + 1)).
+        mc_samples: draws per sample for ``output="mc"``.
+        seed: for these draws.
         sample_weight: [total samples] non-negative weights in the order of the data.
         output_root: a custom loss as a function, with ``loss=None``.
         memory_budget: bytes of samples kept for all layers together. Layers above it (largest
@@ -349,14 +366,18 @@ def layer_hessians(
             and convolutions that were left out, and why.
     """
     check_fraction("tolerance", tolerance)
+    check_output(output, mc_samples, seed)
     check_iterable(data)
     resolved = resolve_loss(loss, output_root)
     specs, skipped = select_layers(model, layers, bias)
     report, evidence, mask = reporter(progress), Evidence(check), checked_mask(position_mask)
 
+    rows: dict[str, Any] = {"output": output, "mc_samples": mc_samples, "seed": seed}
+    exact = output == "exact"
+
     def attempt(budget: int) -> tuple[dict[str, _Layer], DataPass, int]:
         given = model, data, resolved, specs, sample_weight, evidence
-        run = DataPass(*given, report, "Layer Hessians", examine=True, position_mask=mask)
+        run = DataPass(*given, report, "Layer Hessians", examine=exact, position_mask=mask, **rows)
         return _gather(run, budget, tolerance), run, budget
 
     gathered, run, budget = with_less_memory(attempt, memory_budget, model, data)
@@ -378,8 +399,9 @@ def layer_hessians(
         if name in reasons:
             continue
         given = model, data, resolved, {name: layer.spec}, sample_weight, evidence
-        rerun = _Rerun(*given, budget, position_mask=mask)
-        result[name] = _finish(layer, rerun, count, tolerance, inexact.get(name))
+        rerun = _Rerun(*given, budget, position_mask=mask, **rows)
+        reason = inexact.get(name) if exact else _OF_ROWS[output]
+        result[name] = _finish(layer, rerun, count, tolerance, reason)
     if not result:
         raise ValueError(
             "no layer of the model has a Hessian: "

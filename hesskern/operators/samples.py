@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesskern.operators.base import EigenbasisOperator
+from hesskern.operators.eigenbasis import EigenbasisOperator
 from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.ops.reference import unfold
 from hesskern.passes.layer_uses import LayerUse
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.roots import BatchRoots, accumulator_dtype, positions_last
 
-__all__ = ["SampleRows", "added_bytes", "join", "layer_rows"]
+__all__ = ["LayerColumns", "SampleRows", "added_bytes", "join", "layer_rows"]
 
 # Samples are joined up to this many bytes, so that a product runs over few large pieces. On a GPU
 # the kernels for large products want tens of thousands of samples at a time.
@@ -305,47 +305,100 @@ def _finished(makers: dict[str, _Maker], roots: BatchRoots) -> Iterator[tuple[st
         yield name, finished.pop(name)
 
 
+class LayerColumns:
+    """A layer's inputs at all its positions in a batch, and gradients there: use behind use.
+
+    Args:
+        spec: of the layer.
+        uses: of the batch.
+        samples: which of the batch.
+        dtype: of ``x``; None for the inputs' own.
+
+    Attributes:
+        x: [n, d] of one use with one position per sample, [n, d, t] otherwise; d counts all groups,
+            but no joint bias. Of a masked use the positions that are data, beside zeros. A view
+            where nothing is to be put together.
+        plain: whether it is [n, d].
+        positions: t of every use.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        uses: list[LayerUse],
+        samples: slice = slice(None),
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._spec, self._uses, self._samples = spec, uses, samples
+        inputs = [_columns(spec, use, samples).to(dtype) for use in uses]
+        self.plain = len(inputs) == 1 and inputs[0].dim() == 2
+        if self.plain:
+            self.x = inputs[0]
+            self.positions = [1]
+        else:
+            columns = [x if x.dim() == 3 else x.unsqueeze(2) for x in inputs]
+            self.positions = [x.shape[2] for x in columns]
+            self.x = columns[0] if len(columns) == 1 else torch.cat(columns, 2)
+
+    def with_ones(self) -> Tensor:
+        """``x`` with a row of ones behind every group's, zero where a mask keeps nothing."""
+        groups = self._spec.groups
+        ones = self.x.new_ones(len(self.x), groups, *self.x.shape[2:])
+        begin = 0
+        for use, t in zip(self._uses, self.positions, strict=True):
+            if use.mask is not None:
+                whole = ones.new_ones(len(ones), groups, use.mask.length)
+                ones[:, :, begin : begin + t] = use.mask.compact(whole, 2, self._samples)
+            begin += t
+        return torch.cat([self.x.unflatten(1, (groups, -1)), ones.unsqueeze(2)], 2).flatten(1, 2)
+
+    def gradients(
+        self, grads: list[Tensor | None], n: int, rows: int, samples: slice | None = None
+    ) -> Tensor:
+        """[n, r, m] where ``plain``, [n, r, m, t] otherwise, of gradients [n, r, ...] per use.
+
+        Args:
+            grads: of every use, in the model's dtype; None where nothing flows back.
+            n, rows: of the gradients.
+            samples: which of the batch these are; None for those of the inputs.
+        """
+        samples = self._samples if samples is None else samples
+        first = grads[0]
+        if self.plain and first is not None and first.dim() == 3:
+            return first
+        columns = [
+            self.x.new_zeros(n, rows, self._spec.outputs, t)
+            if grad is None
+            else _data_columns(self._spec, use, grad, samples)
+            for use, grad, t in zip(self._uses, grads, self.positions, strict=True)
+        ]
+        if self.plain:
+            return columns[0].reshape(n, rows, self._spec.outputs)
+        return columns[0] if len(columns) == 1 else torch.cat(columns, 3)
+
+
 class _Maker:
     """Fills one layer's :class:`SampleRows` row by row, in the smaller of both forms."""
 
     def __init__(self, spec: LayerSpec, roots: BatchRoots, keep_positions: bool) -> None:
-        self._spec = spec
-        uses = roots.uses[spec.name]
-        self._dtype = accumulator_dtype(uses[0].x.dtype)
-        self._roots, self._uses = roots, uses
-        inputs = [_columns(spec, use).to(self._dtype) for use in uses]
-        self._plain = len(inputs) == 1 and inputs[0].dim() == 2
-        n = inputs[0].shape[0]
-        if self._plain:
-            self._x = inputs[0]
-            self._positions = [1]
-        else:
-            columns = [x if x.dim() == 3 else x.unsqueeze(2) for x in inputs]
-            self._positions = [x.shape[2] for x in columns]
-            self._x = columns[0] if len(columns) == 1 else torch.cat(columns, 2)
-        if spec.joint:
-            ones = self._x.new_ones(n, spec.groups, *self._x.shape[2:])
-            begin = 0
-            for use, t in zip(uses, self._positions, strict=True):
-                if use.mask is not None:
-                    whole = ones.new_ones(n, spec.groups, use.mask.length)
-                    ones[:, :, begin : begin + t] = use.mask.compact(whole, 2)
-                begin += t
-            grouped = self._x.unflatten(1, (spec.groups, -1))
-            self._x = torch.cat([grouped, ones.unsqueeze(2)], 2).flatten(1, 2)
+        self._spec, self._roots, self._uses = spec, roots, roots.uses[spec.name]
+        dtype = accumulator_dtype(self._uses[0].x.dtype)
+        self._columns = LayerColumns(spec, self._uses, dtype=dtype)
+        self._x = self._columns.with_ones() if spec.joint else self._columns.x
+        plain = self._columns.plain
         m, d = spec.shape
-        t = sum(self._positions)
+        t = sum(self._columns.positions)
         stored = m * d
         smaller = spec.groups > 1 or roots.rows * stored < roots.rows * m * t + d * t
-        self._stored = not self._plain and not keep_positions and smaller
-        self._shape: tuple[int, ...] = (m,) if self._plain else (m, t)
+        self._stored = not plain and not keep_positions and smaller
+        self._shape: tuple[int, ...] = (m,) if plain else (m, t)
         if self._stored:
             self._shape = (stored,)
-        self._n = n
+        self._n = len(self._x)
         size = 1
         for axis in self._shape:
             size *= axis
-        self.row_bytes = n * size * torch.empty((), dtype=self._dtype).element_size()
+        self.row_bytes = self._n * size * self._x.element_size()
 
     def begin(self, rows: int) -> None:
         self._s = self._x.new_empty(self._n, rows, *self._shape)
@@ -353,26 +406,15 @@ class _Maker:
     def put(self, samples: slice, rows: slice, grads: list[Tensor | None]) -> None:
         """Takes gradients [n, r, ...] of some samples and root rows, one per use."""
         target = self._s[samples, rows]
-        first = grads[0]
-        if self._plain and first is not None and first.dim() == 3:
-            target.copy_(first)
-            return
         n, r = target.shape[:2]
-        columns = [
-            self._x.new_zeros(n, r, self._spec.outputs, t)
-            if grad is None
-            else self._data_columns(use, grad, samples)
-            for use, grad, t in zip(self._uses, grads, self._positions, strict=True)
-        ]
-        if self._plain:
-            target.copy_(columns[0].reshape(n, r, self._spec.outputs))
-            return
-        s = columns[0] if len(columns) == 1 else torch.cat(columns, 3)
+        if self._roots.examines:
+            self._note_masked(grads, samples)
+        s = self._columns.gradients(grads, n, r, samples)
         if not self._stored:
             target.copy_(s)
             return
         groups = self._spec.groups
-        s = s.to(self._dtype)
+        s = s.to(self._x.dtype)
         if groups == 1:
             # All rows of a sample share its inputs.
             product = torch.bmm(s.flatten(1, 2), self._x[samples].transpose(1, 2))
@@ -381,25 +423,15 @@ class _Maker:
         x = self._x[samples].unflatten(1, (groups, -1)).transpose(2, 3).unsqueeze(1)
         target.copy_(torch.matmul(s.unflatten(2, (groups, -1)), x).flatten(2))
 
-    def _data_columns(self, use: LayerUse, grad: Tensor, samples: slice) -> Tensor:
-        """[n, r, m, t] of gradients [n, r, ...] of one use, at its positions that are data."""
-        columns = self._columns_last(grad)
-        if use.mask is None:
-            return columns
-        if self._roots.examines:
-            keep = use.mask.on(columns.device)[samples]
-            lost = columns.masked_fill(keep[:, None, None, :], 0).any()
-            found, name = self._roots.masked_gradients, self._spec.name
-            found[name] = found[name] | lost if name in found else lost
-        return use.mask.compact(columns, 3, samples)
-
-    def _columns_last(self, grad: Tensor) -> Tensor:
-        """[n, r, m, t] of gradients [n, r, ...] of one use."""
-        if self._spec.kind == "conv":
-            return grad.flatten(3)
-        if grad.dim() == 3:
-            return grad.unsqueeze(3)
-        return grad.flatten(2, -2).transpose(2, 3)
+    def _note_masked(self, grads: list[Tensor | None], samples: slice) -> None:
+        """Notes whether gradients at masked positions are other than zero."""
+        found, name = self._roots.masked_gradients, self._spec.name
+        for use, grad in zip(self._uses, grads, strict=True):
+            if grad is not None and use.mask is not None:
+                columns = _columns_last(self._spec, grad)
+                keep = use.mask.on(columns.device)[samples]
+                lost = columns.masked_fill(keep[:, None, None, :], 0).any()
+                found[name] = found[name] | lost if name in found else lost
 
     def finish(self) -> SampleRows:
         x = self._x.new_ones(self._n, 1) if self._stored else self._x
@@ -408,16 +440,31 @@ class _Maker:
         return rows
 
 
-def _columns(spec: LayerSpec, use: LayerUse) -> Tensor:
-    """[N, d] or [N, d, t] inputs of one use; for a grouped convolution d counts all groups.
+def _data_columns(spec: LayerSpec, use: LayerUse, grad: Tensor, samples: slice) -> Tensor:
+    """[n, r, m, t] of gradients [n, r, ...] of one use, at its positions that are data."""
+    columns = _columns_last(spec, grad)
+    return columns if use.mask is None else use.mask.compact(columns, 3, samples)
 
-    Of a masked use [N, d, t] at the positions that are data, beside zeros.
+
+def _columns_last(spec: LayerSpec, grad: Tensor) -> Tensor:
+    """[n, r, m, t] of gradients [n, r, ...] of one use."""
+    if spec.kind == "conv":
+        return grad.flatten(3)
+    if grad.dim() == 3:
+        return grad.unsqueeze(3)
+    return grad.flatten(2, -2).transpose(2, 3)
+
+
+def _columns(spec: LayerSpec, use: LayerUse, samples: slice) -> Tensor:
+    """[n, d] or [n, d, t] inputs of one use; for a grouped convolution d counts all groups.
+
+    Of a masked use [n, d, t] at the positions that are data, beside zeros.
     """
-    x = use.x
+    x = use.x[samples]
     if spec.kind == "conv":
         columns = unfold(x, spec.kernel_size, spec.stride, spec.padding, spec.dilation)
     else:
         columns = positions_last(spec, x)
     if use.mask is None:
         return columns
-    return use.mask.compact(columns if columns.dim() == 3 else columns.unsqueeze(2), 2)
+    return use.mask.compact(columns if columns.dim() == 3 else columns.unsqueeze(2), 2, samples)

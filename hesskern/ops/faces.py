@@ -1,10 +1,10 @@
 """The operators: documented faces of ``torch.ops.hesskern``, their fake kernels, their gradients.
 
-Every accumulating operator adds to the *upper triangle* of its accumulator, as BLAS ``syrk`` does;
-:func:`mirror_` completes the matrix, once per pass. Accumulators are float32 or float64; inputs may
-also be bfloat16 or float16 and are accumulated in the accumulator's precision. No gradient flows
-through an accumulator: inputs that require grad enter as data, an accumulator that requires grad is
-refused, and so is one that shares memory with an input. The plain-torch
+The operators that accumulate covariances add to the *upper triangle* of their accumulator, as BLAS
+``syrk`` does; :func:`mirror_` completes the matrix, once per pass. Accumulators are float32 or
+float64; inputs may also be bfloat16 or float16 and are accumulated in the accumulator's precision.
+No gradient flows through an accumulator: inputs that require grad enter as data, an accumulator
+that requires grad is refused, and so is one that shares memory with an input. The plain-torch
 references that define every result stand in :mod:`hesskern.ops.reference`.
 """
 
@@ -21,7 +21,9 @@ from torch import Tensor
 from hesskern.ops import extension as _extension
 
 __all__ = [
+    "conv_eigen_correction_",
     "conv_input_covariance_",
+    "eigen_correction_",
     "from_eigenbasis",
     "grouped_kron_eigen_matmul",
     "grouped_kron_matmul",
@@ -131,6 +133,97 @@ def output_hessian_(
         ValueError: shapes, dtypes or devices do not fit; names the argument.
     """
     _ops.output_hessian_(acc, jacobian, probabilities, alpha)
+    return acc
+
+
+def eigen_correction_(
+    acc: Tensor,
+    g: Tensor,
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    alpha: float = 1.0,
+    ones: bool = False,
+) -> Tensor:
+    """Adds ``alpha * sum_n sum_r (U^T R_nr V)²`` to ``acc``, with ``R_nr = sum_t g_nrt x_nt^T``.
+
+    Squares are of elements: with root rows g and eigenvectors U, V of a layer's Kronecker factors
+    this is the diagonal of its Hessian in their basis, which EKFAC corrects the eigenvalues with
+    (arXiv 1806.03884, section 4.1). Positions are rotated before they are summed or after, by the
+    count of multiplications; beside the arguments a few samples' rows are held, 16 MB of float32
+    on a CPU, or one sample's where they take more.
+
+    Args:
+        acc: [m, d]; float32 or float64, changed in place, all of it.
+        g: [N, r, m] or [N, r, m, t], r root rows per sample; acc's dtype or a narrower one. Views
+            of tensors kept [N, r, t, m] are read as they lie.
+        x: [N, d] or [N, d, t], as g; with groups [N, groups d] or [N, groups d, t].
+        U: [m, m], or [groups, m / groups, m / groups] with one basis per group; acc's dtype.
+        V: [d, d], or [groups, d, d]; acc's dtype.
+        alpha: factor, e.g. 1/N for a mean.
+        ones: append ones to x (the bias as one more input of each group); d counts it.
+
+    Returns:
+        ``acc``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the argument.
+    """
+    _ops.eigen_correction_(acc, g, x, U, V, alpha, ones)
+    return acc
+
+
+def conv_eigen_correction_(
+    acc: Tensor,
+    g: Tensor,
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    alpha: float = 1.0,
+    ones: bool = False,
+) -> Tensor:
+    """:func:`eigen_correction_` of a convolution: x_nt are the patches of image n.
+
+    Patches follow :func:`torch.nn.functional.unfold`, channel first, then the kernel's offsets. A
+    few samples are unfolded at a time at most.
+
+    Args:
+        acc: [m, d] with d = C k k / groups; float32 or float64, changed in place, all of it.
+        g: [N, r, m, Ho, Wo] or [N, r, m, Lo], r root rows per sample; acc's dtype or a narrower
+            one.
+        x: [N, C, H, W] or [N, C, L], as g. Zero padding.
+        U: [m, m], or [groups, m / groups, m / groups] with one basis per group; acc's dtype.
+        V: [d, d], or [groups, d, d]; acc's dtype.
+        kernel_size, stride, padding, dilation: one entry per spatial axis.
+        groups: number of groups of the convolution.
+        alpha: factor.
+        ones: append ones to every patch (the bias as one more input of each group); d counts it.
+
+    Returns:
+        ``acc``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; names the argument.
+    """
+    _ops.conv_eigen_correction_(
+        acc,
+        g,
+        x,
+        U,
+        V,
+        list(kernel_size),
+        list(stride),
+        list(padding),
+        list(dilation),
+        groups,
+        alpha,
+        ones,
+    )
     return acc
 
 
@@ -366,9 +459,8 @@ def sampled_cross_entropy_gradient(
     Args:
         logits: [N, c] or [N, c, t]; float32, float64, bfloat16 or float16. One that is NaN or
             infinite makes its token's row NaN; minus infinity is a class of probability zero.
-        uniform: [N t], from [0, 1), those of a sample's tokens one after another; float64 for
-            float64 logits, else float32. torch.rand's steps of 2^-24 in float32 are what rare
-            classes' frequencies are rounded to.
+        uniform: [N t] float64, from [0, 1), those of a sample's tokens one after another. Their
+            steps, 2^-53 of torch.rand, are what rare classes' frequencies are rounded to.
         targets: [N] or [N, t] int64. Tokens whose target is ``ignore_index`` get zeros, whatever
             their logits; no other value matters. None: there is none.
         ignore_index: see ``targets``.
@@ -418,6 +510,16 @@ def _(
     acc: Tensor, jacobian: Tensor, probabilities: Tensor | None = None, alpha: float = 1.0
 ) -> None:
     _check_devices("output_hessian_", acc=acc, jacobian=jacobian, probabilities=probabilities)
+
+
+@torch.library.register_fake("hesskern::eigen_correction_")
+def _(acc: Tensor, g: Tensor, x: Tensor, U: Tensor, V: Tensor, *_: Any, **__: Any) -> None:
+    _check_devices("eigen_correction_", acc=acc, g=g, x=x, U=U, V=V)
+
+
+@torch.library.register_fake("hesskern::conv_eigen_correction_")
+def _(acc: Tensor, g: Tensor, x: Tensor, U: Tensor, V: Tensor, *_: Any, **__: Any) -> None:
+    _check_devices("conv_eigen_correction_", acc=acc, g=g, x=x, U=U, V=V)
 
 
 @torch.library.register_fake("hesskern::mirror_")

@@ -8,7 +8,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-__all__ = ["add_", "are_finite", "scale_"]
+__all__ = ["add_", "are_finite", "inverse_shifted", "scale_"]
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
@@ -48,3 +48,13 @@ def scale_(targets: Sequence[Tensor], factor: float | Tensor) -> None:
     for group in _alike(targets):
         chosen = [targets[i] for i in group]
         torch._foreach_mul_(chosen, factor.to(chosen[0]) if isinstance(factor, Tensor) else factor)
+
+
+def inverse_shifted(tensors: Sequence[Tensor], shifts: Sequence[float]) -> list[Tensor]:
+    """``1 / (tensor + shift)`` of every tensor with its shift."""
+    found: dict[int, Tensor] = {}
+    for group in _alike(tensors):
+        sums = torch._foreach_add([tensors[i] for i in group], [shifts[i] for i in group])
+        torch._foreach_reciprocal_(sums)
+        found.update(zip(group, sums, strict=True))
+    return [found[i] for i in range(len(tensors))]

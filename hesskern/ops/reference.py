@@ -1,7 +1,8 @@
 """Plain-torch definition of every operator's result; the tests hold both backends against it.
 
 Each function returns what its namesake in :mod:`hesskern.ops` computes (for the accumulating ones:
-the full symmetric matrix that is added), in the dtype of its inputs, memory and speed no concern.
+all that is added, of symmetric matrices both triangles), in the dtype of its inputs, memory and
+speed no concern.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "conv_eigen_correction",
     "conv_input_covariance",
+    "eigen_correction",
     "input_covariance",
     "kron_eigen_matmul",
     "kron_matmul",
@@ -77,6 +80,44 @@ def output_hessian(
     p = probabilities
     weights = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
     return alpha * torch.einsum("ncit,ncb,nbjt->ij", rows, weights, rows)
+
+
+def eigen_correction(
+    g: Tensor, x: Tensor, U: Tensor, V: Tensor, alpha: float = 1.0, ones: bool = False
+) -> Tensor:
+    """``alpha sum_nr (U^T (sum_t g_nrt x_nt^T) V)²`` [m, d]; shapes as in ``ops``."""
+    if x.dim() == 2:
+        x, g = x.unsqueeze(-1), g.unsqueeze(-1)
+    groups = len(U) if U.dim() == 3 else 1
+    left = U if U.dim() == 3 else U.unsqueeze(0)
+    right = V if V.dim() == 3 else V.unsqueeze(0)
+    x = x.unflatten(1, (groups, -1))
+    if ones:
+        x = torch.cat([x, torch.ones_like(x[:, :, :1])], 2)
+    g = g.unflatten(2, (groups, -1))
+    rows = torch.einsum("nrgmt,ngdt->nrgmd", g, x)
+    rotated = torch.einsum("gma,nrgmd,gdb->nrgab", left, rows, right)
+    return alpha * rotated.square().sum((0, 1)).flatten(0, 1)
+
+
+def conv_eigen_correction(
+    g: Tensor,
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+    alpha: float = 1.0,
+    ones: bool = False,
+) -> Tensor:
+    """:func:`eigen_correction` of the patches of x [N, C, H, W] or [N, C, L]; as in ``ops``."""
+    patches = unfold(x, kernel_size, stride, padding, dilation)
+    left = U if U.dim() == 3 else U.unsqueeze(0)
+    right = V if V.dim() == 3 else V.unsqueeze(0)
+    return eigen_correction(g.flatten(3), patches, left, right, alpha, ones)
 
 
 def kron_matmul(A: Tensor, B: Tensor, X: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from hesskern.pacbayes.problem import Problem
 from hesskern.pacbayes.protocol import Protocol
 from hesskern.pacbayes.published_methods import Published, PublishedSettings
 from hesskern.pacbayes.samples import Samples, collect
-from hesskern.pacbayes.settings import CertifySettings, seed_for
+from hesskern.pacbayes.settings import CertifySettings, MethodSettings, Start, seed_for
 from hesskern.pacbayes.slots import check_fixed, evaluating, slots_of, state_of
 from hesskern.pacbayes.surrogates import log_loss
 from hesskern.pacbayes.truncated_method import Truncated, TruncatedSettings
@@ -49,11 +49,18 @@ def certify(
     data: Any,
     method: Method | Literal["natural"] = "truncated",
     *,
+    epochs: int | None = None,
+    minutes: float | None = None,
+    protocol: Protocol | None = None,
+    settings: MethodSettings | None = None,
+    start: Start | None = None,
+    seed: int = 0,
+    n: int | None = None,
+    prior_record: Mapping[str, Any] | None = None,
     prior_data: Any = None,
     checkpoint: str | Path | None = None,
     test: Any = None,
     progress: bool | Progress = False,
-    **options: Any,
 ) -> Certificate:
     """Optimizes a posterior and draws its certificate, once, with fresh noise.
 
@@ -67,14 +74,13 @@ def certify(
         prior: module or state dict that holds w0, the prior's centre; fixed before the data.
         data: the training samples, each once: batches (inputs, targets [B] of class indices).
         method: "truncated" (ours), or a published one: "base", "appr", "iter", "iter_d", "iter_m".
+        epochs, minutes, protocol, settings, start, seed, n, prior_record: see
+            :class:`~hesskern.pacbayes.settings.CertifySettings`, whose fields they are.
         prior_data: the samples that the prior was trained on, if it was: a data-dependent prior.
             None of them may be among ``data``, which alone count as n.
         checkpoint: file from which an interrupted optimization goes on, and to which it is saved.
         test: samples that took no part, for an error beside the certificate, of the same networks.
         progress: see :func:`hesskern.progress.reporter`.
-        options: the other fields of :class:`~hesskern.pacbayes.settings.CertifySettings`:
-            ``epochs`` or ``minutes``, ``protocol``, ``settings`` (of the method), ``start``,
-            ``seed``, ``n``, ``prior_record``.
 
     Returns:
         a verified :class:`Certificate`.
@@ -87,7 +93,7 @@ def certify(
         TypeError: arguments of a wrong type.
     """
     return certify_with(
-        CertifySettings(method, **options),
+        CertifySettings(method, epochs, minutes, protocol, settings, start, seed, n, prior_record),
         model,
         prior,
         data,

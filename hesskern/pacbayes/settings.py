@@ -13,7 +13,7 @@ from hesskern.pacbayes.protocol import OURS, PUBLISHED, RENAMED, Protocol
 from hesskern.pacbayes.published_methods import PublishedSettings
 from hesskern.pacbayes.truncated_method import TruncatedSettings
 
-__all__ = ["CertifySettings", "MethodSettings", "seed_for"]
+__all__ = ["CertifySettings", "MethodSettings", "Start", "seed_for"]
 
 Start = Literal["prior", "model"]
 

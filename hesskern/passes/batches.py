@@ -22,10 +22,13 @@ __all__ = [
     "no_samples",
     "pair",
     "sample_count",
+    "samples_of",
 ]
 
 # Entries of a dict whose first axis counts the samples.
 _BY_SAMPLE = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+# Ends of names whose values [T] count positions; [N, T] has samples, too.
+_BY_POSITION = ("cache_position", "position_ids", "token_type_ids", "attention_mask", "head_mask")
 
 
 @dataclass(frozen=True)
@@ -268,19 +271,39 @@ def halves(batch: Batch) -> list[Batch]:
         return [batch]
     if count < 2:
         return [batch]
+    return [samples_of(batch, slice(0, count // 2)), samples_of(batch, slice(count // 2, count))]
 
-    def part(value: Any, samples: slice) -> Any:
+
+def samples_of(batch: Batch, samples: slice) -> Batch:
+    """Some samples of a batch that says how many it has.
+
+    Cut are the tensors whose first axis counts the samples. What has a value for every position
+    alone, by its name, stays whole, also where there are as many positions as samples.
+    """
+    count = _leading_size(batch.inputs, batch.mask)
+
+    def part(value: Any) -> Any:
         return _mapped(value, lambda t: t[samples] if t.dim() and len(t) == count else t)
 
-    def half(samples: slice) -> Batch:
-        targets = part(batch.targets, samples)
-        same = batch.given_targets is batch.targets
-        given = targets if same else part(batch.given_targets, samples)
-        weight = part(batch.weight, samples)
-        mask = part(batch.mask, samples)
-        return Batch(batch.index, part(batch.inputs, samples), targets, given, weight, mask)
+    inputs = part(batch.inputs)
+    if isinstance(batch.inputs, Mapping):
+        whole = {key: value for key, value in batch.inputs.items() if _by_position(key, value)}
+        inputs = {**inputs, **whole}
+    targets = part(batch.targets)
+    same = batch.given_targets is batch.targets
+    return Batch(
+        batch.index,
+        inputs,
+        targets,
+        targets if same else part(batch.given_targets),
+        part(batch.weight),
+        part(batch.mask),
+    )
 
-    return [half(slice(0, count // 2)), half(slice(count // 2, count))]
+
+def _by_position(key: str, value: Any) -> bool:
+    """Whether an argument of a model has one value for every position, the same for all samples."""
+    return isinstance(value, Tensor) and value.dim() == 1 and key.endswith(_BY_POSITION)
 
 
 def sample_count(batch: Batch) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesskern.devices import on_host
+from hesskern.devices import HostCopy, on_host
 from hesskern.ops.foreach import are_finite
 
 __all__ = ["Checks", "as_weights", "check_dense"]
@@ -74,17 +74,15 @@ class _Pending:
 
     Attributes:
         values: flags (1 or 0), then the details of each condition in turn.
-        arrived: recorded behind the copy; None where nothing tells.
         mark: what the caller wants to find again should the batch turn out bad.
     """
 
-    values: Tensor
+    values: HostCopy
     conditions: list[_Condition]
-    arrived: torch.cuda.Event | None
     mark: Any
 
     def raise_if_bad(self) -> None:
-        values = self.values.tolist()
+        values = self.values.awaited().tolist()
         details = values[len(self.conditions) :]
         bad: dict[int, Exception] = {}
         for good, condition in zip(values, self.conditions, strict=False):
@@ -156,6 +154,11 @@ class Checks:
         self._conditions.append(_Condition(message, error, len(details), self.place()))
         return False
 
+    @property
+    def conditions(self) -> int:
+        """How many conditions of the current batch a device has yet to tell of."""
+        return len(self._conditions)
+
     def place(self) -> int:
         """A place for a condition of which more is known later, before those still to come."""
         self._places += 1
@@ -209,12 +212,7 @@ class Checks:
             alive = good.all()
             self.alive = alive if self.alive is None else self.alive & alive
             values = torch.cat([good.double(), *details]) if details else good.double()
-            arrived = None
-            host = values.to("cpu", non_blocking=True)
-            if values.is_cuda:
-                arrived = torch.cuda.Event()
-                arrived.record(torch.cuda.current_stream(values.device))
-            self._pending.append(_Pending(host, self._conditions, arrived, mark))
+            self._pending.append(_Pending(HostCopy(values), self._conditions, mark))
         self.drop()
         self.poll()
         return self.alive
@@ -231,7 +229,7 @@ class Checks:
         Raises:
             the first error among them.
         """
-        while self._pending and self._pending[0].arrived and self._pending[0].arrived.query():
+        while self._pending and self._pending[0].values.arrived:
             self._look()
 
     def settle(self) -> None:
@@ -241,9 +239,6 @@ class Checks:
             the first error among them.
         """
         while self._pending:
-            arrived = self._pending[0].arrived
-            if arrived is not None:
-                arrived.synchronize()
             self._look()
         self.alive = None
 

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from hesskern.choices import Output
 from hesskern.graph.evidence import Evidence
-from hesskern.passes.batches import Batch, batches
+from hesskern.passes.batches import Batch, batches, halves
 from hesskern.passes.capture import Capture
 from hesskern.passes.checks import Checks
+from hesskern.passes.diagonals import DiagonalCapture
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.losses import Loss
@@ -35,7 +36,14 @@ from hesskern.passes.roots import BatchRoots
 from hesskern.portable import ModelRun
 from hesskern.progress import Progress
 
-__all__ = ["DataPass", "RepeatedPass", "once_only", "stored_or_anew", "with_less_memory"]
+__all__ = [
+    "DataPass",
+    "RepeatedPass",
+    "once_only",
+    "stored_or_anew",
+    "whole_or_halves",
+    "with_less_memory",
+]
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -54,8 +62,9 @@ class DataPass:
         loss, specs: what gives the root rows, and the layers by name.
         evidence: of which rows belong to which samples; shared by passes of one model.
         progress, description: told after every batch, and what a bar says.
-        examine, kept, unfit, linear_use: as in :class:`hesskern.passes.capture.Capture`.
-        position_mask: as in :func:`hesskern.kronecker_factors`.
+        examine, kept, unfit, linear_use, diagonals: as in :class:`hesskern.passes.capture.Capture`.
+        position_mask, output, mc_samples, seed: as in :func:`hesskern.kronecker_factors`. The same
+            rows are drawn in every pass.
         count: weighted number of samples, behind the last batch.
     """
 
@@ -72,9 +81,15 @@ class DataPass:
     unfit: dict[str, str] = field(default_factory=dict)
     linear_use: bool = False
     position_mask: Callable[[Any], Any] | None = None
+    output: Output = "exact"
+    mc_samples: int = 1
+    seed: int = 0
+    diagonals: DiagonalCapture | None = None
 
     def __post_init__(self) -> None:
         self.count = 0.0
+        # Which batch's sample was asked on a device.
+        self._asked: int | None = None
         self.checks = Checks()
         self.capture = Capture(
             self.model,
@@ -85,6 +100,7 @@ class DataPass:
             self.loss.run,
             unfit=self.unfit,
             linear_use=self.linear_use,
+            diagonals=self.diagonals,
         )
 
     def __enter__(self) -> DataPass:
@@ -98,12 +114,13 @@ class DataPass:
 
     def __iter__(self) -> Iterator[tuple[Batch, BatchRoots]]:
         count: float | Tensor = 0.0
+        generator = torch.Generator().manual_seed(self.seed)
         for batch in self.batches():
-            roots = self.roots(batch, "exact", 1, torch.Generator())
+            roots = self.roots(batch, self.output, self.mc_samples, generator)
             count = count + roots.count
             yield batch, roots
             self.checks.close()
-        self.checks.settle()
+        self.settle()
         self.count = float(count)
 
     def batches(self) -> Iterator[Batch]:
@@ -121,9 +138,27 @@ class DataPass:
         sums_follow: bool = False,
     ) -> BatchRoots:
         """Runs the model on a batch; arguments as those of :class:`BatchRoots`."""
-        return BatchRoots(
+        roots = BatchRoots(
             self.capture, batch, self.loss, output, samples, generator, self.checks, sums_follow
         )
+        # Once more where a batch that ran out of memory comes again, in parts.
+        if not self.evidence.compared and self._asked in (None, batch.index):
+            self._compare(batch, roots.outputs)
+        return roots
+
+    def _compare(self, batch: Batch, outputs: Tensor) -> None:
+        """The loss with the model's own, until a batch tells."""
+        conditions = self.checks.conditions
+        with self.capture.aside():
+            self.evidence.compared = self.loss.compare(self.model, batch, outputs, self.checks)
+        if self.checks.conditions > conditions:
+            # A device, whose answer comes later.
+            self._asked = batch.index
+
+    def settle(self) -> None:
+        """Behind the last batch: looks at all conditions, or raises the first error among them."""
+        self.checks.settle()
+        self.evidence.compared |= self._asked is not None
 
 
 @dataclass
@@ -133,7 +168,7 @@ class RepeatedPass(ModelRun):
     Attributes:
         model, data, loss, specs, sample_weight, evidence: as in :class:`DataPass`.
         budget: bytes of samples that may be kept at a time.
-        position_mask: as in :class:`DataPass`.
+        position_mask, output, mc_samples, seed: as in :class:`DataPass`.
     """
 
     model: nn.Module
@@ -144,6 +179,9 @@ class RepeatedPass(ModelRun):
     evidence: Evidence
     budget: int
     position_mask: Callable[[Any], Any] | None = None
+    output: Output = "exact"
+    mc_samples: int = 1
+    seed: int = 0
 
     def __post_init__(self) -> None:
         self.remember()
@@ -167,7 +205,15 @@ class RepeatedPass(ModelRun):
         if self.changed:
             raise RuntimeError(f"the model changed since {self._what()} was made; make it anew")
         given = self.model, self.data, self.loss, self.specs, self.sample_weight, self.evidence
-        return DataPass(*given, progress, description, position_mask=self.position_mask)
+        return DataPass(
+            *given,
+            progress,
+            description,
+            position_mask=self.position_mask,
+            output=self.output,
+            mc_samples=self.mc_samples,
+            seed=self.seed,
+        )
 
     def within_budget(
         self, pieces: Iterable[Piece], added: Callable[[Piece, Piece | None], int], whose: str
@@ -241,4 +287,33 @@ def with_less_memory(
     try:
         return attempt(budget // 4)
     except torch.OutOfMemoryError as error:
+        raise out_of_memory(error, True) from error
+
+
+def whole_or_halves(
+    batch: Batch, attempt: Callable[[Batch, bool], Result], undo: Callable[[], None]
+) -> list[Result]:
+    """What is made of a batch; of its halves, one after the other, where memory does not suffice.
+
+    Args:
+        batch: of a pass.
+        attempt: makes it of a batch, told whether that is the whole one.
+        undo: takes back what a failed attempt has left.
+
+    Raises:
+        torch.OutOfMemoryError: for the halves, too, or the batch cannot be halved; says what to do.
+    """
+    try:
+        return [attempt(batch, True)]
+    except torch.OutOfMemoryError as error:
+        parts = halves(batch)
+        if len(parts) == 1:
+            raise out_of_memory(error, False) from error
+    # Behind the except clause, whose error holds on to the tensors of the failed attempt.
+    undo()
+    release()
+    try:
+        return [attempt(part, False) for part in parts]
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        # Something in the batch may not be cut by samples.
         raise out_of_memory(error, True) from error

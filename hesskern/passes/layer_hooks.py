@@ -45,6 +45,7 @@ class LayerHooks:
 
     Attributes:
         copy: whether layers read copies, which no later operation in place overwrites.
+        paused: whether calls are not looked at.
         called: layers that have run with gradients.
         without_gradients: layers that have run without.
         shapes: of weights that are computed.
@@ -57,7 +58,7 @@ class LayerHooks:
         self, modules: Mapping[str, nn.Module], names: Iterable[str], leaves: Collection[str]
     ) -> None:
         self._leaves = leaves
-        self.copy = False
+        self.copy = self.paused = False
         self.called: set[str] = set()
         self.without_gradients: set[str] = set()
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -97,6 +98,8 @@ class LayerHooks:
 
     def _behind(self, name: str, attribute: str) -> Any:
         def hook(module: nn.Module, args: Any, z: Any) -> Tensor | None:
+            if self.paused:
+                return None
             if not torch.is_grad_enabled():
                 self.without_gradients.add(name)
                 return None

@@ -18,7 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.devices import on_host, sent
-from hesskern.passes.batches import Parts, pair
+from hesskern.passes.batches import Batch, Parts, pair
 from hesskern.passes.checks import Checks, check_dense
 from hesskern.passes.forward_pass import run_model
 
-__all__ = ["MOST_ROWS", "Loss", "Rows", "resolve_loss", "with_root"]
+__all__ = ["MOST_ROWS", "Loss", "Rows", "Unread", "resolve_loss", "with_root"]
 
 MOST_ROWS = 2**16
 """Exact root rows per sample, each a backward pass, beyond which a loss refuses to give them."""
@@ -51,6 +51,18 @@ class Rows:
 
     count: int
     row: Callable[[int], Tensor]
+
+
+class Unread(NamedTuple):
+    """Tokens without a term in the loss.
+
+    Attributes:
+        tokens: [N, T] bool.
+        axis: of the outputs, in which a token's classes stand.
+    """
+
+    tokens: Tensor
+    axis: int
 
 
 class Loss(ABC):
@@ -77,6 +89,24 @@ class Loss(ABC):
     def run(self, model: nn.Module, inputs: Any) -> Tensor:
         """The model's outputs [N, ...] for the inputs of a batch."""
         return run_model(model, inputs)
+
+    def compare(self, model: nn.Module, batch: Batch, outputs: Tensor, checks: Checks) -> bool:
+        """Refuses a model whose own loss is known to be another one.
+
+        Args:
+            model: as it runs in the pass.
+            batch: gave the outputs.
+            outputs: [N, ...].
+            checks: of the pass.
+
+        Returns:
+            whether it need not be looked at again: the host has seen it, or there is nothing to
+            see. False where a device has yet to tell, or the batch does not.
+
+        Raises:
+            ValueError: on the host, where the model's own loss takes its targets otherwise.
+        """
+        return True
 
     @abstractmethod
     def check(self, outputs: Tensor, targets: Any, checks: Checks) -> Any:
@@ -113,16 +143,35 @@ class Loss(ABC):
         return None
 
     def empirical(self, outputs: Tensor, targets: Any) -> Rows:
-        """One row: the gradient of the sample's loss at its own target, times the root of terms."""
+        """One row: the gradient of the sample's loss at its own target, times the root of terms.
+
+        As other rows it is rounded to the outputs' dtype only once that is done: the gradient of a
+        mean over T terms leaves the range of float16, and so may T.
+        """
+        return self._gradient(outputs, targets, _wide(outputs.dtype))
+
+    def _gradient(self, outputs: Tensor, targets: Any, dtype: torch.dtype) -> Rows:
+        """:meth:`empirical`, differentiated in a dtype."""
         with torch.enable_grad():
-            free = outputs.detach().requires_grad_()
+            # A copy even where nothing changes would be an operation.
+            free = outputs.detach() if outputs.dtype == dtype else outputs.detach().to(dtype)
+            free.requires_grad_()
             total = self.per_sample(free, targets).sum()
             (gradient,) = torch.autograd.grad(total, free)
+        unread = self.unread(outputs, targets)
+        if unread is not None:
+            # What is no number there stays one, also times zero.
+            gradient = gradient.masked_fill(unread.tokens.unsqueeze(unread.axis), 0)
         terms = self._terms(outputs, targets)
         if terms is not None:
             roots = terms.to(gradient.dtype).sqrt()
             gradient = gradient * roots.reshape(-1, *(1,) * (gradient.dim() - 1))
+        gradient = gradient if dtype == outputs.dtype else gradient.to(outputs.dtype)
         return Rows(1, lambda _: gradient)
+
+    def unread(self, outputs: Tensor, targets: Any) -> Unread | None:
+        """Tokens on whose outputs the loss does not depend; None where there are no tokens."""
+        return None
 
     def _terms(self, outputs: Tensor, targets: Any) -> Tensor | None:
         """[N] or [1]: terms that the sample's loss is the mean of; None where it is no mean."""
@@ -382,6 +431,11 @@ class _CrossEntropy(Loss):
             return torch.ones(size, dtype=torch.bool, device=outputs.device)
         return _per_sample(self._unmasked(targets))
 
+    def unread(self, outputs: Tensor, targets: Any) -> Unread | None:
+        if outputs.dim() != 3 or targets.is_floating_point():
+            return None
+        return Unread(~self._unmasked(targets), 1)
+
     def counted(self, outputs: Tensor, targets: Any) -> Tensor | None:
         if targets.is_floating_point():
             return None
@@ -409,6 +463,8 @@ class _CrossEntropy(Loss):
         c, tokens = flat.shape[1:]
         count = _check_count(tokens * (c - 1), outputs)
         p = flat.softmax(1)
+        if self.unread(outputs, targets) is not None:
+            p.masked_fill_(~self._mask(outputs, targets).unsqueeze(1), 0)
         # Summed from the small end: 1 - p_1 - ... - p_j would lose all digits of a small tail.
         sums = p.flip(1).cumsum(1).flip(1)
         tail = torch.cat([sums[:, 1:], torch.zeros_like(sums[:, :1])], dim=1)
@@ -452,10 +508,7 @@ class _CrossEntropy(Loss):
         terms = self._terms(outputs, targets) if tokens > 1 else None
         # Drawn on the host, and therefore the same on every device.
         uniform = torch.rand(
-            len(outputs) * tokens,
-            samples,
-            generator=generator,
-            dtype=_wide(outputs.dtype),
+            len(outputs) * tokens, samples, generator=generator, dtype=torch.float64
         ).to(outputs.device, non_blocking=True)
 
         def row(index: int) -> Tensor:
@@ -590,8 +643,9 @@ class _BinaryCrossEntropy(_Elementwise):
         self, outputs: Tensor, scale: float, generator: torch.Generator
     ) -> Tensor:
         p = outputs.sigmoid()
-        uniform = torch.rand(p.shape, generator=generator, dtype=p.dtype)
-        drawn = sent(uniform, p.device) < p
+        # In float32 numbers have steps of 2^-24, and rarer classes would never be drawn.
+        uniform = torch.rand(p.shape, generator=generator, dtype=torch.float64)
+        drawn = sent(uniform, p.device) < outputs.double().sigmoid()
         # Not p - 1, which has no digits left where p is nearly 1.
         return torch.where(drawn, (-outputs).sigmoid().neg_(), p).mul_(scale)
 
@@ -656,7 +710,8 @@ class _Custom(Loss):
                 "output='empirical' needs a loss with a gradient; output_root only gives its "
                 "curvature (give the loss object a method per_sample(outputs, targets) -> [N])"
             )
-        return super().empirical(outputs, targets)
+        # In the dtype that its own code was written for.
+        return self._gradient(outputs, targets, outputs.dtype)
 
     @property
     def _own_per_sample(self) -> Callable[..., Tensor] | None:

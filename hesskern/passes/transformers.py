@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from hesskern import ops
 from hesskern.choices import check_choice
 from hesskern.devices import on_host
-from hesskern.passes.batches import Parts, pair
+from hesskern.passes.batches import Batch, Parts, pair, samples_of
 from hesskern.passes.checks import Checks, check_dense
 from hesskern.passes.forward_pass import checked_outputs, run_model
-from hesskern.passes.losses import Loss, Rows, resolve_loss
+from hesskern.passes.losses import Loss, Rows, Unread, resolve_loss
+from hesskern.passes.own_loss import check_alignment
 
 __all__ = [
     "CausalLM",
@@ -47,8 +48,11 @@ ProblemType = Literal["regression", "single_label_classification", "multi_label_
 _LABELS = "labels"
 # Labels that have no term in the loss.
 _IGNORED = -100
-# Models (config.model_type) with a language model's head whose own loss does not shift labels.
-_AT_THEIR_POSITIONS = frozenset({"xlnet", "xlm", "flaubert"})
+# Models (config.model_type) with a language model's head whose own loss does not shift labels, and
+# may be more than one cross-entropy. That of others is compared as it runs.
+_AT_THEIR_POSITIONS = frozenset({"xlnet", "xlm", "flaubert", "prophetnet"})
+# Arguments that are another way to say what the labels weigh.
+_COUNTS = "num_items_in_batch"
 
 _CROSS_ENTROPY = resolve_loss(nn.CrossEntropyLoss())
 _LOSSES: dict[str, Loss] = {
@@ -130,11 +134,15 @@ class _TransformersLoss(Loss):
     def run(self, model: nn.Module, inputs: Any) -> Tensor:
         return self._logits(model, inputs)
 
+    def _called(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """What the model returns, called as it is to be."""
+        return model(inputs) if self.call == "dict" else model(**inputs)
+
     def _logits(self, model: nn.Module, inputs: Any) -> Tensor:
         """[N, ...] of the model, called as it is to be."""
         if not isinstance(inputs, Mapping):
             return run_model(model, inputs)
-        result = model(inputs) if self.call == "dict" else model(**inputs)
+        result = self._called(model, inputs)
         if isinstance(result, tuple) and result and not hasattr(result, "logits"):
             # Of return_dict=False, without a loss in front.
             result = result[0]
@@ -217,6 +225,40 @@ class _TokenLoss(_TransformersLoss):
             )
         return targets
 
+    def compare(self, model: nn.Module, batch: Batch, outputs: Tensor, checks: Checks) -> bool:
+        if not isinstance(batch.inputs, Mapping) or _configured(model, "model_type") is None:
+            return True
+        if not len(outputs) or outputs.shape[1] < 2:
+            # One position has no neighbour to be told from.
+            return False
+        chosen = _longest(batch)
+        one = samples_of(batch, slice(chosen, chosen + 1))
+        given = dict(self._given(model, one.inputs))
+        given.pop(_COUNTS, None)
+        here, there = ("shifts labels", "takes them at their positions")
+        if not self._shifts:
+            here, there = ("takes labels at their positions", "shifts them")
+
+        def message(own: float, ours: float) -> str:
+            return (
+                f"{self._name} {here}, but the model's own loss {there}: for one label of batch "
+                f"{batch.index} that is {own:.6g}, {self._name}'s would be {ours:.6g}; "
+                f"{self._instead}"
+            )
+
+        def run(labels: Tensor) -> Any:
+            return self._called(model, {**given, _LABELS: labels})
+
+        return check_alignment(model, run, outputs[chosen], self._shifts, message, checks)
+
+    # Whether the logits of position t are compared with the label of t + 1.
+    _shifts = False
+    _instead = "pass hk.CausalLM(), which shifts them too"
+
+    def _given(self, model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The model's arguments, without labels."""
+        return inputs
+
     def counted(self, outputs: Tensor, targets: Any) -> Tensor | None:
         labelled = targets != _IGNORED
         if self.weighs:
@@ -245,9 +287,8 @@ class _TokenLoss(_TransformersLoss):
         logits = outputs.detach().reshape(n * tokens, classes)
         each = self._labelled(targets).unsqueeze(1).expand(n, tokens).reshape(-1)
         labels = targets.reshape(-1)
-        wide = torch.float64 if outputs.dtype == torch.float64 else torch.float32
         # Drawn on the host, and therefore the same on every device.
-        uniform = torch.rand(n * tokens, samples, generator=generator, dtype=wide)
+        uniform = torch.rand(n * tokens, samples, generator=generator, dtype=torch.float64)
         uniform = uniform.to(outputs.device, non_blocking=True)
 
         def row(index: int) -> Tensor:
@@ -257,12 +298,8 @@ class _TokenLoss(_TransformersLoss):
 
         return Rows(samples, row)
 
-    def empirical(self, outputs: Tensor, targets: Any) -> Rows:
-        # As sampled rows, they are rounded to the outputs' dtype only once divided by the root of
-        # T: the mean's gradient (p - y) / T leaves the range of float16, and so may T.
-        wide = torch.float64 if outputs.dtype == torch.float64 else torch.float32
-        rows = super().empirical(outputs.to(wide), targets)
-        return Rows(rows.count, lambda j: rows.row(j).to(outputs.dtype))
+    def unread(self, outputs: Tensor, targets: Any) -> Unread | None:
+        return Unread(targets == _IGNORED, 2)
 
     def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
         n, tokens, classes = outputs.shape
@@ -300,10 +337,12 @@ class CausalLM(_TokenLoss):
             are no integers.
         ValueError: an unknown ``reduction`` or ``call``. In a pass: the batch has no labels, or
             they do not fit the logits [N, T, V]; the attention mask is not [N, T] and no
-            ``position_mask`` gives another; the model is an encoder-decoder, or XLNet, XLM or
-            Flaubert, whose own losses do not shift labels.
+            ``position_mask`` gives another; the model is an encoder-decoder, or one whose own loss
+            does not shift labels (XLNet, ``BartForCausalLM``).
     """
 
+    _shifts = True
+    _instead = "pass hk.MaskedLM(), which does so too"
     _how_to_label = (
         "For a language model's own text, labels = input_ids.masked_fill(attention_mask == 0, "
         "-100), or DataCollatorForLanguageModeling(tokenizer, mlm=False)"
@@ -386,7 +425,19 @@ class Seq2SeqLM(_TokenLoss):
             )
         return {**inputs, _LABELS: labels}
 
+    _instead = (
+        "let split= give the 'decoder_input_ids' that the model makes of the labels, and the "
+        "labels moved by one position to the left"
+    )
+
+    def compare(self, model: nn.Module, batch: Batch, outputs: Tensor, checks: Checks) -> bool:
+        # With split= the labels are where the caller has put them.
+        return self.split is not None or super().compare(model, batch, outputs, checks)
+
     def run(self, model: nn.Module, inputs: Any) -> Tensor:
+        return self._logits(model, self._given(model, inputs))
+
+    def _given(self, model: nn.Module, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         given = dict(inputs)
         labels = given.pop(_LABELS)
         if given.get("decoder_input_ids") is None and given.get("decoder_inputs_embeds") is None:
@@ -397,7 +448,7 @@ class Seq2SeqLM(_TokenLoss):
                     "prepare_decoder_input_ids_from_labels that makes them of the labels"
                 )
             given["decoder_input_ids"] = make(labels=labels)
-        return self._logits(model, given)
+        return given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -512,6 +563,14 @@ class SequenceClassification(_TransformersLoss):
 
 
 ImageClassification = SequenceClassification
+
+
+def _longest(batch: Batch) -> int:
+    """A sample that is not all padding, where the host can tell."""
+    mask = batch.mask
+    if isinstance(mask, Tensor) and mask.dim() == 2 and on_host(mask) and mask.numel():
+        return int((mask != 0).sum(1).argmax())
+    return 0
 
 
 def _configured(model: nn.Module, name: str) -> Any:

@@ -39,6 +39,8 @@ KNOWN_MODELS = (
     "lenet5 (-w80: that many outputs of fc1; -bn), vgg11-w32 and resnet18-w16 "
     "(channels of the first convolution; -bn), module:function"
 )
+DEFAULT_MODELS = {"digits": "f64x2", "mnist": "f200x2", "cifar10": "lenet5"}
+"""The network that a command takes for a data set."""
 
 
 def fully_connected(

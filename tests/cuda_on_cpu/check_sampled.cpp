@@ -36,7 +36,7 @@ void sampled(const char* type, const Case& s, int processors) {
   const int64_t size = s.n * s.c * s.t, step = 3, uniform_step = 2;
   const ClassStrides in = strides_of(s, step), to = strides_of(s, 1);
   const Memory<In> logits(size * step), out(size);
-  const Memory<T> uniform(s.n * s.t * uniform_step);
+  const Memory<double> uniform(s.n * s.t * uniform_step);
   const Memory<int64_t> targets(s.n * s.t), terms(s.n);
   const auto place = [&](const ClassStrides& strides, int64_t n, int64_t k, int64_t t) {
     return n * strides.sample + k * strides.label + t * strides.position;
@@ -47,8 +47,7 @@ void sampled(const char* type, const Case& s, int processors) {
     for (int64_t t = 0; t < s.t; ++t) {
       const int64_t index = n * s.t + t;
       targets[index] = s.masked && index % 3 == 1 ? kIgnored : index % s.c;
-      uniform[index * uniform_step] =
-          static_cast<T>(s.uniform >= 0 ? s.uniform : 0.999 * even(generator()));
+      uniform[index * uniform_step] = s.uniform >= 0 ? s.uniform : 0.999 * even(generator());
       for (int64_t k = 0; k < s.c; ++k) {
         double value = 2 * normal();
         const bool one = k == s.c / 2;
@@ -103,7 +102,7 @@ void sampled(const char* type, const Case& s, int processors) {
       for (int64_t k = s.c - 1; k >= 0 && p[k] == 0; --k) drawn = k - 1;
       for (int64_t k = 0; k < s.c; ++k) {
         up_to += p[k] / total;
-        if (up_to > static_cast<double>(uniform[index * uniform_step])) {
+        if (up_to > uniform[index * uniform_step]) {
           drawn = k;
           break;
         }
@@ -138,8 +137,9 @@ void in_all_orders(const char* type) {
 // A class that is nearly certain and drawn: 1 - p to all digits, which p - 1 has not.
 void certain() {
   multiprocessor_count_is(1);
-  const Memory<float> logits(2), out(2), uniform(1);
-  logits[0] = 20, logits[1] = 0, uniform[0] = 0.5f;
+  const Memory<float> logits(2), out(2);
+  const Memory<double> uniform(1);
+  logits[0] = 20, logits[1] = 0, uniform[0] = 0.5;
   SampledCrossEntropy<float, float> call{};
   call.logits = logits.data(), call.out = out.data();
   call.samples = call.positions = 1, call.classes = 2;

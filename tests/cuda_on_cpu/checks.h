@@ -18,6 +18,7 @@ void check_block_gram(bool few);
 void check_centre_split(bool few);
 void check_max_pool(bool few);
 void check_mirror(bool few);
+void check_squares(bool few);
 void check_sampled_cross_entropy(bool few);
 void check_products(bool few);
 void check_pack_along_k(bool few);

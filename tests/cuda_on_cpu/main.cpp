@@ -25,6 +25,7 @@ int main(int count, char** arguments) {
   namespace check = hesskern::cuda::check;
   const std::vector<std::pair<std::string, void (*)(bool)>> all = {
       {"mirror", check::check_mirror},
+      {"squares", check::check_squares},
       {"max_pool", check::check_max_pool},
       {"core", check::check_core},
       {"input_covariance", check::check_input_covariance},

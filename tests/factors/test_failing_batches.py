@@ -232,6 +232,10 @@ Call = Callable[[nn.Module, Any], Any]
 CALLS: dict[str, Call] = {
     "factors": lambda m, data: hk.kronecker_factors(m, data, CE, bias="joint"),
     "sampled factors": lambda m, data: hk.kronecker_factors(m, data, CE, output="mc"),
+    "ekfac": lambda m, data: hk.ekfac(m, data, CE, output="exact", bias="joint"),
+    "corrections": lambda m, data: hk.ekfac(
+        m, data, CE, output="exact", factors=hk.kronecker_factors(m, fragile_data()[:1], CE)
+    ),
     "hessians": lambda m, data: hk.layer_hessians(m, data, CE),
     "pruned hessians": lambda m, data: hk.layer_hessians(m, data, CE, tolerance=0.1),
     "autograd": lambda m, data: (

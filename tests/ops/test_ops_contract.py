@@ -32,9 +32,11 @@ from hesskern import ops
 
 
 def uniform(count: int) -> Tensor:
-    return torch.linspace(0, 0.99, count)
+    return torch.linspace(0, 0.99, count, dtype=torch.float64)
 
 
+# Kernel size, stride, padding and dilation.
+WINDOW = ([2, 2], [1, 1], [0, 0], [1, 1])
 # Arguments of every operator; gradients go to the tensors that take one.
 SAMPLES: dict[str, list[Callable[[], tuple]]] = {
     "input_covariance_": [
@@ -56,6 +58,26 @@ SAMPLES: dict[str, list[Callable[[], tuple]]] = {
         lambda: (f32(4, 4), f32(5, 3, 4)),
         lambda: (f64(4, 4), random((5, 3, 4, 2), BF16)),
         lambda: (f32(4, 4), f32(0, 3, 4)),
+    ],
+    "eigen_correction_": [
+        lambda: (f32(4, 3), f32(6, 2, 4), f32(6, 3), f32(4, 4), f32(3, 3), 0.5),
+        lambda: (f64(4, 4), f64(5, 2, 4, 7), f64(5, 3, 7), f64(4, 4), f64(4, 4), -1.0, True),
+        lambda: (f32(4, 3), random((5, 1, 4, 2), BF16), f32(5, 6, 2), f32(2, 2, 2), f32(2, 3, 3)),
+        lambda: (f32(4, 3), f32(0, 2, 4), f32(0, 3), f32(4, 4), f32(3, 3)),
+        lambda: (
+            f32(3, 4).t(),
+            f32(6, 5, 4).mT.unsqueeze(1),
+            f32(6, 5, 3).mT,
+            f32(4, 4),
+            f32(3, 3),
+        ),
+    ],
+    "conv_eigen_correction_": [
+        lambda: (f32(4, 8), f32(3, 1, 4, 4, 4), f32(3, 2, 5, 5), f32(4, 4), f32(8, 8), *WINDOW),
+        lambda: (
+            *(f64(4, 5), f64(2, 3, 4, 4), f64(2, 4, 7), f64(2, 2, 2), f64(2, 5, 5)),
+            *([2], [2], [1], [1], 2, 0.5, True),
+        ),
     ],
     "mirror_": [lambda: (f32(5, 5),), lambda: (f64(3, 40, 40),), lambda: (f32(9, 9)[::2, 1:6],)],
     "kron_matmul": [
@@ -99,7 +121,7 @@ SAMPLES: dict[str, list[Callable[[], tuple]]] = {
         lambda: (f32(5, 4), uniform(5)),
         lambda: (
             f64(4, 5).t(),
-            uniform(5).double(),
+            uniform(5),
             torch.tensor([0, -1, 2, 3, 9]),
             -1,
         ),
@@ -112,7 +134,14 @@ SAMPLES: dict[str, list[Callable[[], tuple]]] = {
         lambda: (f32(0, 4, 3), uniform(0)),
     ],
 }
-MUTATING = ("input_covariance_", "conv_input_covariance_", "output_hessian_", "mirror_")
+MUTATING = (
+    "input_covariance_",
+    "conv_input_covariance_",
+    "output_hessian_",
+    "eigen_correction_",
+    "conv_eigen_correction_",
+    "mirror_",
+)
 CASES = [
     pytest.param(name, sample, id=f"{name}-{i}")
     for name, samples in SAMPLES.items()
@@ -286,6 +315,23 @@ ACCUMULATING: dict[str, tuple[int, tuple[int, ...], Callable[[Tensor, Tensor], A
         lambda acc, x: ops.conv_input_covariance_(acc, x, [2, 2], [1, 1], [0, 0], [1, 1]),
     ),
     "output_hessian_": (4, (6, 3, 4), ops.output_hessian_),
+    "eigen_correction_": (
+        4,
+        (6, 4),
+        lambda acc, x: ops.eigen_correction_(acc, f32(6, 1, 4), x, f32(4, 4), f32(4, 4)),
+    ),
+    "eigen_correction_ positions": (
+        4,
+        (6, 2, 4, 5),
+        lambda acc, g: ops.eigen_correction_(acc, g, f32(6, 4, 5), f32(4, 4), f32(4, 4)),
+    ),
+    "conv_eigen_correction_": (
+        4,
+        (2, 1, 5, 5),
+        lambda acc, x: ops.conv_eigen_correction_(
+            acc, f32(2, 3, 4, 4, 4), x, f32(4, 4), f32(4, 4), *WINDOW
+        ),
+    ),
     "output_hessian_ weighted": (
         4,
         (6, 3, 4),

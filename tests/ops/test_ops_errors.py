@@ -30,6 +30,33 @@ def hessian(acc: Tensor, jacobian: Tensor, p: Tensor | None = None) -> Callable[
     return lambda: ops.output_hessian_(acc, jacobian, p)
 
 
+def correction(**other: Any) -> Callable[[], Any]:
+    """Outputs 4, inputs 3, samples 6, root rows 2; with others in the place of some."""
+    right = {
+        "acc": f32(4, 3),
+        "g": f32(6, 2, 4),
+        "x": f32(6, 3),
+        "U": f32(4, 4),
+        "V": f32(3, 3),
+    }
+    return lambda: ops.eigen_correction_(**(right | other))
+
+
+def conv_correction(**other: Any) -> Callable[[], Any]:
+    right = {
+        "acc": f32(4, 8),
+        "g": f32(2, 1, 4, 3, 3),
+        "x": IMAGE,
+        "U": f32(4, 4),
+        "V": f32(8, 8),
+        "kernel_size": [2, 2],
+        "stride": [1, 1],
+        "padding": [0, 0],
+        "dilation": [1, 1],
+    }
+    return lambda: ops.conv_eigen_correction_(**(right | other))
+
+
 def kron(*arguments: Tensor) -> Callable[[], Any]:
     return lambda: ops.kron_matmul(*arguments)
 
@@ -211,6 +238,112 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
         hessian(MEMORY[:16].view(4, 4), MEMORY[:24].view(2, 3, 4)),
         ["acc must not share memory with jacobian"],
     ),
+    # eigen_correction_
+    "correction x axes": (
+        correction(x=f32(6)),
+        ["eigen_correction_: x must be [N, d] or [N, d, t], got [6]"],
+    ),
+    "correction g axes": (
+        correction(g=f32(6, 2, 4, 1)),
+        ["g must be [N, r, m] for x [6, 3], got [6, 2, 4, 1]"],
+    ),
+    "correction g axes with positions": (
+        correction(x=f32(6, 3, 5)),
+        ["g must be [N, r, m, t] for x [6, 3, 5], got [6, 2, 4]"],
+    ),
+    "correction positions": (
+        correction(g=f32(6, 2, 4, 7), x=f32(6, 3, 5)),
+        ["x has 5 positions but g has 7"],
+    ),
+    "correction samples": (correction(x=f32(5, 3)), ["x has 5 samples but g has 6"]),
+    "correction acc": (
+        correction(acc=f32(3, 4)),
+        ["acc must be [m, d] = [4, 3] for g [6, 2, 4] and x [6, 3], got [3, 4]"],
+    ),
+    "correction acc with ones": (
+        correction(ones=True),
+        ["acc must be [m, d] = [4, 4]", "with ones, got [4, 3]"],
+    ),
+    "correction acc dtype": (
+        correction(acc=random((4, 3), BF16)),
+        ["eigen_correction_: acc must be float32 or float64, got BFloat16"],
+    ),
+    "correction acc overlaps itself": (
+        correction(acc=f32(1, 3).expand(4, 3)),
+        ["acc must have its own memory for every element"],
+    ),
+    "correction g wider": (
+        correction(g=f64(6, 2, 4)),
+        ["g is float64, so acc must be float64, got Float"],
+    ),
+    "correction x wider": (correction(x=f64(6, 3)), ["x is float64, so acc must be float64"]),
+    "correction g integer": (
+        correction(g=f32(6, 2, 4).long()),
+        ["g must be a floating-point tensor, got Long"],
+    ),
+    "correction U axes": (
+        correction(U=f32(4)),
+        ["U must be [m, m] or [groups, m / groups, m / groups], got [4]"],
+    ),
+    "correction U order": (
+        correction(U=f32(3, 3)),
+        ["U must be [k, k] or [1, k, k] with k = 4 and groups = 1, got [3, 3]"],
+    ),
+    "correction V order": (
+        correction(V=f32(3, 4)),
+        ["V must be [k, k] or [1, k, k] with k = 3 and groups = 1, got [3, 4]"],
+    ),
+    "correction groups of x": (
+        correction(U=f32(2, 2, 2)),
+        ["U's number of groups must divide the number of inputs 3, got 2"],
+    ),
+    "correction groups of g": (
+        correction(U=f32(3, 1, 1), x=f32(6, 9)),
+        ["groups must divide the number of outputs 4, got 3"],
+    ),
+    "correction V without groups": (
+        correction(U=f32(2, 2, 2), x=f32(6, 6)),
+        ["V must be [groups, k, k] with k = 3 and groups = 2, got [3, 3]"],
+    ),
+    "correction U dtype": (correction(U=f64(4, 4)), ["U is Double but acc is Float"]),
+    "correction V dtype": (correction(V=f32(3, 3).half()), ["V is Half but acc is Float"]),
+    "correction V is acc": (
+        correction(acc=MEMORY[:12].view(4, 3), V=MEMORY[6:15].view(3, 3)),
+        ["acc must not share memory with V"],
+    ),
+    "correction device": (
+        correction(V=f32(3, 3).to("meta")),
+        ["eigen_correction_: acc is on cpu but V is on meta"],
+    ),
+    # conv_eigen_correction_
+    "conv correction x axes": (
+        conv_correction(x=X54),
+        ["conv_eigen_correction_: x must be [N, C, L] or [N, C, H, W], got [5, 4]"],
+    ),
+    "conv correction stride": (
+        conv_correction(stride=[1]),
+        ["conv_eigen_correction_: stride must have 2 entries", "[1]"],
+    ),
+    "conv correction g": (
+        conv_correction(g=f32(2, 1, 4, 4, 3)),
+        ["g must be [N, r, m, Ho, Wo] with 3 x 3 positions for x [2, 2, 4, 4]", "[2, 1, 4, 4, 3]"],
+    ),
+    "conv correction g axes": (
+        conv_correction(g=f32(2, 1, 4, 9)),
+        ["g must be [N, r, m, Ho, Wo] with 3 x 3 positions"],
+    ),
+    "conv correction acc": (
+        conv_correction(acc=f32(4, 2)),
+        ["acc must be [m, d] = [4, 8]", "got [4, 2]"],
+    ),
+    "conv correction groups": (
+        conv_correction(groups=2, acc=f32(4, 4)),
+        ["U must be [groups, k, k] with k = 2 and groups = 2, got [4, 4]"],
+    ),
+    "conv correction device": (
+        conv_correction(U=f32(4, 4).to("meta")),
+        ["conv_eigen_correction_: acc is on cpu but U is on meta"],
+    ),
     # mirror_
     "mirror vector": (
         lambda: ops.mirror_(f32(4)),
@@ -366,51 +499,51 @@ BAD: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     # sampled_cross_entropy_gradient
     "sampled logits": (
-        sampled(f32(5), f32(5)),
+        sampled(f32(5), f64(5)),
         ["sampled_cross_entropy_gradient: logits must be [N, c] or [N, c, t], got [5]"],
     ),
     "sampled dtype": (
-        sampled(X54.int(), f32(5)),
+        sampled(X54.int(), f64(5)),
         ["logits must be float32, float64, bfloat16 or float16, got Int"],
     ),
     "sampled uniform": (
-        sampled(f32(5, 4, 2), f32(5)),
+        sampled(f32(5, 4, 2), f64(5)),
         ["uniform must be [N t] = [10] for logits [5, 4, 2], got [5]"],
     ),
     "sampled uniform dtype": (
-        sampled(X54.double(), f32(5)),
-        ["uniform must be Double for logits of Double, got Float"],
+        sampled(X54, f32(5)),
+        ["uniform must be float64, got Float"],
     ),
     "sampled uniform device": (
-        sampled(X54, f32(5).to("meta")),
+        sampled(X54, f64(5).to("meta")),
         ["sampled_cross_entropy_gradient: logits is on cpu but uniform is on meta"],
     ),
     "sampled targets": (
-        sampled(X54, f32(5), torch.zeros(5, 1).long()),
+        sampled(X54, f64(5), torch.zeros(5, 1).long()),
         ["targets must be [N] for logits [5, 4], got [5, 1]"],
     ),
     "sampled targets with positions": (
-        sampled(f32(5, 4, 2), f32(10), torch.zeros(5).long()),
+        sampled(f32(5, 4, 2), f64(10), torch.zeros(5).long()),
         ["targets must be [N, t] for logits [5, 4, 2], got [5]"],
     ),
     "sampled targets dtype": (
-        sampled(X54, f32(5), torch.zeros(5).int()),
+        sampled(X54, f64(5), torch.zeros(5).int()),
         ["targets must be int64, got Int"],
     ),
     "sampled targets device": (
-        sampled(X54, f32(5), torch.zeros(5).long().to("meta")),
+        sampled(X54, f64(5), torch.zeros(5).long().to("meta")),
         ["logits is on cpu but targets is on meta"],
     ),
     "sampled terms": (
-        sampled(X54, f32(5), None, -100, torch.ones(4).long()),
+        sampled(X54, f64(5), None, -100, torch.ones(4).long()),
         ["terms must be [N] = [5], got [4]"],
     ),
     "sampled terms dtype": (
-        sampled(X54, f32(5), None, -100, torch.ones(5)),
+        sampled(X54, f64(5), None, -100, torch.ones(5)),
         ["terms must be int64, got Float"],
     ),
     "sampled terms device": (
-        sampled(X54, f32(5), None, -100, torch.ones(5).long().to("meta")),
+        sampled(X54, f64(5), None, -100, torch.ones(5).long().to("meta")),
         ["logits is on cpu but terms is on meta"],
     ),
     # to_eigenbasis, from_eigenbasis: U [4, 3], V [5, 2], X [4, 5], Y [3, 2]

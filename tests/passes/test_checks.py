@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hesskern as hk
+from hesskern.devices import HostCopy
 from hesskern.passes import checks
 
 Data = list[tuple[Any, ...]]
@@ -330,8 +331,9 @@ def test_flags_that_have_arrived_are_looked_at() -> None:
 
     def pending(good: bool, done: bool, name: str) -> Any:
         condition = checks._Condition(lambda value: f"{name} {value:g}", TypeError, 1)
-        numbers = torch.tensor([float(good), 7.0], dtype=torch.float64)
-        return checks._Pending(numbers, [condition], Arrived(done), name)  # type: ignore[arg-type]
+        numbers = HostCopy(torch.tensor([float(good), 7.0], dtype=torch.float64))
+        numbers._event = Arrived(done)
+        return checks._Pending(numbers, [condition], name)
 
     found = checks.Checks()
     found._pending.extend([pending(True, True, "a"), pending(False, False, "b")])

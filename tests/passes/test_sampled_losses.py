@@ -243,3 +243,16 @@ def test_empirical_rows_of_tokens_with_narrow_labels() -> None:
     loss = resolve_loss(nn.CrossEntropyLoss())
     narrow = loss.empirical(outputs, targets.to(torch.uint8)).row(0)
     assert torch.equal(narrow, loss.empirical(outputs, targets).row(0))
+
+
+@pytest.mark.parametrize("name", ["cross-entropy", "masked tokens", "images", "bce"])
+def test_every_dtype_draws_the_same_targets(name: str) -> None:
+    """Numbers of float32 have steps of 2^-24, which rarer classes fall between."""
+    case = LOSSES[name]
+    loss, targets = resolve_loss(case.loss), case.targets(50, 1)
+    outputs = randn(50, *case.shape).float()
+
+    def rows(values: Tensor) -> Tensor:
+        return loss.sampled(values, targets, 1, torch.Generator().manual_seed(3)).row(0)
+
+    torch.testing.assert_close(rows(outputs).double(), rows(outputs.double()), rtol=1e-5, atol=1e-6)

@@ -52,6 +52,7 @@ HESSKERN_FORCE_INLINE void multiply(const BlockProduct<T>& p) {
     HESSKERN_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       T* c = p.c + i * p.c_stride + v * kWidth;
+      if (p.square) sum[i][v] *= sum[i][v];
       if (p.accumulate) {
         Vector<T, Isa> old;
         load<T, Isa>(old, c);

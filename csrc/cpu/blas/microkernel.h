@@ -7,8 +7,8 @@
 
 namespace hesskern::cpu {
 
-// C [R, columns] = A B, or C += A B. R is at most Microkernels::rows, columns at
-// most Microkernels::width.
+// C [R, columns] = A B, or C += A B, or with the squares of A B's elements. R is at most
+// Microkernels::rows, columns at most Microkernels::width.
 template <typename T>
 struct BlockProduct {
   // A by rows: element (i, k) is a[i * a_stride + (k / n) * a_jump + k % n] with
@@ -22,6 +22,7 @@ struct BlockProduct {
   T* c;        // element (i, j) is c[i * c_stride + j]
   int64_t c_stride;
   bool accumulate;
+  bool square;
   // Memory that a later step reads, fetched towards the cache meanwhile:
   // ahead_step bytes per inner index. 0: nothing to fetch.
   const char* ahead;

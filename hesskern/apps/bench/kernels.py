@@ -39,6 +39,18 @@ _LINEAR = ((8192, 200), (16384, 512), (8192, 2048))
 _OUTPUTS = ((8192, 10, 200), (2048, 10, 512))
 # Samples, classes, outputs, inputs: the layers of F-200^2.
 _LAYERS = ((60_000, 9, 200, 784), (60_000, 9, 200, 200), (60_000, 9, 10, 200))
+# Samples, root rows, positions, outputs, inputs: layers of a small GPT-2 and its head, and of a
+# network for images without positions.
+_CORRECTIONS = (
+    (8, 1, 128, 768, 256),
+    (8, 1, 128, 256, 1024),
+    (8, 1, 128, 2000, 256),
+    (8192, 1, None, 200, 784),
+    (8192, 9, None, 200, 200),
+)
+# Samples, channels, pixels per side, kernel size, padding, outputs: LeNet5's second convolution,
+# the first and the last stage of a narrow ResNet18.
+_CONV_CORRECTIONS = ((512, 6, 14, 5, 0, 16), (128, 16, 32, 3, 1, 16), (128, 128, 4, 3, 1, 128))
 
 
 def problems() -> list[Problem]:
@@ -51,6 +63,14 @@ def problems() -> list[Problem]:
         *((f"input_covariance-{d}", partial(_linear, n, d)) for n, d in _LINEAR),
         *((f"output_hessian-{m}", partial(_output, n, c, m)) for n, c, m in _OUTPUTS),
         *((f"layer_hessian-{s[2]}x{s[3]}", partial(_layer, s)) for s in _LAYERS),
+        *(
+            (f"eigen_correction-{'x'.join(str(k or 1) for k in s)}", partial(_correction, s))
+            for s in _CORRECTIONS
+        ),
+        *(
+            (f"conv_eigen_correction-{'x'.join(map(str, c))}", partial(_conv_correction, c))
+            for c in _CONV_CORRECTIONS
+        ),
     ]
     found = [Problem("kernels", key, build, relative_difference) for key, build in own]
     for path in sorted(_SCRIPTS.glob("*.py")):
@@ -175,4 +195,86 @@ def _layer(shape: tuple[int, int, int, int], settings: Settings, progress: Progr
                 limit=_AGREEMENT,
             ),
         ],
+    )
+
+
+def _basis(order: int) -> Tensor:
+    return torch.linalg.qr(_normal(order, order)).Q
+
+
+def _whole(total: Tensor) -> Tensor:
+    return total
+
+
+def _correction_pair(ours: Call, theirs: dict[str, Call]) -> list[Contender]:
+    return [
+        Contender("hesskern", lambda: ours, read=_whole),
+        *(
+            Contender(name, partial(_ready, call), read=_whole, limit=_AGREEMENT)
+            for name, call in theirs.items()
+        ),
+    ]
+
+
+def _correction(
+    shape: tuple[int, int, int | None, int, int], settings: Settings, progress: Progress
+) -> Built:
+    samples, r, t, m, d = shape
+    count = _samples(settings, samples)
+    U, V = _basis(m), _basis(d)
+    if t is None:
+        g, x = _normal(count, r, m), _normal(count, d)
+
+        def plain() -> Tensor:
+            return (g @ U).square().sum(1).T @ (x @ V).square()
+
+        torch_way = "torch, squares of rotated rows and one GEMM"
+    else:
+        # As a model keeps them: positions before features.
+        g, x = _normal(count, r, t, m).mT, _normal(count, t, d).mT
+
+        def plain() -> Tensor:
+            inputs = (x.mT @ V).unsqueeze(1)
+            return torch.matmul((g.mT @ U).mT, inputs).square().sum((0, 1))
+
+        torch_way = "torch, rotated rows, batched products, squares"
+    return (
+        f"eigen_correction_: g {list(g.shape)}, x {list(x.shape)}",
+        "standard normal rows",
+        _correction_pair(
+            lambda: ops.eigen_correction_(torch.zeros(m, d), g, x, U, V), {torch_way: plain}
+        ),
+    )
+
+
+def _conv_correction(
+    shape: tuple[int, int, int, int, int, int], settings: Settings, progress: Progress
+) -> Built:
+    count, channels, side, size, padding, m = shape
+    count = _samples(settings, count)
+    d, out = channels * size * size, side + 2 * padding - size + 1
+    x, g = _normal(count, channels, side, side), _normal(count, 1, m, out, out)
+    U, V = _basis(m), _basis(d)
+    window = ((size, size), (1, 1), (padding, padding), (1, 1))
+
+    def ours() -> Tensor:
+        return ops.conv_eigen_correction_(torch.zeros(m, d), g, x, U, V, *window)
+
+    def positions_first() -> Tensor:
+        patches = reference.unfold(x, *window).mT
+        rows = g.flatten(1, 2).flatten(2).mT
+        return torch.bmm((rows @ U).mT, patches @ V).square().sum(0)
+
+    def sums_first() -> Tensor:
+        patches = reference.unfold(x, *window).mT
+        sums = torch.bmm(g.flatten(1, 2).flatten(2), patches)
+        return (U.T @ (sums @ V)).square().sum(0)
+
+    return (
+        f"conv_eigen_correction_: x {list(x.shape)}, kernel {size} x {size}, {m} outputs",
+        "standard normal images and rows, stride 1",
+        _correction_pair(
+            ours,
+            {"torch, patches rotated first": positions_first, "torch, sums first": sums_first},
+        ),
     )

@@ -1,0 +1,350 @@
+"""Influence functions: what training on a sample does to the loss of a query."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hesskern.attribution.inverses import Curvature, curvature_of
+from hesskern.attribution.queries import LayerQueries, of_low_rank, sum_calls
+from hesskern.attribution.result import Influence
+from hesskern.attribution.sample_gradients import LayerRows, layer_rows, matrices
+from hesskern.attribution.sample_loss import SampleLoss
+from hesskern.graph.evidence import Evidence
+from hesskern.passes.batches import check_iterable, no_samples
+from hesskern.passes.data_pass import DataPass
+from hesskern.passes.layers import LayerSpec, refuse_missing
+from hesskern.passes.losses import resolve_loss
+from hesskern.passes.masks import checked_mask
+from hesskern.passes.pieces import Piece, pieces, usual_size
+from hesskern.progress import Progress, reporter
+
+__all__ = ["influence"]
+
+
+def influence(
+    E: Mapping[str, Any] | None,
+    model: nn.Module,
+    queries: Iterable[Any],
+    train: Iterable[Any],
+    loss: Any,
+    *,
+    damping: float | Mapping[str, float] | Literal["mean"] = "mean",
+    layers: str | Iterable[str] | None = None,
+    per_layer: bool = False,
+    per_token: bool = False,
+    top: int | None = None,
+    query_rank: int | None = None,
+    query_loss: Any = None,
+    batch_size: int | None = None,
+    check: bool = True,
+    position_mask: Callable[[Any], Any] | None = None,
+    progress: bool | Progress = False,
+) -> Influence:
+    """How much training on each sample of ``train`` helps each query: g_q^T (E + damping)^-1 g_n.
+
+    g_n is the gradient of sample n's own loss with respect to the layers' weights, E a curvature of
+    the loss in them, block diagonal over layers (Koh & Liang, ICML 2017; with EKFAC Grosse et al.,
+    arXiv 2308.03296). A positive score: a little more weight on the sample lowers the query's loss.
+
+    The queries' gradients are multiplied by the inverse once. Those of the training samples are
+    dotted as they appear and never all stored. Samples go through the model a fixed number at a
+    time, so that scores do not depend on how ``train`` is cut into batches: bit for bit on a CPU
+    (with the same number of threads) where the batches' samples have one shape, and on a GPU as far
+    as the model itself runs deterministically there.
+
+    Args:
+        E: of :func:`hesskern.ekfac`, factors of :func:`hesskern.kronecker_factors`, or by layer an
+            operator with a Kronecker eigenbasis. Layers with ``bias="joint"`` are recognized by
+            their shape; of a weight that an embedding shares the linear calls count, as in E. None:
+            the identity, so that scores are the gradients' own products (weights only).
+        model: any module; runs in eval mode and comes back as it was.
+        queries: data as in :func:`hesskern.kronecker_factors`.
+        train: the same; the samples that are scored, in this order. It may be an iterator. Weights
+            of samples in either are ignored: a score is that of the sample's loss with weight one.
+        loss: as in :func:`hesskern.kronecker_factors`. A sample's loss is torch's on that sample
+            alone: with several targets (tokens) their mean, or their sum where the loss has
+            ``reduction="sum"``.
+        damping: what is added to E's eigenvalues: a number, numbers by layer, or "mean", a tenth of
+            the mean of each layer's eigenvalues.
+        layers: names or patterns of the layers that count, as in
+            :func:`hesskern.kronecker_factors`; None for all of E's.
+        per_layer: scores by layer instead of their sums.
+        per_token: the part of every position of the training samples, g_nt^T P_q x_nt, which add up
+            to the sample's score. Every layer must have one row for each position.
+        top: keep each query's so many largest scores and their samples alone. Of equal scores the
+            earlier sample comes first.
+        query_rank: keep each layer's preconditioned gradient P_q of a query as the nearest matrix
+            of this rank: less memory, and cheaper products where positions are few. What that
+            leaves out is said in ``rank_errors``.
+        query_loss: of the queries, where it is another than ``loss``.
+        batch_size: samples that go through the model at a time, whatever the batches of the data.
+            None: for samples of the first one's shape a power of two up to 256, with about 4,096
+            tokens or 4 million input numbers. Batches with a tensor that has no axis of samples go
+            through as they are.
+        check: whether it is found out which rows of a layer belong to which samples; see
+            :func:`hesskern.kronecker_factors`.
+        position_mask: which positions are data, as there; for queries and training samples.
+        progress: True for a bar with the time left, or a callback (description, done, total).
+
+    Returns:
+        :class:`Influence`: ``scores`` [q, n] in float32 (float64 for a float64 model).
+
+    Raises:
+        ValueError: bad arguments; E of another model or with other shapes; damping that is negative
+            or leaves a layer singular; NaN or Inf in a query or sample (named by its number);
+            targets that do not fit; no queries or no samples. Messages begin with "queries" or
+            "train" where one of them is at fault.
+        TypeError, NotImplementedError: as in :func:`hesskern.kronecker_factors`.
+    """
+    _check_choices(per_layer, per_token, top, query_rank, batch_size)
+    for name, data in (("queries", queries), ("train", train)):
+        with _named(name):
+            check_iterable(data)
+    curvature = curvature_of(E, model, layers, damping)
+    resolved = resolve_loss(loss)
+    asked = resolved if query_loss is None else resolve_loss(query_loss)
+    report, mask, evidence = reporter(progress), checked_mask(position_mask), Evidence(check)
+    size = _size(batch_size)
+
+    def walk(
+        data: Iterable[Any],
+        of: SampleLoss,
+        description: str,
+        specs: dict[str, LayerSpec],
+        kept: Collection[str] = (),
+    ) -> _Walk:
+        run = DataPass(
+            model,
+            data,
+            of,
+            specs,
+            evidence=evidence,
+            progress=report,
+            description=f"Influence: {description}",
+            kept=kept,
+            # E has such a layer only where it was made of these calls, too.
+            linear_use=E is not None,
+            position_mask=mask,
+        )
+        return _Walk(run, of, size)
+
+    with _named("queries"):
+        first = walk(queries, SampleLoss(asked, "query"), "queries", curvature.specs)
+        gradients, count = first.gradients()
+        skipped = {**curvature.skipped, **first.run.capture.reasons}
+        refuse_missing(curvature.specs, first.run.capture.unfit)
+        if not gradients:
+            raise ValueError("no layer has a gradient here: " + _reasons(skipped))
+    prepared, errors = _prepared(curvature, gradients, query_rank)
+    specs = {name: replace(curvature.specs[name], required=True) for name in prepared}
+    kept = _Kept(count, per_layer, top)
+    with _named("train"):
+        second = walk(train, SampleLoss(resolved, "sample"), "samples", specs, specs)
+        second.score(prepared, kept, per_token)
+    scores, indices = kept.finished()
+    return Influence(
+        scores,
+        indices,
+        num_queries=count,
+        num_train=kept.total,
+        layers=tuple(specs),
+        skipped=skipped,
+        damping={name: curvature.damping[name] for name in specs if curvature.operators},
+        rank_errors=errors,
+        settings={
+            "per_token": per_token,
+            "query_rank": query_rank,
+            "batch_size": batch_size,
+            "curvature": type(E).__name__ if E is not None else None,
+        },
+    )
+
+
+@dataclass
+class _Walk:
+    """One pass over queries or training samples, a fixed number of them at a time."""
+
+    run: DataPass
+    loss: SampleLoss
+    size: Callable[[Any], int]
+
+    def _rows(self) -> Iterator[tuple[Piece, dict[str, list[LayerRows]]]]:
+        """Every piece with its layers' rows; inside the run's ``with`` block."""
+        for piece in pieces(self.run.batches(), self.size):
+            self.loss.first = piece.first
+            roots = self.run.roots(piece.batch, "empirical", 1, torch.Generator())
+            if len(roots.outputs) != piece.count:
+                raise ValueError(
+                    f"the model gives outputs {list(roots.outputs.shape)} for {piece.count} "
+                    "samples (every tensor of a batch must have its samples in the first axis)"
+                )
+            yield piece, layer_rows(roots, self.run.specs, self.loss.scale)
+            self.run.checks.close()
+        self.run.checks.settle()
+
+    def gradients(self) -> tuple[dict[str, Tensor], int]:
+        """{layer: [q, g, m/g, d]} of all samples, for the layers that one of them reaches; q."""
+        found: dict[str, list[tuple[int, Tensor]]] = {}
+        count = 0
+        with self.run:
+            for piece, layers in self._rows():
+                count = piece.first + piece.count
+                for name, calls in layers.items():
+                    rows = matrices(calls, slice(None))
+                    about = f"the gradient at layer {name!r}"
+                    self.loss.require_finite(rows, about, self.run.checks)
+                    found.setdefault(name, []).append((piece.first, rows))
+                self.run.checks.gather()
+        if not count:
+            raise no_samples()
+        gradients = {}
+        for name in self.run.specs:
+            if name in found:
+                first = found[name][0][1]
+                gradients[name] = first.new_zeros(count, *first.shape[1:])
+                for begin, rows in found.pop(name):
+                    gradients[name][begin : begin + len(rows)] = rows
+        return gradients, count
+
+    def score(self, prepared: Mapping[str, LayerQueries], kept: _Kept, per_token: bool) -> None:
+        """Hands the scores of all samples to ``kept``."""
+        with self.run:
+            for piece, layers in self._rows():
+                positions = _positions(layers) if per_token else None
+                scores = {}
+                for name, queries in prepared.items():
+                    calls = layers.get(name)
+                    if calls is None:
+                        shape = (piece.count,) if positions is None else (piece.count, positions)
+                        scores[name] = queries.zeros(*shape)
+                    elif per_token:
+                        scores[name] = sum_calls([queries.position_scores(c) for c in calls])
+                    else:
+                        scores[name] = queries.scores(calls)
+                found = kept.add(scores, piece.count)
+                self.loss.require_finite(found.transpose(0, 1), "the scores", self.run.checks)
+                self.run.checks.gather()
+        if not kept.total:
+            raise no_samples()
+
+
+class _Kept:
+    """The scores so far, or what is kept of them."""
+
+    def __init__(self, queries: int, per_layer: bool, top: int | None) -> None:
+        self._per_layer, self._top = per_layer, top
+        self._queries = queries
+        self._parts: list[dict[str, Tensor]] = []
+        self._best: tuple[Tensor, Tensor] | None = None
+        self.total = 0
+
+    def add(self, scores: dict[str, Tensor], count: int) -> Tensor:
+        """Takes scores [q, N] or [q, N, t] by layer of the next samples; gives their sums."""
+        # In float64: as many sums as there are layers cost no digit.
+        dtype = next(iter(scores.values())).dtype
+        total = sum_calls([part.double() for part in scores.values()]).to(dtype)
+        if self._top is not None:
+            index = torch.arange(self.total, self.total + count, device=total.device)
+            values, places = total, index.expand(self._queries, -1)
+            if self._best is not None:
+                values = torch.cat([self._best[0], values], 1)
+                places = torch.cat([self._best[1], places], 1)
+            # Stable: of equal scores the earlier sample's comes first.
+            values, order = values.sort(dim=1, descending=True, stable=True)
+            order = order[:, : self._top]
+            self._best = values[:, : self._top], places.gather(1, order)
+        else:
+            self._parts.append(scores if self._per_layer else {"": total})
+        self.total += count
+        return total
+
+    def finished(self) -> tuple[Tensor | dict[str, Tensor], Tensor | None]:
+        """Scores and indices as :class:`Influence` has them."""
+        if self._best is not None:
+            return self._best
+        scores = {name: _joined([part[name] for part in self._parts]) for name in self._parts[0]}
+        return (scores if self._per_layer else scores[""]), None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """[q, n] or [q, n, T] of parts of the samples, with zeros behind shorter ones' positions."""
+    if parts[0].dim() == 3:
+        longest = max(part.shape[2] for part in parts)
+        parts = [nn.functional.pad(part, (0, longest - part.shape[2])) for part in parts]
+    return torch.cat(parts, 1)
+
+
+def _positions(layers: Mapping[str, list[LayerRows]]) -> int:
+    """How many positions all layers have."""
+    found = {name: call.positions for name, calls in layers.items() for call in calls}
+    if len(set(found.values())) > 1:
+        text = ", ".join(f"{name!r} has {count}" for name, count in found.items())
+        raise ValueError(
+            f"per_token needs layers with one row for each position, but {text}; leave some out "
+            "with layers=[...]"
+        )
+    return next(iter(found.values()), 1)
+
+
+def _prepared(
+    curvature: Curvature, gradients: dict[str, Tensor], rank: int | None
+) -> tuple[dict[str, LayerQueries], Tensor | None]:
+    """Every layer's preconditioned queries, and [q] what their rank leaves out; empties."""
+    prepared = {}
+    lost: list[Tensor] = []
+    whole: list[Tensor] = []
+    with torch.no_grad():
+        for name in list(gradients):
+            queries = LayerQueries(curvature.solve(name, gradients.pop(name)))
+            if rank is not None:
+                assert queries.matrices is not None
+                whole.append(queries.matrices.double().square().sum((1, 2, 3)))
+                queries, error = of_low_rank(queries, rank)
+                lost.append(error)
+            prepared[name] = queries
+    if rank is None:
+        return prepared, None
+    tiny = torch.finfo(torch.float64).tiny
+    return prepared, (sum_calls(lost) / sum_calls(whole).clamp(min=tiny)).sqrt()
+
+
+def _reasons(skipped: Mapping[str, str]) -> str:
+    return "; ".join(f"{name!r} {reason}" for name, reason in skipped.items())
+
+
+def _size(batch_size: int | None) -> Callable[[Any], int]:
+    return usual_size if batch_size is None else lambda batch: batch_size
+
+
+def _check_choices(
+    per_layer: bool, per_token: bool, top: Any, query_rank: Any, batch_size: Any
+) -> None:
+    for name, value in (("top", top), ("query_rank", query_rank), ("batch_size", batch_size)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer or None, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, value in (("per_layer", per_layer), ("per_token", per_token)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+        if value and top is not None:
+            raise ValueError(f"top keeps scores of whole samples over all layers, not {name}")
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Has errors about data say whether it is the queries or the training samples."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError) as error:
+        if type(error) not in (ValueError, TypeError, NotImplementedError):
+            raise
+        raise type(error)(f"{name}: {error}") from error

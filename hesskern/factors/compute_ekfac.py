@@ -1,0 +1,274 @@
+"""EKFAC of every layer, from data as a whole: factors, their eigenvectors, a second pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesskern.choices import Bias, Output, Precision, check_choice
+from hesskern.factors.accumulator import FactorAccumulator
+from hesskern.factors.corrections import Corrections
+from hesskern.factors.eigenbases import eigenbases
+from hesskern.factors.ekfac import EKFAC
+from hesskern.factors.precision import precisions
+from hesskern.factors.result import Factors, LayerFactors
+from hesskern.graph.evidence import Evidence
+from hesskern.operators.corrected import CorrectedOperator
+from hesskern.passes.batches import check_iterable, no_samples
+from hesskern.passes.data_pass import DataPass
+from hesskern.passes.forward_pass import model_device
+from hesskern.passes.layers import (
+    LayerSpec,
+    left_out,
+    own_parameters,
+    refuse_missing,
+    select_layers,
+    weight_of,
+)
+from hesskern.passes.losses import resolve_loss
+from hesskern.passes.masks import checked_mask
+from hesskern.passes.memory import budget_for
+from hesskern.passes.roots import accumulator_dtype, check_output
+from hesskern.progress import Progress, reporter
+
+__all__ = ["ekfac"]
+
+
+def ekfac(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Any = None,
+    layers: str | Iterable[str] | None = None,
+    output: Output = "mc",
+    *,
+    factors: Factors | None = None,
+    bias: Bias | None = None,
+    mc_samples: int = 1,
+    seed: int = 0,
+    sample_weight: Tensor | None = None,
+    output_root: Callable[..., Tensor] | None = None,
+    memory_budget: int | None = None,
+    check: bool = True,
+    max_outputs: int = 8192,
+    position_mask: Callable[[Any], Any] | None = None,
+    precision: Precision = "float32",
+    progress: bool | Progress = False,
+) -> EKFAC:
+    """EKFAC of every layer (George et al. 2018, arXiv 1806.03884), in two passes over the data.
+
+    The first gives Kronecker factors, whose eigenvectors U and V are kept. The second adds, for
+    every layer, S_ij = 1/N sum_n sum_c (u_i^T R_nc v_j)^2 with R_nc = sum_t s_nct x_nt^T, the rows
+    that the layer's Hessian is the mean of; no sample is stored. Of all matrices with these
+    eigenvectors (U (x) V) diag(S) (U (x) V)^T is the one nearest to that Hessian in the Frobenius
+    norm, and its trace is the Hessian's: :func:`hesskern.eigenvalue_corrected` makes the same of
+    stored samples.
+
+    Args:
+        model: any module; runs in eval mode and comes back as it was.
+        data: iterable of (inputs, targets) or (inputs, targets, weight [N]), or of what the loss
+            takes apart. It is gone through twice, or once where ``factors`` are given.
+        loss, layers, mc_samples, seed, sample_weight, output_root, memory_budget, check,
+            max_outputs, position_mask: as in :func:`hesskern.kronecker_factors`.
+        output: "mc" (targets drawn from the model), "empirical" (the targets of the data) or
+            "exact" (all classes), for the factors and for S. Both passes draw the same targets
+            where the data come in the same order.
+        factors: Kronecker factors of this model, of these data or others, whose eigenvectors are
+            taken; they may have been made with another ``output``. None: they are made here.
+        bias: "none" or "joint"; None for that of the factors, "none" without any.
+        precision: "float32": the factors of a float32 model are decomposed in float32. U and V are
+            then orthogonal up to 1e-5, by which the trace of S differs from the Hessian's, and
+            eigenvectors whose eigenvalues differ by less than 1e-6 of the largest may be mixed. S
+            is the curvature along the vectors that are kept, whichever they are. "float64": takes
+            twice the time and memory for a decomposition.
+        progress: True for a bar with the time left, or a callback (description, done, total).
+
+    Returns:
+        :class:`EKFAC`, keyed by layer name, in float32 (float64 for a float64 model).
+
+    Raises:
+        ValueError: bad arguments, factors of another model, targets out of range, NaN or Inf in the
+            data (names layer and batch), no data at all, or data that can be iterated only once.
+        TypeError: arguments of a wrong type.
+        NotImplementedError: unsupported layers asked for by name, unsupported loss options.
+
+    Warns:
+        UserWarning: naming linear layers and convolutions that were left out, and why.
+    """
+    check_choice("precision", precision, Precision)
+    check_output(output, mc_samples, seed)
+    check_iterable(data)
+    report, mask = reporter(progress), checked_mask(position_mask)
+    resolved = resolve_loss(loss, output_root)
+    device = model_device(model)
+    budget, now = budget_for(memory_budget, device, 2**30, 1 / 16), precisions(model, device)
+    if factors is None:
+        if isinstance(data, Iterator):
+            raise ValueError(
+                "data can be iterated only once, and EKFAC goes through them twice; pass a "
+                "re-iterable (a DataLoader or a list), or factors="
+            )
+        accumulator = FactorAccumulator(
+            model,
+            loss,
+            layers,
+            output,
+            bias="none" if bias is None else bias,
+            mc_samples=mc_samples,
+            seed=seed,
+            output_root=output_root,
+            memory_budget=memory_budget,
+            check=check,
+            max_outputs=max_outputs,
+            position_mask=position_mask,
+        )
+        accumulator.consume(data, sample_weight=sample_weight, progress=report)
+        made = accumulator.finished(2)
+        evidence = accumulator.evidence
+        # Their sums are let go of.
+        del accumulator
+    else:
+        made, evidence = factors, Evidence(check)
+    specs = _specs(model, made, layers if factors is not None else None, bias)
+    skipped = {**_without_factors(model, made, specs, layers), **made.skipped}
+    settings = dict(made.settings)
+    chosen = {name: made[name] for name in specs}
+    # From here on nobody but ``chosen`` holds factors that were made here.
+    del made
+    run = DataPass(
+        model,
+        data,
+        resolved,
+        specs,
+        sample_weight,
+        evidence,
+        report,
+        "Eigenvalue corrections",
+        kept=specs.keys(),
+        linear_use=True,
+        position_mask=mask,
+        output=output,
+        mc_samples=mc_samples,
+        seed=seed,
+    )
+    # The result is to be usable whatever mode the caller is in.
+    with torch.inference_mode(False), torch.no_grad():
+        found = _without_values(model, chosen, specs, precision)
+        count = Corrections(run, found, budget).add()
+        if not count > 0:
+            raise no_samples(", so there is no EKFAC")
+        reasons = run.capture.reasons
+        refuse_missing(specs, reasons)
+        result = {name: layer for name, layer in found.items() if name not in reasons}
+        for layer in result.values():
+            layer.values /= count
+    own = {
+        "output": output,
+        "bias": settings.get("bias", "none"),
+        "mc_samples": mc_samples,
+        "seed": seed,
+        "precision": "; ".join(now),
+        "checked": {name: evidence.found.get(name, "graph") for name in result},
+        "eigenvectors": precision,
+        "factors": settings,
+    }
+    skipped = left_out(model, {**skipped, **reasons}, [specs[name] for name in result], None)
+    return EKFAC(result, specs, count, skipped, own)
+
+
+def _without_factors(
+    model: nn.Module,
+    factors: Factors,
+    specs: dict[str, LayerSpec],
+    layers: str | Iterable[str] | None,
+) -> dict[str, str]:
+    """Reasons for layers that nobody left out and the factors lack."""
+    if layers is not None:
+        return {}
+    known, unknown = select_layers(model, None, factors.settings.get("bias", "none"))
+    missing = dict.fromkeys(known.keys() - specs.keys(), "is not among the factors")
+    return {**unknown, **missing}
+
+
+def _specs(
+    model: nn.Module, factors: Any, layers: str | Iterable[str] | None, bias: Bias | None
+) -> dict[str, LayerSpec]:
+    """The layers that the factors are for, as the model has them.
+
+    Raises:
+        TypeError: ``factors`` are none.
+        ValueError: they are those of other layers, or made with another ``bias``.
+    """
+    if not isinstance(factors, Factors):
+        raise TypeError(
+            f"factors must be Factors, as kronecker_factors gives, got {type(factors).__name__}"
+        )
+    own = factors.settings.get("bias", "none")
+    if bias is not None and bias != own:
+        raise ValueError(f"bias is {bias!r}, but the factors were made with bias={own!r}")
+    known, _ = select_layers(model, None, own)
+    for name, layer in factors.items():
+        if name not in known:
+            raise ValueError(
+                f"factors must be those of this model, which has no layer {name!r}; its layers are "
+                f"{', '.join(known)}"
+            )
+        if known[name] != layer.spec:
+            raise ValueError(
+                f"factors must be those of this model: layer {name!r} is {_geometry(layer.spec)} "
+                f"in them, {_geometry(known[name])} in the model"
+            )
+    if layers is None:
+        return {name: known[name] for name in known if name in factors}
+    picked, _ = select_layers(model, layers, own)
+    for name, spec in picked.items():
+        if spec.required and name not in factors:
+            reason = factors.skipped.get(name)
+            raise ValueError(
+                f"layers: there are no factors of {name!r}" + (f": it {reason}" if reason else "")
+            )
+    found = {name: spec for name, spec in picked.items() if name in factors}
+    if not found:
+        raise ValueError(f"layers: there are factors of none; there are {', '.join(factors)}")
+    return found
+
+
+def _geometry(spec: LayerSpec) -> str:
+    """A layer's geometry in words."""
+    m, d = spec.shape
+    text = f"{spec.kind} (m, d) = ({m}, {d})"
+    if spec.kind == "conv":
+        text += (
+            f" with kernel {spec.kernel_size}, stride {spec.stride}, padding {spec.padding}, "
+            f"dilation {spec.dilation}, groups {spec.groups}"
+        )
+    return text + (" and a bias" if spec.joint else "") + (", transposed" * spec.transposed)
+
+
+def _without_values(
+    model: nn.Module,
+    factors: dict[str, LayerFactors],
+    specs: dict[str, LayerSpec],
+    precision: Precision,
+) -> dict[str, CorrectedOperator]:
+    """Every layer's operator with S = 0; empties the factors."""
+    modules, device = dict(model.named_modules()), model_device(model)
+    devices, dtypes = {}, {}
+    for name in factors:
+        module, attribute = weight_of(modules, name)
+        weight = own_parameters(module).get(attribute)
+        devices[name] = device if weight is None else weight.device
+        dtypes[name] = factors[name].output_hessian.dtype
+        if weight is not None:
+            dtypes[name] = accumulator_dtype(weight.dtype)
+    bases = eigenbases(factors, precision, devices, dtypes)
+    found = {}
+    for name in list(bases):
+        layer = bases.pop(name)
+        values = torch.zeros(specs[name].shape, dtype=dtypes[name], device=devices[name])
+        found[name] = CorrectedOperator.of_bases(
+            layer.left, layer.right, values, transposed=specs[name].transposed, name=name
+        )
+    return found

@@ -1,0 +1,196 @@
+"""EKFAC of every layer: the result and its file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesskern.choices import Order, check_choice
+from hesskern.factors.result import read_spec
+from hesskern.operators.corrected import CorrectedOperator
+from hesskern.operators.network import LayerDamping, NetworkOperator
+from hesskern.passes.layers import LayerSpec
+from hesskern.tensor_files import OpenedFile, TensorFormat
+
+__all__ = ["EKFAC", "load_ekfac"]
+
+_FILE = TensorFormat("hesskern.ekfac/1", "an EKFAC", "EKFAC file")
+
+
+class EKFAC(Mapping[str, CorrectedOperator]):
+    """Eigenvalue-corrected Kronecker factors by layer name: (U (x) V) diag(S) (U (x) V)^T.
+
+    Made by :func:`hesskern.ekfac`. ``E[name]`` multiplies (``@``), and has the eigenvectors
+    (``eigenbases``) and S [m, d] (``values``).
+
+    Attributes:
+        num_samples: weighted number of samples behind S.
+        skipped: modules with parameters that are not in here, with the reason.
+        settings: how S was made (``output``, ``bias``, ``mc_samples``, ``seed``, ``precision``,
+            ``checked``, as in :class:`hesskern.Factors`), ``eigenvectors``: in which precision the
+            factors were decomposed, and ``factors``: their settings.
+        specs: the layers' geometry, by name.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, CorrectedOperator],
+        specs: Mapping[str, LayerSpec],
+        num_samples: float,
+        skipped: Mapping[str, str],
+        settings: Mapping[str, Any],
+    ) -> None:
+        self._layers = dict(layers)
+        self.specs = {name: specs[name] for name in self._layers}
+        self.num_samples = num_samples
+        self.skipped = dict(skipped)
+        self.settings = dict(settings)
+        self._operators: dict[str, NetworkOperator] = {}
+
+    def __getitem__(self, name: str) -> CorrectedOperator:
+        try:
+            return self._layers[name]
+        except KeyError:
+            reason = self.skipped.get(name)
+            raise KeyError(
+                f"no EKFAC of layer {name!r}"
+                + (f": it {reason}" if reason else f"; there are {', '.join(self._layers)}")
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def operator(self, order: Order = "weight") -> NetworkOperator:
+        """Every layer's matrix as one, block diagonal over all weights, with ``solve`` and ``@``.
+
+        Args:
+            order: of flat vectors within a layer: "weight" as the weight is kept, which is [d, m]
+                for the Conv1D of transformers and [m, d] otherwise; "output" for [m, d] always.
+
+        Raises:
+            ValueError: ``order`` is another word, or layers are on several devices.
+        """
+        check_choice("order", order, Order)
+        if order not in self._operators:
+            layers = {n: _ordered(layer, order) for n, layer in self._layers.items()}
+            self._operators[order] = NetworkOperator(layers)
+        return self._operators[order]
+
+    def __matmul__(self, vectors: Any) -> Any:
+        """The product of :meth:`operator`, whose vectors it takes."""
+        return self.operator() @ vectors
+
+    def solve(self, vectors: Any, damping: LayerDamping) -> Any:
+        """(E + damping)^-1 times vectors, by :meth:`hesskern.NetworkOperator.solve`."""
+        return self.operator().solve(vectors, damping)
+
+    def power(self, p: float, damping: LayerDamping = 0.0) -> NetworkOperator:
+        """(E + damping)^p, by :meth:`hesskern.NetworkOperator.power`."""
+        return self.operator().power(p, damping)
+
+    def logdet(self, damping: LayerDamping) -> float:
+        """log det(E + damping), by :meth:`hesskern.NetworkOperator.logdet`."""
+        return self.operator().logdet(damping)
+
+    def sample(self, *args: Any, **given: Any) -> Any:
+        """Draws from N(0, (E + damping)^-1), by :meth:`hesskern.NetworkOperator.sample`."""
+        return self.operator().sample(*args, **given)
+
+    def trace(self) -> float:
+        """The sum of all eigenvalues."""
+        return self.operator().trace()
+
+    def diagonal(self) -> Tensor:
+        """[P] diagonal of :meth:`operator`."""
+        return self.operator().diagonal()
+
+    def __repr__(self) -> str:
+        rows = [f"  {n}: {spec.kind} {spec.shape}" for n, spec in self.specs.items()]
+        return "\n".join([f"EKFAC of {self.num_samples:g} samples:", *rows])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes one safetensors file: the tensors, and everything else as JSON in its header.
+
+        The file appears whole or not at all.
+
+        Raises:
+            FileNotFoundError: the folder does not exist.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, layer in self._layers.items():
+            left, right, _ = layer.eigenbases
+            tensors[f"{name}.values"] = layer.values
+            for group, (u, v) in enumerate(zip(left, right, strict=True)):
+                tensors[f"{name}.left.{group}"] = u
+                tensors[f"{name}.right.{group}"] = v
+        header = {
+            "num_samples": self.num_samples,
+            "skipped": self.skipped,
+            "settings": self.settings,
+            "layers": [asdict(spec) for spec in self.specs.values()],
+        }
+        _FILE.write(path, tensors, header)
+
+
+def load_ekfac(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> EKFAC:
+    """Reads a file written by :meth:`EKFAC.save`.
+
+    Args:
+        path: the file.
+        device: where the tensors go.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not one of these, of a newer version, or damaged.
+    """
+    with _FILE.opened(path) as file:
+        header = file.header
+        specs = [read_spec(entry) for entry in header["layers"]]
+        layers = {spec.name: _read_layer(file, spec, device, path) for spec in specs}
+        return EKFAC(
+            layers,
+            {spec.name: spec for spec in specs},
+            header["num_samples"],
+            header["skipped"],
+            header["settings"],
+        )
+
+
+def _read_layer(
+    file: OpenedFile, spec: LayerSpec, device: str | torch.device, path: Any
+) -> CorrectedOperator:
+    m, d = spec.shape
+    step = m // spec.groups
+
+    def read(name: str, *shape: int) -> Tensor:
+        tensor = file.tensor(f"{spec.name}.{name}").to(device)
+        if tensor.shape != shape:
+            raise ValueError(
+                f"path: {str(path)!r} is damaged: {name!r} of layer {spec.name!r} is "
+                f"{list(tensor.shape)}, not {list(shape)}"
+            )
+        return tensor
+
+    return CorrectedOperator.of_bases(
+        [read(f"left.{group}", step, step) for group in range(spec.groups)],
+        [read(f"right.{group}", d, d) for group in range(spec.groups)],
+        read("values", m, d),
+        transposed=spec.transposed,
+        name=spec.name,
+    )
+
+
+def _ordered(layer: CorrectedOperator, order: Order) -> CorrectedOperator:
+    """The layer's operator over flat vectors of one order."""
+    if order == "weight" or not layer.transposed:
+        return layer
+    left, right, _ = layer.eigenbases
+    return CorrectedOperator.of_bases(left, right, layer.values, name=layer.name)

@@ -11,14 +11,14 @@ import argparse
 import time
 from pathlib import Path
 
-import torch
 from torch import nn
 
 import hesskern as hk
 from hesskern.zoo.data import load
 from hesskern.zoo.models import build
+from hesskern.zoo.training import Recipe, train
 
-LOSS = nn.CrossEntropyLoss()
+SIX_EPOCHS = Recipe(epochs=6, learning_rate=0.02, batch_size=512, momentum=0.9)
 
 
 def main() -> None:
@@ -27,20 +27,15 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="folder with MNIST's files")
     arguments = parser.parse_args()
     data = load("mnist", arguments.root, limit=arguments.samples)
-    inputs, targets = data.inputs.flatten(1), data.targets
-    model = build("f200x2", (784,), 10)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    order = torch.Generator().manual_seed(0)
-    for _ in range(6):
-        for rows in torch.randperm(len(targets), generator=order).split(512):
-            sgd.zero_grad()
-            LOSS(model(inputs[rows]), targets[rows]).backward()
-            sgd.step()
+    model = build("f200x2", data.input_shape, data.classes)
+    train(model, data, SIX_EPOCHS)
     for tolerance in (0.0, 1e-4, 1e-3):
         seconds = []
         for _ in range(4):
             begin = time.process_time()
-            found = hk.layer_hessians(model, [(inputs, targets)], LOSS, tolerance=tolerance)
+            found = hk.layer_hessians(
+                model, [(data.inputs, data.targets)], nn.CrossEntropyLoss(), tolerance=tolerance
+            )
             seconds.append(time.process_time() - begin)
         shown = ", ".join(
             f"{name} {H.pruned_trace / (H.trace() + H.pruned_trace):.2e}"

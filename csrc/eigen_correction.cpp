@@ -19,25 +19,44 @@ struct Sizes {
   // The same for V: of r m d d and t d d, which all root rows share.
   bool inputs_first() const { return positions == 1 || positions < roots * outputs; }
   int64_t matrix() const { return roots * outputs * inputs; }
+
+  // Multiplications of a sample: with the order above, and with the sum over positions first.
+  int64_t least_work() const {
+    return positions * matrix() +
+           (outputs_first() ? positions * roots * outputs : matrix()) * outputs +
+           (inputs_first() ? positions * inputs : matrix()) * inputs;
+  }
+  int64_t sums_first_work() const { return matrix() * (positions + outputs + inputs); }
 };
 
-// acc += alpha times the sums of squares of all groups' samples, part by part. add(sum, first,
-// count) adds those of some samples to sum [groups, rows, columns]; numbers: that one sample takes.
+// Parts whose sums acc takes as they come; of more, in float64 first.
+constexpr int64_t kFewParts = 8;
+
+// acc += alpha times the sums of squares of all groups' samples, part by part. add(first, count)
+// adds those of some samples to sum, zero at first; numbers: that one sample takes.
 template <class Add>
 void in_parts(const at::Tensor& acc, const at::Tensor& sum, double alpha, const Sizes& s,
               int64_t numbers, const CorrectionKernels& kernels, const Add& add) {
-  const int64_t level = std::max<int64_t>(1, kernels.level / s.roots);
+  // Without positions the root rows are summed beforehand, and products sum in parts of their own.
+  const int64_t level =
+      s.positions == 1 ? kernels.products_level : std::max<int64_t>(1, kernels.level / s.roots);
   const int64_t step = std::clamp<int64_t>(kernels.numbers / numbers, 1, level);
-  int64_t summed = 0;
+  const int64_t held = level / step * step;
+  const bool many = (s.samples + held - 1) / held > kFewParts && acc.scalar_type() == at::kFloat;
+  const at::Tensor total =
+      many ? at::zeros(sum.sizes(), sum.options().dtype(at::kDouble)) : at::Tensor();
   for (int64_t first = 0; first < s.samples; first += step) {
-    const int64_t count = std::min(step, s.samples - first);
-    add(first, count);
-    summed += count;
-    if (summed + step <= level && first + count < s.samples) continue;
-    acc.add_(sum, alpha);
+    const int64_t last = std::min(first + step, s.samples);
+    add(first, last - first);
+    if (last % held != 0 && last < s.samples) continue;
+    if (many) {
+      total.add_(sum);
+    } else {
+      acc.add_(sum, alpha);
+    }
     sum.zero_();
-    summed = 0;
   }
+  if (many) acc.add_(total.to(acc.scalar_type()), alpha);
 }
 
 // rows [..., d] V, with ones [rows, 1] V
@@ -104,14 +123,16 @@ void by_rows(const at::Tensor& acc, const at::Tensor& g, const Inputs& inputs, c
            });
 }
 
-// A convolution of more positions than matrices have rows: the sums over positions come first, and
-// are rotated for many samples at once.
+// A convolution of many positions: the sums over them come first, and are rotated for many samples
+// at once.
 void by_sums(const at::Tensor& acc, const at::Tensor& g, const at::Tensor& images,
              const ConvGeometry& geometry, const at::Tensor& U, const at::Tensor& V, double alpha,
              const Sizes& s, const CorrectionKernels& kernels) {
   const int64_t m = s.outputs, d = s.inputs;
+  // Samples' matrices are read and written by one product after another: of fewer, from the cache.
+  constexpr int64_t kCached = 4;
   const int64_t numbers =
-      3 * s.groups * s.matrix() + images.numel() / s.samples + g.numel() / s.samples;
+      kCached * (3 * s.groups * s.matrix() + images.numel() / s.samples + g.numel() / s.samples);
   const at::Tensor sum = at::zeros({s.groups, d, m}, acc.options());
   in_parts(acc, sum.transpose(1, 2), alpha, s, numbers, kernels, [&](int64_t first, int64_t count) {
     const auto part = [&](const at::Tensor& t) {
@@ -125,6 +146,9 @@ void by_sums(const at::Tensor& acc, const at::Tensor& g, const at::Tensor& image
     }
   });
 }
+
+// How many times more multiplications sums over positions may take to be as fast as patches.
+constexpr double kUnfolding = 1.5;
 
 // [groups, k, k] of either form.
 at::Tensor grouped(const at::Tensor& t) {
@@ -163,8 +187,10 @@ void conv_eigen_correction(const at::Tensor& acc, const at::Tensor& g, const at:
   if (empty(acc, s)) return;
   const at::Tensor images = x.dim() == 4 ? x : x.unsqueeze(2);
   const at::Tensor sums = acc.view({groups, s.outputs, s.inputs});
-  if (!s.inputs_first() && kernels.conv_sums != nullptr &&
-      kernels.conv_sums_fit(c, images.size(2), images.size(3))) {
+  const bool sums_first =
+      s.positions > 1 && kernels.conv_sums != nullptr &&
+      static_cast<double>(s.sums_first_work()) <= kUnfolding * static_cast<double>(s.least_work());
+  if (sums_first && kernels.conv_sums_fit(c, images.size(2), images.size(3))) {
     return by_sums(sums, g, images, c, grouped(U), grouped(V), alpha, s, kernels);
   }
   const auto inputs = [&](int64_t first, int64_t count) {

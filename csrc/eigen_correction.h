@@ -16,6 +16,8 @@ struct CorrectionKernels {
   int64_t numbers;
   // Matrices whose squares go into one sum: float32 sums of many terms drift.
   int64_t level;
+  // The same for samples without positions, whose sum is a product's.
+  int64_t products_level;
   // sum has so many columns or, past those that matter, more, up to a multiple.
   int64_t width;
   // sum [m, columns] += squares of rows [k, m, d]; rows by any strides with d contiguous

@@ -35,10 +35,12 @@ from hesskern.factors.input_covariances import (
     input_covariances,
     load_input_covariances,
 )
+from hesskern.factors.large_layers import LargeLayerFactors
 from hesskern.factors.result import Factors, LayerFactors, load_factors
 from hesskern.operators.autograd import AutogradHessian
 from hesskern.operators.base import CurvatureOperator, SumOperator
 from hesskern.operators.corrected import CorrectedOperator, eigenvalue_corrected
+from hesskern.operators.diagonal_kronecker import DiagonalKroneckerOperator
 from hesskern.operators.gauss_newton import GaussNewton
 from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.operators.layer_hessian import LayerHessian, LayerHessians, layer_hessians
@@ -73,6 +75,7 @@ __all__ = [
     "Correspondence",
     "CurvatureOperator",
     "DecouplingError",
+    "DiagonalKroneckerOperator",
     "EigenResult",
     "FactorAccumulator",
     "Factors",
@@ -83,6 +86,7 @@ __all__ = [
     "InputAutocorrelation",
     "InputCovariances",
     "KroneckerOperator",
+    "LargeLayerFactors",
     "LayerFactors",
     "LayerHessian",
     "LayerHessians",

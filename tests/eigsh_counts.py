@@ -14,13 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from played_device import Counts, counting, generators, played
 from torch import Tensor, nn
 
 import hesskern as hk
 from hesskern.zoo.data import load
 from hesskern.zoo.models import build
+from hesskern.zoo.training import Recipe, train
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -46,16 +46,9 @@ def main() -> None:
     parser.add_argument("--root", type=Path, help="folder with MNIST's files")
     arguments = parser.parse_args()
     data = load("mnist", arguments.root, limit=6000)
-    inputs, targets = data.inputs.flatten(1), data.targets
-    model = build("f200x2", (784,), 10)
-    sgd = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    order = torch.Generator().manual_seed(0)
-    for _ in range(6):
-        for rows in torch.randperm(len(targets), generator=order).split(512):
-            sgd.zero_grad()
-            LOSS(model(inputs[rows]), targets[rows]).backward()
-            sgd.step()
-    batch = [(inputs[:2000].to(played()), targets[:2000].to(played()))]
+    model = build("f200x2", data.input_shape, data.classes)
+    train(model, data, Recipe(epochs=6, learning_rate=0.02, batch_size=512, momentum=0.9))
+    batch = [(data.inputs[:2000].to(played()), data.targets[:2000].to(played()))]
     with generators():
         for name, H in hk.layer_hessians(model.to(played()), batch, LOSS).items():
             for block in (1, 2, 4, 8):

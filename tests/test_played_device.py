@@ -103,7 +103,21 @@ CALLS: dict[str, Callable[[nn.Module, Data], Any]] = {
     "factors decayed": lambda m, data: factors(
         _consumed(hk.FactorAccumulator(m, CE, decay=0.8), data).factors()
     ),
+    **{
+        f"ekfac {output} {bias}": lambda m, data, output=output, bias=bias: {
+            name: (layer.values, layer.to_dense(), layer.trace())
+            for name, layer in hk.ekfac(m, data, CE, output=output, bias=bias).items()
+        }
+        for output, bias in (("exact", "none"), ("mc", "joint"), ("empirical", "none"))
+    },
+    "ekfac weighted": lambda m, data: (
+        hk.ekfac(m, [(*b, b[0].flatten(1)[:, 0].abs()) for b in data], CE).operator().diagonal()
+    ),
+    "ekfac by given factors": lambda m, data: (
+        hk.ekfac(m, data, CE, factors=hk.kronecker_factors(m, data, CE)).operator().diagonal()
+    ),
     "hessians": lambda m, data: _hessians(hk.layer_hessians(m, data, CE)),
+    "hessians drawn": lambda m, data: _hessians(hk.layer_hessians(m, data, CE, output="mc")),
     "hessians joint": lambda m, data: _hessians(hk.layer_hessians(m, data, CE, bias="joint")),
     "hessians pruned": lambda m, data: _hessians(hk.layer_hessians(m, data, CE, tolerance=0.05)),
     "hessians rerun": lambda m, data: _hessians(hk.layer_hessians(m, data, CE, memory_budget=0)),

@@ -22,6 +22,7 @@ CorrectionKernels kernels() {
   own.numbers = kConvert;
   // The kernel sums in levels of its own.
   own.level = 1 << 16;
+  own.products_level = 1 << 12;
   own.width = 1;
   own.add_squares = &add_squares;
   return own;

@@ -8,8 +8,9 @@ namespace hesskern::cuda {
 
 namespace {
 
-// Rows whose squares go into one sum: float32 sums of many terms drift.
-constexpr int64_t kLevel = 64;
+// Rows whose squares go into one sum in T, which are added in double: float32 sums of many terms
+// drift.
+constexpr int64_t kLevel = 16;
 // Blocks per multiprocessor that keep enough reads under way.
 constexpr int64_t kResident = 8;
 
@@ -19,11 +20,10 @@ struct alignas(kWidth * sizeof(T)) Piece {
   T value[kWidth];
 };
 
-// total := the sum of squares of rows [begin, end) of one piece
+// The sum of squares of rows [begin, end) of one piece.
 template <typename T, int kWidth>
-__device__ void sum_rows(Piece<T, kWidth>& total, const T* rows, int64_t size, int64_t begin,
-                         int64_t end) {
-  for (int i = 0; i < kWidth; ++i) total.value[i] = T(0);
+__device__ Piece<T, kWidth> sum_rows(const T* rows, int64_t size, int64_t begin, int64_t end) {
+  double total[kWidth] = {};
   for (int64_t first = begin; first < end; first += kLevel) {
     const int64_t last = first + kLevel < end ? first + kLevel : end;
     Piece<T, kWidth> recent{};
@@ -34,8 +34,12 @@ __device__ void sum_rows(Piece<T, kWidth>& total, const T* rows, int64_t size, i
       for (int i = 0; i < kWidth; ++i) recent.value[i] += piece.value[i] * piece.value[i];
     }
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) total.value[i] += recent.value[i];
+    for (int i = 0; i < kWidth; ++i) total[i] += recent.value[i];
   }
+  Piece<T, kWidth> rounded;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) rounded.value[i] = static_cast<T>(total[i]);
+  return rounded;
 }
 
 // partial null: into sum; else into partial [gridDim.y, size], of share rows each.
@@ -47,8 +51,7 @@ __global__ void __launch_bounds__(kThreads)
   if (first >= call.size) return;
   const int64_t begin = blockIdx.y * share;
   const int64_t end = begin + share < call.count ? begin + share : call.count;
-  Piece<T, kWidth> total;
-  sum_rows<T, kWidth>(total, call.rows + first, call.size, begin, end);
+  const auto total = sum_rows<T, kWidth>(call.rows + first, call.size, begin, end);
   if (partial != nullptr) {
     *reinterpret_cast<Piece<T, kWidth>*>(partial + blockIdx.y * call.size + first) = total;
     return;
@@ -64,9 +67,9 @@ __global__ void __launch_bounds__(kThreads)
     add_parts_kernel(T* sum, const T* partial, int64_t parts, int64_t size) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= size) return;
-  T total = 0;
+  double total = 0;
   for (int64_t part = 0; part < parts; ++part) total += partial[part * size + i];
-  sum[i] += total;
+  sum[i] += static_cast<T>(total);
 }
 
 }  // namespace
@@ -78,8 +81,9 @@ Work<T> SquareSum<T>::plan() const {
   const bool wide = size % kWidth == 0 && is_aligned(sum, 16) && is_aligned(rows, 16);
   const int64_t blocks = ceil_div(ceil_div(size, wide ? kWidth : 1), kThreads);
   const int64_t slots = kResident * current_device().processors;
-  const int64_t wanted =
-      std::clamp<int64_t>(slots / std::max<int64_t>(blocks, 1), 1, ceil_div(count, kLevel) + 1);
+  // As many parts as fill the device, of whole levels; a grid takes 65535.
+  const int64_t wanted = std::clamp<int64_t>(slots / std::max<int64_t>(blocks, 1), 1,
+                                             std::clamp<int64_t>(count / kLevel, 1, 65535));
   const int64_t share = std::max<int64_t>(ceil_div(count, wanted), 1);
   const int64_t parts = std::max<int64_t>(ceil_div(count, share), 1);
   return {parts > 1 ? parts * size : 0, [=](T* workspace, cudaStream_t stream) {

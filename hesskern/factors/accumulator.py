@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from hesskern import ops
 from hesskern.choices import Bias, Output
 from hesskern.factors.batch_sums import BatchSums
+from hesskern.factors.large_layers import LargeLayerFactors
 from hesskern.factors.layer_sums import (
     BatchSum,
     Counted,
     LayerSums,
     SumMemory,
+    add_diagonals,
     add_sums,
     bordered,
     scale_sums,
@@ -25,11 +27,21 @@ from hesskern.factors.layer_sums import (
 from hesskern.factors.precision import precisions
 from hesskern.factors.result import Factors, LayerFactors
 from hesskern.graph.evidence import Evidence
+from hesskern.ops import foreach
 from hesskern.passes.batches import Batch, no_samples
 from hesskern.passes.checks import as_weights
 from hesskern.passes.data_pass import DataPass, whole_or_halves
+from hesskern.passes.diagonals import DiagonalCapture, diagonal_parameters
 from hesskern.passes.forward_pass import model_device
-from hesskern.passes.layers import LayerSpec, left_out, limit_outputs, refuse_missing, select_layers
+from hesskern.passes.layers import (
+    LayerSpec,
+    large_layers,
+    left_out,
+    limit_outputs,
+    own_parameters,
+    refuse_missing,
+    select_layers,
+)
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
 from hesskern.passes.memory import budget_for
@@ -58,6 +70,8 @@ class _Before:
     reasons: dict[str, str]
     unfit: dict[str, str]
     precisions: dict[str, None]
+    diagonals: frozenset[str]
+    unfit_diagonals: dict[str, str]
 
 
 class _Held:
@@ -108,9 +122,9 @@ class FactorAccumulator(Portable):
 
     Args:
         model, loss, layers, output, bias, mc_samples, seed, output_root, check, max_outputs,
-            position_mask: as in :func:`hesskern.kronecker_factors`. What is found out about the
-            samples holds for the batches that follow, as long as the model's graph and its shapes
-            stay the same.
+            position_mask, diagonal: as in :func:`hesskern.kronecker_factors`. What is found out
+            about the samples holds for the batches that follow, as long as the model's graph and
+            its shapes stay the same.
         decay: None for means over everything seen; a number in [0, 1) for moving averages over
             batches, ``decay * old + (1 - decay) * new``, with the start-up bias removed.
         memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
@@ -137,20 +151,32 @@ class FactorAccumulator(Portable):
         check: bool = True,
         max_outputs: int = 8192,
         position_mask: Callable[[Any], Any] | None = None,
+        diagonal: bool = False,
     ) -> None:
         check_output(output, mc_samples, seed)
         if decay is not None:
             check_fraction("decay", decay)
         self._loss = resolve_loss(loss, output_root)
         known, self._skipped = select_layers(model, layers, bias)
-        self._specs, large = limit_outputs(known, max_outputs)
-        self._skipped.update(large)
+        if not isinstance(diagonal, bool):
+            raise TypeError(f"diagonal must be True or False, got {type(diagonal).__name__}")
+        self._large: frozenset[str] = frozenset()
+        if diagonal:
+            self._specs, self._large = known, frozenset(large_layers(known, max_outputs))
+        else:
+            self._specs, large = limit_outputs(known, max_outputs)
+            self._skipped.update(large)
+        self._parameters = diagonal_parameters(model, self._specs, layers) if diagonal else None
+        self._diagonals: dict[str, Tensor] = {}
+        self._verified: set[Any] = set()
+        self._diagonal_reasons: dict[str, str] = {}
+        self._unfit_diagonals: dict[str, str] = {}
         self._by_name = layers is not None
         self._model = model
         self._position_mask = checked_mask(position_mask)
         self._decay = decay
         budget = budget_for(memory_budget, model_device(model), 2**30, 1 / 16)
-        self._batch_sums = BatchSums(self._specs, budget)
+        self._batch_sums = BatchSums(self._specs, budget, self._large)
         self._settings: dict[str, Any] = {
             "output": output,
             "bias": bias,
@@ -158,6 +184,8 @@ class FactorAccumulator(Portable):
             "seed": seed,
             "decay": decay,
         }
+        if diagonal:
+            self._settings["diagonal"] = True
         self._generator = torch.Generator().manual_seed(seed)
         self.evidence = Evidence(check)
         self._sums: dict[str, LayerSums] = {}
@@ -247,6 +275,13 @@ class FactorAccumulator(Portable):
         now = precisions(self._model, model_device(self._model))
         given = self._model, data, self._loss, self._specs, sample_weight, self.evidence
         kept, unfit = self._sums.keys(), dict(self._unfit)
+        diagonals = None
+        if self._parameters is not None:
+            unfit_diagonals = dict(self._unfit_diagonals)
+            kept_diagonals = self._diagonals.keys()
+            diagonals = DiagonalCapture(
+                self._parameters, kept_diagonals, unfit_diagonals, verified=self._verified
+            )
         run = DataPass(
             *given,
             progress,
@@ -255,6 +290,7 @@ class FactorAccumulator(Portable):
             unfit=unfit,
             position_mask=self._position_mask,
             linear_use=True,
+            diagonals=diagonals,
         )
         try:
             with run.capture:
@@ -276,6 +312,8 @@ class FactorAccumulator(Portable):
         self._generator.set_state(before.generator)
         self._sums = {name: sums for name, sums in self._sums.items() if name in before.layers}
         self._reasons, self._unfit = before.reasons, before.unfit
+        self._diagonals = {n: d for n, d in self._diagonals.items() if n in before.diagonals}
+        self._unfit_diagonals = before.unfit_diagonals
         self._precisions = before.precisions
 
     def _add(self, run: DataPass, batch: Batch, memory: SumMemory) -> None:
@@ -287,6 +325,8 @@ class FactorAccumulator(Portable):
             dict(self._reasons),
             dict(self._unfit),
             dict(self._precisions),
+            frozenset(self._diagonals),
+            dict(self._unfit_diagonals),
         )
         try:
             fresh = self._sums_in_memory(run, batch, memory)
@@ -305,6 +345,9 @@ class FactorAccumulator(Portable):
         self._unfit.update(run.capture.unfit)
         self._tied.update(run.capture.tied)
         self._note({**self._reasons, **run.capture.reasons})
+        if run.diagonals is not None:
+            self._unfit_diagonals.update(run.diagonals.unfit)
+            self._diagonal_reasons.update(run.diagonals.reasons)
 
     def _sums_in_memory(self, run: DataPass, batch: Batch, memory: SumMemory) -> BatchSum:
         """:meth:`_sums_of`, of one half after the other where memory does not suffice."""
@@ -367,6 +410,7 @@ class FactorAccumulator(Portable):
         for name, sums in fresh.layers.items():
             if name not in known:
                 self._sums[name] = sums.copy() if known else sums
+        add_diagonals(self._diagonals, fresh.diagonals)
         if not known:
             # It holds the running sums from now on.
             memory.let_go()
@@ -408,6 +452,8 @@ class FactorAccumulator(Portable):
             self._held.scale(old)
         scale_sums(self._sums.values(), old)
         scale_sums(fresh.layers.values(), new)
+        foreach.scale_(list(self._diagonals.values()), old)
+        foreach.scale_(list(fresh.diagonals.values()), new)
         fresh.counts = [counted._replace(number=counted.number * new) for counted in fresh.counts]
 
     def leave_out(self, reasons: Mapping[str, str]) -> None:
@@ -448,7 +494,7 @@ class FactorAccumulator(Portable):
     def _left_out(self, stacklevel: int | None) -> dict[str, str]:
         """The same, with a warning ``stacklevel`` calls above; None for none."""
         covered = [spec for name, spec in self._specs.items() if name not in self._reasons]
-        skipped = {**self._skipped, **self._reasons}
+        skipped = {**self._skipped_modules(), **self._reasons, **self._missing()}
         above = None if stacklevel is None else stacklevel + 1
         return left_out(self._model, skipped, covered, above)
 
@@ -465,19 +511,53 @@ class FactorAccumulator(Portable):
         layers = {
             name: self._layer(self._specs[name], self._sums[name])
             for name in self._specs
-            if name in self._sums
+            if name in self._sums and name not in self._large
         }
-        if not layers:
+        large = {
+            name: self._large_layer(self._specs[name], self._sums[name])
+            for name in self._specs
+            if name in self._sums and name in self._large
+        }
+        if not layers and not large:
             reasons = "; ".join(f"{name!r} {reason}" for name, reason in self._reasons.items())
             raise ValueError(f"no layer of the model has factors: {reasons}")
+        diagonals = {name: total / self.num_samples for name, total in self._diagonals.items()}
         skipped = self._left_out(None if self._by_name else stacklevel)
-        checked = {name: self.evidence.found.get(name, "graph") for name in layers}
+        known = (*layers, *large, *diagonals)
+        checked = {name: self.evidence.found.get(name, "graph") for name in known}
         settings = {
             **self._settings,
             "precision": "; ".join(self._precisions),
             "checked": checked,
         }
-        return Factors(layers, self.num_samples, skipped, settings)
+        return Factors(layers, self.num_samples, skipped, settings, diagonals, large)
+
+    def _large_layer(self, spec: LayerSpec, sums: LayerSums) -> LargeLayerFactors:
+        count, positions = self.num_samples, float(sums.positions) / self.num_samples
+        inputs = ops.mirror_(sums.inputs / count)
+        if spec.joint:
+            inputs = bordered(inputs, sums.column / count, positions)
+        diagonal = sums.outputs / (float(sums.positions) or 1.0)
+        tied = self._tied.get(spec.name)
+        return LargeLayerFactors(spec, inputs, diagonal, count, positions, tied)
+
+    def _missing(self) -> dict[str, str]:
+        """Why parameters have no diagonal block, where they were asked for."""
+        reasons = {**self._diagonal_reasons, **self._unfit_diagonals}
+        return {n: reason for n, reason in reasons.items() if n not in self._diagonals}
+
+    def _skipped_modules(self) -> dict[str, str]:
+        """Reasons of modules some of whose parameters have no block at all."""
+        owners = {id(p): name for name, p in self._model.named_parameters()}
+        modules = dict(self._model.named_modules())
+
+        def whole(name: str) -> bool:
+            if name not in modules:
+                return False
+            own = [p for p in own_parameters(modules[name]).values() if p is not None]
+            return bool(own) and all(owners.get(id(p)) in self._diagonals for p in own)
+
+        return {name: reason for name, reason in self._skipped.items() if not whole(name)}
 
     def _layer(self, spec: LayerSpec, sums: LayerSums) -> LayerFactors:
         count, positions = self.num_samples, float(sums.positions) / self.num_samples
@@ -505,7 +585,7 @@ class FactorAccumulator(Portable):
             raise ValueError(
                 f"other was made with settings {other._settings}, this one with {self._settings}"
             )
-        if self._specs != other._specs:
+        if self._specs != other._specs or self._large != other._large:
             raise ValueError("other has other layers than this accumulator")
         for one, another in ((self, other), (other, self)):
             for name in one._sums.keys() & another._unfit.keys():
@@ -513,11 +593,23 @@ class FactorAccumulator(Portable):
                     f"other does not fit: layer {name!r} {another._unfit[name]} in one of both and "
                     "has factors in the other (leave the layer out with layers=[...])"
                 )
+        for first, second in ((self, other), (other, self)):
+            for name in first._diagonals.keys() & second._unfit_diagonals.keys():
+                raise ValueError(
+                    f"other does not fit: parameter {name!r} {second._unfit_diagonals[name]} in "
+                    "one of both and has a diagonal in the other (diagonal=False leaves all out)"
+                )
         shared = [(self._sums[n], sums) for n, sums in other._sums.items() if n in self._sums]
         add_sums(shared)
         for name, sums in other._sums.items():
             if name not in self._sums:
                 self._sums[name] = sums.copy()
+        add_diagonals(
+            self._diagonals,
+            {n: d if n in self._diagonals else d.clone() for n, d in other._diagonals.items()},
+        )
+        self._unfit_diagonals = {**other._unfit_diagonals, **self._unfit_diagonals}
+        self._diagonal_reasons = {**other._diagonal_reasons, **self._diagonal_reasons}
         self._count += other._count
         self._batches += other._batches
         self._precisions.update(other._precisions)
@@ -541,6 +633,9 @@ class FactorAccumulator(Portable):
             "checked": dict(self.evidence.found),
             "precisions": list(self._precisions),
             "layers": {name: vars(sums.copy()) for name, sums in self._sums.items()},
+            "diagonals": {name: total.clone() for name, total in self._diagonals.items()},
+            "unfit_diagonals": dict(self._unfit_diagonals),
+            "diagonal_reasons": dict(self._diagonal_reasons),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -565,13 +660,31 @@ class FactorAccumulator(Portable):
             spec = self._specs.get(name)
             if spec is None:
                 raise ValueError(f"state has a layer {name!r} that this accumulator lacks")
+            if (sums.outputs.dim() == 1) != (name in self._large):
+                raise ValueError(
+                    f"state has another output factor of layer {name!r} than this accumulator, "
+                    "whose max_outputs differs"
+                )
             found = (sums.outputs.shape[0], sums.inputs.shape[-1])
             if found != (spec.outputs, spec.weight_inputs):
                 raise ValueError(
                     f"state has layer {name!r} with (m, d) = {found}, the model has "
                     f"{(spec.outputs, spec.weight_inputs)}"
                 )
+        diagonals = {
+            name: total.to(device, copy=True) for name, total in state.get("diagonals", {}).items()
+        }
+        for name, total in diagonals.items():
+            own = None if self._parameters is None else self._parameters.get(name)
+            if own is None or own.shape != total.shape:
+                raise ValueError(
+                    f"state has a diagonal {list(total.shape)} of a parameter {name!r}; the "
+                    f"model has {'no such one' if own is None else list(own.shape)}"
+                )
         self._generator.set_state(state["generator"])
+        self._diagonals = diagonals
+        self._unfit_diagonals = dict(state.get("unfit_diagonals", {}))
+        self._diagonal_reasons = dict(state.get("diagonal_reasons", {}))
         self._sums = loaded
         self._count, self._batches = state["count"], state["batches"]
         self._precisions = dict.fromkeys(state.get("precisions", ()))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hesskern.factors.large_layers import LargeLayerFactors
 from hesskern.factors.result import Factors, LayerFactors
 
 __all__ = ["add_factors"]
@@ -43,7 +44,8 @@ def add_factors(*factors: Factors) -> Factors:
     Raises:
         TypeError: an argument is no :class:`hesskern.Factors`.
         ValueError: there is none; they were made with another ``output`` or ``bias``; a layer is
-            missing in one of them, or has another shape, dtype, device or tied module there.
+            missing in one of them, or diagonals are, or it has another shape, dtype,
+            device or tied module there.
     """
     if not factors:
         raise ValueError("factors must hold at least one result of kronecker_factors")
@@ -58,7 +60,13 @@ def add_factors(*factors: Factors) -> Factors:
     for given in factors:
         skipped = {**given.skipped, **skipped}
     total = sum(given.num_samples for given in factors)
-    return Factors(layers, total, skipped, _settings([given.settings for given in factors]))
+    diagonals = {
+        name: _mean([given.diagonals[name] for given in factors], [f.num_samples for f in factors])
+        for name in first.diagonals
+    }
+    large = {name: _sum_large([given.large[name] for given in factors]) for name in first.large}
+    settings = _settings([given.settings for given in factors])
+    return Factors(layers, total, skipped, settings, diagonals, large)
 
 
 def _check_alike(first: Factors, other: Factors, which: str) -> None:
@@ -67,6 +75,15 @@ def _check_alike(first: Factors, other: Factors, which: str) -> None:
         a, b = first.settings.get(word), other.settings.get(word)
         if a != b:
             raise ValueError(f"{which} were made with {word}={b!r}, the first with {word}={a!r}")
+    for what, mine, theirs in (
+        ("diagonals", _shapes(first.diagonals), _shapes(other.diagonals)),
+        ("large layers", _large_shapes(first), _large_shapes(other)),
+    ):
+        if mine != theirs:
+            raise ValueError(
+                f"{which} have other {what} than the first: "
+                f"{', '.join(sorted(set(mine.items()) ^ set(theirs.items()), key=str)[0][:1])}"
+            )
     for one, another, holder in ((first, other, which), (other, first, "the first factors")):
         for name in one:
             if name not in another:
@@ -89,6 +106,31 @@ def _check_alike(first: Factors, other: Factors, which: str) -> None:
                 raise ValueError(
                     f"layer {name!r} has another {what} in {which}: {of(g)}, in the first {of(f)}"
                 )
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: (tuple(t.shape), t.dtype, t.device) for name, t in tensors.items()}
+
+
+def _large_shapes(factors: Factors) -> dict[str, Any]:
+    return {
+        name: (f.spec, tuple(f.input_covariance.shape), f.output_diagonal.dtype, f.tied_to)
+        for name, f in factors.large.items()
+    }
+
+
+def _sum_large(parts: Sequence[LargeLayerFactors]) -> LargeLayerFactors:
+    """One large layer's factors of all samples."""
+    first, samples = parts[0], [f.num_samples for f in parts]
+    positions = [f.num_samples * f.positions for f in parts]
+    return LargeLayerFactors(
+        first.spec,
+        _mean([f.input_covariance for f in parts], samples),
+        _mean([f.output_diagonal for f in parts], positions),
+        sum(samples),
+        sum(positions) / sum(samples),
+        first.tied_to,
+    )
 
 
 def _sum(parts: Sequence[LayerFactors]) -> LayerFactors:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hesskern import ops
+from hesskern.factors.diagonal_sums import DiagonalSums
 from hesskern.factors.layer_sums import BatchSum, Counted, LayerSums, Layout, SumMemory
 from hesskern.passes.layer_uses import LayerUse, positions_of
 from hesskern.passes.layers import LayerSpec, unfolded
@@ -20,6 +21,9 @@ __all__ = ["BatchSums"]
 # Gradients with fewer rows than this are added several root rows at a time.
 _MANY = 4096
 
+# Entries of rows that are squared at a time.
+_SQUARES = 2**22
+
 
 @dataclass(frozen=True)
 class BatchSums:
@@ -28,10 +32,12 @@ class BatchSums:
     Attributes:
         specs: the layers, by name.
         memory_budget: bytes for root rows kept at a time beyond one row per layer.
+        large: layers of whose output Hessian the diagonal is summed alone.
     """
 
     specs: dict[str, LayerSpec]
     memory_budget: int
+    large: frozenset[str] = frozenset()
 
     @property
     def _joined(self) -> int:
@@ -44,19 +50,29 @@ class BatchSums:
         Raises:
             ValueError: NaN or Inf on the host.
         """
-        layouts = {name: _layout(self.specs[name], roots.uses[name]) for name in names}
+        layouts = {
+            name: _layout(self.specs[name], roots.uses[name], name in self.large) for name in names
+        }
         found: BatchSum | None = None
-        for name, rows in self._output_rows(roots, names):
+        diagonals = DiagonalSums(roots.diagonal_uses, roots.outputs)
+        for name, rows in self._output_rows(roots, names, diagonals):
             # Not before the first rows are there: on their way backwards the model's activations
             # are given back, whose memory the sums then take.
             found = memory.zeros(layouts) if found is None else found
-            ops.output_hessian_(found.layers[name].outputs, rows)
+            if name in self.large:
+                _add_squares(found.layers[name].outputs, rows)
+            else:
+                ops.output_hessian_(found.layers[name].outputs, rows)
         found = memory.zeros(layouts) if found is None else found
         found.counts += self._counted(roots, names)
         for name, sums in found.layers.items():
             self._add_inputs(self.specs[name], roots, sums)
         for name, sums in found.layers.items():
             roots.check_sums(name, sums.inputs, sums.outputs)
+        for name, diagonal in diagonals.sums.items():
+            roots.check_diagonal(name, diagonal)
+            found.diagonals[name] = diagonal
+            found.pieces.append(diagonal)
         return found
 
     def _counted(self, roots: BatchRoots, names: list[str]) -> list[Counted]:
@@ -108,23 +124,27 @@ class BatchSums:
             if spec.joint:
                 sums.column += unfolded(spec, image).sum(1)
 
-    def _output_rows(self, roots: BatchRoots, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    def _output_rows(
+        self, roots: BatchRoots, names: list[str], diagonals: DiagonalSums
+    ) -> Iterator[tuple[str, Tensor]]:
         """Rows to be added to layers' output Hessians, as ``ops.output_hessian_`` takes them.
 
         Some samples or a few root rows at a time; whoever takes them lets go of them at once.
         """
         blocks = roots.blocks(self.memory_budget)
         if blocks is None:
-            return self._single_rows(roots, names)
-        return self._block_rows(roots, blocks, names)
+            return self._single_rows(roots, names, diagonals)
+        return self._block_rows(roots, blocks, names, diagonals)
 
     def _block_rows(
         self,
         roots: BatchRoots,
         blocks: Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]],
         names: list[str],
+        diagonals: DiagonalSums,
     ) -> Iterator[tuple[str, Tensor]]:
         for samples, _, gradients in blocks:
+            diagonals.take(gradients, samples, False)
             for name in names:
                 m = self.specs[name].outputs
                 for use, grad in zip(roots.uses[name], gradients[name], strict=True):
@@ -139,10 +159,13 @@ class BatchSums:
                     else:
                         yield name, grad.flatten(3)
 
-    def _single_rows(self, roots: BatchRoots, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    def _single_rows(
+        self, roots: BatchRoots, names: list[str], diagonals: DiagonalSums
+    ) -> Iterator[tuple[str, Tensor]]:
         kept: dict[str, list[Tensor]] = {name: [] for name in names}
         held = 0
         for grads in roots.gradients():
+            diagonals.take(grads, slice(None), True)
             for name in names:
                 for use, grad in zip(roots.uses[name], grads[name], strict=True):
                     if grad is not None:
@@ -177,12 +200,23 @@ class BatchSums:
             grads.clear()
 
 
-def _layout(spec: LayerSpec, uses: list[LayerUse]) -> Layout:
+def _add_squares(diagonal: Tensor, rows: Tensor) -> None:
+    """Adds to a diagonal [m] the squares of rows [N, r, m] or [N, r, m, t], a few at a time."""
+    if rows.dim() == 4:
+        for part in rows.flatten(0, 1):
+            diagonal += part.to(diagonal.dtype).square().sum(1)
+        return
+    flat = rows.reshape(-1, rows.shape[-1])
+    for part in flat.split(max(1, _SQUARES // max(1, flat.shape[1]))):
+        diagonal += part.to(diagonal.dtype).square().sum(0)
+
+
+def _layout(spec: LayerSpec, uses: list[LayerUse], large: bool) -> Layout:
     """Shapes of a layer's sums."""
     d, m, x = spec.weight_inputs, spec.outputs, uses[0].x
     return Layout(
         (d, d) if spec.groups == 1 else (spec.groups, d, d),
-        (m, m),
+        (m,) if large else (m, m),
         (spec.groups * d,),
         tuple(tuple(use.x.shape[1:]) for use in uses),
         accumulator_dtype(x.dtype),

@@ -31,6 +31,7 @@ def kronecker_factors(
     check: bool = True,
     max_outputs: int = 8192,
     position_mask: Callable[[Any], Any] | None = None,
+    diagonal: bool = False,
     progress: bool | Progress = False,
     group: Any = None,
 ) -> Factors:
@@ -72,7 +73,7 @@ def kronecker_factors(
             rows. A layer whose rows are no samples, or act on
             several, is then left out with the reason. False takes the first axis for the samples.
         max_outputs: layers with more outputs, such as heads over a large vocabulary, are left out:
-            E[M] is [m, m].
+            E[M] is [m, m]. With ``diagonal=True`` they have its diagonal, in ``factors.large``.
         position_mask: which positions are data, where they are not all: a function of a batch's
             inputs that gives a mask [N, T] of zeros and ones, a dict of such masks or None by
             patterns of layers' names ({"encoder.*": mask}; the first that fits counts), or None for
@@ -80,6 +81,10 @@ def kronecker_factors(
             mask [N, T] speaks of linear layers and Conv1d with T positions; layers with one row per
             sample (poolers, heads on one token) are not masked. A masked position counts nowhere,
             whatever is there.
+        diagonal: whether embeddings, norms, biases that no layer's block holds, and other vectors
+            get a diagonal block each: ``factors.diagonals``, by parameter, the diagonal of E[M]'s
+            counterpart in it, the mean over samples of its squared gradients of all root rows.
+            Parameters whose gradients by sample are not known are in ``.skipped`` with the reason.
         progress: True for a bar with the time left, or a callback (description, done, total).
         group: reserved for torch.distributed; must be None.
 
@@ -107,6 +112,7 @@ def kronecker_factors(
         check=check,
         max_outputs=max_outputs,
         position_mask=position_mask,
+        diagonal=diagonal,
     )
     accumulator.consume(data, sample_weight=sample_weight, progress=progress)
     return accumulator.finished(2)

@@ -100,7 +100,10 @@ def ekfac(
     check_choice("precision", precision, Precision)
     check_output(output, mc_samples, seed)
     check_iterable(data)
-    report = reporter(progress)
+    report, mask = reporter(progress), checked_mask(position_mask)
+    resolved = resolve_loss(loss, output_root)
+    device = model_device(model)
+    budget, now = budget_for(memory_budget, device, 2**30, 1 / 16), precisions(model, device)
     if factors is None:
         if isinstance(data, Iterator):
             raise ValueError(
@@ -129,15 +132,15 @@ def ekfac(
     else:
         made, evidence = factors, Evidence(check)
     specs = _specs(model, made, layers if factors is not None else None, bias)
+    skipped = {**_without_factors(model, made, specs, layers), **made.skipped}
+    settings = dict(made.settings)
     chosen = {name: made[name] for name in specs}
-    skipped, settings = made.skipped, dict(made.settings)
+    # From here on nobody but ``chosen`` holds factors that were made here.
     del made
-    mask = checked_mask(position_mask)
-    found = _without_values(model, chosen, specs, precision)
     run = DataPass(
         model,
         data,
-        resolve_loss(loss, output_root),
+        resolved,
         specs,
         sample_weight,
         evidence,
@@ -150,19 +153,20 @@ def ekfac(
         mc_samples=mc_samples,
         seed=seed,
     )
-    now = precisions(model, model_device(model))
-    budget = budget_for(memory_budget, model_device(model), 2**30, 1 / 16)
-    count = Corrections(run, found, budget).add()
-    if not count > 0:
-        raise no_samples(", so there is no EKFAC")
-    reasons = run.capture.reasons
-    refuse_missing(specs, reasons)
-    result = {name: layer for name, layer in found.items() if name not in reasons}
-    for layer in result.values():
-        layer.values /= count
+    # The result is to be usable whatever mode the caller is in.
+    with torch.inference_mode(False), torch.no_grad():
+        found = _without_values(model, chosen, specs, precision)
+        count = Corrections(run, found, budget).add()
+        if not count > 0:
+            raise no_samples(", so there is no EKFAC")
+        reasons = run.capture.reasons
+        refuse_missing(specs, reasons)
+        result = {name: layer for name, layer in found.items() if name not in reasons}
+        for layer in result.values():
+            layer.values /= count
     own = {
         "output": output,
-        "bias": settings["bias"],
+        "bias": settings.get("bias", "none"),
         "mc_samples": mc_samples,
         "seed": seed,
         "precision": "; ".join(now),
@@ -172,6 +176,20 @@ def ekfac(
     }
     skipped = left_out(model, {**skipped, **reasons}, [specs[name] for name in result], None)
     return EKFAC(result, specs, count, skipped, own)
+
+
+def _without_factors(
+    model: nn.Module,
+    factors: Factors,
+    specs: dict[str, LayerSpec],
+    layers: str | Iterable[str] | None,
+) -> dict[str, str]:
+    """Reasons for layers that nobody left out and the factors lack."""
+    if layers is not None:
+        return {}
+    known, unknown = select_layers(model, None, factors.settings.get("bias", "none"))
+    missing = dict.fromkeys(known.keys() - specs.keys(), "is not among the factors")
+    return {**unknown, **missing}
 
 
 def _specs(

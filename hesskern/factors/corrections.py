@@ -51,16 +51,14 @@ class Corrections:
             ValueError: NaN or Inf in the data; names layer and batch.
             torch.OutOfMemoryError: for halves of a batch as well.
         """
-        run, count = self._run, 0.0
-        numbers: list[float | Tensor] = []
+        run = self._run
+        count: float | Tensor = 0.0
         with run:
             for batch in run.batches():
-                numbers.append(self._add(batch))
+                count = count + self._add(batch)
                 run.checks.close()
             run.checks.settle()
-        for number in numbers:
-            count += float(number)
-        return count
+        return float(count)
 
     def _add(self, batch: Batch) -> float | Tensor:
         """Adds a batch as a whole; its weighted number of samples."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -20,6 +20,7 @@ __all__ = [
     "LayerSums",
     "Layout",
     "SumMemory",
+    "add_diagonals",
     "add_sums",
     "bordered",
     "scale_sums",
@@ -40,7 +41,7 @@ class LayerSums:
 
     Attributes:
         inputs: [d, d] or [g, d, d], without the bias.
-        outputs: [m, m], summed over samples and positions.
+        outputs: [m, m], summed over samples and positions; its diagonal [m] of large layers.
         column: [g d] sum of the inputs over samples and positions; used with a joint bias.
         images: sums of the inputs, one per use; None once their shapes varied.
         positions: weighted sum of positions per sample, as far as the host knows it.
@@ -85,6 +86,14 @@ def scale_sums(layers: Iterable[LayerSums], factor: float | Tensor) -> None:
         if not isinstance(factor, Tensor):
             sums.positions *= factor
     foreach.scale_(tensors, factor)
+
+
+def add_diagonals(mine: dict[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Adds to tensors by name others; those without one of their name are taken as they are."""
+    shared = [name for name in other if name in mine]
+    foreach.add_([mine[name] for name in shared], [other[name] for name in shared])
+    for name, diagonal in other.items():
+        mine.setdefault(name, diagonal)
 
 
 def add_sums(pairs: Iterable[tuple[LayerSums, LayerSums]]) -> None:
@@ -151,11 +160,13 @@ class BatchSum:
         pieces: the memory that they lie in, some elements of which belong to none.
         counts: per part of the batch its number of samples with every layer's positions per sample,
             and its masks' positions with the layers that they belong to.
+        diagonals: sums of squared gradients by parameter, of its shape.
     """
 
     layers: dict[str, LayerSums]
     pieces: list[Tensor]
     counts: list[Counted] = field(default_factory=list)
+    diagonals: dict[str, Tensor] = field(default_factory=dict)
 
     def mask(self, alive: Tensor) -> None:
         """Makes all sums zero where the 0-dim ``alive`` is False, whatever they hold."""
@@ -177,6 +188,7 @@ class BatchSum:
         self.layers = {**other.layers, **self.layers}
         self.pieces += other.pieces
         self.counts += other.counts
+        add_diagonals(self.diagonals, other.diagonals)
 
 
 class SumMemory:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hesskern.choices import Order, check_choice
+from hesskern.factors.large_layers import LargeLayerFactors, OfLayer
 from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.operators.network import NetworkOperator
 from hesskern.passes.layers import LayerSpec, unfolded
@@ -21,29 +22,8 @@ from hesskern.tensor_files import OpenedFile, TensorFormat
 __all__ = ["Factors", "LayerFactors", "OfLayer", "load_factors", "read_spec"]
 
 _FILE = TensorFormat("hesskern.factors/1", "hesskern factors", "factors file")
-
-
-class OfLayer:
-    """What a result about one layer says of the layer."""
-
-    spec: LayerSpec
-
-    @property
-    def name(self) -> str:
-        return self.spec.name
-
-    @property
-    def kind(self) -> str:
-        return self.spec.kind
-
-    @property
-    def layer_shape(self) -> tuple[int, int]:
-        """(m, d): the shape of the weight as a matrix, d per group."""
-        return self.spec.shape
-
-    @property
-    def groups(self) -> int:
-        return self.spec.groups
+# Before the names of parameters in a file; no layer's name begins so.
+_DIAGONAL = "diagonal/"
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +125,13 @@ class Factors(Mapping[str, LayerFactors]):
             known which rows belong to which samples: "graph" (proved), "probe" (found by backward
             passes), "not checked" (never two samples in a batch: nothing was to be told apart)
             or "switched off" (``check=False``).
+        diagonals: with ``diagonal=True``, by parameter (``"ln_f.weight"``, ``"fc1.bias"``) and of
+            its shape, the diagonal of the Gauss-Newton or Fisher matrix in it:
+            1/N sum_n sum_c (d f_nc)^2, with d f_nc the gradient of sample n's root row c in the
+            parameter, all its uses counted.
+        large: with ``diagonal=True``, the layers with more than ``max_outputs`` outputs by name,
+            with the diagonal of E[M] alone. They are no part of this mapping and of
+            :meth:`operator`.
     """
 
     def __init__(
@@ -153,17 +140,23 @@ class Factors(Mapping[str, LayerFactors]):
         num_samples: float,
         skipped: Mapping[str, str],
         settings: Mapping[str, Any],
+        diagonals: Mapping[str, Tensor] | None = None,
+        large: Mapping[str, LargeLayerFactors] | None = None,
     ) -> None:
         self._layers = dict(layers)
         self.num_samples = num_samples
         self.skipped = dict(skipped)
         self.settings = dict(settings)
+        self.diagonals = dict(diagonals or {})
+        self.large = dict(large or {})
 
     def __getitem__(self, name: str) -> LayerFactors:
         try:
             return self._layers[name]
         except KeyError:
             reason = self.skipped.get(name)
+            if name in self.large:
+                reason = "has too many outputs for E[M]; its diagonal is in .large"
             raise KeyError(
                 f"no factors for layer {name!r}"
                 + (f": it {reason}" if reason else f"; there are {', '.join(self._layers)}")
@@ -190,6 +183,8 @@ class Factors(Mapping[str, LayerFactors]):
 
     def __repr__(self) -> str:
         rows = [f"  {n}: {f.kind} {f.layer_shape}" for n, f in self._layers.items()]
+        rows += [f"  {n}: {f.kind} {f.layer_shape}, diagonal E[M]" for n, f in self.large.items()]
+        rows += [f"  {n}: diagonal {tuple(d.shape)}" for n, d in self.diagonals.items()]
         return "\n".join([f"Factors of {self.num_samples:g} samples:", *rows])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -216,12 +211,22 @@ class Factors(Mapping[str, LayerFactors]):
                     "images": None if f.input_images is None else len(f.input_images),
                 }
             )
-        header = {
+        header: dict[str, Any] = {
             "num_samples": self.num_samples,
             "skipped": self.skipped,
             "settings": self.settings,
             "layers": layers,
         }
+        if self.large:
+            header["large"] = []
+        for name, one in self.large.items():
+            tensors[f"{name}.input_covariance"] = one.input_covariance
+            tensors[f"{name}.output_diagonal"] = one.output_diagonal
+            entry = {"spec": asdict(one.spec), "num_samples": one.num_samples}
+            header["large"].append({**entry, "positions": one.positions, "tied_to": one.tied_to})
+        if self.diagonals:
+            tensors.update((f"{_DIAGONAL}{name}", d) for name, d in self.diagonals.items())
+            header["diagonals"] = list(self.diagonals)
         _FILE.write(path, tensors, header)
 
 
@@ -239,6 +244,15 @@ def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu
     with _FILE.opened(path) as file:
         header = file.header
         layers = [_read_layer(file, entry, device) for entry in header["layers"]]
+        large = [_read_large(file, entry, device) for entry in header.get("large", ())]
+        for one in large:
+            m, d = one.layer_shape
+            shape = (d, d) if one.groups == 1 else (one.groups, d, d)
+            if one.output_diagonal.shape != (m,) or one.input_covariance.shape != shape:
+                raise ValueError(
+                    f"path: {str(path)!r} is damaged: the factors of layer {one.name!r} do not "
+                    f"have its shape {one.layer_shape}"
+                )
         for f in layers:
             m, d = f.layer_shape
             shape = (d, d) if f.groups == 1 else (f.groups, d, d)
@@ -252,6 +266,8 @@ def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu
             header["num_samples"],
             header["skipped"],
             header["settings"],
+            {n: file.tensor(f"{_DIAGONAL}{n}").to(device) for n in header.get("diagonals", ())},
+            {one.name: one for one in large},
         )
 
 
@@ -281,3 +297,13 @@ def _read_layer(
         None if count is None else tuple(read(f"input_image.{i}") for i in range(count)),
         entry.get("tied_to"),
     )
+
+
+def _read_large(
+    file: OpenedFile, entry: dict[str, Any], device: str | torch.device
+) -> LargeLayerFactors:
+    spec = read_spec(entry["spec"])
+    names = ("input_covariance", "output_diagonal")
+    covariance, diagonal = (file.tensor(f"{spec.name}.{name}").to(device) for name in names)
+    about = (entry["num_samples"], entry["positions"], entry["tied_to"])
+    return LargeLayerFactors(spec, covariance, diagonal, *about)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from hesskern.graph.entry_numbers import CHAIN, Numbers
 from hesskern.graph.nodes import (
     axis_of,
     in_order,
@@ -27,10 +28,9 @@ from hesskern.graph.nodes import (
     product,
 )
 
-__all__ = ["Target", "WeightUse", "find_uses"]
+__all__ = ["Target", "WeightUse", "find_uses", "linear_call"]
 
 _LOOKUPS = frozenset(("Embedding", "EmbeddingBag"))
-_SAME_ORDER = frozenset("Alias Clone ReshapeAlias Squeeze ToCopy UnsafeView Unsqueeze View".split())
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _descendants(
             nodes.append(target.bias.node)
         wanted.update(in_order(nodes))
     for node in order:
-        if node in wanted or not (kind(node) in _CHAIN or passes_gradients(node)):
+        if node in wanted or not (kind(node) in CHAIN or passes_gradients(node)):
             continue
         if any(follower in wanted for follower, _ in node.next_functions):
             wanted.add(node)
@@ -200,7 +200,7 @@ class _Uses:
             self._found.other = "is computed from itself"
         shape = self._target.shape
         for edge in edges:
-            numbers = _Numbers(shape)
+            numbers = Numbers(shape)
             for parent, operand, number in self._parents.get(edge.node, ()):
                 if number != edge.output_nr:
                     continue
@@ -212,9 +212,9 @@ class _Uses:
             self._check_bias(self._target.bias)
         return self._found
 
-    def _follow(self, node: Any, operand: int, numbers: _Numbers) -> None:
+    def _follow(self, node: Any, operand: int, numbers: Numbers) -> None:
         """Goes on to a node that takes what the numbers tell as an operand."""
-        if kind(node) in _CHAIN or passes_gradients(node):
+        if kind(node) in CHAIN or passes_gradients(node):
             for result in range(len(node._input_metadata)):
                 seen = numbers.through(node, result)
                 if seen is None:
@@ -224,7 +224,7 @@ class _Uses:
                     if arriving == result:
                         self._follow(parent, place, seen)
             return
-        use = _CALLS.get(kind(node), _no_call)(node, operand, numbers, self._target)
+        use = linear_call(node, operand, numbers, self._target)
         if use is None:
             self._other(node)
         else:
@@ -245,7 +245,7 @@ class _Uses:
             if name == "Select" and int(node._saved_index) != expert:
                 return
             wanted = 0 if name == "Select" else expert
-            numbers = _Numbers(self._target.shape, "transposed" if flipped else "same")
+            numbers = Numbers(self._target.shape, "transposed" if flipped else "same")
             for parent, place, arriving in parents:
                 if arriving == wanted:
                     self._follow(parent, place, numbers)
@@ -337,87 +337,7 @@ def _added_to(node: Any, operand: int, calls: set[Any]) -> Any:
     return other if fits and (output_shape(other) or (0,))[-1] == m else None
 
 
-class _Numbers:
-    """Which entry of the weight stands where, after operations that only move entries.
-
-    Attributes:
-        plain: how the weight [m, d] looks now: "same", "transposed", or "" for what only the
-            numbers tell.
-    """
-
-    def __init__(
-        self, shape: tuple[int, ...], plain: str = "same", tensor: Tensor | None = None
-    ) -> None:
-        self._shape, self.plain, self._tensor = shape, plain, tensor
-
-    @property
-    def tensor(self) -> Tensor:
-        """Numbers of entries, in the shape of the operand."""
-        if self._tensor is None:
-            whole = torch.arange(product(self._shape), device="cpu").reshape(self._shape)
-            self._tensor = whole.t() if self.plain == "transposed" else whole
-        return self._tensor
-
-    def through(self, node: Any, number: int) -> _Numbers | None:
-        """The same behind a node of the graph; None where that is not known."""
-        name = kind(node)
-        if name in ("ToCopy", "Clone", "Alias") or passes_gradients(node):
-            return self
-        if name == "T" and len(self._shape) == 2 and self.plain:
-            flipped = "transposed" if self.plain == "same" else "same"
-            return _Numbers(self._shape, flipped)
-        shape = output_shape(node, number)
-        if shape is None:
-            return None
-        moved = _moved(name, node, number, self.tensor, shape)
-        if moved is None or tuple(moved.shape) != shape:
-            return None
-        return _Numbers(self._shape, "", moved)
-
-
-def _moved(
-    name: str, node: Any, number: int, tensor: Tensor, shape: tuple[int, ...]
-) -> Tensor | None:
-    """What a view-like operation makes of a tensor."""
-    dim = tensor.dim()
-    if name in _SAME_ORDER:
-        return tensor.reshape(shape) if tensor.numel() == product(shape) else None
-    if name == "T":
-        return tensor.t()
-    if name == "Transpose":
-        return tensor.transpose(axis_of(node._saved_dim0, dim), axis_of(node._saved_dim1, dim))
-    if name == "Permute":
-        return tensor.permute([axis_of(axis, dim) for axis in node._saved_dims])
-    if name == "Expand":
-        return tensor.expand(shape)
-    axis = axis_of(node._saved_dim, dim)
-    if name == "Slice":
-        begin, end = int(node._saved_start or 0), node._saved_end
-        stop = tensor.shape[axis] if end is None else int(end)
-        if begin < 0 or stop < 0 or begin >= 2**62:
-            return None
-        stop = min(stop, tensor.shape[axis])
-        return tensor.narrow(axis, begin, max(stop - begin, 0)).index_select(
-            axis, torch.arange(0, max(stop - begin, 0), int(node._saved_step), device="cpu")
-        )
-    if name == "Select":
-        index = int(node._saved_index)
-        return tensor.select(axis, index - 2**64 if index >= 2**63 else index)
-    if name == "Unbind":
-        return tensor.unbind(axis)[number]
-    if name == "Split":
-        return tensor.split(int(node._saved_split_size), axis)[number]
-    if name == "SplitWithSizes":
-        return tensor.split([int(size) for size in node._saved_split_sizes], axis)[number]
-    return None
-
-
-_CHAIN = _SAME_ORDER | frozenset(
-    "Expand Permute Select Slice Split SplitWithSizes T Transpose Unbind".split()
-)
-
-
-def _columns(numbers: _Numbers, target: Target) -> tuple[bool, slice | None]:
+def _columns(numbers: Numbers, target: Target) -> tuple[bool, slice | None]:
     """Whether an operand [(B,) d, m] holds rows of the weight [m, d], and which; None for all."""
     if len(target.shape) != 2:
         return False, None
@@ -442,7 +362,7 @@ def _columns(numbers: _Numbers, target: Target) -> tuple[bool, slice | None]:
     return True, None if count == m else slice(first, first + count)
 
 
-def _product_call(node: Any, operand: int, numbers: _Numbers, target: Target) -> WeightUse | None:
+def _product_call(node: Any, operand: int, numbers: Numbers, target: Target) -> WeightUse | None:
     """x W^T as Addmm, Mm or Bmm."""
     name = kind(node)
     left = "_saved_mat1" if name == "Addmm" else "_saved_self"
@@ -459,7 +379,7 @@ def _product_call(node: Any, operand: int, numbers: _Numbers, target: Target) ->
     return WeightUse(node, x.detach(), shape, part)
 
 
-def _linear_call(node: Any, operand: int, numbers: _Numbers, target: Target) -> WeightUse | None:
+def _linear_call(node: Any, operand: int, numbers: Numbers, target: Target) -> WeightUse | None:
     """x W^T as one operation."""
     if target.convolution or target.transposed or operand != 1 or numbers.plain != "same":
         return None
@@ -471,7 +391,7 @@ def _linear_call(node: Any, operand: int, numbers: _Numbers, target: Target) -> 
 
 
 def _convolution_call(
-    node: Any, operand: int, numbers: _Numbers, target: Target
+    node: Any, operand: int, numbers: Numbers, target: Target
 ) -> WeightUse | None:
     if not target.convolution or operand != 1 or numbers.plain != "same":
         return None
@@ -488,8 +408,14 @@ def _convolution_call(
     return WeightUse(node, node._saved_input.detach(), shape, None, settings)
 
 
-def _no_call(node: Any, operand: int, numbers: _Numbers, target: Target) -> WeightUse | None:
-    return None
+def linear_call(node: Any, operand: int, numbers: Numbers, target: Target) -> WeightUse | None:
+    """A node that takes what the numbers tell as an operand, as a linear call; None if it is none.
+
+    Raises:
+        RuntimeError: torch's, where an input was overwritten in place after it had been used.
+    """
+    rule = _CALLS.get(kind(node))
+    return None if rule is None else rule(node, operand, numbers, target)
 
 
 _CALLS = {

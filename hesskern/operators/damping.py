@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-__all__ = ["Damping", "Extent", "check_damping", "check_invertible", "resolved", "rounding", "said"]
+__all__ = [
+    "Damping",
+    "Extent",
+    "check_damping",
+    "check_invertible",
+    "resolved",
+    "rounding",
+    "said",
+    "settled",
+]
 
 Damping = float | Literal["mean"]
 """A number >= 0, or a tenth of the mean eigenvalue."""
@@ -88,6 +99,32 @@ class Extent:
     largest: float
     rank: int
     size: int
+
+
+def settled(values: Sequence[Tensor], name: str | None) -> tuple[list[Tensor], Extent]:
+    """Eigenvalues with those below zero by rounding at zero, and how far they reach.
+
+    Args:
+        values: per group, [r, q], with the rounding of their dtype.
+        name: of the layer.
+
+    Raises:
+        ValueError: one is NaN or infinite.
+    """
+    whole = torch.stack(list(values))
+    largest = whole.abs().amax((1, 2), keepdim=True)
+    eps = torch.finfo(whole.dtype).eps
+    small = whole.abs() <= eps * max(whole.shape[1:]) * largest
+    below = small & (whole < 0)
+    clamped = whole.masked_fill(below, 0.0)
+    least, top, rank, touched = torch.stack(
+        [n.double() for n in (clamped.amin(), largest.amax(), (~small).sum(), below.any())]
+    ).tolist()
+    if not top < math.inf:
+        raise ValueError(f"the eigenvalues of {said(name)} hold NaN or Inf")
+    extent = Extent(least, top, int(rank), whole.numel())
+    # The same memory wherever it serves.
+    return list(clamped.unbind()) if touched else list(values), extent
 
 
 def check_invertible(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from numbers import Real
 from typing import TYPE_CHECKING
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from hesskern import ops
-from hesskern.devices import on_host
 from hesskern.operators.base import LayerOperator
 from hesskern.operators.damping import (
     Damping,
@@ -22,13 +21,15 @@ from hesskern.operators.damping import (
     resolved,
     rounding,
     said,
+    settled,
 )
+from hesskern.operators.vectors import draws, require_finite
 from hesskern.ops import foreach
 
 if TYPE_CHECKING:
     from hesskern.solvers.result import EigenResult
 
-__all__ = ["CorrectedOperator", "EigenbasisOperator", "draws", "require_finite"]
+__all__ = ["CorrectedOperator", "EigenbasisOperator"]
 
 
 class EigenbasisOperator(LayerOperator):
@@ -358,74 +359,3 @@ class CorrectedOperator(EigenbasisOperator):
     def diagonal(self) -> Tensor:
         parts = [u.square() @ s @ v.square().T for u, v, s in zip(*self.eigenbases, strict=True)]
         return self._outward(torch.cat([part.flatten() for part in parts]))
-
-
-def settled(values: Sequence[Tensor], name: str | None) -> tuple[list[Tensor], Extent]:
-    """Eigenvalues with those below zero by rounding at zero, and how far they reach.
-
-    Args:
-        values: per group, [r, q], with the rounding of their dtype.
-        name: of the layer.
-
-    Raises:
-        ValueError: one is NaN or infinite.
-    """
-    whole = torch.stack(list(values))
-    largest = whole.abs().amax((1, 2), keepdim=True)
-    eps = torch.finfo(whole.dtype).eps
-    small = whole.abs() <= eps * max(whole.shape[1:]) * largest
-    below = small & (whole < 0)
-    clamped = whole.masked_fill(below, 0.0)
-    least, top, rank, touched = torch.stack(
-        [n.double() for n in (clamped.amin(), largest.amax(), (~small).sum(), below.any())]
-    ).tolist()
-    if not top < math.inf:
-        raise ValueError(f"the eigenvalues of {said(name)} hold NaN or Inf")
-    extent = Extent(least, top, int(rank), whole.numel())
-    # The same memory wherever it serves.
-    return list(clamped.unbind()) if touched else list(values), extent
-
-
-def require_finite(blocks: Sequence[Tensor], names: Sequence[str | None]) -> None:
-    """Raises ValueError where vectors hold NaN or Inf, with the layer's name."""
-    kept = [i for i, block in enumerate(blocks) if block.numel() > 0]
-    # One NaN or Inf is enough for a sum to be none either, and a sum is read faster; one that
-    # overflows says nothing.
-    if not kept or all(math.isfinite(blocks[i].sum()) for i in kept if on_host(blocks[i])):
-        kept = [i for i in kept if not on_host(blocks[i])]
-    if not kept:
-        return
-    flags, order = foreach.are_finite([blocks[i] for i in kept])
-    for flag, i in zip(torch.cat(flags).tolist(), order, strict=True):
-        if not flag:
-            name = names[kept[i]]
-            where = "" if name is None else f"those of {said(name)} "
-            raise ValueError(f"vectors must be finite, but {where}hold NaN or Inf")
-
-
-def draws(n: int, scales: Sequence[Tensor], generator: torch.Generator | None) -> list[Tensor]:
-    """Standard normal draws times scales, one scale after the other.
-
-    Args:
-        n: number of draws.
-        scales: each [r, q].
-        generator: on any device; None for torch's own on the scales' device.
-
-    Returns:
-        per scale [n, r, q], on its device.
-
-    Raises:
-        TypeError, ValueError: ``n`` is no number >= 0; ``generator`` is none.
-    """
-    if isinstance(n, bool) or not isinstance(n, int):
-        raise TypeError(f"n must be an int, got {type(n).__name__}")
-    if n < 0:
-        raise ValueError(f"n must be >= 0, got {n}")
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    found = []
-    for scale in scales:
-        device = scale.device if generator is None else generator.device
-        z = torch.randn(n, *scale.shape, dtype=scale.dtype, device=device, generator=generator)
-        found.append(z.to(scale.device).mul_(scale))
-    return found

@@ -12,8 +12,15 @@ from torch import Tensor
 from hesskern import ops
 from hesskern.operators.base import CurvatureOperator, Layout
 from hesskern.operators.damping import Damping, check_damping
-from hesskern.operators.eigenbasis import EigenbasisOperator, draws, require_finite
+from hesskern.operators.eigenbasis import EigenbasisOperator
+from hesskern.operators.grouped import (
+    eigen_products,
+    eigenvectors,
+    kronecker_products,
+    whole_layers,
+)
 from hesskern.operators.kronecker import KroneckerOperator, decompose
+from hesskern.operators.vectors import draws, require_finite
 from hesskern.ops import foreach
 
 __all__ = ["LayerDamping", "NetworkOperator"]
@@ -194,7 +201,7 @@ class NetworkOperator(CurvatureOperator):
     def _products(self, blocks: list[Tensor]) -> list[Tensor]:
         found: dict[int, Tensor] = {}
         layers = list(self.layers.values())
-        for kind, product in ((True, _kronecker_products), (False, _eigen_products)):
+        for kind, product in ((True, kronecker_products), (False, eigen_products)):
             chosen = [i for i, x in enumerate(layers) if isinstance(x, KroneckerOperator) is kind]
             if chosen:
                 products = product([layers[i] for i in chosen], [blocks[i] for i in chosen])
@@ -257,7 +264,7 @@ class NetworkOperator(CurvatureOperator):
         layers = list(self.layers.values())
 
         def inverse(blocks: list[Tensor]) -> list[Tensor]:
-            return _eigen_products(layers, blocks, self._inverses(numbers))
+            return eigen_products(layers, blocks, self._inverses(numbers))
 
         return self._on_blocks(vectors, inverse)
 
@@ -358,9 +365,9 @@ class NetworkOperator(CurvatureOperator):
                 for name, layer in self.layers.items()
                 for scale in layer._roots(numbers[name], "sample", name)
             ]
-            left, right = _bases(layers)
+            left, right = eigenvectors(layers)
             drawn = ops.grouped_kron_matmul(left, right, draws(n, scales, generator))
-            found = _regrouped(layers, drawn)
+            found = whole_layers(layers, drawn)
             if blocks:
                 return dict(zip(self.layers, found, strict=True))
             return self._joined(found, False)
@@ -398,52 +405,3 @@ def _check_names(what: str, given: Mapping[str, Any], layers: Mapping[str, Any])
     for name in layers:
         if name not in given:
             raise ValueError(f"{what} must have every layer, but lacks layer {name!r}")
-
-
-def _regrouped(layers: Sequence[EigenbasisOperator], parts: Sequence[Tensor]) -> list[Tensor]:
-    """Per layer [k, m, d] of its groups' [k, m/g, d]."""
-    rest = iter(parts)
-    whole = []
-    for layer in layers:
-        own = [next(rest) for _ in range(layer.groups)]
-        whole.append(own[0] if layer.groups == 1 else torch.cat(own, 1))
-    return whole
-
-
-def _grouped(layers: Sequence[EigenbasisOperator], blocks: Sequence[Tensor]) -> list[Tensor]:
-    """Every layer's groups [k, m/g, d], one after the other."""
-    return [
-        part
-        for layer, block in zip(layers, blocks, strict=True)
-        for part in ([block] if layer.groups == 1 else layer._blocks(block))
-    ]
-
-
-def _bases(layers: Sequence[EigenbasisOperator]) -> tuple[list[Tensor], list[Tensor]]:
-    """U and V of every layer's groups, one after the other."""
-    bases = [layer.eigenbases for layer in layers]
-    return [u for left, _, _ in bases for u in left], [v for _, right, _ in bases for v in right]
-
-
-def _kronecker_products(
-    layers: Sequence[EigenbasisOperator], blocks: Sequence[Tensor]
-) -> list[Tensor]:
-    left, right = [], []
-    for layer in layers:
-        assert isinstance(layer, KroneckerOperator)
-        left += layer.factors[0]
-        right += layer.factors[1]
-    return _regrouped(layers, ops.grouped_kron_matmul(left, right, _grouped(layers, blocks)))
-
-
-def _eigen_products(
-    layers: Sequence[EigenbasisOperator],
-    blocks: Sequence[Tensor],
-    scales: Sequence[Tensor] | None = None,
-) -> list[Tensor]:
-    """U (scale . (U^T X V)) V^T of every layer, by its eigenvalues where there is no scale."""
-    left, right = _bases(layers)
-    if scales is None:
-        scales = [s for layer in layers for s in layer.eigenbases[2]]
-    parts = ops.grouped_kron_eigen_matmul(left, scales, right, _grouped(layers, blocks))
-    return _regrouped(layers, parts)

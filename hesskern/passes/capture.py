@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -21,6 +21,8 @@ from hesskern.graph.propagation import Propagation
 from hesskern.graph.sample_probe import random_rows
 from hesskern.graph.weight_uses import Target, WeightUse, find_uses
 from hesskern.passes.batches import Batch
+from hesskern.passes.diagonal_uses import DiagonalUse
+from hesskern.passes.diagonals import DiagonalCapture
 from hesskern.passes.forward_pass import check_repeatable, run_model
 from hesskern.passes.frozen_model import FrozenModel
 from hesskern.passes.layer_hooks import LayerHooks
@@ -48,6 +50,8 @@ class Capture:
             are left out of ``forward``'s uses for good.
         linear_use: whether the linear calls of a weight that is also looked up count as its uses.
         tied: such layers, with the name of a module that looks rows of their weight up.
+        diagonals: the parameters whose uses are wanted as well.
+        diagonal_uses: theirs in the last run.
     """
 
     model: nn.Module
@@ -60,13 +64,16 @@ class Capture:
     unfit: dict[str, str] = field(default_factory=dict)
     linear_use: bool = False
     tied: dict[str, str] = field(default_factory=dict)
+    diagonals: DiagonalCapture | None = None
+    diagonal_uses: dict[str, list[DiagonalUse]] = field(default_factory=dict)
     _reached: set[str] = field(default_factory=set)
     _flat: set[Any] = field(default_factory=set)
     _tried: set[Any] = field(default_factory=set)
     _edges: dict[int, GradientEdge] = field(default_factory=dict)
 
     def __enter__(self) -> Capture:
-        self._frozen = FrozenModel(self.model, self.specs, self.call)
+        beside = () if self.diagonals is None else self.diagonals.parameters.values()
+        self._frozen = FrozenModel(self.model, self.specs, self.call, beside)
         self._frozen.__enter__()
         # Calling what holds several experts tells nothing about one of them.
         single = [name for name, spec in self.specs.items() if spec.expert is None]
@@ -75,7 +82,7 @@ class Capture:
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.remove()
-        self._flat, self._edges = set(), {}
+        self._flat, self._edges, self.diagonal_uses = set(), {}, {}
         self._frozen.__exit__(*error)
 
     @contextmanager
@@ -115,6 +122,7 @@ class Capture:
                 one; the outputs are random.
         """
         versions = _versions(batch.inputs)
+        self.diagonal_uses = {}
         outputs, cuts = self._run(batch)
         try:
             found = self._found(outputs)
@@ -138,6 +146,8 @@ class Capture:
         if not len(outputs):
             return outputs, {}
         uses = self._fitting(outputs, alive, calls, others, batch.mask)
+        if self.diagonals is not None:
+            self.diagonal_uses = self.diagonals.uses(outputs, alive, self.evidence, self._flat)
         if self.examine:
             self._examine(outputs, uses, targets, cuts)
         return outputs, uses
@@ -286,7 +296,11 @@ class Capture:
         return outputs, cuts
 
     def backward(
-        self, outputs: Tensor, row: Tensor, uses: dict[str, list[LayerUse]], last: bool
+        self,
+        outputs: Tensor,
+        row: Tensor,
+        uses: Mapping[str, Sequence[LayerUse | DiagonalUse]],
+        last: bool,
     ) -> dict[str, list[Tensor | None]]:
         """One row's gradient with respect to the output of every layer, activations only.
 
@@ -321,7 +335,7 @@ class Capture:
         outputs: Tensor,
         rows: int,
         row: Callable[[int], Tensor],
-        uses: dict[str, list[LayerUse]],
+        uses: Mapping[str, Sequence[LayerUse | DiagonalUse]],
         budget: int | None = None,
     ) -> Iterator[tuple[slice, slice, dict[str, list[Tensor | None]]]] | None:
         """All rows' gradients with respect to the output of every layer, a block at a time.

@@ -27,6 +27,7 @@ from hesskern.graph.evidence import Evidence
 from hesskern.passes.batches import Batch, batches, halves
 from hesskern.passes.capture import Capture
 from hesskern.passes.checks import Checks
+from hesskern.passes.diagonals import DiagonalCapture
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.losses import Loss
@@ -61,7 +62,7 @@ class DataPass:
         loss, specs: what gives the root rows, and the layers by name.
         evidence: of which rows belong to which samples; shared by passes of one model.
         progress, description: told after every batch, and what a bar says.
-        examine, kept, unfit, linear_use: as in :class:`hesskern.passes.capture.Capture`.
+        examine, kept, unfit, linear_use, diagonals: as in :class:`hesskern.passes.capture.Capture`.
         position_mask, output, mc_samples, seed: as in :func:`hesskern.kronecker_factors`. The same
             rows are drawn in every pass.
         count: weighted number of samples, behind the last batch.
@@ -83,10 +84,12 @@ class DataPass:
     output: Output = "exact"
     mc_samples: int = 1
     seed: int = 0
+    diagonals: DiagonalCapture | None = None
 
     def __post_init__(self) -> None:
         self.count = 0.0
-        self._asked = False
+        # Which batch's sample was asked on a device.
+        self._asked: int | None = None
         self.checks = Checks()
         self.capture = Capture(
             self.model,
@@ -97,6 +100,7 @@ class DataPass:
             self.loss.run,
             unfit=self.unfit,
             linear_use=self.linear_use,
+            diagonals=self.diagonals,
         )
 
     def __enter__(self) -> DataPass:
@@ -137,7 +141,8 @@ class DataPass:
         roots = BatchRoots(
             self.capture, batch, self.loss, output, samples, generator, self.checks, sums_follow
         )
-        if not self.evidence.compared and not self._asked:
+        # Once more where a batch that ran out of memory comes again, in parts.
+        if not self.evidence.compared and self._asked in (None, batch.index):
             self._compare(batch, roots.outputs)
         return roots
 
@@ -146,13 +151,14 @@ class DataPass:
         conditions = self.checks.conditions
         with self.capture.aside():
             self.evidence.compared = self.loss.compare(self.model, batch, outputs, self.checks)
-        # On a device the answer comes later.
-        self._asked = self.checks.conditions > conditions
+        if self.checks.conditions > conditions:
+            # A device, whose answer comes later.
+            self._asked = batch.index
 
     def settle(self) -> None:
         """Behind the last batch: looks at all conditions, or raises the first error among them."""
         self.checks.settle()
-        self.evidence.compared |= self._asked
+        self.evidence.compared |= self._asked is not None
 
 
 @dataclass

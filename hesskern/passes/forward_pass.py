@@ -6,6 +6,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def frozen_eval(model: nn.Module, trainable: Iterable[Tensor] = ()) -> Iterator[
     Raises:
         ValueError: the model was made under ``torch.inference_mode()``, or is on the meta device.
     """
-    tensors = (*model.parameters(), *model.buffers())
+    parameters = list(model.parameters())
+    tensors = (*parameters, *model.buffers())
     if any(tensor.is_inference() for tensor in tensors):
         raise ValueError(
             "model must not be made under torch.inference_mode(): autograd cannot run through it"
@@ -54,14 +56,17 @@ def frozen_eval(model: nn.Module, trainable: Iterable[Tensor] = ()) -> Iterator[
     if any(tensor.is_meta for tensor in tensors):
         raise ValueError("model must hold values, but it has tensors on the meta device")
     modes = [(module, module.training) for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for chosen in trainable:
-            chosen.requires_grad_(True)
+        chosen = list(trainable)
+        kept = {id(parameter) for parameter in chosen}
+        for parameter, flag in flags:
+            if flag and id(parameter) not in kept:
+                parameter.requires_grad_(False)
+        for weight in chosen:
+            weight.requires_grad_(True)
         torch.backends.mha.set_fastpath_enabled(False)
         # Compiled models run eagerly: hooks and double backward need the plain graph.
         with (
@@ -74,9 +79,11 @@ def frozen_eval(model: nn.Module, trainable: Iterable[Tensor] = ()) -> Iterator[
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for module, mode in modes:
-            module.training = mode
+            if module.training != mode:
+                module.training = mode
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
 
 
 @contextmanager
@@ -136,7 +143,8 @@ def grad_fn_of(tensor: Tensor) -> Any:
 
 def model_device(model: nn.Module) -> torch.device:
     """Device of the model's first parameter or buffer; CPU if it has none."""
-    for tensor in (*model.parameters(), *model.buffers()):
+    # One after the other: the first is there at once, all of them take long in a large model.
+    for tensor in chain(model.parameters(), model.buffers()):
         return tensor.device
     return torch.device("cpu")
 

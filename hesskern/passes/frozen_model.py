@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
@@ -31,6 +31,7 @@ class FrozenModel:
         model: any module.
         specs: the layers, by name.
         call: gives the outputs [N, ...] for the model and the inputs of a batch.
+        beside: more leaf parameters that require gradients inside.
 
     Attributes:
         modules: the model's, by name.
@@ -46,13 +47,14 @@ class FrozenModel:
         model: nn.Module,
         specs: dict[str, LayerSpec],
         call: Callable[[nn.Module, Any], Tensor] = run_model,
+        beside: Iterable[Tensor] = (),
     ) -> None:
         self._model, self._device, self._call = model, model_device(model), call
         self.modules = dict(model.named_modules())
         self.weights: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor] = {}
         self.hooked = self.drew = False
-        self._trainable: list[Tensor] = []
+        self._trainable: list[Tensor] = list(beside)
         for name, spec in specs.items():
             module, attribute = weight_of(self.modules, name)
             weight = own_parameters(module).get(attribute)

@@ -20,6 +20,8 @@ __all__ = [
     "LayerSpec",
     "bias_of",
     "calls_itself",
+    "is_norm_or_embedding",
+    "large_layers",
     "left_out",
     "limit_outputs",
     "own_parameters",
@@ -259,6 +261,19 @@ def tied_module(modules: Mapping[str, nn.Module], layer: str) -> str:
     return others[0] if others else layer
 
 
+def large_layers(specs: Mapping[str, LayerSpec], max_outputs: Any) -> dict[str, LayerSpec]:
+    """The layers with more outputs than that.
+
+    Raises:
+        TypeError, ValueError: ``max_outputs`` is no positive integer.
+    """
+    if isinstance(max_outputs, bool) or not isinstance(max_outputs, int):
+        raise TypeError(f"max_outputs must be an integer, got {type(max_outputs).__name__}")
+    if max_outputs < 1:
+        raise ValueError(f"max_outputs must be at least 1, got {max_outputs}")
+    return {name: spec for name, spec in specs.items() if spec.outputs > max_outputs}
+
+
 def limit_outputs(
     specs: Mapping[str, LayerSpec], max_outputs: Any
 ) -> tuple[dict[str, LayerSpec], dict[str, str]]:
@@ -268,17 +283,13 @@ def limit_outputs(
         TypeError, ValueError: ``max_outputs`` is no positive integer.
         ValueError: one of the others was asked for by name, or no layer is left.
     """
-    if isinstance(max_outputs, bool) or not isinstance(max_outputs, int):
-        raise TypeError(f"max_outputs must be an integer, got {type(max_outputs).__name__}")
-    if max_outputs < 1:
-        raise ValueError(f"max_outputs must be at least 1, got {max_outputs}")
+    large = large_layers(specs, max_outputs)
     reasons = {
         name: (
             f"has {spec.outputs:,} outputs, and an output Hessian of {spec.outputs**2:,} entries; "
             f"max_outputs={spec.outputs} would include it (now {max_outputs})"
         )
-        for name, spec in specs.items()
-        if spec.outputs > max_outputs
+        for name, spec in large.items()
     }
     refuse_missing(specs, reasons)
     kept = {name: spec for name, spec in specs.items() if name not in reasons}
@@ -442,6 +453,11 @@ def _specify(name: str, module: nn.Module, joint: bool) -> tuple[list[LayerSpec]
         f"is a {type(module).__name__}; supported are Linear, Conv1d and Conv2d, and modules that "
         "multiply with a matrix of their own"
     )
+
+
+def is_norm_or_embedding(module: nn.Module) -> bool:
+    """Whether a module of torch looks rows up, or scales entries."""
+    return isinstance(module, (*_EMBEDDINGS, *_NORMS))
 
 
 def _without_products(module: nn.Module) -> str | None:

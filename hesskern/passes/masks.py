@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from hesskern.devices import on_host
 from hesskern.passes.batches import Batch
 from hesskern.passes.checks import Checks
+from hesskern.passes.diagonal_uses import DiagonalUse, mask_positions
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layer_uses import LayerUse, positions_of
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.position_mask import PositionMask
 
-__all__ = ["LayerMasks", "checked_mask", "masked_uses"]
+__all__ = ["LayerMasks", "checked_mask", "masked_diagonals", "masked_uses"]
 
 # Of an encoder-decoder model, the layers of the decoder that read the encoder's positions.
 _CROSS = re.compile(
@@ -95,6 +96,44 @@ class LayerMasks:
         if keep is None:
             return None
         spec = self.specs[name]
+        made = self._mask(keep)
+        if count == keep.shape[1] and (self._named or len(spec.kernel_size) < 2):
+            self._spoken.add(id(keep))
+            return made
+        if count > 1:
+            self._others[name] = count
+            # With all positions data there is nothing to tell apart, whatever the layer's are.
+            if self._named or made is not None:
+                _refuse(spec, count, keep.shape[1], self._named, self._about)
+        return None
+
+    def of_module(self, name: str, count: int) -> PositionMask | str | None:
+        """The mask of an operation with ``count`` positions by a module's parameter, if any.
+
+        Where it cannot be told which of them are data, the reason. Neither module nor parameter
+        need be a layer.
+        """
+        keep = self._choose(name)
+        made = None if keep is None else self._mask(keep)
+        if keep is None or made is None or count == keep.shape[1]:
+            return made
+        if count <= 1:
+            return None
+        return (
+            f"acts on {count} positions per sample, while the mask has {keep.shape[1]}, and it "
+            "cannot be told which of them are data"
+        )
+
+    @property
+    def sided(self) -> bool:
+        """Whether an encoder and a decoder have different masks, and positions are left out."""
+        if self._named or not _has_sides(self.model):
+            return False
+        sides = [self._choose(side) for side in ("encoder", "decoder")]
+        return any(keep is not None and self._mask(keep) is not None for keep in sides)
+
+    def _mask(self, keep: Tensor) -> PositionMask | None:
+        """None where all positions are data."""
         if id(keep) not in self._made:
             _require_values(keep, self.checks, self._about)
             # With all positions there is nothing to leave out.
@@ -103,15 +142,7 @@ class LayerMasks:
             self._made[id(keep)] = None if whole else PositionMask(keep.bool(), device)
         if keep.shape[1] == 1 and not self._named:
             _require_whole(keep, self.checks, self._about)
-        if count == keep.shape[1] and (self._named or len(spec.kernel_size) < 2):
-            self._spoken.add(id(keep))
-            return self._made[id(keep)]
-        if count > 1:
-            self._others[name] = count
-            # With all positions data there is nothing to tell apart, whatever the layer's are.
-            if self._named or self._made[id(keep)] is not None:
-                _refuse(spec, count, keep.shape[1], self._named, self._about)
-        return None
+        return self._made[id(keep)]
 
     def settle(self) -> None:
         """Behind the last call: refuses a mask [N, T] that spoke of no layer."""
@@ -154,6 +185,49 @@ def masked_uses(
     }
     masks.settle()
     return result
+
+
+def masked_diagonals(
+    batch: Batch,
+    uses: dict[str, list[DiagonalUse]],
+    specs: Mapping[str, LayerSpec],
+    outputs: Tensor,
+    model: nn.Module,
+    checks: Checks,
+) -> tuple[dict[str, list[DiagonalUse]], dict[str, str]]:
+    """The uses of parameters that are no matrices, with the batch's mask where it speaks of them.
+
+    Args:
+        batch, specs, outputs, model, checks: as for :func:`masked_uses`.
+        uses: by parameter.
+
+    Returns:
+        the uses, and why parameters have none whose positions cannot be told to be data or not.
+    """
+    if batch.mask is None or not uses:
+        return uses, {}
+    masks = LayerMasks(batch, specs, len(outputs), model, checks)
+    found: dict[str, list[DiagonalUse]] = {}
+    reasons: dict[str, str] = {}
+    for name, own in uses.items():
+        module = name.rpartition(".")[0]
+        if masks.sided and sum(use.use.indices is not None for use in own) > 1:
+            reasons[name] = (
+                "is looked up several times, by the encoder and by the decoder, whose masks cannot "
+                "be told apart there"
+            )
+            continue
+        found[name] = []
+        for use in own:
+            count, columns = mask_positions(use)
+            mask = masks.of_module(module, count)
+            if mask is not None and use.routed:
+                mask = "acts on rows that a router has chosen, and which are padding cannot be told"
+            if isinstance(mask, str):
+                reasons[name] = mask
+            else:
+                found[name].append(replace(use, mask=mask, columns=columns))
+    return {name: own for name, own in found.items() if name not in reasons}, reasons
 
 
 def _require_whole(keep: Tensor, checks: Checks, about: str) -> None:
@@ -230,14 +304,19 @@ def _by_pattern(
     return choose
 
 
+def _has_sides(model: nn.Module) -> bool:
+    """Whether it is an encoder-decoder model of transformers, or holds one."""
+    return any(
+        getattr(getattr(module, "config", None), "is_encoder_decoder", False) is True
+        for module in model.modules()
+    )
+
+
 def _by_side(
     keep: Tensor, batch: Batch, samples: int, model: nn.Module, about: str
 ) -> Callable[[str], Tensor | None]:
     """A layer's mask by its name: one for all but in encoder-decoder models."""
-    if not any(
-        getattr(getattr(module, "config", None), "is_encoder_decoder", False) is True
-        for module in model.modules()
-    ):
+    if not _has_sides(model):
         return lambda name: keep
     decoder = None
     if isinstance(batch.inputs, Mapping):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ from hesskern.ops.reference import unfold
 from hesskern.passes.batches import Batch
 from hesskern.passes.capture import Capture
 from hesskern.passes.checks import Checks, check_dense
+from hesskern.passes.diagonal_uses import DiagonalUse
 from hesskern.passes.layer_uses import LayerUse, positions_of
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.losses import Loss, Rows
-from hesskern.passes.masks import masked_uses
+from hesskern.passes.masks import masked_diagonals, masked_uses
 from hesskern.passes.position_mask import PositionMask
 
 __all__ = [
@@ -194,6 +195,7 @@ class BatchRoots:
         count: weighted number of samples that count (sum of the weights); a 0-dim float64 tensor
             where only the device knows it.
         uses: per reached layer, its calls with inputs in the model's dtype.
+        diagonal_uses: per parameter that is no matrix, the operations that it acts through.
         weight_root: [N] square roots of the sample weights, or None if all are one.
         examines: whether it is looked for what makes a layer's block another than its Hessian.
         masked_gradients: per layer, whether its gradients at masked positions were not zero, 0-dim
@@ -214,6 +216,14 @@ class BatchRoots:
         self._capture, self._batch, self._checks = capture, batch, checks
         self.outputs, uses = capture.forward(batch)
         self.uses = masked_uses(batch, uses, capture.specs, self.outputs, capture.model, checks)
+        self.diagonal_uses, left_out = masked_diagonals(
+            batch, capture.diagonal_uses, capture.specs, self.outputs, capture.model, checks
+        )
+        if capture.diagonals is not None:
+            # The graph is let go of with the rows.
+            capture.diagonal_uses = {}
+            capture.diagonals.leave_out(left_out)
+            capture.diagonals.reached.update(self.diagonal_uses)
         self._targets = checked_targets(loss, self.outputs, batch, checks)
         # Before the inputs, whose weighted sums are not finite where a weight is not.
         weight, self.count = sample_weights(batch, self.outputs, loss, checks)
@@ -388,6 +398,10 @@ class BatchRoots:
         return loss.empirical(self.outputs, targets)
 
     @property
+    def _all(self) -> Mapping[str, Sequence[LayerUse | DiagonalUse]]:
+        return {**self.uses, **self.diagonal_uses} if self.diagonal_uses else self.uses
+
+    @property
     def rows(self) -> int:
         """Number r of root rows per sample."""
         return self._rows.count
@@ -416,6 +430,8 @@ class BatchRoots:
     ) -> Iterator[dict[str, list[Tensor | None]]]:
         """Per root row, every layer's root times Jacobian: per use the output's shape, or None.
 
+        Those of :attr:`diagonal_uses`, [N, t, q], stand among them.
+
         The rows carry the square roots of the sample weights. Whoever sums them up checks the sums
         with :meth:`check_gradients`. Every row can be had once, and in order.
 
@@ -424,7 +440,7 @@ class BatchRoots:
         """
         for j in range(begin, self.rows if end is None else end):
             row = self._row(j)
-            yield self._capture.backward(self.outputs, row, self.uses, last=j == self.rows - 1)
+            yield self._capture.backward(self.outputs, row, self._all, last=j == self.rows - 1)
 
     def blocks(
         self, budget: int, begin: int = 0, end: int | None = None
@@ -443,12 +459,14 @@ class BatchRoots:
             self.outputs,
             (self.rows if end is None else end) - begin,
             lambda j: self._row(begin + j),
-            self.uses,
+            self._all,
             budget,
         )
 
     def check_sums(self, name: str, inputs: Tensor, outputs: Tensor) -> None:
         """Requires that a layer's covariance [(g,) d, d] and output Hessian [m, m] are finite.
+
+        Of the latter it may be the diagonal [m].
 
         One entry of the data that is not finite leaves a diagonal entry of theirs that is not.
         """
@@ -456,8 +474,14 @@ class BatchRoots:
         sums = (("squared inputs", inputs), ("output gradients", outputs))
         for what, matrix in sums:
             # On a device a diagonal would be an operation of its own.
-            looked_at = matrix.diagonal(dim1=-2, dim2=-1) if on_host(matrix) else matrix
+            whole = not on_host(matrix) or matrix.dim() == 1
+            looked_at = matrix if whole else matrix.diagonal(dim1=-2, dim2=-1)
             check_finite(self._checks, looked_at, f"{what} of layer {name!r}", self._batch.index)
+
+    def check_diagonal(self, name: str, diagonal: Tensor) -> None:
+        """Requires that sums of squared gradients in a parameter hold no NaN or Inf."""
+        what = f"gradients of parameter {name!r}"
+        check_finite(self._checks, diagonal, what, self._batch.index)
 
     def check_gradients(self, gradients: dict[str, Tensor]) -> None:
         """Requires that layers' gradients, of any shape, hold no NaN or Inf."""

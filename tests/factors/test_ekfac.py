@@ -234,6 +234,45 @@ def test_given_factors() -> None:
     assert list(factors) == ["0", "2", "4"]
 
 
+def test_layers_that_given_factors_lack() -> None:
+    case = CASES["relu"]
+    model, data = case.model(), case.data()
+    factors = hk.kronecker_factors(model, data, CE, layers=["0"])
+    E = hk.ekfac(model, data, CE, factors=factors)
+    assert list(E) == ["0"]
+    assert {name: E.skipped[name] for name in ("2", "4")} == dict.fromkeys(
+        ("2", "4"), "is not among the factors"
+    )
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_the_result_serves_outside_the_callers_mode(mode: Any) -> None:
+    case = CASES["relu"]
+    model, data = case.model(), case.data()
+    with mode():
+        E = hk.ekfac(model, data, CE)
+    expected = hk.ekfac(model, data, CE)
+    vector = randn(E["0"].shape[0]).requires_grad_()
+    assert torch.equal((E["0"] @ vector.detach()), expected["0"] @ vector.detach())
+    for layer in E.values():
+        assert not layer.values.is_inference()
+        assert not any(u.is_inference() for u in layer.eigenbases[0])
+
+
+def test_autocast() -> None:
+    case = CASES["sequence"]
+    model, data = case.model(torch.float32), case.data(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        E = hk.ekfac(model, data, CE, output="exact")
+    assert "bfloat16 autocast" in E.settings["precision"]
+    wide = [(x.double(), y) for x, y in data]
+    model.double()
+    for layer, found in E.items():
+        assert found.dtype == torch.float32
+        dense = gauss_newton(model, wide, sample_loss, layer)
+        assert relative_error(found.values, along(found, dense)) <= 0.05
+
+
 def test_a_stream_that_ends() -> None:
     case = CASES["relu"]
     model, data = case.model(), case.data()

@@ -9,16 +9,11 @@ import torch
 from dense import relative_error
 from hypothesis import given
 from hypothesis import strategies as st
+from kronecker_cases import positive
 from networks import randn
 from torch import Tensor
 
 import hesskern as hk
-
-
-def positive(size: int, seed: int = 0, rank: int | None = None) -> Tensor:
-    """[size, size] positive semi-definite of the given rank."""
-    root = randn(size, size if rank is None else rank, seed=seed)
-    return root @ root.T / size
 
 
 def definition(A: Tensor, B: Tensor, damping: float) -> Tensor:

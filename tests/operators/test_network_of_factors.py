@@ -136,7 +136,7 @@ def operators_of(call: Any) -> tuple[int, dict[str, int]]:
     """Launches of a call, and how often each operator was called."""
     call()
     counted = Operators()
-    with mock.patch("hesskern.operators.eigenbasis.on_host", return_value=False), counted:
+    with mock.patch("hesskern.operators.vectors.on_host", return_value=False), counted:
         call()
     names: dict[str, int] = {}
     for (_, name), n in counted.by_line.items():

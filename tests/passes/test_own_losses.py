@@ -253,3 +253,27 @@ def test_on_a_device_the_pass_does_not_wait_for_the_answer() -> None:
                 with pytest.raises(ValueError, match="the model's own loss"):
                     accumulator.update(batch)
             assert accumulator.num_samples == 0
+
+
+def test_on_a_device_a_batch_that_is_halved_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ids = torch.randint(0, 7, (4, 5), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    device = played()
+    with generators():
+        model = seeded(Tokens(shifts=False)).double().to(device)
+        accumulator = hk.FactorAccumulator(model, hk.CausalLM())
+        plain, calls = type(accumulator._batch_sums).of, []
+
+        def fails_once(*given: Any) -> Any:
+            calls.append(given)
+            if len(calls) == 1:
+                raise torch.OutOfMemoryError("no room")
+            return plain(*given)
+
+        monkeypatch.setattr(type(accumulator._batch_sums), "of", fails_once)
+        with pytest.raises(ValueError, match="the model's own loss"):
+            accumulator.update(batch)
+        assert len(calls) == 3
+        assert accumulator.num_samples == 0

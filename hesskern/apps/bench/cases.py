@@ -18,7 +18,7 @@ from hesskern.zoo.data import Dataset, load
 from hesskern.zoo.models import build, load_checkpoint
 from hesskern.zoo.training import Recipe, evaluate, train
 
-__all__ = ["Case", "cnn", "double", "f200", "lenet5", "mlp", "train_f200"]
+__all__ = ["Case", "cnn", "double", "f200", "lenet5", "mlp", "resnet18", "train_f200"]
 
 _MNIST_SAMPLES = 60_000
 # Published networks are trained for 1000 epochs without momentum; this gets as far in a minute.
@@ -106,6 +106,14 @@ def cnn(settings: Settings) -> Case:
         _samples(settings, 128),
         "torch's initial weights, standard normal inputs",
     )
+
+
+def resnet18(settings: Settings) -> Case:
+    """ResNet18-W16 without batch norm on 256 images 3x32x32."""
+    width = 4 if settings.quick else 16
+    model = build(f"resnet18-w{width}", (3, 32, 32), 10)
+    title = f"ResNet18-W{width}"
+    return _random_case(title, model, (3, 32, 32), _samples(settings, 256), _INITIAL)
 
 
 def _samples(settings: Settings, full: int) -> int:

@@ -17,10 +17,12 @@ from hesskern.apps.bench.contenders import Call, Contender
 from hesskern.apps.bench.settings import Settings
 
 __all__ = [
+    "Batch",
     "Pairs",
     "TextCase",
     "as_linear",
     "double",
+    "drawn_labels",
     "forward",
     "gpt2",
     "gradient",
@@ -29,6 +31,7 @@ __all__ = [
     "layers",
     "llama",
     "logits_of",
+    "queries",
     "root_loss",
     "sample_losses",
     "without_torchvision",
@@ -78,8 +81,8 @@ class _Sizes:
     @property
     def text(self) -> str:
         return (
-            f"{self.layers} layers, {self.width} wide, {self.samples} x {self.tokens} tokens in "
-            f"batches of {self.batch}"
+            f"{self.layers} layers, {self.width} wide, vocabulary {self.vocabulary:,}, "
+            f"{self.samples} x {self.tokens} tokens in batches of {self.batch}"
         )
 
 
@@ -109,9 +112,14 @@ def without_torchvision() -> Iterator[Any]:
 _SPECIAL: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
-def gpt2(settings: Settings, padded: bool = False) -> TextCase:
-    """GPT2LMHeadModel: 4 layers, 256 wide; with padding, about half of the tokens are none."""
+def gpt2(settings: Settings, padded: bool = False, full_vocabulary: bool = False) -> TextCase:
+    """GPT2LMHeadModel: 4 layers, 256 wide; with padding, about half of the tokens are none.
+
+    With ``full_vocabulary`` its head has as many outputs as GPT-2's, 50,257, instead of 2,000.
+    """
     sizes = _sizes(settings)
+    if full_vocabulary:
+        sizes = replace(sizes, vocabulary=500 if settings.quick else 50_257)
     with without_torchvision() as library:
         config = library.GPT2Config(
             n_layer=sizes.layers,
@@ -160,6 +168,15 @@ def _case(name: str, make: Callable[[], nn.Module], sizes: _Sizes, padded: bool)
     batches = [{key: cut[key][i] for key in cut} for i in range(len(cut["labels"]))]
     title = f"{name}, {sizes.text}{', half of them padding' if padded else ''}"
     return TextCase(title, model, batches)
+
+
+def queries(case: TextCase, count: int) -> Batch:
+    """As long a batch of other samples, of that many, without padding."""
+    config: Any = case.model.config
+    length = case.batches[0]["labels"].shape[1]
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(1, config.vocab_size, (count, length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
 def double(case: TextCase) -> TextCase:
@@ -211,6 +228,14 @@ def root_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """
     terms = (F.pad(labels, (0, 1), value=_IGNORED)[:, 1:] != _IGNORED).sum(1)
     return (sample_losses(logits, labels) * terms.sqrt()).sum()
+
+
+def drawn_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """[N, T] labels drawn from the logits [N, T, V] where there are some."""
+    with torch.no_grad():
+        odds = logits.softmax(-1).flatten(0, 1)
+        found = torch.multinomial(odds, 1).view_as(labels).roll(1, 1)
+    return torch.where(labels == _IGNORED, labels, found)
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ the mean over all positions of g g^T, g the gradients of
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from hesskern.apps.bench import language
 from hesskern.apps.bench.contenders import Call
 from hesskern.apps.bench.language import Pairs, TextCase
 
-__all__ = ["PEERS", "Peer"]
+__all__ = ["PEERS", "Flat", "Peer", "embeddings_alone", "flat"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,34 @@ class _Flat(nn.Module):
         return self.inner(input_ids=ids).logits[:, :-1].flatten(0, 1)
 
 
+@dataclass(frozen=True)
+class Flat:
+    """A case for packages that take one prediction per row, without the last position's.
+
+    Attributes:
+        model: maps ids [N, T] to logits [N (T - 1), V]; its layers are nn.Linear.
+        weights: by the layers' names in the case's model; in ``model`` they begin with "inner.".
+        data: (ids [N, T], targets [N (T - 1)]).
+        terms: losses per sample.
+    """
+
+    model: nn.Module
+    weights: dict[str, nn.Parameter]
+    data: list[tuple[Tensor, Tensor]]
+    terms: int
+
+
+def flat(case: TextCase) -> Flat:
+    """A copy of the case's model, and its batches, without padding."""
+    linear = language.as_linear(case).model
+    data = [(b["input_ids"], b["labels"][:, 1:].flatten()) for b in case.batches]
+    weights = {
+        name: module.get_parameter("weight") for name, module in language.layers(linear).items()
+    }
+    terms = sum(len(targets) for _, targets in data) // case.samples
+    return Flat(_Flat(linear), weights, data, terms)
+
+
 def _curvlinops(case: TextCase, drawn: bool) -> Call:
     """Logits flattened, without the last position's, in which A then counts all the same.
 
@@ -59,25 +88,19 @@ def _curvlinops(case: TextCase, drawn: bool) -> Call:
     """
     from curvlinops import FisherType, KFACLinearOperator, KFACType
 
-    linear = language.as_linear(case)
-    model = _Flat(linear.model)
-    names = language.layers(linear.model)
-    weights = [module.get_parameter("weight") for module in names.values()]
-    data = [(b["input_ids"], b["labels"][:, 1:].flatten()) for b in case.batches]
-    terms = sum(len(targets) for _, targets in data)
-    per_sample = terms // case.samples
+    rows = flat(case)
 
     def call() -> Pairs:
         operator = KFACLinearOperator(
-            model,
+            rows.model,
             nn.CrossEntropyLoss(),
-            weights,
-            data,
+            list(rows.weights.values()),
+            rows.data,
             check_deterministic=False,
             fisher_type=FisherType.MC if drawn else FisherType.EMPIRICAL,
             kfac_approx=KFACType.EXPAND,
             num_data=case.samples,
-            num_per_example_loss_terms=per_sample,
+            num_per_example_loss_terms=rows.terms,
         )
         _ = operator.trace
         inputs, outputs = operator._input_covariances, operator._gradient_covariances
@@ -87,7 +110,7 @@ def _curvlinops(case: TextCase, drawn: bool) -> Call:
                 outputs[f"inner.{name}"] / positions,
                 inputs[f"inner.{name}"] * positions,
             )
-            for name in names
+            for name in rows.weights
         }
 
     return call
@@ -114,7 +137,7 @@ def _kronfluence(case: TextCase, drawn: bool) -> Call:
             logits = language.logits_of(model, batch)
             labels = batch["labels"]
             if sample:
-                labels = _drawn(logits, labels)
+                labels = language.drawn_labels(logits, labels)
             return language.root_loss(logits, labels)
 
         def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
@@ -193,6 +216,13 @@ def _asdl(case: TextCase, drawn: bool) -> Call:
     return call
 
 
+def embeddings_alone(model: nn.Module) -> Any:
+    """A copy of which the embeddings alone have gradients, as bergson's pipeline has it."""
+    frozen: Any = copy.deepcopy(model).requires_grad_(False)
+    frozen.get_input_embeddings().requires_grad_(True)
+    return frozen
+
+
 def _bergson(case: TextCase, drawn: bool) -> Call:
     """Native, as it knows Conv1D; the collector of its K-FAC, without its files.
 
@@ -200,21 +230,22 @@ def _bergson(case: TextCase, drawn: bool) -> Call:
     """
     with language.without_torchvision():
         from bergson.hessians.kfac import CovarianceCollector
-    names = set(language.layers(case.model))
+    model = embeddings_alone(case.model)
+    names = set(language.layers(model))
 
     def call() -> Pairs:
         collector = CovarianceCollector(
-            model=case.model, target_modules=names, dtype=torch.float32, path=""
+            model=model, target_modules=names, dtype=torch.float32, path=""
         )
         with collector:
             for batch in case.batches:
                 collector.with_batch(batch["attention_mask"].bool())
-                logits = language.logits_of(case.model, batch)
+                logits = language.logits_of(model, batch)
                 labels = batch["labels"]
                 if drawn:
-                    labels = _drawn(logits, labels)
+                    labels = language.drawn_labels(logits, labels)
                 language.root_loss(logits, labels).backward()
-                case.model.zero_grad()
+                model.zero_grad()
         return {
             name: (
                 collector.S_cov_dict[name] / case.tokens,
@@ -224,14 +255,6 @@ def _bergson(case: TextCase, drawn: bool) -> Call:
         }
 
     return call
-
-
-def _drawn(logits: Tensor, labels: Tensor) -> Tensor:
-    """Labels drawn from the logits where there are some."""
-    with torch.no_grad():
-        odds = logits.softmax(-1).flatten(0, 1)
-        found = torch.multinomial(odds, 1).view_as(labels).roll(1, 1)
-    return torch.where(labels == -100, labels, found)
 
 
 PEERS = (

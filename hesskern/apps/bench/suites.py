@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hesskern.apps.bench import eigen, factors, kernels, kron, lm, matvec
+from hesskern.apps.bench import (
+    eigen,
+    ekfac,
+    factors,
+    influence,
+    kernels,
+    kfac_step,
+    kron,
+    lm,
+    matvec,
+    solve,
+)
 from hesskern.apps.bench.contenders import Problem
 from hesskern.apps.bench.results import Group, Row, quartiles
 
@@ -48,6 +59,14 @@ SUITES: dict[str, Suite] = {
     "lm": Suite(
         "factors and input covariances of a native GPT-2", lm.problems, needs="transformers"
     ),
+    "ekfac": Suite("EKFAC of every layer: factors, eigenbases and corrections", ekfac.problems),
+    "influence": Suite(
+        "influence of training samples on queries, with the EKFAC that it takes",
+        influence.problems,
+        needs="transformers",
+    ),
+    "solve": Suite("solves with all layers' damped Kronecker products", solve.problems),
+    "kfac-step": Suite("training steps with K-FAC", kfac_step.problems),
     "kron": Suite("products with Kronecker factors", kron.problems),
     "kernels": Suite("single operators against torch", kernels.problems),
 }

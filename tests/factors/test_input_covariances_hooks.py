@@ -1,0 +1,150 @@
+"""What hooks see of a model, what they do not, and how it comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense import relative_error
+from input_covariance_cases import Gated, Through, sequences
+from networks import randn, seeded
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import hesskern as hk
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:left out:UserWarning", "ignore:Using padding='same' with even:UserWarning"
+)
+
+
+def functions() -> dict[str, Callable[[nn.Linear, Tensor], Tensor]]:
+    return {
+        "linear": lambda layer, x: F.linear(x, layer.weight, layer.bias),
+        "matmul": lambda layer, x: x @ layer.weight.T,
+        "both": lambda layer, x: layer(x) + F.linear(x, layer.weight),
+        "row": lambda layer, x: layer(x) * layer.weight[0],
+        "norm": lambda layer, x: layer(x) / layer.weight.norm(),
+    }
+
+
+@pytest.mark.parametrize("name", functions())
+def test_what_hooks_do_not_see_is_left_out(name: str) -> None:
+    model, x = seeded(Through(functions()[name])).double(), randn(5, 4)
+    with pytest.warns(UserWarning, match="left out: 'first' has a weight that aten"):
+        found = hk.input_covariances(model, [x])
+    assert list(found) == ["last"]
+    assert "outside its module's own forward()" in found.skipped["first"]
+    with pytest.raises(ValueError, match="'first' has a weight that aten"):
+        hk.input_covariances(model, [x], layers=["first"])
+
+
+def test_a_layer_that_is_called_later_is_watched_then() -> None:
+    def late(layer: nn.Linear, x: Tensor) -> Tensor:
+        return x if x.shape[0] == 5 else layer(x) + F.linear(x, layer.weight)
+
+    model = seeded(Through(late)).double()
+    found = hk.input_covariances(model, [randn(5, 4), randn(6, 4, seed=1)])
+    assert list(found) == ["last"]
+    assert "aten" in found.skipped["first"]
+    # Both batches are in the other layer's mean once.
+    assert found.num_samples == 11
+    x = torch.cat([randn(5, 4), model.eval().function(model.first, randn(6, 4, seed=1)).detach()])
+    assert relative_error(found["last"].input_covariance, x.T @ x / 11) <= 1e-12
+
+
+def test_modules_that_hooks_do_not_show() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.out = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.attention(x, x, x)[0])
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(2 * x)
+
+    model = seeded(nn.Sequential(Attends(), Scaled(3, 3))).double()
+    found = hk.input_covariances(model, [randn(2, 3, 4)])
+    assert list(found) == ["0.out"]
+    assert any("MultiheadAttention" in reason for reason in found.skipped.values())
+    assert "aten" in found.skipped["0.attention.out_proj"]
+    assert "forward() of its own" in found.skipped["1"]
+    with pytest.raises(ValueError, match="'1' belongs to a Scaled"):
+        hk.input_covariances(model, [randn(2, 3, 4)], layers="1")
+
+
+def test_checkpoints_weights_of_others_and_operations_in_place() -> None:
+    class Strange(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 3)
+            nn.utils.parametrizations.weight_norm(self.first)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = checkpoint(self.first, x, use_reentrant=True)
+            z = self.second(y)
+            y.mul_(5.0)
+            return z
+
+    model, x = seeded(Strange()).double(), randn(5, 4)
+    found = hk.input_covariances(model, [x, x])
+    y = F.linear(x, model.first.weight, model.first.bias).detach()
+    assert relative_error(found["first"].input_covariance, x.T @ x / 5) <= 1e-12
+    assert relative_error(found["second"].input_covariance, y.T @ y / 5) <= 1e-12
+
+
+def test_inference_mode_inside_the_model() -> None:
+    class Inside(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                x = 1 * x
+                y = self.gate(x)
+                x.mul_(2.0)
+                return self.down(y * self.up(x))
+
+    found = hk.input_covariances(seeded(Inside()).double(), [sequences()])
+    rows = sequences().reshape(-1, 6)
+    assert relative_error(found["gate"].input_covariance, rows.T @ rows / 3) <= 1e-12
+    assert relative_error(found["up"].input_covariance, 4 * rows.T @ rows / 3) <= 1e-12
+
+
+def test_the_model_comes_back_as_it_was() -> None:
+    model = seeded(nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 3))).double()
+    model.train()
+    model[2].eval()
+    model[0].weight.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for data, fails in (([randn(5, 4)], False), ([randn(5, 4), randn(5, 3)], True)):
+        if fails:
+            with pytest.raises(RuntimeError):
+                hk.input_covariances(model, data)
+        else:
+            hk.input_covariances(model, data)
+        assert model.training
+        assert model[1].training
+        assert not model[2].training
+        assert not model[0].weight.requires_grad
+        assert model[2].weight.requires_grad
+        for module in model.modules():
+            assert not module._forward_hooks
+            assert not module._forward_pre_hooks
+        assert all(torch.equal(v, before[name]) for name, v in model.state_dict().items())
+        assert torch.is_grad_enabled()
+
+
+def test_no_graph_is_made() -> None:
+    states = []
+
+    def note(layer: nn.Linear, x: Tensor) -> Tensor:
+        y = layer(x)
+        states.append((torch.is_grad_enabled(), y.requires_grad))
+        return y
+
+    hk.input_covariances(seeded(Through(note)).double(), [randn(5, 4)])
+    assert states == [(False, False)]

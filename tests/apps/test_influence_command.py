@@ -135,6 +135,11 @@ def test_queries_without_a_gradient_are_said_to_have_none(here):
         assert "All scores of 3 test samples are zero" in " ".join(outcome.output.split())
         result = json.loads(outcome.stdout)
         assert result["concentration"]["without"] == 3
+        # Zeros are neither helpful nor harmful.
+        scores = load_file(here / "hesskern-influence/scores.safetensors")["scores"]
+        assert sum(result["histogram"]["counts"]) == int((scores != 0).sum())
+        assert bool((scores == 0).any())
+        assert result["histogram"]["edges"][30] == 0
         last = result["concentration"]["share"][-1]
         assert last == pytest.approx(1 if chosen != right else 0)
 

@@ -280,10 +280,16 @@ def _query(
 
 
 def _histogram(scores: Tensor) -> dict[str, Any]:
-    """Counts of scores divided by their query's root mean square, all queries together."""
+    """Counts of scores divided by their query's root mean square, all queries together.
+
+    Scores of zero neither help nor harm, and are left out.
+    """
     scaled = (scores / scores.square().mean(1, keepdim=True).sqrt().clamp(min=1e-300)).flatten()
-    most = float(scaled.abs().max().clamp(min=1e-3))
+    scaled = scaled[scaled != 0]
+    most = float(scaled.abs().max().clamp(min=1e-3)) if len(scaled) else 1.0
     edges = torch.linspace(-most, most, _BINS + 1, dtype=torch.float64)
+    # Rounding may have moved it, and small scores with it to the other side.
+    edges[_BINS // 2] = 0
     counts = torch.histogram(scaled, edges).hist
     return {"edges": edges, "counts": counts.long()}
 

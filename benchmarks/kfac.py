@@ -87,7 +87,7 @@ class Problem:
     batch: int
 
 
-def problems(full: bool) -> dict[str, Problem]:
+def trainings(full: bool) -> dict[str, Problem]:
     widths = [1000, 500, 250, 30] if full else [200, 100, 50, 20]
     return {
         "autoencoder": Problem(
@@ -316,7 +316,7 @@ def main() -> None:
     torch.set_num_threads(1)
     data = load("mnist", given.root, limit=given.samples)
     record: dict[str, Any] = {}
-    for name, problem in problems(given.full).items():
+    for name, problem in trainings(given.full).items():
         if given.problem and name not in given.problem:
             continue
         if given.steps:

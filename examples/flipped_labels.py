@@ -91,7 +91,8 @@ def compare(problem: Problem, model: str, epochs: int, progress: bool = False) -
     found = {}
     for name, curvature in (("clean queries", E), ("the same, E = 1", None)):
         scores = hk.influence(curvature, network, queries, batches, loss, progress=progress).scores
-        relative = scores / scores.norm(dim=1, keepdim=True)
+        # A query that the network is sure of beyond float32 has zeros alone.
+        relative = scores / scores.norm(dim=1, keepdim=True).clamp(min=1e-30)
         found[name] = area(-relative.sum(0), problem.flipped)
     own = [
         hk.influence(E, network, [batch], [batch], loss).scores.diagonal()

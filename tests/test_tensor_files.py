@@ -37,8 +37,11 @@ def test_other_files_are_named(tmp_path: Path) -> None:
         KIND.opened(path),
     ):
         pass
-    TensorFormat("test/2", "", "").write(path, {}, {})
+    TensorFormat("other/2", "", "").write(path, {}, {})
     with pytest.raises(ValueError, match="does not hold test things"), KIND.opened(path):
+        pass
+    TensorFormat("test/2", "", "").write(path, {}, {})
+    with pytest.raises(ValueError, match="by a newer version of hesskern"), KIND.opened(path):
         pass
     KIND.write(path, {}, {})
     with (

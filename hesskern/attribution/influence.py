@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 
 from hesskern.attribution.inverses import Curvature, curvature_of
 from hesskern.attribution.queries import LayerQueries, of_low_rank, sum_calls
@@ -65,8 +67,10 @@ def influence(
             the identity, so that scores are the gradients' own products (weights only).
         model: any module; runs in eval mode and comes back as it was.
         queries: data as in :func:`hesskern.kronecker_factors`.
-        train: the same; the samples that are scored, in this order. It may be an iterator. Weights
-            of samples in either are ignored: a score is that of the sample's loss with weight one.
+        train: the same; the samples that are scored, in the order in which they come (from a loader
+            that shuffles they come in another than the data set's: there is a warning). It may be
+            an iterator. Weights of samples in either are ignored: a score is that of the sample's
+            loss with weight one.
         loss: as in :func:`hesskern.kronecker_factors`. A sample's loss is torch's on that sample
             alone: with several targets (tokens) their mean, or their sum where the loss has
             ``reduction="sum"``.
@@ -76,7 +80,8 @@ def influence(
             :func:`hesskern.kronecker_factors`; None for all of E's.
         per_layer: scores by layer instead of their sums.
         per_token: the part of every position of the training samples, g_nt^T P_q x_nt, which add up
-            to the sample's score. Every layer must have one row for each position.
+            to the sample's score. Every layer must have one row for each position, which routed
+            experts have not.
         top: keep each query's so many largest scores and their samples alone. Of equal scores the
             earlier sample comes first.
         query_rank: keep each layer's preconditioned gradient P_q of a query as the nearest matrix
@@ -106,6 +111,7 @@ def influence(
     for name, data in (("queries", queries), ("train", train)):
         with _named(name):
             check_iterable(data)
+        _warn_of_shuffling(name, data)
     curvature = curvature_of(E, model, layers, damping)
     resolved = resolve_loss(loss)
     asked = resolved if query_loss is None else resolve_loss(query_loss)
@@ -282,6 +288,20 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 def _positions(layers: Mapping[str, list[LayerRows]]) -> int:
     """How many positions all layers have."""
+    routed = [name for name, calls in layers.items() if any(call.routed for call in calls)]
+    if routed:
+        raise ValueError(
+            f"per_token needs layers with one row for each position, but {', '.join(routed)} "
+            "took some rows alone, which do not say what positions they come from; leave some out "
+            "with layers=[...]"
+        )
+    several = [name for name, calls in layers.items() if any(call.image for call in calls)]
+    if several:
+        raise ValueError(
+            f"per_token needs layers with one row for each position, but {', '.join(several)} "
+            "took several images of a sample, each with positions of its own; leave some out with "
+            "layers=[...]"
+        )
     found = {name: call.positions for name, calls in layers.items() for call in calls}
     if len(set(found.values())) > 1:
         text = ", ".join(f"{name!r} has {count}" for name, count in found.items())
@@ -337,6 +357,19 @@ def _check_choices(
             raise TypeError(f"{name} must be True or False, got {value!r}")
         if value and top is not None:
             raise ValueError(f"top keeps scores of whole samples over all layers, not {name}")
+
+
+def _warn_of_shuffling(name: str, data: Any) -> None:
+    if isinstance(data, DataLoader) and isinstance(
+        data.sampler, (RandomSampler, WeightedRandomSampler)
+    ):
+        number = "row" if name == "queries" else "column (or index)"
+        warnings.warn(
+            f"{name}: the loader shuffles, so that {number} i of the scores belongs to the i-th "
+            "sample that it gave this time, not to sample i of its data set; pass a loader with "
+            "shuffle=False",
+            stacklevel=3,
+        )
 
 
 @contextmanager

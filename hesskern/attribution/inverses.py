@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.factors.result import LayerFactors
+from hesskern.operators.damping import check_damping, resolved
 from hesskern.operators.eigenbasis import EigenbasisOperator
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec, select_layers
@@ -136,6 +136,7 @@ def _matching(name: str, E: Mapping[str, Any], specs: tuple[LayerSpec, ...]) -> 
 def _geometry(shape: tuple[int, int], groups: int, spec: LayerSpec | None) -> str:
     text = f"[m, d] = {list(shape)}"
     text += f" and {groups} groups" if groups > 1 else ""
+    text += " with a bias" if spec is not None and spec.joint else ""
     if spec is not None and spec.kind == "conv":
         fields = ("kernel_size", "stride", "padding", "dilation")
         text += "".join(f", {field} {getattr(spec, field)}" for field in fields)
@@ -162,23 +163,14 @@ def _damping(damping: Any, operators: Mapping[str, EigenbasisOperator]) -> dict[
             raise ValueError(
                 f"damping must have a number for each of {', '.join(operators)}; it {text}"
             )
-        return {name: _number(f"damping[{name!r}]", damping[name]) for name in operators}
-    if isinstance(damping, str):
-        if damping != "mean":
-            raise ValueError(
-                f"damping must be 'mean', a number or numbers by layer, got {damping!r}"
-            )
-        return {name: max(0.0, E.trace()) / E.shape[0] / 10 for name, E in operators.items()}
-    return dict.fromkeys(operators, _number("damping", damping))
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number or 'mean', got {type(value).__name__}")
-    number = float(value)
-    if not 0 <= number < math.inf:
-        raise ValueError(f"{name} must be non-negative and finite, got {value!r}")
-    return number
+    else:
+        check_damping(damping, None)
+        damping = dict.fromkeys(operators, damping)
+    found = {}
+    for name, E in operators.items():
+        trace = E.trace() if damping[name] == "mean" else 0.0
+        found[name] = resolved(damping[name], trace, E.shape[0], name)
+    return found
 
 
 def _check_regular(name: str, E: EigenbasisOperator, damping: float) -> None:

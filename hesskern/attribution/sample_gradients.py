@@ -28,11 +28,15 @@ class LayerRows:
         x: [N, t, g d] inputs; those of the groups beside each other.
         g: [N, t, m] gradients of the samples' losses with respect to the call's result.
         groups: g.
+        routed: whether the rows are some of a larger tensor's, in an order of their own.
+        image: of a convolution that takes several images of a sample, which one this is.
     """
 
     x: Tensor
     g: Tensor
     groups: int
+    routed: bool = False
+    image: int = 0
 
     @property
     def positions(self) -> int:
@@ -106,4 +110,4 @@ def _rows(spec: LayerSpec, use: LayerUse, gradient: Tensor, scale: Tensor | None
     if spec.joint:
         one = x.new_ones(n, x.shape[1], spec.groups, 1)
         x = torch.cat([x.unflatten(2, (spec.groups, -1)), one], 3).flatten(2)
-    return LayerRows(x, g, spec.groups)
+    return LayerRows(x, g, spec.groups, use.routed, use.index)

@@ -499,6 +499,11 @@ class FactorAccumulator(Portable):
         return left_out(self._model, skipped, covered, above)
 
     @property
+    def reached(self) -> tuple[str, ...]:
+        """The layers that have factors so far, without those that an embedding looks up."""
+        return tuple(name for name in self._sums if name not in self._tied)
+
+    @property
     def specs(self) -> Mapping[str, LayerSpec]:
         """The layers that are accumulated, as far as batches reach them."""
         return MappingProxyType(self._specs)

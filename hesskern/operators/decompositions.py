@@ -40,7 +40,7 @@ def eigenpairs(
     kept = [i for i, matrix in enumerate(matrices) if matrix.numel() > 0]
     if kept:
         flags, order = foreach.are_finite([matrices[i] for i in kept])
-        for flag, i in zip(torch.cat(flags).tolist(), order, strict=True):
+        for flag, i in zip(torch.cat(flags).cpu().tolist(), order, strict=True):
             if not flag:
                 raise ValueError(f"{names[kept[i]]} holds NaN or Inf, and has no eigenvectors")
     sizes: dict[int, list[int]] = {}

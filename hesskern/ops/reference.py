@@ -105,16 +105,16 @@ def conv_eigen_correction(
     x: Tensor,
     U: Tensor,
     V: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    *window: Sequence[int],
     groups: int = 1,
     alpha: float = 1.0,
     ones: bool = False,
 ) -> Tensor:
-    """:func:`eigen_correction` of the patches of x [N, C, H, W] or [N, C, L]; as in ``ops``."""
-    patches = unfold(x, kernel_size, stride, padding, dilation)
+    """:func:`eigen_correction` of the patches of x [N, C, H, W] or [N, C, L]; as in ``ops``.
+
+    window: kernel_size, stride, padding and dilation.
+    """
+    patches = unfold(x, *window)
     left = U if U.dim() == 3 else U.unsqueeze(0)
     right = V if V.dim() == 3 else V.unsqueeze(0)
     return eigen_correction(g.flatten(3), patches, left, right, alpha, ones)

@@ -64,13 +64,13 @@ class KFAC:
         decay: of the factors' moving averages, in [0, 1): ``decay * old + (1 - decay) * new`` with
             the start-up bias removed; 0.95 as in the sections above.
         inverse_every: steps from one computation of the inverses to the next; the first three
-            steps have their own.
+            steps have their own, and one that reaches a layer for the first time.
         factor_every: steps from one update of the factors to the next.
         kl_clip: bound of the preconditioned step: all preconditioned gradients are scaled by
             min(1, sqrt(kl_clip / sum_layers lr^2 <V, K^-1 V>)), with the learning rates that the
-            optimizer has at the time (Ba, Grosse & Martens 2017, section 5; the default is the one
-            of kfac-pytorch); None for none. It presumes an optimizer that steps by the learning
-            rate times what it is given, as SGD does.
+            optimizer has at the time, of a weight and its bias the higher (Ba, Grosse & Martens
+            2017, section 5; the default is the one of kfac-pytorch); None for none. It presumes an
+            optimizer that steps by the learning rate times what it is given, as SGD does.
         bias: "joint": weight and bias of a layer are preconditioned together, as one matrix with
             the bias as its last column; "none": biases keep their gradients.
 
@@ -176,7 +176,12 @@ class KFAC:
         self._check_settings()
         if inputs is not _NO_BATCH and self.steps % self.factor_every == 0:
             self.update(inputs, targets, sample_weight)
-        due = self.steps < _FIRST_STEPS or self.steps % self.inverse_every == 0
+        due = (
+            self.steps < _FIRST_STEPS
+            or self.steps % self.inverse_every == 0
+            # A layer that is reached for the first time would keep its gradient in silence.
+            or any(name not in self._inverses for name in self._accumulator.reached)
+        )
         inverses = self._made_inverses(4) if due or not self._inverses else self._inverses
         self._precondition(inverses)
         self._inverses = inverses
@@ -225,8 +230,7 @@ class KFAC:
             rates = self._rates()
             squared: Any = 0.0
             for name, product, gradient in zip(layers, products, found, strict=True):
-                # What the optimizer has let go of takes no step.
-                rate = rates.get(id(self._gradients[name].weight), 0.0)
+                rate = self._gradients[name].rate(rates)
                 squared = squared + rate * rate * (product * gradient).sum(dtype=torch.float64)
             scale = (self.kl_clip / squared).sqrt().clamp(max=1.0)
             products = [product * scale.to(product) for product in products]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,19 @@ class LayerGradient:
         grad.copy_(own.T if self.spec.transposed else own.reshape(grad.shape))
         if self.bias is not None and self.bias.grad is not None:
             self.bias.grad.copy_(matrix[:, -1])
+
+    def rate(self, rates: Mapping[int, Any]) -> Any:
+        """Learning rate of the layer, of a weight and a bias with their own the higher.
+
+        Not of either its own: their parts of <V, K^-1 V> may be negative by themselves.
+
+        Args:
+            rates: by the ids of parameters; what the optimizer has let go of takes no step.
+        """
+        weight = rates.get(id(self.weight), 0.0)
+        bias = weight if self.bias is None else rates.get(id(self.bias), 0.0)
+        # A rate may be a tensor on a device; one of both is not waited for.
+        return weight if bias is weight else max(weight, bias)
 
     def _of_weight(self) -> Tensor | None:
         grad = self.weight.grad

@@ -19,6 +19,7 @@ __all__ = [
     "batches",
     "check_iterable",
     "halves",
+    "may_count_positions",
     "no_samples",
     "pair",
     "sample_count",
@@ -304,6 +305,36 @@ def samples_of(batch: Batch, samples: slice) -> Batch:
 def _by_position(key: str, value: Any) -> bool:
     """Whether an argument of a model has one value for every position, the same for all samples."""
     return isinstance(value, Tensor) and value.dim() == 1 and key.endswith(_BY_POSITION)
+
+
+def may_count_positions(batch: Batch, count: int) -> bool:
+    """Whether a tensor with as many entries as there are samples may have one for every position.
+
+    By its name it has; or it stands beside samples that have as many positions as there are
+    samples (a mask [T, T] beside [N, T, d] with N = T), and no name says that it counts samples.
+
+    Args:
+        batch: that says how many samples it has.
+        count: N.
+    """
+    inputs = batch.inputs
+    if isinstance(inputs, Tensor):
+        return False
+    entries = list(inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs))
+    tensors = [(key, t) for key, t in entries if isinstance(t, Tensor) and t.dim()]
+    if any(len(t) == count and isinstance(key, str) and _by_position(key, t) for key, t in tensors):
+        return True
+    named = [t for key, t in tensors if key in _BY_SAMPLE]
+    samples = named or [t for _, t in tensors[:1]]
+    # What belongs to a single sample is the same for all samples there.
+    if count < 2 or not any(count in t.shape[1:] for t in samples):
+        return False
+    return any(
+        len(t) == count
+        for key, t in tensors
+        if not any(t is sample for sample in samples)
+        and not (isinstance(key, str) and t.dim() == 2 and key.endswith(_BY_POSITION))
+    )
 
 
 def sample_count(batch: Batch) -> int:

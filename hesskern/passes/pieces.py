@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesskern.passes.batches import Batch, sample_count
+from hesskern.passes.batches import Batch, may_count_positions, sample_count
 
 __all__ = ["Piece", "pieces", "usual_size"]
 
@@ -50,7 +50,7 @@ def pieces(data: Iterable[Batch], size: Callable[[Batch], int] = usual_size) -> 
 
     Where batches follow each other whose samples have different shapes (sequences padded to the
     longest of a batch), a piece ends. A batch with a tensor whose first axis does not count its
-    samples is a piece of its own.
+    samples, or may count positions, is a piece of its own.
 
     Args:
         data: batches, whose weights are left out.
@@ -126,6 +126,8 @@ def _form(batch: Batch, count: int) -> Any:
         plain = value is None or isinstance(value, (bool, int, float, str))
         return value if plain else id(value)
 
+    if may_count_positions(batch, count):
+        return None
     try:
         return tuple(of(value) for value in _fields(batch))
     except _Whole:

@@ -280,6 +280,15 @@ def test_command_prints_tables_and_writes_files(
     assert run == json.loads((tmp_path / "bench.json").read_text())
 
 
+def test_command_runs_only_the_problems_asked_for(fake_suite: dict[str, float]) -> None:
+    words = ["kron", "--repeats", "1", "--no-memory", "--json", "-", "--only"]
+    done = CliRunner().invoke(command.bench, [*words, "[b-z]"])
+    assert [g["key"] for g in json.loads(done.stdout)["groups"]] == ["b"]
+    done = CliRunner().invoke(command.bench, [*words, "c"])
+    assert done.exit_code == 1
+    assert "only fits no problem: c; there are a and b" in done.output
+
+
 def test_command_gives_json_alone_on_standard_output(fake_suite: dict[str, float]) -> None:
     done = CliRunner().invoke(
         command.bench, ["kron", "--repeats", "1", "--no-memory", "--json", "-"]

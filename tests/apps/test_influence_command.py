@@ -7,7 +7,7 @@ import pytest
 import torch
 from console import run
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hesskern as hk
@@ -113,6 +113,35 @@ def test_an_interruption_leaves_nothing_half_written(here, monkeypatch):
     outcome = run(*SMALL)
     assert outcome.exit_code == 130
     assert not (here / "hesskern-influence").exists()
+
+
+def test_queries_without_a_gradient_are_said_to_have_none(here):
+    train, test = data.load("digits", limit=200), data.load("digits", train=False)
+    model = models.build("f8x1", train.input_shape, 10)
+    # So sure of most samples that all other classes' probabilities are zero in float32.
+    model.load_state_dict({name: 100 * value for name, value in model.state_dict().items()})
+    weights = here / "sure.safetensors"
+    save_file(model.state_dict(), weights)
+    logits = model(test.inputs).detach()
+    sure, classes = logits.topk(2).values.diff().flatten() < -150, logits.argmax(1)
+    right = (sure & (classes == test.targets)).nonzero().flatten()[:3].tolist()
+    wrong = (sure & (classes != test.targets)).nonzero().flatten()[:1].tolist()
+    assert len(right) == 3
+    for chosen in (right + wrong, right):
+        options = [item for index in chosen for item in ("--query", index)]
+        command = ["influence", "--model", "f8x1", "--limit", 200, "--checkpoint", weights]
+        outcome = run(*command, *options, "--json")
+        assert outcome.exit_code == 0, outcome.output
+        assert "All scores of 3 test samples are zero" in " ".join(outcome.output.split())
+        result = json.loads(outcome.stdout)
+        assert result["concentration"]["without"] == 3
+        # Zeros are neither helpful nor harmful.
+        scores = load_file(here / "hesskern-influence/scores.safetensors")["scores"]
+        assert sum(result["histogram"]["counts"]) == int((scores != 0).sum())
+        assert bool((scores == 0).any())
+        assert result["histogram"]["edges"][30] == 0
+        last = result["concentration"]["share"][-1]
+        assert last == pytest.approx(1 if chosen != right else 0)
 
 
 def test_inputs_that_are_no_images_have_none():

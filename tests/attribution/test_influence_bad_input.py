@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from networks import classes, randn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import hesskern as hk
 
@@ -70,6 +72,12 @@ class TestCurvature:
         message = r"'0' has .* stride \(1, 1\).* there, .* stride \(2, 2\)"
         refuse(message, model=net(2), E=wrong, queries=data, train=data)
 
+    def test_of_a_bias_in_place_of_an_input(self) -> None:
+        other = nn.Sequential(nn.Linear(3, 5)).double()
+        wrong = hk.ekfac(other, [(randn(6, 3), classes(6, c=3))], LOSS, bias="joint")
+        message = r"'0' has \[m, d\] = \[5, 4\] with a bias there, \[m, d\] = \[5, 4\] in"
+        refuse(message, E=wrong)
+
     def test_of_something_else(self) -> None:
         refuse("E must be a mapping", TypeError, E=3)
         refuse("E is empty", E={})
@@ -84,12 +92,12 @@ class TestCurvature:
 class TestDamping:
     @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
     def test_that_is_no_damping(self, value: float) -> None:
-        refuse("damping must be non-negative and finite", damping=value)
-        refuse(r"damping\['2'\] must be non-neg", damping={"0": 0.1, "2": value})
+        refuse("damping must be finite and >= 0", damping=value)
+        refuse("finite and >= 0, got .* for layer '2'", damping={"0": 0.1, "2": value})
 
     def test_of_other_types(self) -> None:
         refuse("damping must be a number", TypeError, damping=True)
-        refuse("damping must be 'mean'", damping="most")
+        refuse("damping must be a number or 'mean', got 'most'", damping="most")
         refuse("it lacks 2", damping={"0": 0.1})
         refuse("it names 4, too", damping={"0": 0.1, "2": 0.1, "4": 0.1})
         refuse("no meaning without E", E=None, damping=0.1)
@@ -100,7 +108,7 @@ class TestDamping:
         singular = {**E, "0": hk.CorrectedOperator(E["0"], values)}
         refuse("damping=0 leaves layer '0' singular", E=singular, damping=0)
         dead = {**E, "0": hk.CorrectedOperator(E["0"], torch.zeros_like(values))}
-        refuse("damping=0 leaves layer '0' singular", E=dead)
+        refuse("the trace of layer '0' is 0: give a number", E=dead)
         found = hk.influence(singular, MODEL, QUERIES, TRAIN, LOSS, damping={"0": 1e-3, "2": 1e-3})
         assert isinstance(found.scores, Tensor)
 
@@ -161,6 +169,20 @@ class TestChoices:
 
     def test_flags(self) -> None:
         refuse("per_layer must be True or False", TypeError, per_layer=3)
+
+
+@pytest.mark.parametrize("name", ["queries", "train"])
+def test_a_loader_that_shuffles_is_warned_of(name: str) -> None:
+    samples = TensorDataset(*TRAIN[0])
+    given = {"queries": QUERIES, "train": TRAIN}
+    loader = DataLoader(samples, batch_size=5, shuffle=True)
+    with pytest.warns(UserWarning, match=f"^{name}: the loader shuffles") as caught:
+        hk.influence(E, MODEL, loss=LOSS, **{**given, name: loader})
+    assert [warning.filename for warning in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loader = DataLoader(samples, batch_size=5)
+        hk.influence(E, MODEL, loss=LOSS, **{**given, name: loader})
 
 
 class Stop(BaseException):

@@ -174,3 +174,56 @@ def test_any_split_of_dicts_gives_the_same_bits(size: int) -> None:
     assert isinstance(expected, Tensor)
     assert isinstance(found, Tensor)
     assert torch.equal(found, expected)
+
+
+class Expert(nn.Module):
+    """Tokens whose first entry is positive go through a layer of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        chosen = (rows[:, 0] > 0).nonzero().flatten()
+        rows = rows.index_add(0, chosen, torch.tanh(self.expert(rows[chosen])))
+        return self.head(rows.unflatten(0, x.shape[:2])).transpose(1, 2)
+
+
+def test_tokens_of_an_expert_have_no_positions() -> None:
+    model, x = seeded(Expert()), randn(5, 6, 4)
+    # One sample has all its tokens there, so that the number of rows is that of positions.
+    x[2, :, 0] = x[2, :, 0].abs()
+    assert bool((x[..., 0] < 0).any())
+    data = [(x, classes(5, 6, c=3))]
+    E = factors(model, data)
+    with pytest.raises(ValueError, match=r"one row for each position, but expert took some rows"):
+        hk.influence(E, model, data, data, LOSS, per_token=True)
+    found = hk.influence(E, model, data, data, LOSS, per_token=True, layers="head").scores
+    assert isinstance(found, Tensor)
+    assert found.shape == (5, 5, 6)
+
+
+class Frames(nn.Module):
+    """A convolution of every frame, and a linear layer of every frame's features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pixels, self.features = nn.Conv2d(1, 2, 2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.tanh(self.pixels(x.flatten(0, 1))).flatten(1)
+        return self.features(rows).unflatten(0, x.shape[:2]).mean(1)
+
+
+def test_frames_are_no_pixels() -> None:
+    """A sample has four frames, and a frame four positions."""
+    model, data = seeded(Frames()), [(randn(5, 4, 1, 3, 3), classes(5, c=3))]
+    E = factors(model, data)
+    expected = loop_scores(E, model, singles(data), singles(data), F.cross_entropy)
+    close(hk.influence(E, model, data, data, LOSS).scores, total(expected), 1e-10)
+    with pytest.raises(ValueError, match="pixels took several images of a sample"):
+        hk.influence(E, model, data, data, LOSS, per_token=True)
+    found = hk.influence(E, model, data, data, LOSS, per_token=True, layers="features").scores
+    assert isinstance(found, Tensor)
+    close(found.sum(2), expected["features"], 1e-10)

@@ -169,6 +169,24 @@ def test_masked_positions_count_nowhere(side: str, bias: str, output: str) -> No
     assert_same_values(E, hk.ekfac(model, alone(batch), CE, factors=factors, **given), 1e-10)
 
 
+@pytest.mark.parametrize("bias", ["none", "joint"])
+def test_gradients_at_masked_positions_are_not_looked_at(bias: Any) -> None:
+    model = seeded(nn.Sequential(nn.Conv1d(3, 4, 1), nn.ReLU(), nn.Conv1d(4, 3, 1)))
+    x, y = randn(3, 3, 6), classes(3, 6, c=3)
+    keep = torch.tensor([[1, 0, 0, 1, 0, 0], [0, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]])
+    # The model's outputs at masked positions are part of the loss.
+    loss = nn.CrossEntropyLoss(reduction="sum")
+    given: dict[str, Any] = {"output": "exact", "bias": bias}
+    factors = hk.kronecker_factors(model, [(x, y)], loss, position_mask=lambda _: keep, **given)
+    E = hk.ekfac(model, [(x, y)], loss, position_mask=lambda _: keep, **given)
+    apart = [
+        (x[n : n + 1, :, row], y[n : n + 1, row]) for n, row in enumerate(keep.bool().unbind())
+    ]
+    assert_same_values(E, hk.ekfac(model, apart, loss, factors=factors, **given), 1e-10)
+    whole = hk.ekfac(model, [(x, y)], loss, factors=factors, **given)
+    assert all(relative_error(whole[n].values, E[n].values) > 0.1 for n in E)
+
+
 @pytest.mark.parametrize("output", ["exact", "mc", "empirical"])
 @pytest.mark.parametrize("budget", [0, 2**10, None])
 @pytest.mark.parametrize("name", ["sequence", "conv groups", "attention", "twice"])

@@ -169,6 +169,22 @@ def test_kl_clip_scales_by_the_step_that_the_optimizer_would_take(groups: int) -
         assert relative_error(value, unscaled[name]) < 1e-12
 
 
+@pytest.mark.parametrize("rates", [(0.2, 3.0), (3.0, 0.2)])
+def test_kl_clip_takes_the_higher_rate_of_a_weight_and_its_bias(rates: tuple[float, float]) -> None:
+    model = seeded(nn.Linear(4, 3))
+    parts = [{"params": [p], "lr": r} for p, r in zip(model.parameters(), rates, strict=True)]
+    found = []
+    for given in (parts, [{"params": model.parameters(), "lr": 3.0}]):
+        kfac = hk.optim.KFAC(model, torch.optim.SGD(given), CE, output="exact", kl_clip=1e-4)
+        plain = backward(model, randn(6, 4), classes(6, c=3))
+        kfac.step(randn(6, 4), classes(6, c=3))
+        found.append(now(model))
+    apart, together = found
+    assert float(together["bias"].norm()) < 0.1 * float(plain["bias"].norm())
+    for name, value in together.items():
+        assert relative_error(apart[name], value) < 1e-12, name
+
+
 def test_what_has_no_place_keeps_its_gradient_and_is_named() -> None:
     model = seeded(
         nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 5), nn.Linear(5, 3))

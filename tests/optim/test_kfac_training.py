@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import CE, classes, generator, randn, seeded
+from networks import CE, Routed, classes, generator, randn, routed_data, seeded
 from torch import Tensor, nn
 
 import hesskern as hk
@@ -238,6 +239,28 @@ def test_a_tied_head_keeps_its_gradient() -> None:
     assert torch.equal(model.head.weight.grad, tied)
     assert not torch.equal(model.body.weight.grad, body)
     assert "looks rows of it up" in kfac.skipped["head"]
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_an_expert_that_is_reached_late_is_preconditioned_at_once() -> None:
+    model = seeded(Routed())
+    negative, positive, _ = routed_data()
+    kfac = hk.optim.KFAC(model, torch.optim.SGD(model.parameters()), CE, kl_clip=None)
+    made = []
+    for step in range(8):
+        x, y = positive if step == 5 else negative
+        model.zero_grad()
+        CE(model(x), y).backward()
+        plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        kfac.step(x, y)
+        for name, gradient in plain.items():
+            assert not torch.equal(model.get_parameter(name).grad, gradient), (step, name)
+        made.append(kfac.state_dict()["inverses"]["stem"][0])
+    assert kfac.layers == ("stem", "positive", "negative")
+    assert "unused" in kfac.skipped
+    # Inverses are made then, and not again before their time.
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise(made)]
+    assert changed == [True, True, False, False, True, False, False]
 
 
 @pytest.mark.parametrize("change", ["layers", "settings", "missing", "format"])

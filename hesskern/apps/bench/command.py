@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from rich.console import Console
 
 from hesskern.apps.bench import report
 from hesskern.apps.bench.cases import train_f200
+from hesskern.apps.bench.contenders import Problem
 from hesskern.apps.bench.machine import facts, installed_version
 from hesskern.apps.bench.results import Group
 from hesskern.apps.bench.runner import run_problem
@@ -22,6 +25,7 @@ from hesskern.apps.bench.suites import SUITES, sum_over
 from hesskern.apps.command_line import command_line, count_option, running, shown_option
 from hesskern.files import check_writable, write_files
 from hesskern.progress import Progress
+from hesskern.text import listed
 
 __all__ = ["bench", "run_suites"]
 
@@ -56,6 +60,12 @@ __all__ = ["bench", "run_suites"]
     help="Rounds; in each every contender runs once, in turn.",
 )
 @click.option("--no-memory", is_flag=True, help="Do not measure peak memory.")
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="PATTERN",
+    help="Of the suites only problems whose key fits, e.g. 'gpt2-*' in ekfac; may be repeated.",
+)
 @click.pass_context
 def bench(
     context: click.Context,
@@ -65,6 +75,7 @@ def bench(
     output: Path | None,
     threads: int | None,
     no_memory: bool,
+    only: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Measure hesskern side by side with autograd and with other packages.
@@ -87,6 +98,10 @@ def bench(
             check_writable(json_file.absolute().parent, "json: folder")
         machine = facts(settings.threads)
         names = list(dict.fromkeys(suites)) or list(SUITES)
+        problems = {name: _chosen(SUITES[name].problems(), only) for name in names}
+        if not any(problems.values()):
+            keys = [p.key for name in names for p in SUITES[name].problems()]
+            raise ValueError(f"only fits no problem: {', '.join(only)}; there are {listed(keys)}")
         plain = {key: str(v) if isinstance(v, Path) else v for key, v in asdict(settings).items()}
         groups: list[Group] = []
 
@@ -108,7 +123,7 @@ def bench(
                 console.print(f"\n[bold]Report:[/bold] {paths}", soft_wrap=True)
 
         try:
-            run_suites(names, settings, progress, console, groups)
+            run_suites(problems, settings, progress, console, groups)
         except Exception:
             if groups:
                 write()
@@ -120,29 +135,39 @@ def bench(
         raise click.ClickException("results differ by more than rounding: " + "; ".join(wrong))
 
 
+def _chosen(problems: list[Problem], only: tuple[str, ...]) -> list[Problem]:
+    """Problems whose keys fit one of the patterns; without patterns all."""
+    return [p for p in problems if not only or any(fnmatchcase(p.key, o) for o in only)]
+
+
 def run_suites(
-    names: list[str],
+    problems: Mapping[str, list[Problem]],
     settings: Settings,
     progress: Progress,
     console: Console,
     groups: list[Group],
 ) -> None:
-    """Runs the suites of these names, showing each problem's table as soon as it is there.
+    """Runs these problems by suite, showing each one's table as soon as it is there.
 
     ``groups`` takes what was found, also if an error ends the run.
     """
     with tempfile.TemporaryDirectory(prefix="hesskern-bench-") as folder:
-        if any(SUITES[name].trained for name in names) and settings.checkpoint is None:
+        if (
+            any(SUITES[name].trained for name in problems if problems[name])
+            and settings.checkpoint is None
+        ):
             path = Path(folder) / "f200x2.safetensors"
             train_f200(settings, path, progress)
             settings = replace(settings, checkpoint=path)
-        for name in names:
+        for name, chosen in problems.items():
             suite = SUITES[name]
+            if not chosen:
+                continue
             if suite.needs is not None and installed_version(suite.needs) is None:
                 console.print(f"\n{name}: left out, {suite.needs} is not installed")
                 continue
             found = []
-            for problem in suite.problems():
+            for problem in chosen:
                 found.append(run_problem(problem, settings, progress))
                 groups.append(found[-1])
                 report.show(console, found[-1])

@@ -175,7 +175,8 @@ class _Plain:
 
     def _add(self, layer: Any, x: Tensor, g: Tensor) -> None:
         if isinstance(layer, nn.Conv2d):
-            x = F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
+            shape: Any = (layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+            x = F.unfold(x, *shape).mT
             g = g.flatten(2).mT
         rows, g = (
             x.reshape(-1, x.shape[-1]),

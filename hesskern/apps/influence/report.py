@@ -40,11 +40,20 @@ def summary(result: Mapping[str, Any]) -> list[str]:
                 "are of the query's own class."
             )
     curve = result["concentration"]
-    half = next(k for k, s in zip(curve["samples"], curve["share"], strict=True) if s >= 0.5)
-    found.append(
-        f"Half of the sum of absolute scores comes from about {counted(half, 'sample')} "
-        f"({percent(half / n)}), on average over the queries."
+    # None where every score is zero.
+    half = next(
+        (k for k, s in zip(curve["samples"], curve["share"], strict=True) if s >= 0.5), None
     )
+    if half is not None:
+        found.append(
+            f"Half of the sum of absolute scores comes from about {counted(half, 'sample')} "
+            f"({percent(half / n)}), on average over the queries."
+        )
+    if curve["without"]:
+        found.append(
+            f"All scores of {counted(curve['without'], 'test sample')} are zero: the loss has no "
+            "gradient left there."
+        )
     return found
 
 

@@ -155,6 +155,7 @@ def study(
     assert isinstance(found.scores, dict)
     by_layer = {name: scores.cpu().double() for name, scores in found.scores.items()}
     total = torch.stack(list(by_layer.values())).sum(0)
+    absolute = torch.stack([part.abs().sum() for part in by_layer.values()]).sum().clamp(min=1e-300)
     scores = replace(found, scores=total.float())
     _, train_guesses = _outcomes(model, train)
     entries = [
@@ -190,7 +191,7 @@ def study(
                 "shape": list(E[name].layer_shape),
                 "mean_eigenvalue": E[name].trace() / E[name].shape[0],
                 "damping": found.damping[name],
-                "share": float(part.abs().sum() / sum(p.abs().sum() for p in by_layer.values())),
+                "share": float(part.abs().sum() / absolute),
             }
             for name, part in by_layer.items()
         },
@@ -279,21 +280,37 @@ def _query(
 
 
 def _histogram(scores: Tensor) -> dict[str, Any]:
-    """Counts of scores divided by their query's root mean square, all queries together."""
+    """Counts of scores divided by their query's root mean square, all queries together.
+
+    Scores of zero neither help nor harm, and are left out.
+    """
     scaled = (scores / scores.square().mean(1, keepdim=True).sqrt().clamp(min=1e-300)).flatten()
-    most = float(scaled.abs().max().clamp(min=1e-3))
+    scaled = scaled[scaled != 0]
+    most = float(scaled.abs().max().clamp(min=1e-3)) if len(scaled) else 1.0
     edges = torch.linspace(-most, most, _BINS + 1, dtype=torch.float64)
+    # Rounding may have moved it, and small scores with it to the other side.
+    edges[_BINS // 2] = 0
     counts = torch.histogram(scaled, edges).hist
     return {"edges": edges, "counts": counts.long()}
 
 
 def _concentration(scores: Tensor) -> dict[str, Any]:
-    """Share of the sum of absolute scores in the largest ones, mean over queries."""
+    """Share of the sum of absolute scores in the largest ones, mean over queries that have one.
+
+    A query that the network is sure of beyond the digits of its numbers has zeros alone; they are
+    counted as "without".
+    """
     sizes = scores.abs().sort(dim=1, descending=True).values
-    shares = (sizes.cumsum(1) / sizes.sum(1, keepdim=True).clamp(min=1e-300)).mean(0)
+    some = sizes[:, 0] > 0
+    shares = (sizes.cumsum(1) / sizes.sum(1, keepdim=True).clamp(min=1e-300)).sum(0)
+    shares = shares / some.sum().clamp(min=1)
     n = len(shares)
     counts = sorted({round(n ** (i / (_POINTS - 1))) for i in range(_POINTS)} | {1, n})
-    return {"samples": counts, "share": [float(shares[k - 1]) for k in counts]}
+    return {
+        "samples": counts,
+        "share": [float(shares[k - 1]) for k in counts],
+        "without": int((~some).sum()),
+    }
 
 
 def _images(

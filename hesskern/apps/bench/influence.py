@@ -19,8 +19,9 @@ from hesskern.progress import Progress
 
 __all__ = ["problems"]
 
-# Eigenvectors of close eigenvalues turn with every rounding of float32, and corrections with them.
-_AGREEMENT = 1e-3
+# Eigenvectors of close eigenvalues turn with every rounding of float32, and corrections with them:
+# torch's own leave 4.6e-3 as well.
+_AGREEMENT = 1e-2
 # Of factors that are still summed in float32, as kronfluence and bergson have it.
 _AGREEMENT_OF_FLOAT64 = 1e-4
 

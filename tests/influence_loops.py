@@ -39,7 +39,7 @@ def gradients(
             weight = module.weight.grad
             row = torch.zeros(m, d) if weight is None else weight.reshape(m, -1)
             if row.shape[1] < d:
-                row = torch.cat([row, module.bias.grad[:, None]], 1)  # type: ignore
+                row = torch.cat([row, module.bias.grad[:, None]], 1)
             found[name].append(row.double().flatten().clone())
     model.zero_grad(set_to_none=True)
     return {name: torch.stack(rows) for name, rows in found.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hesskern.choices import Order, check_choice
-from hesskern.factors.result import read_spec
+from hesskern.factors.result import ByLayer, read_spec
 from hesskern.operators.corrected import CorrectedOperator
 from hesskern.operators.network import LayerDamping, NetworkOperator
 from hesskern.passes.layers import LayerSpec
@@ -22,7 +22,7 @@ __all__ = ["EKFAC", "load_ekfac"]
 _FILE = TensorFormat("hesskern.ekfac/1", "an EKFAC", "EKFAC file")
 
 
-class EKFAC(Mapping[str, CorrectedOperator]):
+class EKFAC(ByLayer[CorrectedOperator]):
     """Eigenvalue-corrected Kronecker factors by layer name: (U (x) V) diag(S) (U (x) V)^T.
 
     Made by :func:`hesskern.ekfac`. ``E[name]`` multiplies (``@``), and has the eigenvectors
@@ -36,6 +36,8 @@ class EKFAC(Mapping[str, CorrectedOperator]):
             factors were decomposed, and ``factors``: their settings.
         specs: the layers' geometry, by name.
     """
+
+    _what = "EKFAC of"
 
     def __init__(
         self,
@@ -51,22 +53,6 @@ class EKFAC(Mapping[str, CorrectedOperator]):
         self.skipped = dict(skipped)
         self.settings = dict(settings)
         self._operators: dict[str, NetworkOperator] = {}
-
-    def __getitem__(self, name: str) -> CorrectedOperator:
-        try:
-            return self._layers[name]
-        except KeyError:
-            reason = self.skipped.get(name)
-            raise KeyError(
-                f"no EKFAC of layer {name!r}"
-                + (f": it {reason}" if reason else f"; there are {', '.join(self._layers)}")
-            ) from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
 
     def operator(self, order: Order = "weight") -> NetworkOperator:
         """Every layer's matrix as one, block diagonal over all weights, with ``solve`` and ``@``.

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from hesskern.passes.layers import LayerSpec, unfolded
 from hesskern.solvers.result import EigenResult
 from hesskern.tensor_files import OpenedFile, TensorFormat
 
-__all__ = ["Factors", "LayerFactors", "OfLayer", "load_factors", "read_spec"]
+__all__ = ["ByLayer", "Factors", "LayerFactors", "OfLayer", "load_factors", "read_spec"]
+
+Result = TypeVar("Result")
 
 _FILE = TensorFormat("hesskern.factors/1", "hesskern factors", "factors file")
 # Before the names of parameters in a file; no layer's name begins so.
@@ -113,7 +115,39 @@ class LayerFactors(OfLayer):
         return self.operator().eigsh(k)
 
 
-class Factors(Mapping[str, LayerFactors]):
+class ByLayer(Mapping[str, Result]):
+    """Results by layer name, which say why one is missing.
+
+    Attributes:
+        skipped: modules with parameters that have no result here, with the reason.
+    """
+
+    _what: ClassVar[str]
+    _layers: dict[str, Result]
+    skipped: dict[str, str]
+
+    def _reason(self, name: str) -> str | None:
+        """Why a layer is missing, where that is known."""
+        return self.skipped.get(name)
+
+    def __getitem__(self, name: str) -> Result:
+        try:
+            return self._layers[name]
+        except KeyError:
+            reason = self._reason(name)
+            raise KeyError(
+                f"no {self._what} layer {name!r}"
+                + (f": it {reason}" if reason else f"; there are {', '.join(self._layers)}")
+            ) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+
+class Factors(ByLayer[LayerFactors]):
     """Kronecker factors by layer name.
 
     Attributes:
@@ -134,6 +168,8 @@ class Factors(Mapping[str, LayerFactors]):
             :meth:`operator`.
     """
 
+    _what = "factors for"
+
     def __init__(
         self,
         layers: Mapping[str, LayerFactors],
@@ -150,23 +186,10 @@ class Factors(Mapping[str, LayerFactors]):
         self.diagonals = dict(diagonals or {})
         self.large = dict(large or {})
 
-    def __getitem__(self, name: str) -> LayerFactors:
-        try:
-            return self._layers[name]
-        except KeyError:
-            reason = self.skipped.get(name)
-            if name in self.large:
-                reason = "has too many outputs for E[M]; its diagonal is in .large"
-            raise KeyError(
-                f"no factors for layer {name!r}"
-                + (f": it {reason}" if reason else f"; there are {', '.join(self._layers)}")
-            ) from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
+    def _reason(self, name: str) -> str | None:
+        if name in self.large:
+            return "has too many outputs for E[M]; its diagonal is in .large"
+        return super()._reason(name)
 
     def operator(self, order: Order = "weight") -> NetworkOperator:
         """Every layer's K = E[M] (x) E[x x^T] as one block diagonal matrix over all weights.

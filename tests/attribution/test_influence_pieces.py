@@ -42,7 +42,7 @@ def expected(model: nn.Module, samples: list[Any], call: Any) -> Tensor:
         LOSS(call(x), y).backward()
         rows.append(
             torch.cat([model.get_parameter(f"{n}.weight").grad.flatten() for n in ("up", "head")])
-        )  # type: ignore
+        )
     model.zero_grad(set_to_none=True)
     return torch.stack(rows) @ torch.stack(rows).T
 

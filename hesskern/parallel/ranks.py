@@ -24,6 +24,9 @@ __all__ = ["RankError", "Ranks"]
 # Bytes that are summed at a time.
 _BUCKET = 25 * 2**20
 
+# Of an exception, the statuses of the group whose ranks know of it.
+_TOLD = "_hesskern_told"
+
 # Exchanges of a group are numbered on, whoever makes them.
 _STATUSES: WeakKeyDictionary[dist.ProcessGroup, Statuses] = WeakKeyDictionary()
 
@@ -101,17 +104,32 @@ class Ranks:
         Raises:
             RankError: another rank has failed, or did not come here within the group's timeout.
         """
+        with self.telling(what):
+            yield
+        self._statuses.exchange(what)
+
+    @contextmanager
+    def telling(self, what: str) -> Iterator[None]:
+        """:meth:`section` without its end, for blocks whose last act is one of all ranks.
+
+        Args:
+            what: is done in the block, for messages.
+
+        Raises:
+            RankError: another rank has failed, inside the block where it waits for that rank.
+        """
         try:
             yield
         except RankError:
             # Everybody knows.
             raise
         except BaseException as error:
-            text = str(error).strip() or "no message"
-            failure = f"{type(error).__name__}: {text}"
-            self._tell(what, failure, leave=not isinstance(error, Exception))
+            if getattr(error, _TOLD, None) is not self._statuses:
+                setattr(error, _TOLD, self._statuses)
+                text = str(error).strip() or "no message"
+                failure = f"{type(error).__name__}: {text}"
+                self._tell(what, failure, leave=not isinstance(error, Exception))
             raise
-        self._statuses.exchange(what)
 
     def _tell(self, what: str, failure: str, leave: bool) -> None:
         """Tells the others of an error, which is to be raised whatever becomes of this."""
@@ -125,7 +143,13 @@ class Ranks:
         if self._statuses.failed_elsewhere():
             self._statuses.exchange(what)
 
-    def sum_(self, tensors: Sequence[Tensor], upper: Sequence[bool] | None = None) -> None:
+    def sum_(
+        self,
+        tensors: Sequence[Tensor],
+        upper: Sequence[bool] | None = None,
+        what: str = "a sum over the ranks",
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         """Adds up the tensors of all ranks, in place.
 
         Sums are made in the order of the ranks, in float64, so all ranks and all runs get the same
@@ -134,13 +158,14 @@ class Ranks:
         Args:
             tensors: of the same shapes and dtypes on every rank, on one device.
             upper: whether of a tensor [..., d, d] the upper triangles alone are defined and sent.
+            what: is summed, for messages.
+            facts: what else all ranks must have alike, as in :meth:`agree`.
 
         Raises:
-            RankError: shapes or dtypes differ, or a rank has failed or ended.
+            RankError: shapes, dtypes or facts differ, or a rank has failed or ended.
         """
         halves = [False] * len(tensors) if upper is None else list(upper)
-        what = "a sum over the ranks"
-        self.agree(what, {"tensors": layout(tensors, halves)})
+        self.agree(what, {**(facts or {}), "tensors": layout(tensors, halves)})
         if self.size == 1:
             return
         groups: dict[tuple[torch.dtype, torch.device], list[Segment]] = {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from hesskern.parallel.packing import Segment, buckets, layout, segments
 from hesskern.parallel.statuses import RankError, Statuses
 from hesskern.parallel.wire import Wire
 
-__all__ = ["RankError", "Ranks"]
+__all__ = ["RankError", "Ranks", "one_group", "section", "telling"]
 
 # Bytes that are summed at a time.
 _BUCKET = 25 * 2**20
@@ -35,12 +35,13 @@ class Ranks:
     """The processes of a group. Every method is to be called by all of them, in the same order.
 
     Attributes:
+        group: of torch.distributed.
         rank: of this process in the group.
         size: number of processes.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+        self.group = group
         self.rank, self.size = group.rank(), group.size()
         if group not in _STATUSES:
             timeout = group._get_backend(group._device_types[0]).options._timeout
@@ -176,7 +177,7 @@ class Ranks:
             )
         with self._sending(what):
             for (dtype, device), pieces in groups.items():
-                wire = Wire(self._group, device)
+                wire = Wire(self.group, device)
                 for bucket in buckets(iter(pieces), _BUCKET // dtype.itemsize):
                     self._sum_bucket(wire, bucket, dtype, device)
 
@@ -223,7 +224,7 @@ class Ranks:
         if self.size == 1 or not any(lengths) or 0 in shape:
             return [tensor.new_empty(n, *shape) for n in lengths] if self.size > 1 else [tensor]
         with self._sending(what):
-            wire = Wire(self._group, tensor.device)
+            wire = Wire(self.group, tensor.device)
             row, most = math.prod(shape), max(lengths)
             given, got = (wire.buffer(n * most * row, tensor.dtype) for n in (1, self.size))
             given[: tensor.numel()].copy_(tensor.reshape(-1))
@@ -251,7 +252,7 @@ class Ranks:
             return
         with self._sending(what):
             for tensor in tensors:
-                wire = Wire(self._group, tensor.device)
+                wire = Wire(self.group, tensor.device)
                 for piece in segments(tensor, False, _BUCKET // tensor.element_size()):
                     sent = wire.buffer(piece.count, tensor.dtype)
                     if self.rank == owner:
@@ -270,6 +271,28 @@ class Ranks:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             self._statuses.exchange(what, failure=reason, wire=True)
             raise RankError(f"{what} failed: {reason}") from error
+
+
+def telling(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
+    """:meth:`Ranks.telling`, where there are others to tell."""
+    return nullcontext() if ranks is None else ranks.telling(what)
+
+
+def section(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
+    """:meth:`Ranks.section`, where there are others."""
+    return nullcontext() if ranks is None else ranks.section(what)
+
+
+def one_group(found: Iterable[Ranks | None]) -> Ranks | None:
+    """The one group among these; None where there is none.
+
+    Raises:
+        ValueError: there are several.
+    """
+    groups = {id(ranks.group): ranks for ranks in found if ranks is not None}
+    if len(groups) > 1:
+        raise ValueError("group: operators of several process groups do not go together")
+    return next(iter(groups.values()), None)
 
 
 def _first_difference(found: list[dict[str, str]]) -> str:

@@ -13,7 +13,7 @@ import scipy.sparse.linalg as sparse
 import torch
 from torch import Tensor
 
-from hesskern.parallel.ranks import Ranks, one_group, telling
+from hesskern.parallel.ranks import Ranks, one_group, telling_of
 from hesskern.parallel.replicas import checksums
 
 __all__ = ["CurvatureOperator", "LayerOperator", "SumOperator"]
@@ -78,7 +78,7 @@ class CurvatureOperator(ABC):
     def _applied(self, vectors: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """A function of rows [k, P], output first, on one vector [P] or a block [P, k]."""
         what = f"a product with {self.described}"
-        with torch.inference_mode(False), torch.no_grad(), telling(self.ranks, what):
+        with torch.inference_mode(False), torch.no_grad(), telling_of(self.ranks, what):
             self._check(vectors)
             if vectors.is_inference():
                 vectors = vectors.clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -18,8 +19,9 @@ from torch import Tensor
 from hesskern.parallel.packing import Segment, buckets, layout, segments
 from hesskern.parallel.statuses import RankError, Statuses
 from hesskern.parallel.wire import Wire
+from hesskern.progress import Progress
 
-__all__ = ["RankError", "Ranks", "one_group", "section", "telling"]
+__all__ = ["RankError", "Ranks", "one_group", "section_of", "telling_of"]
 
 # Bytes that are summed at a time.
 _BUCKET = 25 * 2**20
@@ -35,9 +37,9 @@ class Ranks:
     """The processes of a group. Every method is to be called by all of them, in the same order.
 
     Attributes:
-        group: of torch.distributed.
         rank: of this process in the group.
         size: number of processes.
+        group: of torch.distributed.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -139,10 +141,24 @@ class Ranks:
         except RankError:
             return
 
-    def check(self, what: str) -> None:
-        """Raises RankError where another rank is known to have failed; needs no other rank."""
-        if self._statuses.failed_elsewhere():
-            self._statuses.exchange(what)
+    def watching(self, what: str, progress: Progress) -> Progress:
+        """A callback for a pass of one rank's own, which ends it soon after another has failed.
+
+        It asks the store at most once a second, and raises RankError. The first rank alone goes on
+        telling ``progress``.
+        """
+        asked = time.monotonic()
+
+        def told(description: str, done: int, total: int | None) -> None:
+            nonlocal asked
+            if time.monotonic() - asked > 1.0:
+                asked = time.monotonic()
+                if self._statuses.failed_elsewhere():
+                    self._statuses.exchange(what)
+            if self.rank == 0:
+                progress(description, done, total)
+
+        return told
 
     def sum_(
         self,
@@ -211,6 +227,15 @@ class Ranks:
         found: list[Any] = self._statuses.exchange("a gathering of values", value)
         return found
 
+    def told(self, value: Any) -> list[Any]:
+        """:meth:`gather`, of what is large and mostly the same on all ranks."""
+        what = "a gathering of values"
+        text = json.dumps(value)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if self._statuses.exchange(what, digest, judge=lambda found: len(set(found)) == 1):
+            return [json.loads(text)] * self.size
+        return self.gather(value)
+
     def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
         """The tensors [n_r, ...] of all ranks r, on this rank's device.
 
@@ -273,14 +298,14 @@ class Ranks:
             raise RankError(f"{what} failed: {reason}") from error
 
 
-def telling(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
-    """:meth:`Ranks.telling`, where there are others to tell."""
-    return nullcontext() if ranks is None else ranks.telling(what)
-
-
-def section(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
-    """:meth:`Ranks.section`, where there are others."""
+def section_of(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
+    """:meth:`Ranks.section`, or nothing without ranks."""
     return nullcontext() if ranks is None else ranks.section(what)
+
+
+def telling_of(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
+    """:meth:`Ranks.telling`, or nothing without ranks."""
+    return nullcontext() if ranks is None else ranks.telling(what)
 
 
 def one_group(found: Iterable[Ranks | None]) -> Ranks | None:

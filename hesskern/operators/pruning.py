@@ -204,9 +204,9 @@ class _Candidates:
         lengths = [len(piece) for piece in shares]
         of_piece = torch.arange(len(shares)).repeat_interleave(torch.tensor(lengths))
         piece = of_piece.to(order.device, non_blocking=True)[order]
-        ranks = torch.arange(len(order), device=order.device)
-        place = torch.searchsorted(sizes, ranks, right=True) * len(shares) + piece
-        table = ranks.new_zeros((_BUDGETS + 1) * len(shares))
+        nth = torch.arange(len(order), device=order.device)
+        place = torch.searchsorted(sizes, nth, right=True) * len(shares) + piece
+        table = nth.new_zeros((_BUDGETS + 1) * len(shares))
         table = table.scatter_add_(0, place, torch.ones_like(place)).reshape(-1, len(shares))
         traces = torch.cat([sums.new_zeros(1), sums])[sizes]
         looked_at = torch.cat([table[:-1].cumsum(0).double().flatten(), traces]).tolist()

@@ -115,7 +115,8 @@ class SampleDraws:
             count: for each place in a sample.
             places: of a sample (tokens, pixels), one after the other.
         """
-        return torch.from_numpy(self._uniform(count * places).reshape(-1, count))
+        drawn = self._uniform(count * places)
+        return torch.from_numpy(drawn.reshape(len(self) * places, count))
 
     def normal(self, count: int) -> Tensor:
         """[N, count] float64 on the host, standard normal."""

@@ -9,8 +9,8 @@ x x^T <= ‖x‖^2 I, so sum_n M_n (x) x_n x_n^T <= (sum_n ‖x_n‖^2 M_n) (x) 
 of that [m, m] sum G bounds the norm. It is bounded without an eigenvalue: λ_1 <= tr(G^q)^(1/q), for
 q = 256 at most m^(1/256) times too much.
 
-Where the samples are those of several processes, all of them count together: every process learns of
-the shares of all samples, and leaves out those of its own that one process over all would.
+Where the samples are those of several ranks, all of them count together: every rank learns of the
+shares of all samples, and leaves out those of its own that one process over all would.
 """
 
 from __future__ import annotations

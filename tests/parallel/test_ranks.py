@@ -143,22 +143,24 @@ def test_a_rank_that_was_killed_is_named(where: int, store: Any) -> None:
             assert "within the group's timeout of 3 seconds" in found[rank].message
 
 
-def _nested(group: Any) -> str:
-    ranks = _ranks(group)
-    begin = time.monotonic()
-    with (
-        pytest.raises((RankError, ValueError)) as caught,
-        ranks.section("all"),
-        ranks.telling("a product"),
-    ):
+def _product(ranks: Ranks) -> None:
+    with ranks.section("all"), ranks.telling("a product"):
         if ranks.rank == 1:
             raise ValueError("NaN")
         ranks.sum_([torch.ones(3)])
-    assert time.monotonic() - begin < 10
+
+
+def _nested(group: Any) -> str:
+    ranks = _ranks(group)
+    begin = time.monotonic()
+    with pytest.raises((RankError, ValueError)) as caught:
+        _product(ranks)
+    # Nobody has waited for the group's timeout.
+    assert time.monotonic() - begin < 60
     ranks.totals(2.0)
     return str(caught.value)
 
 
 def test_an_error_inside_two_sections_is_told_once() -> None:
     told = "rank 1 of 2 failed in a product: ValueError: NaN"
-    assert run(_nested, 2, timeout=20.0) == [told, "NaN"]
+    assert run(_nested, 2, timeout=100.0) == [told, "NaN"]

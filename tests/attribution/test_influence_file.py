@@ -35,7 +35,8 @@ def test_it_comes_back(tmp_path: Path, options: dict[str, Any]) -> None:
     assert back.packed() == found.packed()
     assert type(back.scores) is type(found.scores)
     assert (back.num_queries, back.num_train, back.layers) == (2, 9, ("0", "2"))
-    assert back.damping == found.damping and back.settings == found.settings
+    assert back.damping == found.damping
+    assert back.settings == found.settings
     for name in ("indices", "rank_errors"):
         mine, other = getattr(found, name), getattr(back, name)
         assert (mine is None) == (other is None)

@@ -69,6 +69,7 @@ class DataPass:
             rows are drawn in every pass.
         stream: which of several passes that draw independently of each other.
         positions: number the samples that the data has no numbers of.
+        ended: called when the model is no longer in use.
         count: weighted number of samples, behind the last batch.
     """
 
@@ -91,6 +92,7 @@ class DataPass:
     diagonals: DiagonalCapture | None = None
     stream: int = 0
     positions: Positions = field(default_factory=Positions)
+    ended: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.seed, self.stream)
@@ -117,7 +119,11 @@ class DataPass:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._open.__exit__(*error)
+        try:
+            self._open.__exit__(*error)
+        finally:
+            if self.ended is not None:
+                self.ended()
 
     def __iter__(self) -> Iterator[tuple[Batch, BatchRoots]]:
         count: float | Tensor = 0.0
@@ -218,6 +224,7 @@ class RepeatedPass(ModelRun):
             output=self.output,
             mc_samples=self.mc_samples,
             seed=self.seed,
+            ended=self.ran,
         )
 
     def within_budget(

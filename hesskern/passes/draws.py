@@ -17,9 +17,10 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
+from hesskern.devices import on_host
 from hesskern.passes.sample_numbers import Numbers
 
-__all__ = ["Draws", "SampleDraws", "check_seed", "philox"]
+__all__ = ["Draws", "SampleDraws", "check_seed", "philox", "without_padding"]
 
 _ROUNDS = 10
 # Of the left and the right half of the counter; what the key's words grow by from round to round.
@@ -40,6 +41,24 @@ def check_seed(seed: Any) -> None:
         raise ValueError(f"seed must be an integer, got {seed!r}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must lie in [-2**63, 2**64), got {seed}")
+
+
+def without_padding(uniform: Tensor, labelled: Tensor) -> Tensor:
+    """A sample's numbers given to its labelled tokens in their order, whatever stands around them.
+
+    Args:
+        uniform: [N T, r].
+        labelled: [N, T] bool, on the same device.
+
+    Returns:
+        [N T, r]; those of tokens without a label mean nothing.
+    """
+    if on_host(labelled) and bool(labelled.all()):
+        return uniform
+    n, tokens = labelled.shape
+    place = (labelled.cumsum(1) - 1).clamp_(min=0)
+    place += torch.arange(n, device=place.device).unsqueeze(1) * tokens
+    return uniform[place.flatten()]
 
 
 def philox(counter: _Array, key: tuple[int, int]) -> _Array:

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import hesskern as hk
+from hesskern.passes.draws import Draws
+from hesskern.passes.losses import resolve_loss
+from hesskern.passes.sample_numbers import Numbers
 
 N = 19
 MC: dict[str, Any] = {"output": "mc", "seed": 3}
@@ -258,6 +261,37 @@ def test_halves_of_a_batch_draw_as_the_whole(arranged: str) -> None:
     found = hk.ekfac(Small(4), ARRANGED[arranged](), CE, **MC)
     for name in corrected:
         close(found[name].to_dense(), corrected[name].to_dense())
+
+
+PADDED = {
+    "cross-entropy": (nn.CrossEntropyLoss(), 1),
+    "cross-entropy sum": (nn.CrossEntropyLoss(reduction="sum"), 1),
+    "masked": (hk.MaskedLM(), 2),
+    "tokens": (hk.TokenClassification(), 2),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("mc_samples", [1, 3])
+def test_padding_does_not_change_a_samples_draws(name: str, mc_samples: int) -> None:
+    """On either side or between its tokens: batches pad to the longest that they have."""
+    loss, axis = resolve_loss(PADDED[name][0]), PADDED[name][1]
+    logits, labels = randn(3, 5, 4), classes(3, 5, c=4)
+    wide, targets = randn(3, 9, 4, seed=1), torch.full((3, 9), -100)
+    places = torch.tensor([[4, 5, 6, 7, 8], [0, 1, 2, 3, 4], [0, 2, 3, 7, 8]])
+    for n in range(3):
+        wide[n, places[n]], targets[n, places[n]] = logits[n], labels[n]
+
+    def rows(outputs: Tensor, given: Tensor) -> Tensor:
+        draws = Draws(3).of(Numbers(torch.tensor([6, 2, 40]).numpy()))
+        found = loss.sampled(outputs.movedim(2, axis), given, mc_samples, draws)
+        return torch.stack([found.row(j) for j in range(mc_samples)]).movedim(axis + 1, 3)
+
+    expected, found = rows(logits, labels), rows(wide, targets)
+    assert not torch.equal(expected[0, 0], expected[0, 1])
+    for n in range(3):
+        close(found[:, n, places[n]], expected[:, n])
+        assert float(found[:, n].abs().sum()) == pytest.approx(float(expected[:, n].abs().sum()))
 
 
 class TimeFirst(nn.Module):

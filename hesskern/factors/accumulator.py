@@ -151,7 +151,8 @@ class FactorAccumulator(Portable):
         model, loss, layers, output, bias, mc_samples, seed, output_root, check, max_outputs,
             position_mask, diagonal: as in :func:`hesskern.kronecker_factors`. What is found out
             about the samples holds for the batches that follow, as long as the model's graph and
-            its shapes stay the same.
+            its shapes stay the same. Batches of :meth:`update` are drawn by the positions of their
+            samples among all; every :meth:`consume` draws anew.
         decay: None for means over everything seen; a number in [0, 1) for moving averages over
             batches, ``decay * old + (1 - decay) * new``, with the start-up bias removed.
         memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
@@ -321,7 +322,7 @@ class FactorAccumulator(Portable):
         self, data: Iterable[Any], sample_weight: Tensor | None, progress: Progress | None
     ) -> None:
         """:meth:`_pass`, with random numbers of the stream that has been begun."""
-        memory = SumMemory()
+        memory, rank = SumMemory(), 0 if self._ranks is None else self._ranks.rank
         # Before the capture, which switches autocast off for all but the model.
         now = precisions(self._model, model_device(self._model))
         given = self._model, data, self._loss, self._specs, sample_weight, self.evidence
@@ -344,7 +345,7 @@ class FactorAccumulator(Portable):
             diagonals=diagonals,
             seed=self._settings["seed"],
             stream=self._drawn.streams - 1,
-            positions=Positions(begin=self._drawn.position),
+            positions=Positions(rank + 1, self._drawn.position),
         )
         try:
             with run.capture:

@@ -31,9 +31,10 @@ __all__ = ["Outcome", "outcomes", "run"]
 
 Store = Literal["file", "tcp"]
 
-# The server imports once what every process needs; a process then starts within milliseconds.
+# The server imports once what every process needs, torch._dynamo as the first pass does; a process
+# then starts within milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["hesskern", "pytest"])
+_CONTEXT.set_forkserver_preload(["hesskern", "pytest", "torch._dynamo"])
 
 
 @dataclass

@@ -17,6 +17,7 @@ import os
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -146,6 +147,9 @@ def _child(
     pipe: Connection, rank: int, ranks: int, place: str, store: Store, timeout: float, given: bytes
 ) -> None:
     torch.set_num_threads(1)
+    # As pytest has them in the tests' own process.
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch.*")
     begin = time.monotonic()
     outcome = Outcome()
     try:

@@ -49,6 +49,7 @@ from hesskern.operators.network import NetworkOperator
 from hesskern.operators.position_mean import PositionMeanHessian, position_mean_hessian
 from hesskern.operators.stacked import StackedGaussNewton
 from hesskern.ops.extension import build_info
+from hesskern.parallel.statuses import RankError
 from hesskern.passes.transformers import (
     CausalLM,
     ImageClassification,
@@ -95,6 +96,7 @@ __all__ = [
     "NetworkOperator",
     "OverlapPrediction",
     "PositionMeanHessian",
+    "RankError",
     "RowSpaceOverlap",
     "Seq2SeqLM",
     "SequenceClassification",

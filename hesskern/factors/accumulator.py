@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -25,9 +26,12 @@ from hesskern.factors.layer_sums import (
     scale_sums,
 )
 from hesskern.factors.precision import precisions
+from hesskern.factors.rank_sums import Told, whole_sums
 from hesskern.factors.result import Factors, LayerFactors
 from hesskern.graph.evidence import Evidence
 from hesskern.ops import foreach
+from hesskern.parallel.ranks import Ranks, section_of
+from hesskern.parallel.replicas import inner_model, model_facts
 from hesskern.passes.batches import Batch, no_samples
 from hesskern.passes.checks import as_weights
 from hesskern.passes.data_pass import DataPass, whole_or_halves
@@ -130,6 +134,9 @@ class FactorAccumulator(Portable):
         memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
             on a GPU for a sixteenth of its free memory. A batch for which a GPU's memory does not
             suffice is taken in two halves.
+        group: ranks of torch.distributed, each with its own part of the data, as in
+            :func:`hesskern.kronecker_factors`: :meth:`factors` is then called by all of them, and
+            gives the factors of all data. Everything else is a rank's own.
 
     Attributes:
         evidence: of which rows belong to which samples, for other passes of the model.
@@ -152,7 +159,11 @@ class FactorAccumulator(Portable):
         max_outputs: int = 8192,
         position_mask: Callable[[Any], Any] | None = None,
         diagonal: bool = False,
+        group: Any = None,
     ) -> None:
+        self._ranks = Ranks.of(group)
+        if self._ranks is not None:
+            model = inner_model(model)
         check_output(output, mc_samples, seed)
         if decay is not None:
             check_fraction("decay", decay)
@@ -201,6 +212,8 @@ class FactorAccumulator(Portable):
         given = {"model": self._model, "loss": self._loss}
         if self._position_mask is not None:
             given["position_mask"] = self._position_mask
+        if self._ranks is not None:
+            given["group"] = self._ranks.group
         return given
 
     def _about(self) -> str:
@@ -478,13 +491,19 @@ class FactorAccumulator(Portable):
     def factors(self) -> Factors:
         """The factors of everything seen so far; the accumulator can go on afterwards.
 
+        With a ``group`` of all ranks' batches, the same bits on every rank, and for all of them to
+        call.
+
         Raises:
             ValueError: no samples were seen, or a layer asked for by name was never reached.
+            RankError: ranks have other models, weights or settings, or one has failed.
 
         Warns:
             UserWarning: naming linear layers and convolutions that were left out, and why.
         """
-        return self.finished(2)
+        with section_of(self._ranks, "FactorAccumulator.factors()"):
+            self.agree()
+            return self.finished(2)
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -508,8 +527,57 @@ class FactorAccumulator(Portable):
         """The layers that are accumulated, as far as batches reach them."""
         return MappingProxyType(self._specs)
 
-    def finished(self, stacklevel: int | None) -> Factors:
-        """:meth:`factors`, with warnings ``stacklevel`` calls above; None for none."""
+    def agree(self) -> None:
+        """Makes sure that all ranks of the group, if any, have the same model and settings.
+
+        Raises:
+            RankError: on every rank, where one has others.
+        """
+        if self._ranks is None:
+            return
+        described = {k: v for k, v in vars(self._loss).items() if isinstance(v, (int, float, str))}
+        facts = {
+            "layers": list(self._specs),
+            "geometry": [asdict(spec) for spec in self._specs.values()],
+            "layers with a diagonal alone": sorted(self._large),
+            "settings": self._settings,
+            "loss": [type(self._loss).__name__, described],
+        }
+        self._ranks.agree("Kronecker factors", {**facts, **model_facts(self._model)})
+
+    def finished(self, stacklevel: int | None, last: bool = False) -> Factors:
+        """:meth:`factors` of ranks that agree.
+
+        Args:
+            stacklevel: of warnings, in calls above; None for none.
+            last: whether this accumulator is not needed any more.
+        """
+        if self._ranks is None:
+            return self._finished(stacklevel)
+        told = Told(
+            self._reasons,
+            self._unfit,
+            self._tied,
+            self.evidence.found,
+            list(self._precisions),
+            self._unfit_diagonals,
+            self._diagonal_reasons,
+        )
+        given = self._count, self._sums, self._diagonals, told, self._parameters or {}
+        device = model_device(self._model)
+        found = whole_sums(self._ranks, self._specs, *given, device, last=last)
+        whole = copy(self)
+        whole._count, whole._sums, whole._diagonals = found.count, found.layers, found.diagonals
+        whole._unfit, whole._tied = found.told.unfit, found.told.tied
+        whole._unfit_diagonals = found.told.unfit_diagonals
+        whole._diagonal_reasons = found.told.diagonal_reasons
+        whole._precisions = dict.fromkeys(found.told.precisions)
+        whole.evidence = replace(self.evidence, found=found.told.checked)
+        whole._note(found.told.reasons)
+        return whole._finished(stacklevel)
+
+    def _finished(self, stacklevel: int | None) -> Factors:
+        stacklevel = None if stacklevel is None else stacklevel + 1
         if not self.num_samples > 0:
             raise no_samples(", so there are no factors")
         refuse_missing(self._specs, self._reasons)

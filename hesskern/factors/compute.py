@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from hesskern.choices import Bias, Output
 from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.result import Factors
-from hesskern.progress import Progress
+from hesskern.parallel.ranks import Ranks, section_of
+from hesskern.parallel.samplers import weights_of_part
+from hesskern.progress import Progress, reporter
 
 __all__ = ["kronecker_factors"]
 
@@ -86,7 +88,11 @@ def kronecker_factors(
             counterpart in it, the mean over samples of its squared gradients of all root rows.
             Parameters whose gradients by sample are not known are in ``.skipped`` with the reason.
         progress: True for a bar with the time left, or a callback (description, done, total).
-        group: reserved for torch.distributed; must be None.
+        group: ranks of torch.distributed (``torch.distributed.group.WORLD``, or what ``new_group``
+            gave) that all call this, each with the same model, plain or in
+            DistributedDataParallel, and with its own part of the data, which may be empty. All get
+            the factors of all data, the same bits. A DistributedSampler that repeats samples has
+            these left out; ``progress`` is told on the first rank.
 
     Returns:
         :class:`Factors`, keyed by layer name, in float32 (float64 for a float64 model).
@@ -96,23 +102,30 @@ def kronecker_factors(
             batch), or no data at all.
         TypeError: arguments of a wrong type.
         NotImplementedError: unsupported layers asked for by name, unsupported loss options.
+        RankError: with a group, ranks have other models, weights or settings, or another rank has
+            failed (its own error goes on there) or ended: within the group's timeout.
     """
-    if group is not None:
-        raise NotImplementedError("group is reserved for torch.distributed and must be None")
-    accumulator = FactorAccumulator(
-        model,
-        loss,
-        layers,
-        output,
-        bias=bias,
-        mc_samples=mc_samples,
-        seed=seed,
-        output_root=output_root,
-        memory_budget=memory_budget,
-        check=check,
-        max_outputs=max_outputs,
-        position_mask=position_mask,
-        diagonal=diagonal,
-    )
-    accumulator.consume(data, sample_weight=sample_weight, progress=progress)
-    return accumulator.finished(2)
+    ranks = Ranks.of(group)
+    with section_of(ranks, "Kronecker factors"):
+        accumulator = FactorAccumulator(
+            model,
+            loss,
+            layers,
+            output,
+            bias=bias,
+            mc_samples=mc_samples,
+            seed=seed,
+            output_root=output_root,
+            memory_budget=memory_budget,
+            check=check,
+            max_outputs=max_outputs,
+            position_mask=position_mask,
+            diagonal=diagonal,
+            group=group,
+        )
+        if ranks is not None:
+            accumulator.agree()
+            sample_weight = weights_of_part(ranks, data, sample_weight, 2)
+            progress = ranks.watching("Kronecker factors", reporter(progress))
+        accumulator.consume(data, sample_weight=sample_weight, progress=progress)
+        return accumulator.finished(2, last=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,8 +19,9 @@ from torch import Tensor
 from hesskern.parallel.packing import Segment, buckets, layout, segments
 from hesskern.parallel.statuses import RankError, Statuses
 from hesskern.parallel.wire import Wire
+from hesskern.progress import Progress
 
-__all__ = ["RankError", "Ranks"]
+__all__ = ["RankError", "Ranks", "section_of"]
 
 # Bytes that are summed at a time.
 _BUCKET = 25 * 2**20
@@ -34,10 +36,11 @@ class Ranks:
     Attributes:
         rank: of this process in the group.
         size: number of processes.
+        group: of torch.distributed.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = group
+        self.group = group
         self.rank, self.size = group.rank(), group.size()
         if group not in _STATUSES:
             timeout = group._get_backend(group._device_types[0]).options._timeout
@@ -120,10 +123,24 @@ class Ranks:
         except RankError:
             return
 
-    def check(self, what: str) -> None:
-        """Raises RankError where another rank is known to have failed; needs no other rank."""
-        if self._statuses.failed_elsewhere():
-            self._statuses.exchange(what)
+    def watching(self, what: str, progress: Progress) -> Progress:
+        """A callback for a pass of one rank's own, which ends it soon after another has failed.
+
+        It asks the store at most once a second, and raises RankError. The first rank alone goes on
+        telling ``progress``.
+        """
+        asked = time.monotonic()
+
+        def told(description: str, done: int, total: int | None) -> None:
+            nonlocal asked
+            if time.monotonic() - asked > 1.0:
+                asked = time.monotonic()
+                if self._statuses.failed_elsewhere():
+                    self._statuses.exchange(what)
+            if self.rank == 0:
+                progress(description, done, total)
+
+        return told
 
     def sum_(self, tensors: Sequence[Tensor], upper: Sequence[bool] | None = None) -> None:
         """Adds up the tensors of all ranks, in place.
@@ -151,7 +168,7 @@ class Ranks:
             )
         with self._sending(what):
             for (dtype, device), pieces in groups.items():
-                wire = Wire(self._group, device)
+                wire = Wire(self.group, device)
                 for bucket in buckets(iter(pieces), _BUCKET // dtype.itemsize):
                     self._sum_bucket(wire, bucket, dtype, device)
 
@@ -185,6 +202,15 @@ class Ranks:
         found: list[Any] = self._statuses.exchange("a gathering of values", value)
         return found
 
+    def told(self, value: Any) -> list[Any]:
+        """:meth:`gather`, of what is large and mostly the same on all ranks."""
+        what = "a gathering of values"
+        text = json.dumps(value)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if self._statuses.exchange(what, digest, judge=lambda found: len(set(found)) == 1):
+            return [json.loads(text)] * self.size
+        return self.gather(value)
+
     def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
         """The tensors [n_r, ...] of all ranks r, on this rank's device.
 
@@ -198,7 +224,7 @@ class Ranks:
         if self.size == 1 or not any(lengths) or 0 in shape:
             return [tensor.new_empty(n, *shape) for n in lengths] if self.size > 1 else [tensor]
         with self._sending(what):
-            wire = Wire(self._group, tensor.device)
+            wire = Wire(self.group, tensor.device)
             row, most = math.prod(shape), max(lengths)
             given, got = (wire.buffer(n * most * row, tensor.dtype) for n in (1, self.size))
             given[: tensor.numel()].copy_(tensor.reshape(-1))
@@ -226,7 +252,7 @@ class Ranks:
             return
         with self._sending(what):
             for tensor in tensors:
-                wire = Wire(self._group, tensor.device)
+                wire = Wire(self.group, tensor.device)
                 for piece in segments(tensor, False, _BUCKET // tensor.element_size()):
                     sent = wire.buffer(piece.count, tensor.dtype)
                     if self.rank == owner:
@@ -245,6 +271,11 @@ class Ranks:
             reason = (str(error).strip() or repr(error)).splitlines()[0]
             self._statuses.exchange(what, failure=reason, wire=True)
             raise RankError(f"{what} failed: {reason}") from error
+
+
+def section_of(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
+    """:meth:`Ranks.section`, or nothing without ranks."""
+    return nullcontext() if ranks is None else ranks.section(what)
 
 
 def _first_difference(found: list[dict[str, str]]) -> str:

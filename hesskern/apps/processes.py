@@ -16,6 +16,7 @@ from contextlib import (
 )
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hesskern import interrupts
-from hesskern.parallel.ranks import Ranks
+from hesskern.parallel.ranks import RankError, Ranks
 from hesskern.zoo.data import Dataset
 
 __all__ = ["ONE", "Place", "Processes", "one_voice", "opened", "place"]
@@ -154,9 +155,46 @@ class Processes:
         """See :meth:`Ranks.section`; of one process nothing."""
         return nullcontext() if self.ranks is None else self.ranks.section(what)
 
+    @contextmanager
+    def all_or_none(self, what: str) -> Iterator[None]:
+        """An error in the block that every process has itself goes on; others end all of them.
+
+        Args:
+            what: is done in the block, for messages.
+
+        Raises:
+            RankError: some processes have an error that others have not.
+        """
+        if self.ranks is None:
+            yield
+            return
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as found:
+            error = found
+        own = error is not None and not isinstance(error, RankError)
+        words = f"{type(error).__name__}: {error}" if own else ""
+        told = self.ranks.gather(words)
+        if error is not None and (all(told) or not own):
+            raise error
+        for rank, text in enumerate(told):
+            if text:
+                size = self.ranks.size
+                raise RankError(f"rank {rank} of {size} failed in {what}: {text}") from error
+
     def same(self, value: _T) -> _T:
         """The first process's value, of what JSON can hold."""
         return value if self.ranks is None else self.ranks.gather(value if self.first else None)[0]
+
+    def all(self, value: bool) -> bool:
+        """Whether the value is true on every process."""
+        return value if self.ranks is None else all(self.ranks.gather(value))
+
+    def see(self, path: Path) -> bool:
+        """Whether the first process has the file, and the others see it, too."""
+        # One after the other: the first may have written it a moment ago.
+        return bool(self.same(path.is_file())) and self.all(path.is_file())
 
     def on_first(
         self, what: str, work: Callable[[], _T], heeds_interrupts: bool = False

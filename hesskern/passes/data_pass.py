@@ -65,6 +65,7 @@ class DataPass:
         examine, kept, unfit, linear_use, diagonals: as in :class:`hesskern.passes.capture.Capture`.
         position_mask, output, mc_samples, seed: as in :func:`hesskern.kronecker_factors`. The same
             rows are drawn in every pass.
+        ended: called when the model is no longer in use.
         count: weighted number of samples, behind the last batch.
     """
 
@@ -85,6 +86,7 @@ class DataPass:
     mc_samples: int = 1
     seed: int = 0
     diagonals: DiagonalCapture | None = None
+    ended: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         self.count = 0.0
@@ -110,7 +112,11 @@ class DataPass:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._open.__exit__(*error)
+        try:
+            self._open.__exit__(*error)
+        finally:
+            if self.ended is not None:
+                self.ended()
 
     def __iter__(self) -> Iterator[tuple[Batch, BatchRoots]]:
         count: float | Tensor = 0.0
@@ -213,6 +219,7 @@ class RepeatedPass(ModelRun):
             output=self.output,
             mc_samples=self.mc_samples,
             seed=self.seed,
+            ended=self.ran,
         )
 
     def within_budget(

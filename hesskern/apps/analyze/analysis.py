@@ -347,11 +347,12 @@ def _look_at(
     with clock.step("exact layer-wise Hessians"):
         hessians = layer_hessians(
             model,
-            data.batches(settings.batch_size),
+            batches,
             loss,
             _with_hessians(factors),
             settings.tolerance,
             progress=clock,
+            group=processes.group,
         )
     entries, spectra, skipped = {}, {}, dict(factors.skipped)
     for name, layer_factors in factors.items():

@@ -377,10 +377,11 @@ class Lab:
             warnings.simplefilter("ignore", UserWarning)
             return layer_hessians(
                 model,
-                self.batches(network),
+                self._part(network),
                 LOSS,
                 memory_budget=self.memory_budget,
                 progress=self.progress,
+                group=self.processes.group,
             )
 
     def full(self, network: Network, seed: int) -> GaussNewton:

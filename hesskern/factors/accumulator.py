@@ -151,7 +151,8 @@ class FactorAccumulator(Portable):
         model, loss, layers, output, bias, mc_samples, seed, output_root, check, max_outputs,
             position_mask, diagonal: as in :func:`hesskern.kronecker_factors`. What is found out
             about the samples holds for the batches that follow, as long as the model's graph and
-            its shapes stay the same.
+            its shapes stay the same. Batches of :meth:`update` are drawn by the positions of their
+            samples among all; every :meth:`consume` draws anew.
         decay: None for means over everything seen; a number in [0, 1) for moving averages over
             batches, ``decay * old + (1 - decay) * new``, with the start-up bias removed.
         memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,

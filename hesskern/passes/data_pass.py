@@ -68,9 +68,9 @@ class DataPass:
         examine, kept, unfit, linear_use, diagonals: as in :class:`hesskern.passes.capture.Capture`.
         position_mask, output, mc_samples, seed: as in :func:`hesskern.kronecker_factors`. The same
             rows are drawn in every pass.
-        ended: called when the model is no longer in use.
         stream: which of several passes that draw independently of each other.
         positions: number the samples that the data has no numbers of.
+        ended: called when the model is no longer in use.
         count: weighted number of samples, behind the last batch.
     """
 
@@ -91,9 +91,9 @@ class DataPass:
     mc_samples: int = 1
     seed: int = 0
     diagonals: DiagonalCapture | None = None
-    ended: Callable[[], None] | None = None
     stream: int = 0
     positions: Positions = field(default_factory=Positions)
+    ended: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.seed, self.stream)

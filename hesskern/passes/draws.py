@@ -17,9 +17,10 @@ import torch
 from scipy.special import ndtri
 from torch import Tensor
 
+from hesskern.devices import on_host
 from hesskern.passes.sample_numbers import Numbers
 
-__all__ = ["Draws", "SampleDraws", "check_seed", "philox"]
+__all__ = ["Draws", "SampleDraws", "check_seed", "philox", "without_padding"]
 
 _ROUNDS = 10
 # Of the left and the right half of the counter; what the key's words grow by from round to round.
@@ -42,6 +43,24 @@ def check_seed(seed: Any) -> None:
         raise ValueError(f"seed must lie in [-2**63, 2**64), got {seed}")
 
 
+def without_padding(uniform: Tensor, labelled: Tensor) -> Tensor:
+    """A sample's numbers given to its labelled tokens in their order, whatever stands around them.
+
+    Args:
+        uniform: [N T, r].
+        labelled: [N, T] bool, on the same device.
+
+    Returns:
+        [N T, r]; those of tokens without a label mean nothing.
+    """
+    if on_host(labelled) and bool(labelled.all()):
+        return uniform
+    n, tokens = labelled.shape
+    place = (labelled.cumsum(1) - 1).clamp_(min=0)
+    place += torch.arange(n, device=place.device).unsqueeze(1) * tokens
+    return uniform[place.flatten()]
+
+
 def philox(counter: _Array, key: tuple[int, int]) -> _Array:
     """Philox4x32-10.
 
@@ -52,17 +71,29 @@ def philox(counter: _Array, key: tuple[int, int]) -> _Array:
     Returns:
         [4, B] uint32 random words.
     """
+    return _philox(counter, _round_keys(key))
+
+
+def _round_keys(key: tuple[int, int]) -> _Array:
+    """[10, 2, 1] uint32: the key of every round."""
+    rounds = np.arange(_ROUNDS, dtype=np.uint64)[:, None] * np.array(_WEYL, dtype=np.uint64)
+    return ((rounds + np.array(key, dtype=np.uint64)) % _WORD).astype(np.uint32)[..., None]
+
+
+def _philox(counter: _Array, round_keys: _Array) -> _Array:
+    """:func:`philox` with the keys of its rounds."""
     x, y = counter[::2], counter[1::2]
-    product = np.empty(x.shape, dtype=np.uint64)
-    # The product's halves lie in the memory beside each other.
-    halves = product.view(np.uint32).reshape(*x.shape, 2)
+    # By turns, since a round reads what the last one has written.
+    products = np.empty((2, *x.shape), dtype=np.uint64)
+    # A product's halves lie beside each other in memory; they change places from left to right.
+    halves = products.view(np.uint32).reshape(*products.shape, 2)[:, ::-1]
     low, high = halves[..., _LOW], halves[..., 1 - _LOW]
-    for step in range(_ROUNDS):
-        words = [[(k + step * w) % _WORD] for k, w in zip(key, _WEYL, strict=True)]
-        np.multiply(x, _FACTORS, out=product)
-        x = high[::-1] ^ y
-        x ^= np.array(words, dtype=np.uint32)
-        y = low[::-1].copy()
+    for step, keys in enumerate(round_keys):
+        turn = step % 2
+        np.multiply(x, _FACTORS, out=products[turn])
+        x = high[turn] ^ y
+        x ^= keys
+        y = low[turn]
     result = np.empty(counter.shape, dtype=np.uint32)
     result[::2], result[1::2] = x, y
     return result
@@ -78,31 +109,30 @@ class Draws:
 
     def __init__(self, seed: int, stream: int = 0) -> None:
         self.seed, self.stream = seed, stream
-        self._keys: dict[int, tuple[int, int]] = {}
+        self._round_keys: dict[int, _Array] = {}
 
     def of(self, numbers: Numbers) -> SampleDraws:
         """The numbers of a batch's samples, from the first on."""
         # What is numbered by its position in all of the data is drawn as what has that number.
         part = max(numbers.part - 1, 0)
-        if part not in self._keys:
+        if part not in self._round_keys:
             counter = np.array([[self.stream % _WORD], [self.stream // _WORD], [part], [0]])
-            words = philox(
-                counter.astype(np.uint32), (self.seed % _WORD, self.seed >> 32 & (_WORD - 1))
-            )
-            self._keys[part] = int(words[0, 0]), int(words[1, 0])
-        return SampleDraws(self._keys[part], numbers.values)
+            low, high = self.seed % _WORD, self.seed >> 32 & (_WORD - 1)
+            words = philox(counter.astype(np.uint32), (low, high))
+            self._round_keys[part] = _round_keys((int(words[0, 0]), int(words[1, 0])))
+        return SampleDraws(self._round_keys[part], numbers.values)
 
 
 class SampleDraws:
     """Random numbers of the samples of a batch; successive calls go on inside each sample.
 
     Args:
-        key: words of a key.
+        round_keys: [10, 2, 1] uint32, of Philox4x32-10.
         values: [N] int64, the samples' numbers.
     """
 
-    def __init__(self, key: tuple[int, int], values: _Array) -> None:
-        self._key, self._values = key, values.view(np.uint64)
+    def __init__(self, round_keys: _Array, values: _Array) -> None:
+        self._round_keys, self._values = round_keys, values.view(np.uint64)
         self._taken = 0
 
     def __len__(self) -> int:
@@ -141,7 +171,7 @@ class SampleDraws:
             counter = np.empty((4, len(block)), dtype=np.uint32)
             counter[0], counter[1] = place, place >> np.uint64(32)
             counter[2], counter[3] = sample, sample >> np.uint64(32)
-            words = philox(counter, self._key).astype(np.uint64)
+            words = _philox(counter, self._round_keys).astype(np.uint64)
             flat[start : start + len(block)] = (words[1::2] << np.uint64(32) | words[::2]).T
         bits >>= np.uint64(12)
         # In the middle of their steps: neither 0 nor 1 is among them.

@@ -28,7 +28,7 @@ from hesskern import ops
 from hesskern.devices import on_host, sent
 from hesskern.passes.batches import Batch, Parts, pair
 from hesskern.passes.checks import Checks, check_dense
-from hesskern.passes.draws import SampleDraws
+from hesskern.passes.draws import SampleDraws, without_padding
 from hesskern.passes.forward_pass import run_model
 
 __all__ = ["MOST_ROWS", "Loss", "Rows", "Unread", "resolve_loss", "with_root"]
@@ -513,6 +513,8 @@ class _CrossEntropy(Loss):
         # Drawn on the host, and therefore the same on every device.
         uniform = draws.uniform(samples, tokens)
         uniform = sent(uniform, outputs.device)
+        if labels is not None and tokens > 1:
+            uniform = without_padding(uniform, _per_sample(labels != self.ignore_index))
 
         def row(index: int) -> Tensor:
             gradient = ops.sampled_cross_entropy_gradient(

@@ -28,7 +28,7 @@ from hesskern.choices import check_choice
 from hesskern.devices import on_host, sent
 from hesskern.passes.batches import Batch, Parts, pair, samples_of
 from hesskern.passes.checks import Checks, check_dense
-from hesskern.passes.draws import SampleDraws
+from hesskern.passes.draws import SampleDraws, without_padding
 from hesskern.passes.forward_pass import checked_outputs, run_model
 from hesskern.passes.losses import Loss, Rows, Unread, resolve_loss
 from hesskern.passes.own_loss import check_alignment
@@ -288,7 +288,7 @@ class _TokenLoss(_TransformersLoss):
         labels = targets.reshape(-1)
         # Drawn on the host, and therefore the same on every device.
         uniform = draws.uniform(samples, tokens)
-        uniform = sent(uniform, outputs.device)
+        uniform = without_padding(sent(uniform, outputs.device), targets != _IGNORED)
 
         def row(index: int) -> Tensor:
             return ops.sampled_cross_entropy_gradient(

@@ -17,6 +17,9 @@ from hesskern.factors.precision import precisions
 from hesskern.factors.result import Factors, LayerFactors
 from hesskern.graph.evidence import Evidence
 from hesskern.operators.corrected import CorrectedOperator
+from hesskern.parallel.ranks import Ranks, section_of
+from hesskern.parallel.replicas import checksums, inner_model
+from hesskern.parallel.samplers import weights_of_part
 from hesskern.passes.batches import check_iterable, no_samples
 from hesskern.passes.data_pass import DataPass
 from hesskern.passes.forward_pass import model_device
@@ -32,6 +35,8 @@ from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
 from hesskern.passes.memory import budget_for
 from hesskern.passes.roots import accumulator_dtype, check_output
+from hesskern.passes.sample_numbers import Positions
+from hesskern.passes.whole_pass import PassKnowledge, agree_on_pass
 from hesskern.progress import Progress, reporter
 
 __all__ = ["ekfac"]
@@ -56,6 +61,7 @@ def ekfac(
     position_mask: Callable[[Any], Any] | None = None,
     precision: Precision = "float32",
     progress: bool | Progress = False,
+    group: Any = None,
 ) -> EKFAC:
     """EKFAC of every layer (George et al. 2018, arXiv 1806.03884), in two passes over the data.
 
@@ -84,6 +90,9 @@ def ekfac(
             is the curvature along the vectors that are kept, whichever they are. "float64": takes
             twice the time and memory for a decomposition.
         progress: True for a bar with the time left, or a callback (description, done, total).
+        group: ranks of torch.distributed that all call this, each with its own part of the data,
+            as in :func:`hesskern.kronecker_factors`. They share the eigendecompositions out among
+            them, the largest first, and all get the whole result, the same bits.
 
     Returns:
         :class:`EKFAC`, keyed by layer name, in float32 (float64 for a float64 model).
@@ -93,89 +102,116 @@ def ekfac(
             data (names layer and batch), no data at all, or data that can be iterated only once.
         TypeError: arguments of a wrong type.
         NotImplementedError: unsupported layers asked for by name, unsupported loss options.
+        RankError: with a group, as in :func:`hesskern.kronecker_factors`.
 
     Warns:
         UserWarning: naming linear layers and convolutions that were left out, and why.
     """
-    check_choice("precision", precision, Precision)
-    check_output(output, mc_samples, seed)
-    check_iterable(data)
-    report, mask = reporter(progress), checked_mask(position_mask)
-    resolved = resolve_loss(loss, output_root)
-    device = model_device(model)
-    budget, now = budget_for(memory_budget, device, 2**30, 1 / 16), precisions(model, device)
-    if factors is None:
-        if isinstance(data, Iterator):
-            raise ValueError(
-                "data can be iterated only once, and EKFAC goes through them twice; pass a "
-                "re-iterable (a DataLoader or a list), or factors="
+    ranks = Ranks.of(group)
+    with section_of(ranks, "EKFAC"):
+        check_choice("precision", precision, Precision)
+        check_output(output, mc_samples, seed)
+        check_iterable(data)
+        report, mask = reporter(progress), checked_mask(position_mask)
+        if ranks is not None:
+            report = ranks.watching("EKFAC", report)
+        model = model if ranks is None else inner_model(model)
+        resolved = resolve_loss(loss, output_root)
+        device = model_device(model)
+        budget, now = budget_for(memory_budget, device, 2**30, 1 / 16), precisions(model, device)
+        if factors is None:
+            if isinstance(data, Iterator):
+                raise ValueError(
+                    "data can be iterated only once, and EKFAC goes through them twice; pass a "
+                    "re-iterable (a DataLoader or a list), or factors="
+                )
+            accumulator = FactorAccumulator(
+                model,
+                loss,
+                layers,
+                output,
+                bias="none" if bias is None else bias,
+                mc_samples=mc_samples,
+                seed=seed,
+                output_root=output_root,
+                memory_budget=memory_budget,
+                check=check,
+                max_outputs=max_outputs,
+                position_mask=position_mask,
+                group=group,
             )
-        accumulator = FactorAccumulator(
+            accumulator.agree()
+            if ranks is not None:
+                sample_weight = weights_of_part(ranks, data, sample_weight, 2)
+            accumulator.consume(data, sample_weight=sample_weight, progress=report)
+            made = accumulator.finished(2, last=True)
+            evidence = accumulator.evidence
+            # Their sums are let go of.
+            del accumulator
+        else:
+            made, evidence = factors, Evidence(check)
+        specs = _specs(model, made, layers if factors is not None else None, bias)
+        skipped = {**_without_factors(model, made, specs, layers), **made.skipped}
+        settings = dict(made.settings)
+        chosen = {name: made[name] for name in specs}
+        if ranks is not None:
+            asked = {"output": output, "mc_samples": mc_samples, "seed": seed}
+            ranks.agree("EKFAC", {**asked, "precision": precision})
+            if factors is not None:
+                agree_on_pass(ranks, "EKFAC", model, specs, resolved, {"factors": _bits(chosen)})
+                sample_weight = weights_of_part(ranks, data, sample_weight, 2)
+        # From here on nobody but ``chosen`` holds factors that were made here.
+        del made
+        run = DataPass(
             model,
-            loss,
-            layers,
-            output,
-            bias="none" if bias is None else bias,
+            data,
+            resolved,
+            specs,
+            sample_weight,
+            evidence,
+            report,
+            "Eigenvalue corrections",
+            kept=specs.keys(),
+            linear_use=True,
+            position_mask=mask,
+            output=output,
             mc_samples=mc_samples,
             seed=seed,
-            output_root=output_root,
-            memory_budget=memory_budget,
-            check=check,
-            max_outputs=max_outputs,
-            position_mask=position_mask,
+            positions=Positions.of(ranks),
         )
-        accumulator.consume(data, sample_weight=sample_weight, progress=report)
-        made = accumulator.finished(2)
-        evidence = accumulator.evidence
-        # Their sums are let go of.
-        del accumulator
-    else:
-        made, evidence = factors, Evidence(check)
-    specs = _specs(model, made, layers if factors is not None else None, bias)
-    skipped = {**_without_factors(model, made, specs, layers), **made.skipped}
-    settings = dict(made.settings)
-    chosen = {name: made[name] for name in specs}
-    # From here on nobody but ``chosen`` holds factors that were made here.
-    del made
-    run = DataPass(
-        model,
-        data,
-        resolved,
-        specs,
-        sample_weight,
-        evidence,
-        report,
-        "Eigenvalue corrections",
-        kept=specs.keys(),
-        linear_use=True,
-        position_mask=mask,
-        output=output,
-        mc_samples=mc_samples,
-        seed=seed,
-    )
-    # The result is to be usable whatever mode the caller is in.
-    with torch.inference_mode(False), torch.no_grad():
-        found = _without_values(model, chosen, specs, precision)
-        count = Corrections(run, found, budget).add()
-        if not count > 0:
-            raise no_samples(", so there is no EKFAC")
-        reasons = run.capture.reasons
-        refuse_missing(specs, reasons)
-        result = {name: layer for name, layer in found.items() if name not in reasons}
-        for layer in result.values():
-            layer.values /= count
-    own = {
-        "output": output,
-        "bias": settings.get("bias", "none"),
-        "mc_samples": mc_samples,
-        "seed": seed,
-        "precision": "; ".join(now),
-        "checked": {name: evidence.found.get(name, "graph") for name in result},
-        "eigenvectors": _decomposed(result, precision),
-        "factors": settings,
-    }
-    skipped = left_out(model, {**skipped, **reasons}, [specs[name] for name in result], None)
-    return EKFAC(result, specs, count, skipped, own)
+        # The result is to be usable whatever mode the caller is in.
+        with torch.inference_mode(False), torch.no_grad():
+            found = _without_values(model, chosen, specs, precision, ranks)
+            run.count = Corrections(run, found, budget).add()
+            known = PassKnowledge.of(run, {}).of_all(ranks)
+            count, reasons = known.count, known.reasons
+            if ranks is not None:
+                ranks.sum_([layer.values for layer in found.values()])
+            if not count > 0:
+                raise no_samples(", so there is no EKFAC")
+            refuse_missing(specs, reasons)
+            result = {name: layer for name, layer in found.items() if name not in reasons}
+            for layer in result.values():
+                layer.values /= count
+        own = {
+            "output": output,
+            "bias": settings.get("bias", "none"),
+            "mc_samples": mc_samples,
+            "seed": seed,
+            "precision": "; ".join(now),
+            "checked": {name: known.checked.get(name, "graph") for name in result},
+            "eigenvectors": _decomposed(result, precision),
+            "factors": settings,
+        }
+        skipped = left_out(model, {**skipped, **reasons}, [specs[name] for name in result], None)
+        return EKFAC(result, specs, count, skipped, own)
+
+
+def _bits(factors: dict[str, LayerFactors]) -> dict[str, int]:
+    """Checksums of factors."""
+    tensors = {f"E[M] of {n}": layer.output_hessian for n, layer in factors.items()}
+    inputs = {f"E[x x^T] of {n}": layer.input_covariance for n, layer in factors.items()}
+    return checksums({**tensors, **inputs})
 
 
 def _decomposed(layers: dict[str, CorrectedOperator], precision: Precision) -> str:
@@ -271,6 +307,7 @@ def _without_values(
     factors: dict[str, LayerFactors],
     specs: dict[str, LayerSpec],
     precision: Precision,
+    ranks: Ranks | None,
 ) -> dict[str, CorrectedOperator]:
     """Every layer's operator with S = 0; empties the factors."""
     modules, device = dict(model.named_modules()), model_device(model)
@@ -282,7 +319,7 @@ def _without_values(
         dtypes[name] = factors[name].output_hessian.dtype
         if weight is not None:
             dtypes[name] = accumulator_dtype(weight.dtype)
-    bases = eigenbases(factors, precision, devices, dtypes)
+    bases = eigenbases(factors, precision, devices, dtypes, ranks)
     found = {}
     for name in list(bases):
         layer = bases.pop(name)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
+from hesskern.checkpoints.checkpoint import Checkpoint
+from hesskern.checkpoints.course import Course
 from hesskern.choices import Bias, Output
 from hesskern.factors.batch_sums import BatchSums
 from hesskern.factors.large_layers import LargeLayerFactors
@@ -98,6 +100,27 @@ class _Held:
         """Multiplies everything that was counted, by the host as well, by a 0-dim number."""
         self._shrunk = factor if self._shrunk is None else self._shrunk * factor
         self._counts = {key: count * factor for key, count in self._counts.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What is held, as it is, for a checkpoint."""
+        return {
+            "shrunk": self._shrunk,
+            "counts": [
+                [samples, list(map(list, positions)), number]
+                for (samples, positions), number in self._counts.items()
+            ],
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], device: torch.device) -> _Held:
+        """The same again, on a device."""
+        held = cls()
+        if state["shrunk"] is not None:
+            held._shrunk = state["shrunk"].to(device)
+        for samples, positions, number in state["counts"]:
+            key = samples, tuple((name, times) for name, times in positions)
+            held._counts[key] = number.to(device)
+        return held
 
     def read(self) -> tuple[float, list[Counted]]:
         """What the host has counted is to be multiplied by, and what is to be added; waits once."""
@@ -263,11 +286,54 @@ class FactorAccumulator(Portable):
                 self.load_state_dict(before)
             raise
 
+    def go_on(
+        self,
+        checkpoint: Checkpoint,
+        data: Iterable[Any],
+        *,
+        sample_weight: Tensor | None = None,
+        progress: bool | Progress = False,
+    ) -> None:
+        """Adds the batches of ``data`` that a checkpoint has not seen, which is kept on the way.
+
+        Args:
+            checkpoint: of a call that begins with this accumulator, which is empty.
+            data, sample_weight, progress: as in :meth:`consume`.
+
+        Raises:
+            ValueError: as :meth:`consume`, or the data are not those of the checkpoint.
+            OSError: the checkpoint cannot be written.
+        """
+        course = checkpoint.begin("Kronecker factors")
+        if checkpoint.state is not None:
+            self._restore(checkpoint.state)
+        self._pass(data, sample_weight, reporter(progress), checkpoint, course)
+
+    def _snapshot(self) -> dict[str, Any]:
+        """All that the rest of a pass depends on, between two batches."""
+        return {
+            "accumulated": self.state_dict(),
+            "held": self._held.state(),
+            "routed": sorted(self.evidence.routed),
+            "compared": self.evidence.compared,
+            "budget": self._batch_sums.memory_budget,
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.load_state_dict(state["accumulated"])
+        self._held = _Held.of_state(state["held"], model_device(self._model))
+        self.evidence.routed = set(state["routed"])
+        self.evidence.compared = state["compared"]
+        # That of the free memory may be another now, and with it the order of the sums.
+        self._batch_sums = replace(self._batch_sums, memory_budget=state["budget"])
+
     def _pass(
         self,
         data: Iterable[Any],
         sample_weight: Tensor | None = None,
         progress: Progress | None = None,
+        checkpoint: Checkpoint | None = None,
+        course: Course | None = None,
     ) -> None:
         """Adds batches until the data ends or one fails; those before it stay."""
         memory = SumMemory()
@@ -291,12 +357,17 @@ class FactorAccumulator(Portable):
             position_mask=self._position_mask,
             linear_use=True,
             diagonals=diagonals,
+            course=course,
         )
         try:
             with run.capture:
                 for batch in run.batches():
                     self._add(run, batch, memory)
                     self._precisions.update(dict.fromkeys(now))
+                    if checkpoint is not None and checkpoint.due:
+                        # What a device has found of the batches so far counts before they do.
+                        run.settle()
+                        checkpoint.keep(self._snapshot())
         finally:
             try:
                 # Also when it was interrupted: what is there stays.

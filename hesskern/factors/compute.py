@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
+from hesskern.checkpoints.checkpoint import Checkpoint
+from hesskern.checkpoints.facts import described
 from hesskern.choices import Bias, Output
 from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.result import Factors
+from hesskern.passes.batches import check_iterable
+from hesskern.passes.forward_pass import model_device
 from hesskern.progress import Progress
 
 __all__ = ["kronecker_factors"]
@@ -33,6 +38,9 @@ def kronecker_factors(
     position_mask: Callable[[Any], Any] | None = None,
     diagonal: bool = False,
     progress: bool | Progress = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
+    exact_resume: bool = True,
     group: Any = None,
 ) -> Factors:
     """Kronecker factors E[x x^T] and E[M] of every layer, in one pass over the data.
@@ -86,6 +94,13 @@ def kronecker_factors(
             counterpart in it, the mean over samples of its squared gradients of all root rows.
             Parameters whose gradients by sample are not known are in ``.skipped`` with the reason.
         progress: True for a bar with the time left, or a callback (description, done, total).
+        checkpoint: a file that the pass keeps its state in. The same call goes on from there after
+            an interruption, and gives the same bits as a pass that was never interrupted; batches
+            that were seen are loaded and compared, and not run through the model. None: none is
+            kept. It is removed when the pass is done. README, "Resume", says what it covers.
+        checkpoint_every: seconds between two writings of it; 0: behind every batch.
+        exact_resume: whether a checkpoint is refused that was written with another version,
+            device or number of threads; False goes on with a warning, and may round differently.
         group: reserved for torch.distributed; must be None.
 
     Returns:
@@ -93,9 +108,11 @@ def kronecker_factors(
 
     Raises:
         ValueError: bad arguments, targets out of range, NaN or Inf in the data (names layer and
-            batch), or no data at all.
+            batch), or no data at all; ``checkpoint`` is damaged, or that of another call, model or
+            data.
         TypeError: arguments of a wrong type.
         NotImplementedError: unsupported layers asked for by name, unsupported loss options.
+        OSError: ``checkpoint`` cannot be written; the one before stays.
     """
     if group is not None:
         raise NotImplementedError("group is reserved for torch.distributed and must be None")
@@ -114,5 +131,35 @@ def kronecker_factors(
         position_mask=position_mask,
         diagonal=diagonal,
     )
-    accumulator.consume(data, sample_weight=sample_weight, progress=progress)
-    return accumulator.finished(2)
+    saved = Checkpoint.of(
+        checkpoint,
+        checkpoint_every,
+        exact_resume,
+        "kronecker_factors",
+        model,
+        model_device(model),
+        {
+            "loss": described(loss),
+            "layers": list(accumulator.specs),
+            "geometry": described(dict(accumulator.specs)),
+            "output": output,
+            "bias": bias,
+            "mc_samples": mc_samples,
+            "seed": seed,
+            "sample_weight": described(sample_weight),
+            "output_root": described(output_root),
+            "memory_budget": memory_budget,
+            "check": check,
+            "max_outputs": max_outputs,
+            "position_mask": described(position_mask),
+            "diagonal": diagonal,
+        },
+    )
+    if saved is None:
+        accumulator.consume(data, sample_weight=sample_weight, progress=progress)
+        return accumulator.finished(2)
+    check_iterable(data)
+    accumulator.go_on(saved, data, sample_weight=sample_weight, progress=progress)
+    found = accumulator.finished(2)
+    saved.remove()
+    return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from hesskern.progress import Progress
 
 __all__ = [
     "Batch",
+    "DataCourse",
     "Parts",
     "batches",
     "check_iterable",
@@ -53,6 +54,20 @@ class Batch:
     given_targets: Any
     weight: Tensor | None
     mask: Any = None
+
+
+class DataCourse(Protocol):
+    """The way through the data of a pass that may have begun before.
+
+    Attributes:
+        samples: how many samples the elements so far have had, as far as they were counted.
+    """
+
+    samples: int
+
+    def elements(self, data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """(index, element) of those that were not seen before."""
+        ...
 
 
 class Parts(NamedTuple):
@@ -114,6 +129,7 @@ def batches(
     description: str = "data",
     split: Callable[[Any, int], Parts] = pair,
     position_mask: Callable[[Any], Any] | None = None,
+    course: DataCourse | None = None,
 ) -> Iterator[Batch]:
     """The data's batches on the model's device.
 
@@ -127,6 +143,7 @@ def batches(
         split: takes an element of the data and its index apart.
         position_mask: gives a batch's mask for its inputs, both where they came from; None for what
             the batch says itself.
+        course: which elements are left, where the pass goes on; told how many samples were seen.
 
     Raises:
         TypeError: data is not iterable, or an element is not such a tuple; ``sample_weight`` is not
@@ -145,8 +162,8 @@ def batches(
         samples = _samples(data)
         if samples is not None and samples != len(sample_weight):
             raise _other_length(sample_weight, f"{samples} samples")
-    offset = 0
-    for index, element in enumerate(data):
+    offset = 0 if course is None else course.samples
+    for index, element in enumerate(data) if course is None else course.elements(data):
         parts = split(element, index)
         _mapped(parts.inputs, _dense_input)
         inputs, given = _move(parts.inputs, device), _nearby(parts.targets, device)
@@ -164,6 +181,8 @@ def batches(
             offset += count
             if len(weight) != count:
                 raise _other_length(sample_weight, "more samples")
+            if course is not None:
+                course.samples = offset
         if parts.of_data is not None:
             given = parts.of_data(given, predicting)
         yield Batch(index, inputs, _move(given, device), given, weight, mask)

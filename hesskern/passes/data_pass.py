@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hesskern.choices import Output
 from hesskern.graph.evidence import Evidence
-from hesskern.passes.batches import Batch, batches, halves
+from hesskern.passes.batches import Batch, DataCourse, batches, halves
 from hesskern.passes.capture import Capture
 from hesskern.passes.checks import Checks
 from hesskern.passes.diagonals import DiagonalCapture
@@ -85,6 +85,7 @@ class DataPass:
     mc_samples: int = 1
     seed: int = 0
     diagonals: DiagonalCapture | None = None
+    course: DataCourse | None = None
 
     def __post_init__(self) -> None:
         self.count = 0.0
@@ -127,7 +128,7 @@ class DataPass:
         """The batches alone, for whoever runs the model on parts and closes conditions itself."""
         device = model_device(self.model)
         given = self.data, device, self.sample_weight, self.progress, self.description
-        return batches(*given, self.loss.split_batch, self.position_mask)
+        return batches(*given, self.loss.split_batch, self.position_mask, self.course)
 
     def roots(
         self,

@@ -1,0 +1,114 @@
+"""The way of a pass through its data: what it has seen, and where it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hesskern.checkpoints.generators import generator_states, go_back
+from hesskern.digests import digest
+
+__all__ = ["Course"]
+
+
+class Course:
+    """Hands out the elements of the data that a pass has not seen, and digests all of them.
+
+    The digest of an element goes on from that of the one before. An element that the pass has seen
+    is loaded again and compared: where it is another, the data are others.
+
+    Args:
+        where: the checkpoint, for messages.
+        device: of the model.
+        state: from :meth:`state`; None for a pass that begins.
+
+    Attributes:
+        samples: how many samples the elements so far have had, as far as they were counted.
+        batches: the elements so far.
+    """
+
+    def __init__(
+        self, where: str, device: torch.device, state: Mapping[str, Any] | None = None
+    ) -> None:
+        self._where, self._device = where, device
+        self.samples = 0 if state is None else int(state["samples"])
+        self._seen = 0 if state is None else int(state["batches"])
+        self._expected = [] if state is None else _hexadecimal(state["digests"])
+        self._length = None if state is None else state["length"]
+        self._generators = None if state is None else state["generators"]
+        self._begun = state is not None
+        self._digests: list[str] = list(self._expected)
+        self.batches = self._seen
+
+    def elements(self, data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """(index, element) of those that are new.
+
+        Raises:
+            ValueError: the data are not those of the checkpoint.
+        """
+        self._open(data)
+        last = ""
+        count = 0
+        for index, element in enumerate(data):
+            last = digest(element, last)
+            count = index + 1
+            if index < self._seen:
+                if last != self._expected[index]:
+                    raise self._other(f"batch {index} is another one")
+                continue
+            self._digests.append(last)
+            self.batches = count
+            yield index, element
+        if count < self._seen:
+            raise self._other(f"there are {count} of the {self._seen} batches that were seen")
+
+    def state(self) -> dict[str, Any]:
+        """What it takes to go on behind the last element that was handed out."""
+        return {
+            "batches": self.batches,
+            "samples": self.samples,
+            "digests": _bytes(self._digests),
+            "length": self._length,
+            "generators": self._generators,
+        }
+
+    def _open(self, data: Iterable[Any]) -> None:
+        length = _length(data)
+        if not self._begun:
+            self._length, self._generators = length, generator_states(data, self._device)
+            return
+        if length != self._length:
+            raise self._other(f"there were {self._length} batches of them, and are {length}")
+        assert self._generators is not None
+        problem = go_back(self._generators, data, self._device)
+        if problem is not None:
+            raise self._other(f"they came from {problem}")
+
+    def _other(self, how: str) -> ValueError:
+        return ValueError(
+            f"{self._where} belongs to other data: {how} (has their order changed? Pass the same "
+            "data, or another file name to begin anew)"
+        )
+
+
+def _length(data: Iterable[Any]) -> int | None:
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:
+        return None
+
+
+def _bytes(digests: list[str]) -> Tensor:
+    """[k, 16] uint8."""
+    joined = bytearray(bytes.fromhex("".join(digests)))
+    if not joined:
+        return torch.zeros(0, 16, dtype=torch.uint8)
+    return torch.from_numpy(np.frombuffer(joined, dtype=np.uint8)).reshape(-1, 16)
+
+
+def _hexadecimal(digests: Tensor) -> list[str]:
+    return [row.tobytes().hex() for row in digests.numpy()]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ class Checkpoint:
     """One call's state in a file.
 
     A call goes through one stage or several. Each has a :attr:`course` through its data and a state
-    of its own; the file holds those of the stage that was at work when it was written.
+    of its own; the file holds those of the stage that was at work when it was written. What a stage
+    has finished with, and only grows, goes into parts: files beside that one, each written once.
 
     Attributes:
         stage: at work; the one to go on with where there was a file, else None.
         state: of that stage, as it was written; None where there is nothing to go on with.
-        course: of that stage; None before the first.
+        course: of that stage; None before it is at work.
     """
 
     def __init__(
@@ -53,6 +55,10 @@ class Checkpoint:
         self.stage: str | None = None
         self.state: Any = None
         self.course: Course | None = None
+        # Numbers of the parts that count, with digests of what is in them; numbers that do not.
+        self._parts: list[list[Any]] = []
+        self._stale: list[int] = []
+        self._found: Any = None
         remove_abandoned(self._path)
         if self._path.exists():
             self._open(exact)
@@ -93,12 +99,41 @@ class Checkpoint:
             return None
         return cls(path, every, exact, call, model, device, settings)
 
-    def begin(self, stage: str) -> Course:
-        """The way through the data of a stage, the one to go on with or another that begins."""
-        if stage != self.stage or self.course is None:
-            self.stage, self.state = stage, None
-            self.course = Course(self._where, self._device)
+    def begin(self, stage: str, data: Iterable[Any]) -> Course:
+        """The way through the data of a stage, the one to go on with or another that begins.
+
+        Args:
+            stage: a name of it.
+            data: that it is about to iterate.
+        """
+        if stage != self.stage:
+            return self.restart(stage, data)
+        if self.course is None:
+            self.course = self.way(data, self._found)
         return self.course
+
+    def restart(self, stage: str, data: Iterable[Any]) -> Course:
+        """The same of a stage that begins anew, whatever there was of it."""
+        # The file still needs the parts that it was written beside.
+        self._stale += [number for number, _ in self._parts]
+        self.stage, self.state, self._parts = stage, None, []
+        self.course = self.way(data)
+        return self.course
+
+    def way(self, data: Iterable[Any], state: Any = None) -> Course:
+        """A way through data that belong to no stage; ``state`` is that of one to go on with."""
+        return Course(self._where, self._device, data, state)
+
+    @property
+    def parts(self) -> Iterator[Any]:
+        """What was given to :meth:`keep` as parts of the stage to go on with, in this order.
+
+        Raises:
+            FileNotFoundError, ValueError: one of the files is not there, or not as it was written.
+        """
+        for number, expected in self._parts:
+            header, tensors = read(self._part(number), expected)
+            yield unpacked(tensors, header["content"])
 
     @property
     def due(self) -> bool:
@@ -106,14 +141,20 @@ class Checkpoint:
         # Not the time of day, which may jump.
         return time.monotonic() - self._last >= self._every
 
-    def keep(self, state: Mapping[str, Any]) -> None:
-        """Writes the state of the stage at work, behind the last batch it was handed.
+    def keep(self, state: Mapping[str, Any], part: Any = None, done: int | None = None) -> None:
+        """Writes the state of the stage at work.
+
+        Args:
+            state: of the stage, apart from what earlier parts hold.
+            part: of the state, what is new and stays as it is; None for nothing.
+            done: how many batches the state is behind; None for all that were handed out.
 
         Raises:
             OSError: it cannot be written; the file before is as it was.
         """
         assert self.course is not None
-        tensors, plain = packed({"state": state, "course": self.course.state()})
+        parts = list(self._parts)
+        tensors, plain = packed({"state": state, "course": self.course.state(done)})
         header = {
             "call": self._call,
             "stage": self.stage,
@@ -121,8 +162,15 @@ class Checkpoint:
             "model": self._model,
             "environment": self._environment,
             "content": plain,
+            "parts": parts,
         }
         try:
+            if part is not None:
+                # One of that number that is there already belongs to nothing.
+                number = 1 + max([-1, *self._stale, *(number for number, _ in parts)])
+                part_tensors, part_plain = packed(part)
+                own = write(self._part(number), part_tensors, {"content": part_plain})
+                parts.append([number, own])
             write(self._path, tensors, header)
         except Exception as error:  # safetensors has errors of its own for a full disk
             kept = "there is none yet"
@@ -132,11 +180,21 @@ class Checkpoint:
                 f"{self._where} could not be written behind batch {self.course.batches - 1} "
                 f"({error}); {kept}"
             ) from error
+        self._parts = parts
+        for number in self._stale:
+            self._part(number).unlink(missing_ok=True)
+        self._stale = []
         self._last = time.monotonic()
 
     def remove(self) -> None:
-        """Removes the file of a call that is finished."""
+        """Removes the files of a call that is finished."""
         self._path.unlink(missing_ok=True)
+        for path in self._path.parent.glob(f"{glob.escape(self._path.name)}.part*"):
+            if path.name.removeprefix(f"{self._path.name}.part").isdecimal():
+                path.unlink(missing_ok=True)
+
+    def _part(self, number: int) -> Path:
+        return self._path.with_name(f"{self._path.name}.part{number}")
 
     @property
     def _where(self) -> str:
@@ -163,7 +221,8 @@ class Checkpoint:
             )
         content = unpacked(tensors, header["content"])
         self.stage, self.state = header["stage"], content["state"]
-        self.course = Course(self._where, self._device, content["course"])
+        self._found = content["course"]
+        self._parts = list(header["parts"])
 
     def _refused(self, what: str) -> ValueError:
         return ValueError(

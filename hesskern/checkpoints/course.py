@@ -24,6 +24,7 @@ class Course:
     Args:
         where: the checkpoint, for messages.
         device: of the model.
+        data: that are about to be iterated.
         state: from :meth:`state`; None for a pass that begins.
 
     Attributes:
@@ -32,17 +33,27 @@ class Course:
     """
 
     def __init__(
-        self, where: str, device: torch.device, state: Mapping[str, Any] | None = None
+        self,
+        where: str,
+        device: torch.device,
+        data: Iterable[Any],
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         self._where, self._device = where, device
-        self.samples = 0 if state is None else int(state["samples"])
-        self._seen = 0 if state is None else int(state["batches"])
-        self._expected = [] if state is None else _hexadecimal(state["digests"])
-        self._length = None if state is None else state["length"]
-        self._generators = None if state is None else state["generators"]
         self._begun = state is not None
-        self._digests: list[str] = list(self._expected)
-        self.batches = self._seen
+        if state is None:
+            state = {
+                "batches": 0,
+                "samples": 0,
+                "digests": _bytes([]),
+                "length": _length(data),
+                "generators": generator_states(data, device),
+            }
+        self.samples = int(state["samples"])
+        self.batches = self._seen = int(state["batches"])
+        self._expected = _hexadecimal(state["digests"])
+        self._digests = list(self._expected)
+        self._length, self._generators = state["length"], state["generators"]
 
     def elements(self, data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
         """(index, element) of those that are new.
@@ -66,27 +77,29 @@ class Course:
         if count < self._seen:
             raise self._other(f"there are {count} of the {self._seen} batches that were seen")
 
-    def state(self) -> dict[str, Any]:
-        """What it takes to go on behind the last element that was handed out."""
+    def state(self, done: int | None = None) -> dict[str, Any]:
+        """What it takes to go on.
+
+        Args:
+            done: behind how many elements; None for all that were handed out.
+        """
+        done = self.batches if done is None else done
         return {
-            "batches": self.batches,
+            "batches": done,
             "samples": self.samples,
-            "digests": _bytes(self._digests),
+            "digests": _bytes(self._digests[:done]),
             "length": self._length,
             "generators": self._generators,
         }
 
     def _open(self, data: Iterable[Any]) -> None:
         length = _length(data)
-        if not self._begun:
-            self._length, self._generators = length, generator_states(data, self._device)
-            return
         if length != self._length:
             raise self._other(f"there were {self._length} batches of them, and are {length}")
-        assert self._generators is not None
-        problem = go_back(self._generators, data, self._device)
-        if problem is not None:
-            raise self._other(f"they came from {problem}")
+        if self._begun:
+            problem = go_back(self._generators, data, self._device)
+            if problem is not None:
+                raise self._other(f"they came from {problem}")
 
     def _other(self, how: str) -> ValueError:
         return ValueError(

@@ -20,27 +20,40 @@ _FILE = TensorFormat(
 )
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
     """Writes a checkpoint, which takes the place of the one before when all of it is on the disk.
+
+    Returns:
+        a digest of all that is in it.
 
     Raises:
         OSError, SafetensorError: it cannot be written; the one before is there as it was.
     """
     sums = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     content = {**header, "checksums": sums}
-    _FILE.write(path, tensors, {**content, "header": _digest(content)}, durable=True)
+    own = _digest(content)
+    _FILE.write(path, tensors, {**content, "header": own}, durable=True)
+    return own
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: Path, expected: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A checkpoint's header and tensors.
 
+    Args:
+        path: of the file.
+        expected: the digest of all that is to be in it; None for any.
+
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file is none, is of a newer version, or is damaged.
     """
     with _FILE.opened(path) as file:
         content = dict(file.header)
-        if content.pop("header") != _digest(content):
+        own = content.pop("header")
+        if own != _digest(content):
             raise _damaged(path, "its header is not what was written")
+        if expected not in (None, own):
+            raise _damaged(path, "it is not the one that was written beside its checkpoint")
         sums = content.pop("checksums")
         if sorted(sums) != sorted(file.names):
             raise _damaged(path, "its tensors are not those that its header names")

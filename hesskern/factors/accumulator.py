@@ -304,26 +304,23 @@ class FactorAccumulator(Portable):
             ValueError: as :meth:`consume`, or the data are not those of the checkpoint.
             OSError: the checkpoint cannot be written.
         """
-        course = checkpoint.begin("Kronecker factors")
+        course = checkpoint.begin("Kronecker factors", data)
         if checkpoint.state is not None:
             self._restore(checkpoint.state)
         self._pass(data, sample_weight, reporter(progress), checkpoint, course)
 
-    def _snapshot(self) -> dict[str, Any]:
+    def _snapshot(self, run: DataPass) -> dict[str, Any]:
         """All that the rest of a pass depends on, between two batches."""
         return {
             "accumulated": self.state_dict(),
             "held": self._held.state(),
-            "routed": sorted(self.evidence.routed),
-            "compared": self.evidence.compared,
+            "run": run.state(),
             "budget": self._batch_sums.memory_budget,
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.load_state_dict(state["accumulated"])
         self._held = _Held.of_state(state["held"], model_device(self._model))
-        self.evidence.routed = set(state["routed"])
-        self.evidence.compared = state["compared"]
         # That of the free memory may be another now, and with it the order of the sums.
         self._batch_sums = replace(self._batch_sums, memory_budget=state["budget"])
 
@@ -359,6 +356,8 @@ class FactorAccumulator(Portable):
             diagonals=diagonals,
             course=course,
         )
+        if checkpoint is not None and checkpoint.state is not None:
+            run.restore(checkpoint.state["run"])
         try:
             with run.capture:
                 for batch in run.batches():
@@ -367,7 +366,7 @@ class FactorAccumulator(Portable):
                     if checkpoint is not None and checkpoint.due:
                         # What a device has found of the batches so far counts before they do.
                         run.settle()
-                        checkpoint.keep(self._snapshot())
+                        checkpoint.keep(self._snapshot(run))
         finally:
             try:
                 # Also when it was interrupted: what is there stays.
@@ -598,7 +597,8 @@ class FactorAccumulator(Portable):
             reasons = "; ".join(f"{name!r} {reason}" for name, reason in self._reasons.items())
             raise ValueError(f"no layer of the model has factors: {reasons}")
         diagonals = {name: total / self.num_samples for name, total in self._diagonals.items()}
-        skipped = self._left_out(None if self._by_name else stacklevel)
+        above = None if self._by_name or stacklevel is None else stacklevel + 1
+        skipped = self._left_out(above)
         known = (*layers, *large, *diagonals)
         checked = {name: self.evidence.found.get(name, "graph") for name in known}
         settings = {

@@ -14,7 +14,7 @@ the pass again for every product, as long as the model stays the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -103,6 +103,15 @@ class DataPass:
             linear_use=self.linear_use,
             diagonals=self.diagonals,
         )
+
+    def state(self) -> dict[str, Any]:
+        """What was found of the model so far, as plain values, for a pass that goes on later."""
+        return {"capture": self.capture.state(), "evidence": self.evidence.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state` gave; before the ``with`` block."""
+        self.capture.restore(state["capture"])
+        self.evidence.restore(state["evidence"])
 
     def __enter__(self) -> DataPass:
         self._open = ExitStack()

@@ -21,7 +21,7 @@ from hesskern.checkpoints.file import read, write
 from hesskern.checkpoints.packing import packed, unpacked
 from hesskern.files import check_writable, remove_abandoned
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "path_of_rank"]
 
 
 class Checkpoint:
@@ -251,3 +251,11 @@ def _check_every(every: Any, exact: Any) -> None:
         raise ValueError(f"checkpoint_every must be at least 0 and finite, got {every}")
     if not isinstance(exact, bool):
         raise TypeError(f"exact_resume must be True or False, got {exact!r}")
+
+
+def path_of_rank(path: Any, rank: int, size: int) -> Any:
+    """The file of one of several ranks: "factors.rank0of2.checkpoint"; what is none as it is."""
+    if not isinstance(path, (str, os.PathLike)):
+        return path
+    found = Path(path)
+    return found.with_name(f"{found.stem}.rank{rank}of{size}{found.suffix}")

@@ -28,7 +28,8 @@ class Course:
         state: from :meth:`state`; None for a pass that begins.
 
     Attributes:
-        samples: how many samples the elements so far have had, as far as they were counted.
+        samples: how many samples the elements so far have had, as far as weights needed it.
+        position: number of the next sample, by its position.
         batches: the elements so far.
     """
 
@@ -45,26 +46,33 @@ class Course:
             state = {
                 "batches": 0,
                 "samples": 0,
+                "position": 0,
                 "digests": _bytes([]),
                 "length": _length(data),
                 "generators": generator_states(data, device),
             }
-        self.samples = int(state["samples"])
+        self.samples, self.position = int(state["samples"]), int(state["position"])
         self.batches = self._seen = int(state["batches"])
+        # Both, behind the elements that were handed out.
+        self._counts = [(self.samples, self.position)]
+        self._data = data
         self._expected = _hexadecimal(state["digests"])
         self._digests = list(self._expected)
         self._length, self._generators = state["length"], state["generators"]
 
-    def elements(self, data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """(index, element) of those that are new.
+    def elements(self, given: Iterable[tuple[Any, Any]]) -> Iterator[tuple[int, tuple[Any, Any]]]:
+        """(index, element) of those that are new, with what goes along with each.
+
+        Args:
+            given: the data's elements, each with something else.
 
         Raises:
             ValueError: the data are not those of the checkpoint.
         """
-        self._open(data)
+        self._open()
         last = ""
         count = 0
-        for index, element in enumerate(data):
+        for index, (element, beside) in enumerate(given):
             last = digest(element, last)
             count = index + 1
             if index < self._seen:
@@ -73,9 +81,14 @@ class Course:
                 continue
             self._digests.append(last)
             self.batches = count
-            yield index, element
+            yield index, (element, beside)
         if count < self._seen:
             raise self._other(f"there are {count} of the {self._seen} batches that were seen")
+
+    def count(self, samples: int, position: int) -> None:
+        """Takes the counts behind the last element that was handed out."""
+        self.samples, self.position = samples, position
+        self._counts.append((samples, position))
 
     def state(self, done: int | None = None) -> dict[str, Any]:
         """What it takes to go on.
@@ -84,20 +97,22 @@ class Course:
             done: behind how many elements; None for all that were handed out.
         """
         done = self.batches if done is None else done
+        samples, position = self._counts[done - self._seen]
         return {
             "batches": done,
-            "samples": self.samples,
+            "samples": samples,
+            "position": position,
             "digests": _bytes(self._digests[:done]),
             "length": self._length,
             "generators": self._generators,
         }
 
-    def _open(self, data: Iterable[Any]) -> None:
-        length = _length(data)
+    def _open(self) -> None:
+        length = _length(self._data)
         if length != self._length:
             raise self._other(f"there were {self._length} batches of them, and are {length}")
         if self._begun:
-            problem = go_back(self._generators, data, self._device)
+            problem = go_back(self._generators, self._data, self._device)
             if problem is not None:
                 raise self._other(f"they came from {problem}")
 

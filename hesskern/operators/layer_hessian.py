@@ -339,7 +339,7 @@ def layer_hessians(
             draw the same targets each time.
         bias: "none" or "joint" (append 1 to x; P is m (d + 1)).
         mc_samples: draws per sample for ``output="mc"``.
-        seed: for these draws.
+        seed: of these draws, keyed by sample as in :func:`hesskern.kronecker_factors`.
         sample_weight: [total samples] non-negative weights in the order of the data.
         output_root: a custom loss as a function, with ``loss=None``.
         memory_budget: bytes of samples kept for all layers together. Layers above it (largest

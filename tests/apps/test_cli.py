@@ -176,7 +176,8 @@ def test_sigint_in_the_middle_of_an_analysis(here, where):
     try:
         assert process.stderr is not None
         if where == "from outside":
-            assert process.stderr.readline() == "built\n"
+            # A torch with CUDA says before it that there is no GPU.
+            assert "built\n" in iter(process.stderr.readline, "")
             process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:

@@ -90,20 +90,19 @@ def test_other_queries_and_curvatures(tmp_path: Path) -> None:
     net, path = model(), tmp_path / "pass.checkpoint"
     train, queries = data(*TRAIN), data(2, 1, seed=50)
     E, other = hk.ekfac(net, train, CE), hk.ekfac(net, train[:2], CE)
-    call = partial(hk.influence, E, net, queries, train, CE)
+    how: dict[str, Any] = {"checkpoint": path, "batch_size": 2}
+    call = partial(hk.influence, E, net, queries, train, CE, batch_size=2)
     broken_off(call, path, 3, SAMPLES)
-    with pytest.raises(
-        ValueError, match=r"^queries: checkpoint: .* other data: batch 1 is another"
-    ):
-        hk.influence(E, net, [queries[0], *data(1, seed=60)], train, CE, checkpoint=path)
+    with pytest.raises(ValueError, match=r"^queries: checkpoint: .* batch 1 is another"):
+        hk.influence(E, net, [queries[0], *data(1, seed=60)], train, CE, **how)
     with pytest.raises(ValueError, match=r"queries: .*other data: there were 2 batches"):
-        hk.influence(E, net, [*queries, *queries], train, CE, checkpoint=path)
+        hk.influence(E, net, [*queries, *queries], train, CE, **how)
     with pytest.raises(ValueError, match=r"queries: .*there are more than 2 batches"):
-        hk.influence(E, net, iter([*queries, *queries]), train, CE, checkpoint=path)
-    with pytest.raises(ValueError, match=r"^train: checkpoint: .* other data: batch 0 is another"):
-        hk.influence(E, net, queries, data(*TRAIN, seed=7), CE, checkpoint=path)
+        hk.influence(E, net, iter([*queries, *queries]), train, CE, **how)
+    with pytest.raises(ValueError, match=r"^train: checkpoint: .* batch 0 is another"):
+        hk.influence(E, net, queries, data(*TRAIN, seed=7), CE, **how)
     with pytest.raises(ValueError, match="of another call: E is"):
-        hk.influence(other, net, queries, train, CE, checkpoint=path)
+        hk.influence(other, net, queries, train, CE, **how)
     with pytest.raises(ValueError, match=r"of another call: damping is 'mean' there and 0.1 here"):
         call(checkpoint=path, damping=0.1)
     assert bits(call(checkpoint=path), tmp_path) == bits(call(), tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from hesskern.progress import Progress
 
 __all__ = [
     "Batch",
+    "DataCourse",
     "Parts",
     "batches",
     "check_iterable",
@@ -56,6 +57,26 @@ class Batch:
     weight: Tensor | None
     mask: Any = None
     numbers: Numbers = field(default_factory=Numbers.none)
+
+
+class DataCourse(Protocol):
+    """The way through the data of a pass that may have begun before.
+
+    Attributes:
+        samples: how many samples the elements so far have had, as far as weights needed it.
+        position: number of the next sample, by its position.
+    """
+
+    samples: int
+    position: int
+
+    def elements(self, given: Iterable[tuple[Any, Any]]) -> Iterator[tuple[int, tuple[Any, Any]]]:
+        """(index, element) of those that were not seen before, with what goes along with each."""
+        ...
+
+    def count(self, samples: int, position: int) -> None:
+        """Takes the counts behind the last element that was handed out."""
+        ...
 
 
 class Parts(NamedTuple):
@@ -118,6 +139,7 @@ def batches(
     split: Callable[[Any, int], Parts] = pair,
     position_mask: Callable[[Any], Any] | None = None,
     positions: Positions | None = None,
+    course: DataCourse | None = None,
 ) -> Iterator[Batch]:
     """The data's batches on the model's device.
 
@@ -132,6 +154,7 @@ def batches(
         position_mask: gives a batch's mask for its inputs, both where they came from; None for what
             the batch says itself.
         positions: number the samples that the data has no numbers of; None: from 0 on.
+        course: which elements are left, where the pass goes on; told how many samples were seen.
 
     Raises:
         TypeError: data is not iterable, or an element is not such a tuple; ``sample_weight`` is not
@@ -150,10 +173,13 @@ def batches(
         samples = _samples(data)
         if samples is not None and samples != len(sample_weight):
             raise _other_length(sample_weight, f"{samples} samples")
-    offset = 0
+    offset = 0 if course is None else course.samples
     positions = Positions() if positions is None else positions
-    source = NumberedData(data)
-    for index, (element, known) in enumerate(source):
+    source: Any = NumberedData(data)
+    given: Any = enumerate(source)
+    if course is not None:
+        given, positions.next = course.elements(source), course.position
+    for index, (element, known) in given:
         parts = split(element, index)
         _mapped(parts.inputs, _dense_input)
         inputs, given = _move(parts.inputs, device), _nearby(parts.targets, device)
@@ -175,6 +201,8 @@ def batches(
             given = parts.of_data(given, predicting)
         batch = Batch(index, inputs, _move(given, device), given, weight, mask)
         numbers = positions.take(_samples_in(batch), known, source.known)
+        if course is not None:
+            course.count(offset, positions.next)
         yield replace(batch, numbers=numbers)
         if progress is not None:
             progress(description, index + 1, total)

@@ -21,6 +21,7 @@ __all__ = [
     "batches",
     "check_iterable",
     "halves",
+    "mapped",
     "may_count_positions",
     "no_samples",
     "pair",
@@ -181,7 +182,7 @@ def batches(
         given, positions.next = course.elements(source), course.position
     for index, (element, known) in given:
         parts = split(element, index)
-        _mapped(parts.inputs, _dense_input)
+        mapped(parts.inputs, _dense_input)
         inputs, given = _move(parts.inputs, device), _nearby(parts.targets, device)
         weight = _nearby(parts.weight, device)
         mask = None if position_mask is None else _nearby(position_mask(parts.inputs), device)
@@ -260,19 +261,19 @@ def _length(data: Iterable[Any]) -> int | None:
 
 def _move(value: Any, device: torch.device) -> Any:
     # To the host without waiting, values would be read before they arrive.
-    return _mapped(_usable(value), lambda tensor: sent(tensor, device))
+    return mapped(_usable(value), lambda tensor: sent(tensor, device))
 
 
 def _nearby(value: Any, device: torch.device) -> Any:
     """The value with tensors on the host or on the device."""
-    return _mapped(
+    return mapped(
         _usable(value), lambda t: t if t.device in (device, torch.device("cpu")) else t.to(device)
     )
 
 
 def _usable(value: Any) -> Any:
     """The value with tensors that hold values and that autograd takes."""
-    return _mapped(value, _usable_tensor)
+    return mapped(value, _usable_tensor)
 
 
 def _dense_input(tensor: Tensor) -> Tensor:
@@ -289,14 +290,14 @@ def _usable_tensor(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same nested tuples, lists and dicts with changed tensors."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _mapped(item, change) for key, item in value.items()}
+        return {key: mapped(item, change) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        items = [_mapped(item, change) for item in value]
+        items = [mapped(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
@@ -321,7 +322,7 @@ def samples_of(batch: Batch, samples: slice) -> Batch:
     count = _leading_size(batch.inputs, batch.mask)
 
     def part(value: Any) -> Any:
-        return _mapped(value, lambda t: t[samples] if t.dim() and len(t) == count else t)
+        return mapped(value, lambda t: t[samples] if t.dim() and len(t) == count else t)
 
     inputs = part(batch.inputs)
     if isinstance(batch.inputs, Mapping):

@@ -97,7 +97,7 @@ class ShapeRun(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         mode: Any = FakeTensorMode
         self._fake = mode(allow_non_fake_inputs=True)

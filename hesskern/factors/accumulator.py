@@ -36,7 +36,7 @@ from hesskern.passes.batches import Batch, no_samples
 from hesskern.passes.checks import as_weights
 from hesskern.passes.data_pass import DataPass, whole_or_halves
 from hesskern.passes.diagonals import DiagonalCapture, diagonal_parameters
-from hesskern.passes.forward_pass import model_device
+from hesskern.passes.forward_pass import model_device, refuse_sharded
 from hesskern.passes.layers import (
     LayerSpec,
     large_layers,
@@ -164,6 +164,7 @@ class FactorAccumulator(Portable):
         self._ranks = Ranks.of(group)
         if self._ranks is not None:
             model = inner_model(model)
+        refuse_sharded(model)
         check_output(output, mc_samples, seed)
         if decay is not None:
             check_fraction("decay", decay)

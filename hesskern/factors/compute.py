@@ -12,6 +12,7 @@ from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.result import Factors
 from hesskern.parallel.ranks import Ranks, section_of
 from hesskern.parallel.samplers import weights_of_part
+from hesskern.parallel.sharded import whole_model
 from hesskern.progress import Progress, reporter
 
 __all__ = ["kronecker_factors"]
@@ -92,7 +93,9 @@ def kronecker_factors(
             gave) that all call this, each with the same model, plain or in
             DistributedDataParallel, and with its own part of the data, which may be empty. All get
             the factors of all data, the same bits. A DistributedSampler that repeats samples has
-            these left out; ``progress`` is told on the first rank.
+            these left out; ``progress`` is told on the first rank. Parameters that ``fully_shard``
+            has sharded are whole on every rank while the pass lasts. The group's timeout has to
+            cover what one rank's part takes longer than another's.
 
     Returns:
         :class:`Factors`, keyed by layer name, in float32 (float64 for a float64 model).
@@ -106,9 +109,9 @@ def kronecker_factors(
             failed (its own error goes on there) or ended: within the group's timeout.
     """
     ranks = Ranks.of(group)
-    with section_of(ranks, "Kronecker factors"):
+    with section_of(ranks, "Kronecker factors"), whole_model(ranks, model) as inner:
         accumulator = FactorAccumulator(
-            model,
+            inner,
             loss,
             layers,
             output,

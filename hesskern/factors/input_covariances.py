@@ -18,8 +18,9 @@ from hesskern.factors.precision import precisions
 from hesskern.factors.rank_inputs import WholeInputs, whole_inputs
 from hesskern.factors.result import OfLayer, read_spec
 from hesskern.parallel.ranks import Ranks, section_of
-from hesskern.parallel.replicas import inner_model, model_facts
+from hesskern.parallel.replicas import model_facts
 from hesskern.parallel.samplers import weights_of_part
+from hesskern.parallel.sharded import whole_model
 from hesskern.passes.batches import Batch, batches, sample_count
 from hesskern.passes.checks import Checks
 from hesskern.passes.forward_pass import model_device
@@ -504,9 +505,8 @@ def input_covariances(
         )
     checked_mask(position_mask)
     ranks = Ranks.of(group)
-    with section_of(ranks, "input covariances"):
-        if ranks is not None:
-            model = inner_model(model)
+    with section_of(ranks, "input covariances"), whole_model(ranks, model) as inner:
+        model = inner
         specs, skipped = select_layers(model, layers, bias)
         # Hooks see what a module is given, not which rows of it go to which of its experts.
         fused = {name: _FUSED for name, spec in specs.items() if spec.expert is not None}

@@ -50,18 +50,41 @@ from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
 from hesskern.passes.memory import budget_for
 from hesskern.passes.roots import check_fraction, check_output
+from hesskern.passes.sample_numbers import Positions
 from hesskern.portable import Portable
 from hesskern.progress import Progress, reporter
 
 __all__ = ["FactorAccumulator"]
 
-_STATE = ("format", "count", "batches", "reasons", "unfit", "generator", "settings", "layers")
+_STATE = ("format", "count", "batches", "reasons", "unfit", "draws", "settings", "layers")
 
-# Of states: 2 since output Hessians are summed over positions as well.
-_FORMAT = 2
+# Of states: 2 since output Hessians are summed over positions as well, 3 since draws are keyed by
+# samples' numbers.
+_FORMAT = 3
 
 # Stands for targets that the batch itself holds; None may be what a loss takes.
 _IN_INPUTS: Any = object()
+
+
+@dataclass
+class _Drawn:
+    """Which random numbers have been used, so that no two batches get the same.
+
+    Attributes:
+        streams: number of those begun: one for all of the data that is consumed together, one for
+            batches that come one by one.
+        updating: whether the last one is of batches that come one by one.
+        position: in that one, of the next sample.
+    """
+
+    streams: int = 0
+    updating: bool = False
+    position: int = 0
+
+    def begin(self, update: bool) -> None:
+        """Goes on with single batches, or begins a stream."""
+        if not (update and self.updating):
+            self.streams, self.updating, self.position = self.streams + 1, update, 0
 
 
 @dataclass(frozen=True)
@@ -69,7 +92,7 @@ class _Before:
     """What an accumulator goes back to when a batch turns out bad, whose sums were masked."""
 
     batches: int
-    generator: Tensor
+    position: int
     layers: frozenset[str]
     reasons: dict[str, str]
     unfit: dict[str, str]
@@ -128,7 +151,8 @@ class FactorAccumulator(Portable):
         model, loss, layers, output, bias, mc_samples, seed, output_root, check, max_outputs,
             position_mask, diagonal: as in :func:`hesskern.kronecker_factors`. What is found out
             about the samples holds for the batches that follow, as long as the model's graph and
-            its shapes stay the same.
+            its shapes stay the same. Batches of :meth:`update` are drawn by the positions of their
+            samples among all; every :meth:`consume` draws anew.
         decay: None for means over everything seen; a number in [0, 1) for moving averages over
             batches, ``decay * old + (1 - decay) * new``, with the start-up bias removed.
         memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
@@ -198,7 +222,7 @@ class FactorAccumulator(Portable):
         }
         if diagonal:
             self._settings["diagonal"] = True
-        self._generator = torch.Generator().manual_seed(seed)
+        self._drawn = _Drawn()
         self.evidence = Evidence(check)
         self._sums: dict[str, LayerSums] = {}
         self._reasons: dict[str, str] = {}
@@ -240,12 +264,12 @@ class FactorAccumulator(Portable):
             ValueError: bad targets or weights, NaN or Inf; what was accumulated before stays.
         """
         if targets is _IN_INPUTS:
-            self._pass([inputs], sample_weight)
+            self._pass([inputs], sample_weight, update=True)
             return
         element: tuple[Any, ...] = (inputs, targets)
         if sample_weight is not None:
             element = (*element, as_weights(sample_weight))
-        self._pass([element])
+        self._pass([element], update=True)
 
     def consume(
         self,
@@ -282,8 +306,23 @@ class FactorAccumulator(Portable):
         data: Iterable[Any],
         sample_weight: Tensor | None = None,
         progress: Progress | None = None,
+        update: bool = False,
     ) -> None:
         """Adds batches until the data ends or one fails; those before it stay."""
+        batches, drawn = self._batches, replace(self._drawn)
+        self._drawn.begin(update)
+        try:
+            self._walk(data, sample_weight, progress)
+        except BaseException:
+            if self._batches == batches:
+                # As if nothing had been tried.
+                self._drawn = drawn
+            raise
+
+    def _walk(
+        self, data: Iterable[Any], sample_weight: Tensor | None, progress: Progress | None
+    ) -> None:
+        """:meth:`_pass`, with random numbers of the stream that has been begun."""
         memory = SumMemory()
         # Before the capture, which switches autocast off for all but the model.
         now = precisions(self._model, model_device(self._model))
@@ -305,6 +344,9 @@ class FactorAccumulator(Portable):
             position_mask=self._position_mask,
             linear_use=True,
             diagonals=diagonals,
+            seed=self._settings["seed"],
+            stream=self._drawn.streams - 1,
+            positions=Positions.of(self._ranks, self._drawn.position),
         )
         try:
             with run.capture:
@@ -323,7 +365,7 @@ class FactorAccumulator(Portable):
     def _go_back(self, before: _Before) -> None:
         """Undoes what masked batches have changed besides sums."""
         self._batches = before.batches
-        self._generator.set_state(before.generator)
+        self._drawn.position = before.position
         self._sums = {name: sums for name, sums in self._sums.items() if name in before.layers}
         self._reasons, self._unfit = before.reasons, before.unfit
         self._diagonals = {n: d for n, d in self._diagonals.items() if n in before.diagonals}
@@ -334,7 +376,7 @@ class FactorAccumulator(Portable):
         """Adds one batch as a whole, or nothing at all if anything goes wrong."""
         before = _Before(
             self._batches,
-            self._generator.get_state(),
+            self._drawn.position,
             frozenset(self._sums),
             dict(self._reasons),
             dict(self._unfit),
@@ -346,7 +388,6 @@ class FactorAccumulator(Portable):
             fresh = self._sums_in_memory(run, batch, memory)
         except BaseException:
             run.checks.drop()
-            self._generator.set_state(before.generator)
             raise
         alive = run.checks.close(before)
         if alive is not None and not self._same_shapes(fresh):
@@ -356,6 +397,7 @@ class FactorAccumulator(Portable):
         if alive is not None:
             fresh.mask(alive)
         self._commit(fresh, memory)
+        self._drawn.position = run.positions.next
         self._unfit.update(run.capture.unfit)
         self._tied.update(run.capture.tied)
         self._note({**self._reasons, **run.capture.reasons})
@@ -365,12 +407,10 @@ class FactorAccumulator(Portable):
 
     def _sums_in_memory(self, run: DataPass, batch: Batch, memory: SumMemory) -> BatchSum:
         """:meth:`_sums_of`, of one half after the other where memory does not suffice."""
-        state = self._generator.get_state()
 
         def undo() -> None:
             run.checks.drop()
             memory.let_go()
-            self._generator.set_state(state)
 
         def attempt(part: Batch, whole: bool) -> BatchSum:
             return self._sums_of(run, part, memory if whole else SumMemory())
@@ -404,7 +444,6 @@ class FactorAccumulator(Portable):
             replace(batch, index=self._batches),
             self._settings["output"],
             self._settings["mc_samples"],
-            self._generator,
             sums_follow=True,
         )
         names = [n for n in self._specs if n in roots.uses and n not in self._unfit]
@@ -702,7 +741,7 @@ class FactorAccumulator(Portable):
             "reasons": dict(self._reasons),
             "unfit": dict(self._unfit),
             "tied": dict(self._tied),
-            "generator": self._generator.get_state(),
+            "draws": vars(self._drawn).copy(),
             "settings": dict(self._settings),
             "checked": dict(self.evidence.found),
             "precisions": list(self._precisions),
@@ -719,11 +758,11 @@ class FactorAccumulator(Portable):
             ValueError: the state is none, or belongs to other settings or other layers; what was
                 accumulated here then stays.
         """
+        if state.get("format", _FORMAT) != _FORMAT:
+            raise ValueError(f"state has format {state['format']!r}, this version {_FORMAT}")
         missing = [key for key in _STATE if key not in state]
         if missing:
             raise ValueError(f"state must come from state_dict(); it lacks {', '.join(missing)}")
-        if state["format"] != _FORMAT:
-            raise ValueError(f"state has format {state['format']!r}, this version {_FORMAT}")
         if state["settings"] != self._settings:
             raise ValueError(
                 f"state was made with settings {state['settings']}, this one with {self._settings}"
@@ -755,7 +794,7 @@ class FactorAccumulator(Portable):
                     f"state has a diagonal {list(total.shape)} of a parameter {name!r}; the "
                     f"model has {'no such one' if own is None else list(own.shape)}"
                 )
-        self._generator.set_state(state["generator"])
+        self._drawn = _Drawn(**state["draws"])
         self._diagonals = diagonals
         self._unfit_diagonals = dict(state.get("unfit_diagonals", {}))
         self._diagonal_reasons = dict(state.get("diagonal_reasons", {}))

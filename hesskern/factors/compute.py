@@ -63,7 +63,9 @@ def kronecker_factors(
             (unless they come from ``output_root``).
         bias: "none": weights only, as in arXiv 2010.04261; "joint": append 1 to x.
         mc_samples: draws per sample for ``output="mc"``.
-        seed: for these draws.
+        seed: of these draws, which are keyed by seed and sample number: the index in the data set
+            of a DataLoader, whatever its order and batches (its ``collate_fn`` must leave samples
+            in their order); where a sample has no number, its position in the data.
         sample_weight: [total samples] non-negative weights of the samples' losses, in the order of
             the data; means become weighted means.
         output_root: a custom loss as a function, with ``loss=None``.

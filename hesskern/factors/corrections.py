@@ -38,7 +38,6 @@ class Corrections:
 
     def __init__(self, run: DataPass, layers: Mapping[str, CorrectedOperator], budget: int) -> None:
         self._run, self._layers, self._budget = run, layers, budget
-        self._generator = torch.Generator().manual_seed(run.seed)
         self._bases = {name: _stacked_bases(layer) for name, layer in layers.items()}
 
     def add(self) -> float:
@@ -62,13 +61,8 @@ class Corrections:
 
     def _add(self, batch: Batch) -> float | Tensor:
         """Adds a batch as a whole; its weighted number of samples."""
-        state = self._generator.get_state()
-
-        def undo() -> None:
-            self._run.checks.drop()
-            self._generator.set_state(state)
-
         count: float | Tensor = 0.0
+        undo = self._run.checks.drop
         for sums, number in whole_or_halves(batch, lambda part, _: self._sums_of(part), undo):
             foreach.add_([self._layers[name].values for name in sums], list(sums.values()))
             count = count + number
@@ -77,7 +71,7 @@ class Corrections:
     def _sums_of(self, batch: Batch) -> tuple[dict[str, Tensor], float | Tensor]:
         """Per layer that the batch reaches its sum [m, d], and the weighted number of samples."""
         run = self._run
-        roots = run.roots(batch, run.output, run.mc_samples, self._generator)
+        roots = run.roots(batch, run.output, run.mc_samples)
         sums: dict[str, Tensor] = {}
         for name, samples, gradients in self._pieces(roots):
             if name not in sums:

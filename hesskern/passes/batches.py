@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hesskern.devices import sent
 from hesskern.passes.checks import as_weights, check_dense
+from hesskern.passes.sample_numbers import NumberedData, Numbers, Positions
 from hesskern.progress import Progress
 
 __all__ = [
@@ -45,6 +46,7 @@ class Batch:
         weight: [N] sample weights where they came from, or None.
         mask: [N, T] where it came from, which positions are data (1 or True), or such masks by
             patterns of layers' names; None: all are.
+        numbers: [N] of the samples, which random draws go by; none where nobody has asked.
     """
 
     index: int
@@ -53,6 +55,7 @@ class Batch:
     given_targets: Any
     weight: Tensor | None
     mask: Any = None
+    numbers: Numbers = field(default_factory=Numbers.none)
 
 
 class Parts(NamedTuple):
@@ -114,6 +117,7 @@ def batches(
     description: str = "data",
     split: Callable[[Any, int], Parts] = pair,
     position_mask: Callable[[Any], Any] | None = None,
+    positions: Positions | None = None,
 ) -> Iterator[Batch]:
     """The data's batches on the model's device.
 
@@ -127,6 +131,7 @@ def batches(
         split: takes an element of the data and its index apart.
         position_mask: gives a batch's mask for its inputs, both where they came from; None for what
             the batch says itself.
+        positions: number the samples that the data has no numbers of; None: from 0 on.
 
     Raises:
         TypeError: data is not iterable, or an element is not such a tuple; ``sample_weight`` is not
@@ -146,7 +151,9 @@ def batches(
         if samples is not None and samples != len(sample_weight):
             raise _other_length(sample_weight, f"{samples} samples")
     offset = 0
-    for index, element in enumerate(data):
+    positions = Positions() if positions is None else positions
+    source = NumberedData(data)
+    for index, (element, known) in enumerate(source):
         parts = split(element, index)
         _mapped(parts.inputs, _dense_input)
         inputs, given = _move(parts.inputs, device), _nearby(parts.targets, device)
@@ -166,7 +173,9 @@ def batches(
                 raise _other_length(sample_weight, "more samples")
         if parts.of_data is not None:
             given = parts.of_data(given, predicting)
-        yield Batch(index, inputs, _move(given, device), given, weight, mask)
+        batch = Batch(index, inputs, _move(given, device), given, weight, mask)
+        numbers = positions.take(_samples_in(batch), known, source.known)
+        yield replace(batch, numbers=numbers)
         if progress is not None:
             progress(description, index + 1, total)
     if sample_weight is not None and offset != len(sample_weight):
@@ -299,6 +308,7 @@ def samples_of(batch: Batch, samples: slice) -> Batch:
         targets if same else part(batch.given_targets),
         part(batch.weight),
         part(batch.mask),
+        batch.numbers.of(samples),
     )
 
 
@@ -369,6 +379,18 @@ def sample_count(batch: Batch) -> int:
             "whose first tensor counts the samples"
         )
     return next(iter(found.values()))
+
+
+def _samples_in(batch: Batch) -> int:
+    """N as :func:`halves` takes it; 1 where the batch does not say."""
+    try:
+        return sample_count(batch)
+    except (TypeError, ValueError):
+        pass
+    try:
+        return _leading_size(batch.inputs, batch.mask)
+    except (AttributeError, IndexError, TypeError):
+        return 1
 
 
 def _known_size(inputs: Any, mask: Any) -> int | None:

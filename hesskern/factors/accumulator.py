@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -31,7 +31,7 @@ from hesskern.factors.result import Factors, LayerFactors
 from hesskern.graph.evidence import Evidence
 from hesskern.ops import foreach
 from hesskern.parallel.ranks import Ranks, section_of
-from hesskern.parallel.replicas import inner_model, model_facts
+from hesskern.parallel.replicas import inner_model
 from hesskern.passes.batches import Batch, no_samples
 from hesskern.passes.checks import as_weights
 from hesskern.passes.data_pass import DataPass, whole_or_halves
@@ -51,6 +51,7 @@ from hesskern.passes.masks import checked_mask
 from hesskern.passes.memory import budget_for
 from hesskern.passes.roots import check_fraction, check_output
 from hesskern.passes.sample_numbers import Positions
+from hesskern.passes.whole_pass import agree_on_pass
 from hesskern.portable import Portable
 from hesskern.progress import Progress, reporter
 
@@ -575,15 +576,9 @@ class FactorAccumulator(Portable):
         """
         if self._ranks is None:
             return
-        described = {k: v for k, v in vars(self._loss).items() if isinstance(v, (int, float, str))}
-        facts = {
-            "layers": list(self._specs),
-            "geometry": [asdict(spec) for spec in self._specs.values()],
-            "layers with a diagonal alone": sorted(self._large),
-            "settings": self._settings,
-            "loss": [type(self._loss).__name__, described],
-        }
-        self._ranks.agree("Kronecker factors", {**facts, **model_facts(self._model)})
+        settings = {**self._settings, "layers with a diagonal alone": sorted(self._large)}
+        given = self._model, self._specs, self._loss, settings
+        agree_on_pass(self._ranks, "Kronecker factors", *given)
 
     def finished(self, stacklevel: int | None, last: bool = False) -> Factors:
         """:meth:`factors` of ranks that agree.

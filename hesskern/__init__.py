@@ -2,7 +2,7 @@
 
 from hesskern import ops, optim, pacbayes
 from hesskern.attribution.influence import influence
-from hesskern.attribution.result import Influence
+from hesskern.attribution.result import Influence, load_influence
 from hesskern.diagnostics.centring import centre_inputs
 from hesskern.diagnostics.clustering import GradientClusters, gradient_clusters
 from hesskern.diagnostics.functional import functional_share
@@ -125,6 +125,7 @@ __all__ = [
     "layer_hessians",
     "load_ekfac",
     "load_factors",
+    "load_influence",
     "load_input_covariances",
     "nearest_kronecker",
     "ops",

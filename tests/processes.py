@@ -17,6 +17,7 @@ import os
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -31,9 +32,10 @@ __all__ = ["Outcome", "outcomes", "run"]
 
 Store = Literal["file", "tcp"]
 
-# The server imports once what every process needs; a process then starts within milliseconds.
+# The server imports once what every process needs, torch._dynamo as the first pass does; a process
+# then starts within milliseconds.
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["hesskern", "pytest"])
+_CONTEXT.set_forkserver_preload(["hesskern", "pytest", "torch._dynamo"])
 
 
 @dataclass
@@ -145,6 +147,9 @@ def _child(
     pipe: Connection, rank: int, ranks: int, place: str, store: Store, timeout: float, given: bytes
 ) -> None:
     torch.set_num_threads(1)
+    # As pytest has them in the tests' own process.
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch.*")
     begin = time.monotonic()
     outcome = Outcome()
     try:

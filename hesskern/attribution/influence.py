@@ -28,6 +28,8 @@ from hesskern.progress import Progress, reporter
 
 __all__ = ["influence"]
 
+_UNMOVED = "has no effect on the queries' losses, so that every score through it is zero"
+
 
 def influence(
     E: Mapping[str, Any] | None,
@@ -143,7 +145,8 @@ def influence(
     with _named("queries"):
         first = walk(queries, SampleLoss(asked, "query"), "queries", curvature.specs)
         gradients, count = first.gradients()
-        skipped = {**curvature.skipped, **first.run.capture.reasons}
+        unmoved = dict.fromkeys(curvature.specs.keys() - gradients.keys(), _UNMOVED)
+        skipped = {**unmoved, **curvature.skipped, **first.run.capture.reasons}
         refuse_missing(curvature.specs, first.run.capture.unfit)
         if not gradients:
             raise ValueError("no layer has a gradient here: " + _reasons(skipped))

@@ -322,7 +322,7 @@ class FactorAccumulator(Portable):
         self, data: Iterable[Any], sample_weight: Tensor | None, progress: Progress | None
     ) -> None:
         """:meth:`_pass`, with random numbers of the stream that has been begun."""
-        memory, rank = SumMemory(), 0 if self._ranks is None else self._ranks.rank
+        memory = SumMemory()
         # Before the capture, which switches autocast off for all but the model.
         now = precisions(self._model, model_device(self._model))
         given = self._model, data, self._loss, self._specs, sample_weight, self.evidence
@@ -345,7 +345,7 @@ class FactorAccumulator(Portable):
             diagonals=diagonals,
             seed=self._settings["seed"],
             stream=self._drawn.streams - 1,
-            positions=Positions(rank + 1, self._drawn.position),
+            positions=Positions.of(self._ranks, self._drawn.position),
         )
         try:
             with run.capture:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,13 @@ from hesskern.passes.checks import Checks
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.input_batches import inputs_alone
 from hesskern.passes.input_capture import InputCapture
-from hesskern.passes.layers import LayerSpec, left_out, refuse_missing, select_layers
+from hesskern.passes.layers import (
+    LayerSpec,
+    left_out,
+    refuse_missing,
+    select_layers,
+    shared_weights,
+)
 from hesskern.passes.masks import LayerMasks, checked_mask
 from hesskern.passes.roots import accumulator_dtype, given_weights
 from hesskern.progress import Progress, reporter
@@ -282,6 +288,11 @@ class _Pass:
         self._ordered: set[str] = set()
         self._held = Held()
         self.capture.unfit.update(self.result._unfit)
+        self._alike: dict[str, list[str]] = {}
+        for name, first in shared_weights(self.model, self.specs).items():
+            self._alike.setdefault(first, [first]).append(name)
+        for names in self._alike.values():
+            self.capture.unfit.update(self._unlike(names))
         self._refuse()
 
     def add(self, batch: Batch) -> None:
@@ -297,6 +308,7 @@ class _Pass:
             masks.settle()
             checks.close()
         self._leave_out_misfits(batch, found)
+        self._count_together(found)
         self._refuse()
         groups: dict[Hashable, list[str]] = {}
         taken: dict[Hashable, Rows] = {}
@@ -323,6 +335,26 @@ class _Pass:
                 mine.squares += squares[key]
             self.result.num_samples += samples if weight is None else float(weight.sum())
         self.result._unfit = dict(self.capture.unfit)
+
+    def _unlike(self, names: list[str]) -> dict[str, str]:
+        """Layers of one weight whose inputs have no sum, with the reason."""
+        if len({replace(self.specs[name], name="") for name in names}) == 1:
+            return {}
+        reason = "shares its weight with {}, which has another geometry, or a bias of its own"
+        return {name: reason.format(_others(name, names)) for name in names}
+
+    def _count_together(self, found: dict[str, list[Rows | str]]) -> None:
+        """Has layers of one weight see the inputs of all of them: it is one matrix."""
+        unfit = self.capture.unfit
+        for names in self._alike.values():
+            bad = next((name for name in names if name in unfit), None)
+            if bad is not None:
+                for name in names:
+                    unfit.setdefault(name, f"shares its weight with {bad!r}, which {unfit[bad]}")
+                continue
+            calls = [call for name in names for call in found.get(name, ())]
+            if calls:
+                found.update(dict.fromkeys(names, calls))
 
     def _run(self, batch: Batch, taker: Callable[[], BatchRows]) -> dict[str, list[Rows | str]]:
         """Every layer's rows, which nothing has overwritten."""
@@ -399,6 +431,10 @@ class _Pass:
         return squares
 
 
+def _others(name: str, names: list[str]) -> str:
+    return ", ".join(repr(other) for other in names if other != name)
+
+
 def _finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())
 
@@ -439,6 +475,9 @@ def input_covariances(
     The same as ``kronecker_factors(...)[name].input_covariance`` (but for losses that leave out
     samples without labels, or count tokens), at the price of little more than the model's forward
     pass: for GPTQ, SparseGPT, activation-aware scales, low-rank compression.
+    Layers that share one weight have the inputs of all of them; calls whose result gets no gradient
+    count as well.
+
     Inputs are seen by forward hooks. A layer whose weight anything else than its own module's
     forward() multiplies with (a function, ``nn.MultiheadAttention``, a module of another package
     with a forward() of its own) is left out, with the reason in ``.skipped``; that nothing does is

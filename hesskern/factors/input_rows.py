@@ -319,7 +319,16 @@ def out_of_order(
     sample = batch
     while len(parts := halves(sample)) > 1:
         sample = parts[-1]
-    again = capture.copies(sample)
+    try:
+        again = capture.copies(sample)
+    except (RuntimeError, ValueError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = (
+            "has rows of which it cannot be told whose they are, as masks and weights ask for: the "
+            f"model does not run with one sample alone ({str(error).splitlines()[0]})"
+        )
+        return dict.fromkeys(last, reason)
     return {
         name: "was given rows that are not those of one sample after another, as masks and weights "
         "ask for"

@@ -309,7 +309,7 @@ class KFAC:
                 )
         self._accumulator.load_state_dict(state["factors"])
         self._inverses = {
-            name: KroneckerOperator(
+            name: KroneckerOperator.of_symmetric(
                 *(factor.to(self._gradients[name].weight.device, copy=True) for factor in pair)
             )
             for name, pair in state["inverses"].items()
@@ -322,7 +322,7 @@ class KFAC:
 def _without_frozen_bias(layer: LayerFactors, gradient: LayerGradient) -> KroneckerOperator:
     """A layer's operator, output first, over the parameters whose gradient is preconditioned."""
     covariance = layer.input_covariance[..., : gradient.columns, : gradient.columns]
-    return KroneckerOperator(layer.output_hessian, covariance, name=layer.name)
+    return KroneckerOperator.of_symmetric(layer.output_hessian, covariance, name=layer.name)
 
 
 def _products(inverses: list[KroneckerOperator], gradients: list[Tensor]) -> list[Tensor]:

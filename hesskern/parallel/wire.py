@@ -47,11 +47,17 @@ class Wire:
 
     def gather(self, out: Tensor, given: Tensor) -> None:
         """``out`` gets what all ranks give, in their order."""
-        dist.all_gather_into_tensor(_bytes(out), _bytes(given), group=self._group)
+        _all_gather(_bytes(out), _bytes(given), group=self._group)
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Every rank gets what rank ``owner`` has in the tensor."""
         dist.broadcast(_bytes(tensor), group=self._group, group_src=owner)
+
+
+def _all_gather(out: Tensor, given: Tensor, group: dist.ProcessGroup) -> None:
+    # Renamed in torch 2.13.
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    getattr(dist, name)(out, given, group=group)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

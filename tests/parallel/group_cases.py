@@ -112,16 +112,12 @@ def sample_weights(batches: list[Any]) -> Tensor:
 
 
 def part(batches: list[Any], rank: int, size: int) -> list[Any]:
-    """Uneven parts: the last of three or more ranks has nothing, the first the most."""
+    """Uneven parts: the last of three or more ranks has nothing."""
     if size > 2:
         if rank == size - 1:
             return []
         size -= 1
-    begin = [
-        0,
-        *(len(batches) * (size + 1 + r) // (2 * size) for r in range(1, size)),
-        len(batches),
-    ]
+    begin = [-(-len(batches) * r // size) for r in range(size + 1)]
     return batches[begin[rank] : begin[rank + 1]]
 
 

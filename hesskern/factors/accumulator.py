@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
+from hesskern.checkpoints.checkpoint import Checkpoint
 from hesskern.choices import Bias, Output
 from hesskern.factors.batch_sums import BatchSums
 from hesskern.factors.large_layers import LargeLayerFactors
@@ -31,12 +32,12 @@ from hesskern.factors.result import Factors, LayerFactors
 from hesskern.graph.evidence import Evidence
 from hesskern.ops import foreach
 from hesskern.parallel.ranks import Ranks, section_of
-from hesskern.parallel.replicas import inner_model, model_facts
+from hesskern.parallel.replicas import inner_model
 from hesskern.passes.batches import Batch, no_samples
 from hesskern.passes.checks import as_weights
 from hesskern.passes.data_pass import DataPass, whole_or_halves
 from hesskern.passes.diagonals import DiagonalCapture, diagonal_parameters
-from hesskern.passes.forward_pass import model_device
+from hesskern.passes.forward_pass import model_device, refuse_sharded
 from hesskern.passes.layers import (
     LayerSpec,
     large_layers,
@@ -51,6 +52,7 @@ from hesskern.passes.masks import checked_mask
 from hesskern.passes.memory import budget_for
 from hesskern.passes.roots import check_fraction, check_output
 from hesskern.passes.sample_numbers import Positions
+from hesskern.passes.whole_pass import agree_on_pass
 from hesskern.portable import Portable
 from hesskern.progress import Progress, reporter
 
@@ -126,6 +128,27 @@ class _Held:
         self._shrunk = factor if self._shrunk is None else self._shrunk * factor
         self._counts = {key: count * factor for key, count in self._counts.items()}
 
+    def state(self) -> dict[str, Any]:
+        """What is held, as it is, for a checkpoint."""
+        return {
+            "shrunk": self._shrunk,
+            "counts": [
+                [samples, list(map(list, positions)), number]
+                for (samples, positions), number in self._counts.items()
+            ],
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], device: torch.device) -> _Held:
+        """The same again, on a device."""
+        held = cls()
+        if state["shrunk"] is not None:
+            held._shrunk = state["shrunk"].to(device)
+        for samples, positions, number in state["counts"]:
+            key = samples, tuple((name, times) for name, times in positions)
+            held._counts[key] = number.to(device)
+        return held
+
     def read(self) -> tuple[float, list[Counted]]:
         """What the host has counted is to be multiplied by, and what is to be added; waits once."""
         if not self._counts:
@@ -188,6 +211,7 @@ class FactorAccumulator(Portable):
         self._ranks = Ranks.of(group)
         if self._ranks is not None:
             model = inner_model(model)
+        refuse_sharded(model)
         check_output(output, mc_samples, seed)
         if decay is not None:
             check_fraction("decay", decay)
@@ -300,18 +324,58 @@ class FactorAccumulator(Portable):
                 self.load_state_dict(before)
             raise
 
+    def go_on(
+        self,
+        checkpoint: Checkpoint,
+        data: Iterable[Any],
+        *,
+        sample_weight: Tensor | None = None,
+        progress: bool | Progress = False,
+    ) -> None:
+        """Adds the batches of ``data`` that a checkpoint has not seen, which is kept on the way.
+
+        Args:
+            checkpoint: of a call that begins with this accumulator, which is empty.
+            data, sample_weight, progress: as in :meth:`consume`.
+
+        Raises:
+            ValueError: as :meth:`consume`, or the data are not those of the checkpoint.
+            OSError: the checkpoint cannot be written.
+        """
+        checkpoint.begin("Kronecker factors", data)
+        if checkpoint.state is not None:
+            self._restore(checkpoint.state)
+        self._pass(data, sample_weight, reporter(progress), checkpoint=checkpoint)
+
+    def _snapshot(self, run: DataPass) -> dict[str, Any]:
+        """All that the rest of a pass depends on, between two batches."""
+        return {
+            "accumulated": self.state_dict(),
+            "held": self._held.state(),
+            "run": run.state(),
+            "budget": self._batch_sums.memory_budget,
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.load_state_dict(state["accumulated"])
+        self._held = _Held.of_state(state["held"], model_device(self._model))
+        # That of the free memory may be another now, and with it the order of the sums.
+        self._batch_sums = replace(self._batch_sums, memory_budget=state["budget"])
+
     def _pass(
         self,
         data: Iterable[Any],
         sample_weight: Tensor | None = None,
         progress: Progress | None = None,
         update: bool = False,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         """Adds batches until the data ends or one fails; those before it stay."""
         batches, drawn = self._batches, replace(self._drawn)
-        self._drawn.begin(update)
+        if checkpoint is None or checkpoint.state is None:
+            self._drawn.begin(update)
         try:
-            self._walk(data, sample_weight, progress)
+            self._walk(data, sample_weight, progress, checkpoint)
         except BaseException:
             if self._batches == batches:
                 # As if nothing had been tried.
@@ -319,7 +383,11 @@ class FactorAccumulator(Portable):
             raise
 
     def _walk(
-        self, data: Iterable[Any], sample_weight: Tensor | None, progress: Progress | None
+        self,
+        data: Iterable[Any],
+        sample_weight: Tensor | None,
+        progress: Progress | None,
+        checkpoint: Checkpoint | None,
     ) -> None:
         """:meth:`_pass`, with random numbers of the stream that has been begun."""
         memory = SumMemory()
@@ -346,12 +414,23 @@ class FactorAccumulator(Portable):
             seed=self._settings["seed"],
             stream=self._drawn.streams - 1,
             positions=Positions.of(self._ranks, self._drawn.position),
+            course=None if checkpoint is None else checkpoint.course,
         )
+        if checkpoint is not None and checkpoint.state is not None:
+            run.restore(checkpoint.state["run"])
         try:
             with run.capture:
                 for batch in run.batches():
                     self._add(run, batch, memory)
                     self._precisions.update(dict.fromkeys(now))
+                    if checkpoint is not None and checkpoint.due:
+                        # What a device has found of the batches so far counts before they do.
+                        run.settle()
+                        checkpoint.keep(self._snapshot(run))
+                if checkpoint is not None and self._ranks is not None:
+                    # Others may need long yet, and may fail.
+                    run.settle()
+                    checkpoint.keep(self._snapshot(run))
         finally:
             try:
                 # Also when it was interrupted: what is there stays.
@@ -574,15 +653,9 @@ class FactorAccumulator(Portable):
         """
         if self._ranks is None:
             return
-        described = {k: v for k, v in vars(self._loss).items() if isinstance(v, (int, float, str))}
-        facts = {
-            "layers": list(self._specs),
-            "geometry": [asdict(spec) for spec in self._specs.values()],
-            "layers with a diagonal alone": sorted(self._large),
-            "settings": self._settings,
-            "loss": [type(self._loss).__name__, described],
-        }
-        self._ranks.agree("Kronecker factors", {**facts, **model_facts(self._model)})
+        settings = {**self._settings, "layers with a diagonal alone": sorted(self._large)}
+        given = self._model, self._specs, self._loss, settings
+        agree_on_pass(self._ranks, "Kronecker factors", *given)
 
     def finished(self, stacklevel: int | None, last: bool = False) -> Factors:
         """:meth:`factors` of ranks that agree.
@@ -634,7 +707,8 @@ class FactorAccumulator(Portable):
             reasons = "; ".join(f"{name!r} {reason}" for name, reason in self._reasons.items())
             raise ValueError(f"no layer of the model has factors: {reasons}")
         diagonals = {name: total / self.num_samples for name, total in self._diagonals.items()}
-        skipped = self._left_out(None if self._by_name else stacklevel)
+        above = None if self._by_name or stacklevel is None else stacklevel + 1
+        skipped = self._left_out(above)
         known = (*layers, *large, *diagonals)
         checked = {name: self.evidence.found.get(name, "graph") for name in known}
         settings = {

@@ -14,7 +14,7 @@ the pass again for every product, as long as the model stays the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from hesskern.choices import Output
 from hesskern.graph.evidence import Evidence
 from hesskern.parallel.ranks import Ranks
-from hesskern.passes.batches import Batch, batches, halves
+from hesskern.passes.batches import Batch, DataCourse, batches, halves
 from hesskern.passes.capture import Capture
 from hesskern.passes.checks import Checks
 from hesskern.passes.diagonals import DiagonalCapture
@@ -91,6 +91,7 @@ class DataPass:
     mc_samples: int = 1
     seed: int = 0
     diagonals: DiagonalCapture | None = None
+    course: DataCourse | None = None
     stream: int = 0
     positions: Positions = field(default_factory=Positions)
     ended: Callable[[], None] | None = None
@@ -112,6 +113,15 @@ class DataPass:
             linear_use=self.linear_use,
             diagonals=self.diagonals,
         )
+
+    def state(self) -> dict[str, Any]:
+        """What was found of the model so far, as plain values, for a pass that goes on later."""
+        return {"capture": self.capture.state(), "evidence": self.evidence.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state` gave; before the ``with`` block."""
+        self.capture.restore(state["capture"])
+        self.evidence.restore(state["evidence"])
 
     def __enter__(self) -> DataPass:
         self._open = ExitStack()
@@ -140,7 +150,8 @@ class DataPass:
         """The batches alone, for whoever runs the model on parts and closes conditions itself."""
         device = model_device(self.model)
         given = self.data, device, self.sample_weight, self.progress, self.description
-        return batches(*given, self.loss.split_batch, self.position_mask, self.positions)
+        how = self.loss.split_batch, self.position_mask, self.positions, self.course
+        return batches(*given, *how)
 
     def roots(
         self,

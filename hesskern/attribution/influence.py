@@ -187,7 +187,7 @@ class _Walk:
         """Every piece with its layers' rows; inside the run's ``with`` block."""
         for piece in pieces(self.run.batches(), self.size):
             self.loss.first = piece.first
-            roots = self.run.roots(piece.batch, "empirical", 1, torch.Generator())
+            roots = self.run.roots(piece.batch, "empirical", 1)
             if len(roots.outputs) != piece.count:
                 raise ValueError(
                     f"the model gives outputs {list(roots.outputs.shape)} for {piece.count} "

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hesskern.devices import sent
 from hesskern.passes.checks import as_weights, check_dense
+from hesskern.passes.sample_numbers import NumberedData, Numbers, Positions
 from hesskern.progress import Progress
 
 __all__ = [
     "Batch",
+    "DataCourse",
     "Parts",
     "batches",
     "check_iterable",
     "halves",
+    "mapped",
     "may_count_positions",
     "no_samples",
     "pair",
@@ -46,6 +49,7 @@ class Batch:
         weight: [N] sample weights where they came from, or None.
         mask: [N, T] where it came from, which positions are data (1 or True), or such masks by
             patterns of layers' names; None: all are.
+        numbers: [N] of the samples, which random draws go by; none where nobody has asked.
     """
 
     index: int
@@ -54,6 +58,27 @@ class Batch:
     given_targets: Any
     weight: Tensor | None
     mask: Any = None
+    numbers: Numbers = field(default_factory=Numbers.none)
+
+
+class DataCourse(Protocol):
+    """The way through the data of a pass that may have begun before.
+
+    Attributes:
+        samples: how many samples the elements so far have had, as far as weights needed it.
+        position: number of the next sample, by its position.
+    """
+
+    samples: int
+    position: int
+
+    def elements(self, given: Iterable[tuple[Any, Any]]) -> Iterator[tuple[int, tuple[Any, Any]]]:
+        """(index, element) of those that were not seen before, with what goes along with each."""
+        ...
+
+    def count(self, samples: int, position: int) -> None:
+        """Takes the counts behind the last element that was handed out."""
+        ...
 
 
 class Parts(NamedTuple):
@@ -115,6 +140,8 @@ def batches(
     description: str = "data",
     split: Callable[[Any, int], Parts] = pair,
     position_mask: Callable[[Any], Any] | None = None,
+    positions: Positions | None = None,
+    course: DataCourse | None = None,
 ) -> Iterator[Batch]:
     """The data's batches on the model's device.
 
@@ -128,6 +155,8 @@ def batches(
         split: takes an element of the data and its index apart.
         position_mask: gives a batch's mask for its inputs, both where they came from; None for what
             the batch says itself.
+        positions: number the samples that the data has no numbers of; None: from 0 on.
+        course: which elements are left, where the pass goes on; told how many samples were seen.
 
     Raises:
         TypeError: data is not iterable, or an element is not such a tuple; ``sample_weight`` is not
@@ -146,10 +175,15 @@ def batches(
         samples = _samples(data)
         if samples is not None and samples != len(sample_weight):
             raise _other_length(sample_weight, f"{samples} samples")
-    offset = 0
-    for index, element in enumerate(data):
+    offset = 0 if course is None else course.samples
+    positions = Positions() if positions is None else positions
+    source: Any = NumberedData(data)
+    given: Any = enumerate(source)
+    if course is not None:
+        given, positions.next = course.elements(source), course.position
+    for index, (element, known) in given:
         parts = split(element, index)
-        _mapped(parts.inputs, _dense_input)
+        mapped(parts.inputs, _dense_input)
         inputs, given = _move(parts.inputs, device), _nearby(parts.targets, device)
         weight = _nearby(parts.weight, device)
         mask = None if position_mask is None else _nearby(position_mask(parts.inputs), device)
@@ -167,7 +201,11 @@ def batches(
                 raise _other_length(sample_weight, "more samples")
         if parts.of_data is not None:
             given = parts.of_data(given, predicting)
-        yield Batch(index, inputs, _move(given, device), given, weight, mask)
+        batch = Batch(index, inputs, _move(given, device), given, weight, mask)
+        numbers = positions.take(_samples_in(batch), known, source.known)
+        if course is not None:
+            course.count(offset, positions.next)
+        yield replace(batch, numbers=numbers)
         if progress is not None:
             progress(description, index + 1, total)
     if sample_weight is not None and offset != len(sample_weight):
@@ -224,19 +262,19 @@ def _length(data: Iterable[Any]) -> int | None:
 
 def _move(value: Any, device: torch.device) -> Any:
     # To the host without waiting, values would be read before they arrive.
-    return _mapped(_usable(value), lambda tensor: sent(tensor, device))
+    return mapped(_usable(value), lambda tensor: sent(tensor, device))
 
 
 def _nearby(value: Any, device: torch.device) -> Any:
     """The value with tensors on the host or on the device."""
-    return _mapped(
+    return mapped(
         _usable(value), lambda t: t if t.device in (device, torch.device("cpu")) else t.to(device)
     )
 
 
 def _usable(value: Any) -> Any:
     """The value with tensors that hold values and that autograd takes."""
-    return _mapped(value, _usable_tensor)
+    return mapped(value, _usable_tensor)
 
 
 def _dense_input(tensor: Tensor) -> Tensor:
@@ -253,14 +291,14 @@ def _usable_tensor(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same nested tuples, lists and dicts with changed tensors."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: _mapped(item, change) for key, item in value.items()}
+        return {key: mapped(item, change) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        items = [_mapped(item, change) for item in value]
+        items = [mapped(item, change) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
@@ -286,7 +324,7 @@ def samples_of(batch: Batch, samples: slice) -> Batch:
     count = _leading_size(batch.inputs, batch.mask)
 
     def part(value: Any) -> Any:
-        return _mapped(value, lambda t: t[samples] if t.dim() and len(t) == count else t)
+        return mapped(value, lambda t: t[samples] if t.dim() and len(t) == count else t)
 
     inputs = part(batch.inputs)
     if isinstance(batch.inputs, Mapping):
@@ -301,6 +339,7 @@ def samples_of(batch: Batch, samples: slice) -> Batch:
         targets if same else part(batch.given_targets),
         part(batch.weight),
         part(batch.mask),
+        batch.numbers.of(samples),
     )
 
 
@@ -390,6 +429,18 @@ def sample_count(batch: Batch) -> int:
             "whose first tensor counts the samples"
         )
     return next(iter(found.values()))
+
+
+def _samples_in(batch: Batch) -> int:
+    """N as :func:`halves` takes it; 1 where the batch does not say."""
+    try:
+        return sample_count(batch)
+    except (TypeError, ValueError):
+        pass
+    try:
+        return _leading_size(batch.inputs, batch.mask)
+    except (AttributeError, IndexError, TypeError):
+        return 1
 
 
 def _known_size(inputs: Any, mask: Any) -> int | None:

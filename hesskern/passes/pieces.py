@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hesskern.passes.batches import Batch, may_count_positions, sample_count
+from hesskern.passes.sample_numbers import Numbers
 
 __all__ = ["Piece", "pieces", "usual_size"]
 
@@ -129,7 +130,8 @@ def _form(batch: Batch, count: int) -> Any:
     if may_count_positions(batch, count):
         return None
     try:
-        return tuple(of(value) for value in _fields(batch))
+        # Numbers of another kind cannot stand beside these.
+        return batch.numbers.part, *(of(value) for value in _fields(batch))
     except _Whole:
         return None
 
@@ -151,23 +153,30 @@ def _mapped(change: Callable[[list[Tensor]], Tensor], values: list[Any]) -> Any:
     return first
 
 
-def _changed(change: Callable[[list[Tensor]], Tensor], batches: list[Batch]) -> Batch:
+def _changed(
+    change: Callable[[list[Tensor]], Tensor],
+    join: Callable[[list[Numbers]], Numbers],
+    batches: list[Batch],
+) -> Batch:
     inputs, targets, given, mask = (
         _mapped(change, list(column)) for column in zip(*map(_fields, batches), strict=True)
     )
     same = all(batch.given_targets is batch.targets for batch in batches)
-    return Batch(batches[0].index, inputs, targets, targets if same else given, None, mask)
+    numbers = join([batch.numbers for batch in batches])
+    return Batch(batches[0].index, inputs, targets, targets if same else given, None, mask, numbers)
 
 
 def _part(batch: Batch, samples: slice) -> Batch:
-    return _changed(lambda tensors: tensors[0][samples], [batch])
+    return _changed(
+        lambda tensors: tensors[0][samples], lambda numbers: numbers[0].of(samples), [batch]
+    )
 
 
 def _joined(batches: list[Batch]) -> Batch:
     if len(batches) == 1:
         return _without_weight(batches[0])
-    return _changed(torch.cat, batches)
+    return _changed(torch.cat, Numbers.joined, batches)
 
 
 def _without_weight(batch: Batch) -> Batch:
-    return Batch(batch.index, batch.inputs, batch.targets, batch.given_targets, None, batch.mask)
+    return replace(batch, weight=None)

@@ -94,3 +94,38 @@ def test_they_are_so_in_float32() -> None:
 
 def test_they_are_so_where_the_model_runs_again() -> None:
     _check(4, torch.float64, ["joint", "conv groups"], memory_budget=0)
+
+
+def _gauss_newton(group: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    found = {}
+    for name, budget in (("mlp", None), ("joint", 0), ("sizes", None), ("routed", 0)):
+        case, batches = cast(name, dtype)
+        batches = mine(batches, group)
+        weight = sample_weights(batches) if case.weights and batches else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            G = hk.GaussNewton(
+                case.model().to(dtype),
+                batches,
+                CE,
+                sample_weight=weight,
+                memory_budget=budget,
+                group=group,
+                **case.settings,
+            )
+        size = G.shape[0]
+        found[f"{name} dense"] = G.to_dense()
+        found[f"{name} block"] = G @ randn(size, 2, seed=1).to(dtype)
+        found[f"{name} diagonal"] = G.diagonal()
+        found[f"{name} numbers"] = torch.tensor([G.trace(), G.num_samples], dtype=dtype)
+        found[f"{name} largest"] = hk.eigsh(G, 2, tol=1e-9 if dtype.itemsize > 4 else 1e-4).values
+        if name in ("mlp", "joint"):
+            stacked = G.stacked()
+            found[f"{name} stacked"] = stacked @ randn(size, seed=2).to(dtype)
+    return found
+
+
+def test_the_gauss_newton_matrix_is_that_of_one_process() -> None:
+    want = _gauss_newton(None, torch.float64)
+    for found in run(_gauss_newton, 3, torch.float64, store="tcp"):
+        check_same(found, want, 1e-11)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
+from hesskern.checkpoints.checkpoint import Checkpoint
 from hesskern.choices import Bias, Output
 from hesskern.factors.batch_sums import BatchSums
 from hesskern.factors.large_layers import LargeLayerFactors
@@ -126,6 +127,27 @@ class _Held:
         """Multiplies everything that was counted, by the host as well, by a 0-dim number."""
         self._shrunk = factor if self._shrunk is None else self._shrunk * factor
         self._counts = {key: count * factor for key, count in self._counts.items()}
+
+    def state(self) -> dict[str, Any]:
+        """What is held, as it is, for a checkpoint."""
+        return {
+            "shrunk": self._shrunk,
+            "counts": [
+                [samples, list(map(list, positions)), number]
+                for (samples, positions), number in self._counts.items()
+            ],
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], device: torch.device) -> _Held:
+        """The same again, on a device."""
+        held = cls()
+        if state["shrunk"] is not None:
+            held._shrunk = state["shrunk"].to(device)
+        for samples, positions, number in state["counts"]:
+            key = samples, tuple((name, times) for name, times in positions)
+            held._counts[key] = number.to(device)
+        return held
 
     def read(self) -> tuple[float, list[Counted]]:
         """What the host has counted is to be multiplied by, and what is to be added; waits once."""
@@ -302,18 +324,58 @@ class FactorAccumulator(Portable):
                 self.load_state_dict(before)
             raise
 
+    def go_on(
+        self,
+        checkpoint: Checkpoint,
+        data: Iterable[Any],
+        *,
+        sample_weight: Tensor | None = None,
+        progress: bool | Progress = False,
+    ) -> None:
+        """Adds the batches of ``data`` that a checkpoint has not seen, which is kept on the way.
+
+        Args:
+            checkpoint: of a call that begins with this accumulator, which is empty.
+            data, sample_weight, progress: as in :meth:`consume`.
+
+        Raises:
+            ValueError: as :meth:`consume`, or the data are not those of the checkpoint.
+            OSError: the checkpoint cannot be written.
+        """
+        checkpoint.begin("Kronecker factors", data)
+        if checkpoint.state is not None:
+            self._restore(checkpoint.state)
+        self._pass(data, sample_weight, reporter(progress), checkpoint=checkpoint)
+
+    def _snapshot(self, run: DataPass) -> dict[str, Any]:
+        """All that the rest of a pass depends on, between two batches."""
+        return {
+            "accumulated": self.state_dict(),
+            "held": self._held.state(),
+            "run": run.state(),
+            "budget": self._batch_sums.memory_budget,
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.load_state_dict(state["accumulated"])
+        self._held = _Held.of_state(state["held"], model_device(self._model))
+        # That of the free memory may be another now, and with it the order of the sums.
+        self._batch_sums = replace(self._batch_sums, memory_budget=state["budget"])
+
     def _pass(
         self,
         data: Iterable[Any],
         sample_weight: Tensor | None = None,
         progress: Progress | None = None,
         update: bool = False,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         """Adds batches until the data ends or one fails; those before it stay."""
         batches, drawn = self._batches, replace(self._drawn)
-        self._drawn.begin(update)
+        if checkpoint is None or checkpoint.state is None:
+            self._drawn.begin(update)
         try:
-            self._walk(data, sample_weight, progress)
+            self._walk(data, sample_weight, progress, checkpoint)
         except BaseException:
             if self._batches == batches:
                 # As if nothing had been tried.
@@ -321,7 +383,11 @@ class FactorAccumulator(Portable):
             raise
 
     def _walk(
-        self, data: Iterable[Any], sample_weight: Tensor | None, progress: Progress | None
+        self,
+        data: Iterable[Any],
+        sample_weight: Tensor | None,
+        progress: Progress | None,
+        checkpoint: Checkpoint | None,
     ) -> None:
         """:meth:`_pass`, with random numbers of the stream that has been begun."""
         memory = SumMemory()
@@ -348,12 +414,23 @@ class FactorAccumulator(Portable):
             seed=self._settings["seed"],
             stream=self._drawn.streams - 1,
             positions=Positions.of(self._ranks, self._drawn.position),
+            course=None if checkpoint is None else checkpoint.course,
         )
+        if checkpoint is not None and checkpoint.state is not None:
+            run.restore(checkpoint.state["run"])
         try:
             with run.capture:
                 for batch in run.batches():
                     self._add(run, batch, memory)
                     self._precisions.update(dict.fromkeys(now))
+                    if checkpoint is not None and checkpoint.due:
+                        # What a device has found of the batches so far counts before they do.
+                        run.settle()
+                        checkpoint.keep(self._snapshot(run))
+                if checkpoint is not None and self._ranks is not None:
+                    # Others may need long yet, and may fail.
+                    run.settle()
+                    checkpoint.keep(self._snapshot(run))
         finally:
             try:
                 # Also when it was interrupted: what is there stays.
@@ -630,7 +707,8 @@ class FactorAccumulator(Portable):
             reasons = "; ".join(f"{name!r} {reason}" for name, reason in self._reasons.items())
             raise ValueError(f"no layer of the model has factors: {reasons}")
         diagonals = {name: total / self.num_samples for name, total in self._diagonals.items()}
-        skipped = self._left_out(None if self._by_name else stacklevel)
+        above = None if self._by_name or stacklevel is None else stacklevel + 1
+        skipped = self._left_out(above)
         known = (*layers, *large, *diagonals)
         checked = {name: self.evidence.found.get(name, "graph") for name in known}
         settings = {

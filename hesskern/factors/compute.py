@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
+from hesskern.checkpoints.checkpoint import Checkpoint, path_of_rank
+from hesskern.checkpoints.facts import described
 from hesskern.choices import Bias, Output
 from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.result import Factors
 from hesskern.parallel.ranks import Ranks, section_of
 from hesskern.parallel.samplers import weights_of_part
 from hesskern.parallel.sharded import whole_model
+from hesskern.passes.batches import check_iterable
+from hesskern.passes.forward_pass import model_device
 from hesskern.progress import Progress, reporter
 
 __all__ = ["kronecker_factors"]
@@ -36,6 +41,9 @@ def kronecker_factors(
     position_mask: Callable[[Any], Any] | None = None,
     diagonal: bool = False,
     progress: bool | Progress = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
+    exact_resume: bool = True,
     group: Any = None,
 ) -> Factors:
     """Kronecker factors E[x x^T] and E[M] of every layer, in one pass over the data.
@@ -91,6 +99,14 @@ def kronecker_factors(
             counterpart in it, the mean over samples of its squared gradients of all root rows.
             Parameters whose gradients by sample are not known are in ``.skipped`` with the reason.
         progress: True for a bar with the time left, or a callback (description, done, total).
+        checkpoint: a file that the pass keeps its state in. The same call goes on from there after
+            an interruption, and gives the same bits as a pass that was never interrupted; batches
+            that were seen are loaded and compared, and not run through the model. None: none is
+            kept. It is removed when the pass is done. With a group every rank has its own, with
+            ".rank0of2" before the suffix. README, "Resume", says what it covers.
+        checkpoint_every: seconds between two writings of it; 0: behind every batch.
+        exact_resume: whether a checkpoint is refused that was written with another version,
+            device or number of threads; False goes on with a warning, and may round differently.
         group: ranks of torch.distributed (``torch.distributed.group.WORLD``, or what ``new_group``
             gave) that all call this, each with the same model, plain or in
             DistributedDataParallel, and with its own part of the data, which may be empty. All get
@@ -104,11 +120,13 @@ def kronecker_factors(
 
     Raises:
         ValueError: bad arguments, targets out of range, NaN or Inf in the data (names layer and
-            batch), or no data at all.
+            batch), or no data at all; ``checkpoint`` is damaged, or that of another call, model or
+            data.
         TypeError: arguments of a wrong type.
         NotImplementedError: unsupported layers asked for by name, unsupported loss options.
         RankError: with a group, ranks have other models, weights or settings, or another rank has
             failed (its own error goes on there) or ended: within the group's timeout.
+        OSError: ``checkpoint`` cannot be written; the one before stays.
     """
     ranks = Ranks.of(group)
     with section_of(ranks, "Kronecker factors"), whole_model(ranks, model) as inner:
@@ -130,7 +148,39 @@ def kronecker_factors(
         )
         if ranks is not None:
             accumulator.agree()
+        saved = Checkpoint.of(
+            checkpoint if ranks is None else path_of_rank(checkpoint, ranks.rank, ranks.size),
+            checkpoint_every,
+            exact_resume,
+            "kronecker_factors",
+            inner,
+            model_device(inner),
+            {
+                "loss": described(loss),
+                "layers": list(accumulator.specs),
+                "geometry": described(dict(accumulator.specs)),
+                "output": output,
+                "bias": bias,
+                "mc_samples": mc_samples,
+                "seed": seed,
+                "sample_weight": described(sample_weight),
+                "output_root": described(output_root),
+                "memory_budget": memory_budget,
+                "check": check,
+                "max_outputs": max_outputs,
+                "position_mask": described(position_mask),
+                "diagonal": diagonal,
+            },
+        )
+        if ranks is not None:
             sample_weight = weights_of_part(ranks, data, sample_weight, 2)
             progress = ranks.watching("Kronecker factors", reporter(progress))
-        accumulator.consume(data, sample_weight=sample_weight, progress=progress)
-        return accumulator.finished(2, last=True)
+        if saved is None:
+            accumulator.consume(data, sample_weight=sample_weight, progress=progress)
+            return accumulator.finished(2, last=True)
+        check_iterable(data)
+        accumulator.go_on(saved, data, sample_weight=sample_weight, progress=progress)
+        found = accumulator.finished(2, last=True)
+    # When all ranks have it.
+    saved.remove()
+    return found

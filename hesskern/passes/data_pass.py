@@ -14,7 +14,7 @@ the pass again for every product, as long as the model stays the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from hesskern.choices import Output
 from hesskern.graph.evidence import Evidence
 from hesskern.parallel.ranks import Ranks
-from hesskern.passes.batches import Batch, batches, halves
+from hesskern.passes.batches import Batch, DataCourse, batches, halves
 from hesskern.passes.capture import Capture
 from hesskern.passes.checks import Checks
 from hesskern.passes.diagonals import DiagonalCapture
@@ -71,6 +71,8 @@ class DataPass:
         stream: which of several passes that draw independently of each other.
         positions: number the samples that the data has no numbers of.
         ended: called when the model is no longer in use.
+        course: where the pass goes on, if it has begun before.
+        behind: called behind every batch of an iteration.
         count: weighted number of samples, behind the last batch.
     """
 
@@ -91,13 +93,16 @@ class DataPass:
     mc_samples: int = 1
     seed: int = 0
     diagonals: DiagonalCapture | None = None
+    course: DataCourse | None = None
     stream: int = 0
     positions: Positions = field(default_factory=Positions)
     ended: Callable[[], None] | None = None
+    behind: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.seed, self.stream)
         self.count = 0.0
+        self._counted: float | Tensor = 0.0
         # Which batch's sample was asked on a device.
         self._asked: int | None = None
         self.checks = Checks()
@@ -113,6 +118,23 @@ class DataPass:
             diagonals=self.diagonals,
         )
 
+    def state(self) -> dict[str, Any]:
+        """What was found of the model so far, as plain values, for a pass that goes on later."""
+        return {
+            "capture": self.capture.state(),
+            "evidence": self.evidence.state(),
+            "counted": self._counted,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state` gave; before the ``with`` block."""
+        self.capture.restore(state["capture"])
+        self.evidence.restore(state["evidence"])
+        counted = state["counted"]
+        if isinstance(counted, Tensor):
+            counted = counted.to(model_device(self.model))
+        self._counted = counted
+
     def __enter__(self) -> DataPass:
         self._open = ExitStack()
         self._open.enter_context(self.checks)
@@ -127,20 +149,22 @@ class DataPass:
                 self.ended()
 
     def __iter__(self) -> Iterator[tuple[Batch, BatchRoots]]:
-        count: float | Tensor = 0.0
         for batch in self.batches():
             roots = self.roots(batch, self.output, self.mc_samples)
-            count = count + roots.count
+            self._counted = self._counted + roots.count
             yield batch, roots
             self.checks.close()
+            if self.behind is not None:
+                self.behind()
         self.settle()
-        self.count = float(count)
+        self.count = float(self._counted)
 
     def batches(self) -> Iterator[Batch]:
         """The batches alone, for whoever runs the model on parts and closes conditions itself."""
         device = model_device(self.model)
         given = self.data, device, self.sample_weight, self.progress, self.description
-        return batches(*given, self.loss.split_batch, self.position_mask, self.positions)
+        how = self.loss.split_batch, self.position_mask, self.positions, self.course
+        return batches(*given, *how)
 
     def roots(
         self,

@@ -58,6 +58,8 @@ from hesskern.passes.transformers import (
     SequenceClassification,
     TokenClassification,
 )
+from hesskern.planning.compute import plan
+from hesskern.planning.result import LayerPlan, Plan
 from hesskern.solvers.eigsh import eigsh
 from hesskern.solvers.result import EigenResult
 from hesskern.solvers.spectrum import (
@@ -92,9 +94,11 @@ __all__ = [
     "LayerHessian",
     "LayerHessians",
     "LayerInputs",
+    "LayerPlan",
     "MaskedLM",
     "NetworkOperator",
     "OverlapPrediction",
+    "Plan",
     "PositionMeanHessian",
     "RankError",
     "RowSpaceOverlap",
@@ -131,6 +135,7 @@ __all__ = [
     "ops",
     "optim",
     "pacbayes",
+    "plan",
     "position_mean_hessian",
     "predict_overlap",
     "rank_one_ratio",

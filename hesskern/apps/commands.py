@@ -26,10 +26,11 @@ from hesskern.apps.command_line import (
     json_option,
     output_option,
     root_option,
-    running,
     shown_option,
+    together,
 )
 from hesskern.apps.influence.command import influence_command
+from hesskern.apps.planning import plan_command
 from hesskern.apps.reproduce.command import reproduce
 from hesskern.apps.reproduce.published import figures_for
 from hesskern.files import check_writable, write_files
@@ -119,8 +120,8 @@ def analyze_command(
         layers=tuple(part.strip() for part in layers.split(",")) if layers else None,
         **options,
     )
-    with running(context) as progress:
-        check_writable(output)
+    with together(context) as (processes, progress):
+        processes.on_first("a look at the output folder", lambda: check_writable(output))
         trained: list[Network] = []
         try:
             analysis = analyze(
@@ -129,10 +130,14 @@ def analyze_command(
                 command_line(context),
                 trained.append,
                 figures_for(settings.data, settings.model),
+                processes,
             )
         except Exception:
-            _keep_weights(trained, output)
+            if processes.first:
+                _keep_weights(trained, output)
             raise
+        if not processes.first:
+            return
         paths = write_report(analysis.result, output, _weights(analysis.networks))
     console = Console(stderr=as_json, highlight=False)
     _show(console, analysis.result)
@@ -220,4 +225,5 @@ def info(as_json: bool) -> None:
 hesskern.add_command(bench)
 hesskern.add_command(certify_command)
 hesskern.add_command(influence_command)
+hesskern.add_command(plan_command)
 hesskern.add_command(reproduce)

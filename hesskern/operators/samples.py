@@ -16,7 +16,7 @@ from hesskern.passes.layer_uses import LayerUse
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.roots import BatchRoots, accumulator_dtype, positions_last
 
-__all__ = ["LayerColumns", "SampleRows", "added_bytes", "join", "layer_rows"]
+__all__ = ["LayerColumns", "SampleRows", "added_bytes", "join", "joined_bytes", "layer_rows"]
 
 # Samples are joined up to this many bytes, so that a product runs over few large pieces. On a GPU
 # the kernels for large products want tens of thousands of samples at a time.
@@ -186,6 +186,11 @@ def added_bytes(rows: SampleRows, before: SampleRows | None) -> int:
     return rows.s.nbytes if shared else rows.nbytes
 
 
+def joined_bytes(device: torch.device, limit: int) -> int:
+    """Bytes up to which pieces on a device are joined, if so many may be held twice meanwhile."""
+    return min(limit, _JOINED_BYTES.get(device.type, _JOINED_BYTES["cpu"]))
+
+
 def join(chunks: list[SampleRows], limit: int) -> list[SampleRows]:
     """The same samples in few pieces; empties the list it is given, to hold them only once.
 
@@ -194,7 +199,7 @@ def join(chunks: list[SampleRows], limit: int) -> list[SampleRows]:
         limit: bytes that may be held twice meanwhile.
     """
     if chunks:
-        limit = min(limit, _JOINED_BYTES.get(chunks[0].x.device.type, _JOINED_BYTES["cpu"]))
+        limit = joined_bytes(chunks[0].x.device, limit)
     return _grouped(_grouped(chunks, limit, _same_samples), limit, _same_rows)
 
 

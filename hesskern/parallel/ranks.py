@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -21,10 +21,13 @@ from hesskern.parallel.statuses import RankError, Statuses
 from hesskern.parallel.wire import Wire
 from hesskern.progress import Progress
 
-__all__ = ["RankError", "Ranks", "section_of"]
+__all__ = ["RankError", "Ranks", "one_group", "section_of", "telling_of"]
 
 # Bytes that are summed at a time.
 _BUCKET = 25 * 2**20
+
+# Of an exception, the statuses of the group whose ranks know of it.
+_TOLD = "_hesskern_told"
 
 # Exchanges of a group are numbered on, whoever makes them.
 _STATUSES: WeakKeyDictionary[dist.ProcessGroup, Statuses] = WeakKeyDictionary()
@@ -104,17 +107,32 @@ class Ranks:
         Raises:
             RankError: another rank has failed, or did not come here within the group's timeout.
         """
+        with self.telling(what):
+            yield
+        self._statuses.exchange(what)
+
+    @contextmanager
+    def telling(self, what: str) -> Iterator[None]:
+        """:meth:`section` without its end, for blocks whose last act is one of all ranks.
+
+        Args:
+            what: is done in the block, for messages.
+
+        Raises:
+            RankError: another rank has failed, inside the block where it waits for that rank.
+        """
         try:
             yield
         except RankError:
             # Everybody knows.
             raise
         except BaseException as error:
-            text = str(error).strip() or "no message"
-            failure = f"{type(error).__name__}: {text}"
-            self._tell(what, failure, leave=not isinstance(error, Exception))
+            if getattr(error, _TOLD, None) is not self._statuses:
+                setattr(error, _TOLD, self._statuses)
+                text = str(error).strip() or "no message"
+                failure = f"{type(error).__name__}: {text}"
+                self._tell(what, failure, leave=not isinstance(error, Exception))
             raise
-        self._statuses.exchange(what)
 
     def _tell(self, what: str, failure: str, leave: bool) -> None:
         """Tells the others of an error, which is to be raised whatever becomes of this."""
@@ -142,7 +160,13 @@ class Ranks:
 
         return told
 
-    def sum_(self, tensors: Sequence[Tensor], upper: Sequence[bool] | None = None) -> None:
+    def sum_(
+        self,
+        tensors: Sequence[Tensor],
+        upper: Sequence[bool] | None = None,
+        what: str = "a sum over the ranks",
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         """Adds up the tensors of all ranks, in place.
 
         Sums are made in the order of the ranks, in float64, so all ranks and all runs get the same
@@ -151,13 +175,14 @@ class Ranks:
         Args:
             tensors: of the same shapes and dtypes on every rank, on one device.
             upper: whether of a tensor [..., d, d] the upper triangles alone are defined and sent.
+            what: is summed, for messages.
+            facts: what else all ranks must have alike, as in :meth:`agree`.
 
         Raises:
-            RankError: shapes or dtypes differ, or a rank has failed or ended.
+            RankError: shapes, dtypes or facts differ, or a rank has failed or ended.
         """
         halves = [False] * len(tensors) if upper is None else list(upper)
-        what = "a sum over the ranks"
-        self.agree(what, {"tensors": layout(tensors, halves)})
+        self.agree(what, {**(facts or {}), "tensors": layout(tensors, halves)})
         if self.size == 1:
             return
         groups: dict[tuple[torch.dtype, torch.device], list[Segment]] = {}
@@ -276,6 +301,23 @@ class Ranks:
 def section_of(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
     """:meth:`Ranks.section`, or nothing without ranks."""
     return nullcontext() if ranks is None else ranks.section(what)
+
+
+def telling_of(ranks: Ranks | None, what: str) -> AbstractContextManager[None]:
+    """:meth:`Ranks.telling`, or nothing without ranks."""
+    return nullcontext() if ranks is None else ranks.telling(what)
+
+
+def one_group(found: Iterable[Ranks | None]) -> Ranks | None:
+    """The one group among these; None where there is none.
+
+    Raises:
+        ValueError: there are several.
+    """
+    groups = {id(ranks.group): ranks for ranks in found if ranks is not None}
+    if len(groups) > 1:
+        raise ValueError("group: operators of several process groups do not go together")
+    return next(iter(groups.values()), None)
 
 
 def _first_difference(found: list[dict[str, str]]) -> str:

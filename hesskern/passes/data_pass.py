@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from hesskern.choices import Output
 from hesskern.graph.evidence import Evidence
+from hesskern.parallel.ranks import Ranks
 from hesskern.passes.batches import Batch, DataCourse, batches, halves
 from hesskern.passes.capture import Capture
 from hesskern.passes.checks import Checks
@@ -204,6 +205,7 @@ class RepeatedPass(ModelRun):
         model, data, loss, specs, sample_weight, evidence: as in :class:`DataPass`.
         budget: bytes of samples that may be kept at a time.
         position_mask, output, mc_samples, seed: as in :class:`DataPass`.
+        ranks: whose part of the data this is; None: there are no others.
     """
 
     model: nn.Module
@@ -217,6 +219,7 @@ class RepeatedPass(ModelRun):
     output: Output = "exact"
     mc_samples: int = 1
     seed: int = 0
+    ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
         self.remember()
@@ -249,6 +252,7 @@ class RepeatedPass(ModelRun):
             mc_samples=self.mc_samples,
             seed=self.seed,
             ended=self.ran,
+            positions=Positions.of(self.ranks),
         )
 
     def within_budget(

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["budget_for", "check_budget", "has_room", "out_of_memory", "release"]
+__all__ = [
+    "budget_for",
+    "check_budget",
+    "free_bytes",
+    "has_room",
+    "out_of_memory",
+    "release",
+]
 
 _ADVICE = "pass smaller batches, or set memory_budget= (bytes) to less than the device has free"
 
@@ -45,6 +53,20 @@ def _free(device: torch.device) -> int:
     """Bytes that new tensors find, those that torch holds for them included."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that a new process or tensor finds; None where the system does not say."""
+    if device.type == "cuda":
+        return _free(device)
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        (found,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        return int(found) * 1024
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def has_room(nbytes: int, device: torch.device) -> bool:

@@ -16,6 +16,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset
 
+from hesskern.parallel.ranks import Ranks
+
 __all__ = ["NumberedData", "Numbers", "Positions", "numbered"]
 
 # Added to the part of samples that are numbered in another way than those around them.
@@ -83,6 +85,11 @@ class Positions:
 
     def __init__(self, part: int = 1, begin: int = 0) -> None:
         self._part, self.next = part, begin
+
+    @staticmethod
+    def of(ranks: Ranks | None, begin: int = 0) -> Positions:
+        """Those of a rank's part of the data, apart from all other ranks'."""
+        return Positions(1 if ranks is None else ranks.rank + 1, begin)
 
     def take(self, count: int, own: Numbers | None, others_own: bool) -> Numbers:
         """The numbers of the next batch.

@@ -219,7 +219,7 @@ def test_published_figures_are_given_to_the_analysis_of_their_network(here, monk
     given = []
 
     def seen(*arguments):
-        given.append(arguments[-1])
+        given.append(arguments[4])
         raise ValueError("seen")
 
     monkeypatch.setattr("hesskern.apps.commands.analyze", seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
 
 import pytest
@@ -140,3 +141,26 @@ def test_a_rank_that_was_killed_is_named(where: int, store: Any) -> None:
         else:
             assert f"rank {where} of 3 did not get to" in found[rank].message
             assert "within the group's timeout of 3 seconds" in found[rank].message
+
+
+def _product(ranks: Ranks) -> None:
+    with ranks.section("all"), ranks.telling("a product"):
+        if ranks.rank == 1:
+            raise ValueError("NaN")
+        ranks.sum_([torch.ones(3)])
+
+
+def _nested(group: Any) -> str:
+    ranks = _ranks(group)
+    begin = time.monotonic()
+    with pytest.raises((RankError, ValueError)) as caught:
+        _product(ranks)
+    # Nobody has waited for the group's timeout.
+    assert time.monotonic() - begin < 60
+    ranks.totals(2.0)
+    return str(caught.value)
+
+
+def test_an_error_inside_two_sections_is_told_once() -> None:
+    told = "rank 1 of 2 failed in a product: ValueError: NaN"
+    assert run(_nested, 2, timeout=100.0) == [told, "NaN"]

@@ -1,0 +1,132 @@
+"""Bytes that operators take inside, which no tensor outside shows; those of the host's kernels.
+
+Each is what the kernel named beside it takes. Where that depends on the processor, it is what one
+with AVX-512 takes: the most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesskern.devices import on_host
+
+__all__ = ["workspace_bytes"]
+
+# Bytes of a panel's row, its rows, elements that are packed at a time, order up to which threads
+# have sums of their own, rows below which nothing is packed, blocks that are summed apart
+# (csrc/cpu/blas/triangle.h, few_rows.h).
+_LINE, _PANEL_ROWS, _CHUNK, _PRIVATE, _FEW, _LEVEL = 128, 128, 2**20, 256, 32, 64
+# Elements of the signals that a convolution's covariance transforms at a time (csrc/cpu/conv/
+# paths.h), and what it takes of tables beside them.
+_SIGNALS, _TABLES = 2**21, 2**19
+# Channels that oneDNN's convolutions keep together.
+_CHANNELS = 16
+
+
+def workspace_bytes(func: Any, args: Any, kwargs: Any) -> int:
+    """Bytes of one call; 0 on a device, whose libraries have a workspace of their own.
+
+    Args:
+        func: the operator.
+        args, kwargs: its arguments.
+    """
+    found = _TAKEN.get(func._opname)
+    if found is None or not isinstance(args[0], Tensor) or not on_host(args[0]):
+        return 0
+    return found(*args, **kwargs)
+
+
+def _eigenpairs(matrix: Tensor, *_: Any, **__: Any) -> int:
+    n, size = matrix.shape[-1], matrix.element_size()
+    # LAPACK's syevd: 1 + 6 n + 2 n^2 numbers and 3 + 5 n integers, for one matrix after another.
+    return size * (1 + 6 * n + 2 * n * n) + 4 * (3 + 5 * n)
+
+
+def _gram(rows: int, d: int, size: int) -> int:
+    """Of a sum of rows [rows, d] by their outer products."""
+    if rows <= _FEW or not d:
+        return 0
+    width = max(1, _LINE // size)
+    panels = -(-d // width)
+    slab = panels * _PANEL_ROWS * width
+    threads = max(1, min(rows * d * (d + 32) // 2**20, torch.get_num_threads()))
+    if d > _PRIVATE or rows < 8 * threads or 2 * rows < d:
+        return size * slab * min(max(1, _CHUNK // slab), _LEVEL, -(-rows // _PANEL_ROWS))
+    return size * threads * (panels * (panels + 1) * width * width + slab)
+
+
+def _input_covariance(acc: Tensor, x: Tensor, *_: Any, **__: Any) -> int:
+    return _gram(len(x), acc.shape[-1], acc.element_size())
+
+
+def _output_hessian(acc: Tensor, jacobian: Tensor, *_: Any, **__: Any) -> int:
+    m = acc.shape[-1]
+    return _gram(jacobian.numel() // max(1, m), m, acc.element_size())
+
+
+def _conv_input_covariance(acc: Tensor, x: Tensor, kernel_size: list[int], *_: Any) -> int:
+    if all(size == 1 for size in kernel_size):
+        return _gram(x.numel() // x.shape[1], acc.shape[-1], acc.element_size())
+    given = x.numel() * acc.element_size()
+    return min(acc.element_size() * _SIGNALS, given * 3 // 2 + min(_TABLES, 2 * given))
+
+
+def _packed(*tensors: Tensor | None) -> int:
+    """Of copies of those that are not contiguous."""
+    return sum(
+        t.numel() * t.element_size() for t in tensors if t is not None and not t.is_contiguous()
+    )
+
+
+def _conv_input_gradient(out: Tensor, grad: Tensor, weight: Tensor, *_: Any) -> int:
+    return _packed(grad) + weight.numel() * weight.element_size()
+
+
+def _max_pool_input_gradient(
+    out: Tensor,
+    grad: Tensor,
+    indices: Tensor,
+    kernel_size: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    factor: Tensor | None = None,
+    relu: Tensor | None = None,
+) -> int:
+    return _packed(out, grad, indices, factor, relu)
+
+
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    *_: Any,
+) -> int:
+    if transposed or x.dtype == torch.float64 or not torch.backends.mkldnn.is_available():
+        return 0
+    positions, axes = len(x), range(x.dim() - 2)
+    for i in axes:
+        reach = dilation[i] * (weight.shape[2 + i] - 1)
+        positions *= (x.shape[2 + i] + 2 * padding[i] - reach - 1) // stride[i] + 1
+    # The result with its channels together, before it is put in torch's order.
+    return positions * -(-weight.shape[0] // _CHANNELS) * _CHANNELS * x.element_size()
+
+
+_TAKEN: dict[str, Callable[..., int]] = {
+    "_linalg_eigh": _eigenpairs,
+    "linalg_eigh": _eigenpairs,
+    "input_covariance_": _input_covariance,
+    "output_hessian_": _output_hessian,
+    "conv_input_covariance_": _conv_input_covariance,
+    "conv_input_gradient_": _conv_input_gradient,
+    "max_pool_input_gradient_": _max_pool_input_gradient,
+    "convolution": _convolution,
+}

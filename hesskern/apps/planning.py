@@ -14,7 +14,7 @@ from hesskern.choices import Bias, Output
 from hesskern.devices import usable_device
 from hesskern.planning.compute import plan
 from hesskern.planning.requests import What
-from hesskern.zoo.models import KNOWN_MODELS, build
+from hesskern.zoo.models import build
 
 __all__ = ["plan_command"]
 

@@ -8,7 +8,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,7 +18,8 @@ from kills.ways import WAYS
 
 __all__ = ["CHECKPOINT", "Killed", "child", "kill_often", "run"]
 
-CHECKPOINT, RESULT = "pass.checkpoint", "result"
+# The last is there while the result is written, which is no work of a pass.
+CHECKPOINT, RESULT, UNFINISHED = "pass.checkpoint", "result", "unfinished"
 
 # The server imports once what every process needs.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -35,7 +36,7 @@ class Killed:
         wrong: those whose result had other bits than that of a pass that was never killed.
         went_on: kills that left a state to go on from.
         in_writes: kills that left a file half written.
-        errors: of processes that ended by themselves otherwise.
+        errors: what else was wrong: how processes ended by themselves, and what they left.
     """
 
     kills: int = 0
@@ -43,7 +44,7 @@ class Killed:
     wrong: int = 0
     went_on: int = 0
     in_writes: int = 0
-    errors: int = 0
+    errors: list[str] = field(default_factory=list)
 
 
 def child(
@@ -64,8 +65,8 @@ def child(
     if before is not None:
         how.update(before(*args) or {})
     found = WAYS[way](folder, **how)
-    (folder / "unfinished").write_bytes(found)
-    (folder / "unfinished").replace(folder / RESULT)
+    (folder / UNFINISHED).write_bytes(found)
+    (folder / UNFINISHED).replace(folder / RESULT)
 
 
 def start(way: str, folder: Path, every: float = 0.0, *before: Any) -> Any:
@@ -109,7 +110,7 @@ def kill_often(way: str, count: int, seed: int = 0) -> Killed:
                 if process.exitcode == 0:
                     continue
                 if process.exitcode != -9:
-                    found.errors += 1
+                    found.errors.append(f"a process ended with {process.exitcode}")
                     break
                 found.kills += 1
                 found.went_on += (folder / CHECKPOINT).exists()
@@ -118,8 +119,9 @@ def kill_often(way: str, count: int, seed: int = 0) -> Killed:
                 found.results += 1
                 found.wrong += (folder / RESULT).read_bytes() != whole
                 # Neither checkpoint nor parts nor anything half written.
-                left = {p.name for p in folder.iterdir()} - {RESULT, "result.safetensors"}
-                found.errors += bool(left)
+                left = [p.name for p in folder.iterdir() if "result" not in p.name]
+                left = [name for name in left if name != UNFINISHED]
+                found.errors += [f"files were left: {left}"] if left else []
     return found
 
 
@@ -135,8 +137,10 @@ def run(count: int, seed: int, ways: list[str], out: TextIO) -> bool:
             f"{way}: {found.kills} kills, {found.went_on} of them behind a state to go on from and "
             f"{found.in_writes} inside a write; {found.results} passes came to their end, "
             f"{found.results - found.wrong} with the bits of one that was never killed; "
-            f"{found.errors} other errors; {time.monotonic() - begin:.0f} s",
+            f"{len(found.errors)} other errors; {time.monotonic() - begin:.0f} s",
             file=out,
             flush=True,
         )
+        for error in found.errors:
+            print(f"  {error}", file=out, flush=True)
     return right

@@ -8,6 +8,8 @@ CUDA_VENV ?= .venv-cuda
 CONSTRAINTS ?= constraints.txt
 # What `make cuda-compile` compiles for; nvcc alone, no torch.
 CUDA_ARCHITECTURES ?= 80 90a
+# Processes that the test suite is divided among, each of one thread.
+TEST_JOBS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 # More arguments for pytest, e.g. PYTEST_ARGS="-k eigsh".
 PYTEST_ARGS ?=
 
@@ -24,7 +26,7 @@ COPY = rm -rf $(1)/csrc $(1)/hesskern $(1)/tests && mkdir -p $(1) && \
 	tar -cf - --exclude='*.so' --exclude=__pycache__ $(TREE) | tar -xf - -C $(1)
 
 .PHONY: help demo test fuzz lint format package sanitize cuda-compile cuda-bindings cuda-emulate \
-	cuda-build clean
+	cuda-emulate-address cuda-emulate-thread cuda-build clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | \
@@ -35,7 +37,7 @@ demo: $(VENV)/built ## digits, a small network, and a report in demo/report.html
 	@echo "Open demo/report.html in a browser."
 
 test: $(VENV)/built ## the whole test suite
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # Models, the seed of the first, and processes; COUNT=1 SEED=S replays one.
 COUNT ?= 1000
@@ -133,10 +135,14 @@ endef
 $(eval $(call emulated_build,address))
 $(eval $(call emulated_build,thread))
 
-cuda-emulate: $(EMULATED)/address/cuda_on_cpu $(EMULATED)/thread/cuda_on_cpu ## the CUDA kernels on the CPU, under sanitizers
+cuda-emulate: cuda-emulate-address cuda-emulate-thread ## the CUDA kernels on the CPU, under sanitizers
+
+cuda-emulate-address: $(EMULATED)/address/cuda_on_cpu
 	ASAN_OPTIONS=detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(EMULATED)/address/cuda_on_cpu --kernels $(EMULATED)/kernels.txt
 	$(PYTHON) .ci/check_emulated.py $(EMULATED)/address/cuda_on_cpu $(EMULATED)/kernels.txt
+
+cuda-emulate-thread: $(EMULATED)/thread/cuda_on_cpu
 	$(EMULATED)/thread/cuda_on_cpu --few
 
 $(CUDA_VENV)/torch: constraints-cuda.txt

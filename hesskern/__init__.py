@@ -2,7 +2,7 @@
 
 from hesskern import ops, optim, pacbayes
 from hesskern.attribution.influence import influence
-from hesskern.attribution.result import Influence
+from hesskern.attribution.result import Influence, load_influence
 from hesskern.diagnostics.centring import centre_inputs
 from hesskern.diagnostics.clustering import GradientClusters, gradient_clusters
 from hesskern.diagnostics.functional import functional_share
@@ -49,6 +49,7 @@ from hesskern.operators.network import NetworkOperator
 from hesskern.operators.position_mean import PositionMeanHessian, position_mean_hessian
 from hesskern.operators.stacked import StackedGaussNewton
 from hesskern.ops.extension import build_info
+from hesskern.parallel.statuses import RankError
 from hesskern.passes.transformers import (
     CausalLM,
     ImageClassification,
@@ -99,6 +100,7 @@ __all__ = [
     "OverlapPrediction",
     "Plan",
     "PositionMeanHessian",
+    "RankError",
     "RowSpaceOverlap",
     "Seq2SeqLM",
     "SequenceClassification",
@@ -127,6 +129,7 @@ __all__ = [
     "layer_hessians",
     "load_ekfac",
     "load_factors",
+    "load_influence",
     "load_input_covariances",
     "nearest_kronecker",
     "ops",

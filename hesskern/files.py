@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ __all__ = [
     "check_writable",
     "drawn_or_kept",
     "keep_if_possible",
+    "remove_abandoned",
     "write_files",
     "written_whole",
 ]
@@ -29,17 +31,58 @@ class NotDrawnError(RuntimeError):
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, durable: bool = False) -> Iterator[Path]:
     """A temporary name beside ``path`` to write to, renamed to it at the end.
 
     After an error, or a kill at any moment, ``path`` is what it was.
+
+    Args:
+        path: of the file.
+        durable: whether the new file is on the disk before it takes its place, and its name behind
+            that: it then outlives a loss of power, too.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        if durable:
+            _to_disk(temporary)
         os.replace(temporary, path)
+        if durable:
+            _to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":
+        # Folders cannot be opened there.
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Removes what processes that are no more had begun to write in the place of ``path``."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        writer = temporary.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
+        if writer.isdecimal() and not _alive(int(writer)):
+            temporary.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    """Whether a process of this number is there; True where it cannot be told."""
+    if os.name != "posix" or process == os.getpid():
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def check_writable(folder: Path, what: str = "output") -> None:

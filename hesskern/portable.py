@@ -86,6 +86,15 @@ class ModelRun(Portable):
         """From now on, a change of the model's tensors is one."""
         self._versions: list[tuple[int, int]] | None = self._current()
 
+    def ran(self) -> None:
+        """Behind a run of its own: buffers that the model wrote meanwhile are no change.
+
+        InstanceNorm writes its running statistics back in eval mode, too, up to torch 2.10.
+        """
+        now, own = self._current(), len(list(self.model.parameters()))
+        if self._versions is not None and self._versions[:own] == now[:own]:
+            self._versions = now
+
     @property
     def changed(self) -> bool:
         """Whether the model was changed since :meth:`remember`, or before this was copied."""

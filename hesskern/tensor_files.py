@@ -66,28 +66,40 @@ class TensorFormat:
         name: stands in the header, with a version.
         content: what such a file holds, for messages.
         kind: what such a file is, for messages.
+        argument: that the path is given as, for messages.
     """
 
     name: str
     content: str
     kind: str
+    argument: str = "path"
 
     def packed(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
         """A file's bytes."""
         return save(savable(tensors), metadata=self._metadata(header))
 
     def write(
-        self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, Any]
+        self,
+        path: str | os.PathLike[str],
+        tensors: Mapping[str, Tensor],
+        header: Mapping[str, Any],
+        durable: bool = False,
     ) -> None:
         """Writes a file, which appears whole or not at all.
+
+        Args:
+            path: of the file.
+            tensors: of any shape, by name.
+            header: what JSON takes.
+            durable: as for :func:`hesskern.files.written_whole`.
 
         Raises:
             FileNotFoundError: the folder does not exist.
         """
         target = Path(path)
         if not target.parent.is_dir():
-            raise FileNotFoundError(f"path: there is no folder {str(target.parent)!r}")
-        with written_whole(target) as temporary:
+            raise FileNotFoundError(f"{self.argument}: there is no folder {str(target.parent)!r}")
+        with written_whole(target, durable) as temporary:
             save_file(savable(tensors), temporary, metadata=self._metadata(header))
 
     def _metadata(self, header: Mapping[str, Any]) -> dict[str, str]:
@@ -116,13 +128,13 @@ class TensorFormat:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"path: there is no file {str(path)!r}")
+            raise FileNotFoundError(f"{self.argument}: there is no file {str(path)!r}")
         try:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get(_KEY, "null"))
                 found = header.pop("format", None) if isinstance(header, dict) else None
                 if found != self.name:
-                    raise ValueError(f"path: {str(path)!r} {self._other(found)}")
+                    raise ValueError(f"{self.argument}: {str(path)!r} {self._other(found)}")
                 yield OpenedFile(header, file)
         except (
             SafetensorError,
@@ -132,5 +144,5 @@ class TensorFormat:
             json.JSONDecodeError,
         ) as error:
             raise ValueError(
-                f"path: {str(path)!r} is not a readable {self.kind} ({error})"
+                f"{self.argument}: {str(path)!r} is not a readable {self.kind} ({error})"
             ) from error

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 SampleLoss = Callable[[Tensor, Any], Tensor]
 """Loss of one sample: outputs [1, ...] and its target(s) [1, ...] to a scalar."""
@@ -86,7 +87,9 @@ def loss_hessian(
                 total = total + share * loss(outputs[n : n + 1], targets[n : n + 1])
         return total / _total(weights, [len(targets) for _, targets in batches])
 
-    return torch.autograd.functional.hessian(mean_loss, matrix.flatten())
+    # Fused attention has no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.autograd.functional.hessian(mean_loss, matrix.flatten())
 
 
 def jacobians(

@@ -157,8 +157,8 @@ ARGUMENTS: dict[str, Case] = {
     "group": (
         ("kronecker_factors",),
         {"group": object()},
-        NotImplementedError,
-        r"group is reserved for torch\.distributed and must be None",
+        TypeError,
+        r"group must be a torch\.distributed process group such as .*WORLD, got object",
     ),
     "progress": (
         ("kronecker_factors", "layer_hessians"),

@@ -34,8 +34,10 @@ def main() -> None:
     interrupts.watch()
     try:
         from hesskern.apps.commands import hesskern
+        from hesskern.apps.processes import one_voice
 
-        hesskern(prog_name="hesskern")
+        with one_voice():
+            hesskern(prog_name="hesskern")
     except KeyboardInterrupt:
         # Outside a command (e.g. while torch is being imported) there is nothing to clean up.
         print("Interrupted.", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,9 @@ import click
 from click.core import ParameterSource
 
 from hesskern import interrupts
+from hesskern.apps.processes import Processes, opened, place
 from hesskern.files import NotDrawnError
+from hesskern.parallel.ranks import RankError
 from hesskern.progress import Progress, reporter
 
 __all__ = [
@@ -24,6 +27,7 @@ __all__ = [
     "root_option",
     "running",
     "shown_option",
+    "together",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -62,13 +66,33 @@ def json_option(what: str = "the result") -> Callable[[_F], _F]:
 
 
 _INTERRUPTED = 130
+_EXPECTED = (ValueError, TypeError, NotImplementedError, NotDrawnError, RankError, OSError)
 
 
 @contextmanager
 def running(context: click.Context) -> Iterator[Progress]:
-    """Progress for a long command; wrong input and Ctrl-C end it with one line."""
-    report = reporter(True)
+    """Progress for a long command; wrong input and Ctrl-C end it with one line.
 
+    Of several processes that torchrun has started the first does the work, the others nothing.
+    """
+    with _ending(context, reporter(True)) as checked:
+        here = place()
+        if here is not None and here.rank > 0:
+            context.exit()
+        yield checked
+
+
+@contextmanager
+def together(context: click.Context) -> Iterator[tuple[Processes, Progress]]:
+    """:func:`running` with the processes that torchrun has started, which share the work."""
+    # What the others would say, nobody hears.
+    report = reporter(os.environ.get("RANK", "0") == "0")
+    with _ending(context, report) as checked, opened(context.params["device"]) as processes:
+        yield processes, checked
+
+
+@contextmanager
+def _ending(context: click.Context, report: Progress) -> Iterator[Progress]:
     def checked(description: str, done: int, total: int | None) -> None:
         interrupts.check()
         report(description, done, total)
@@ -80,7 +104,7 @@ def running(context: click.Context) -> Iterator[Progress]:
         _close(report)
         click.echo("Interrupted; no file was left half-written.", err=True)
         context.exit(_INTERRUPTED)
-    except (ValueError, TypeError, NotImplementedError, NotDrawnError, OSError) as error:
+    except _EXPECTED as error:
         _close(report)
         raise click.ClickException(str(error)) from error
 

@@ -26,8 +26,8 @@ from hesskern.apps.command_line import (
     json_option,
     output_option,
     root_option,
-    running,
     shown_option,
+    together,
 )
 from hesskern.apps.influence.command import influence_command
 from hesskern.apps.planning import plan_command
@@ -120,8 +120,8 @@ def analyze_command(
         layers=tuple(part.strip() for part in layers.split(",")) if layers else None,
         **options,
     )
-    with running(context) as progress:
-        check_writable(output)
+    with together(context) as (processes, progress):
+        processes.on_first("a look at the output folder", lambda: check_writable(output))
         trained: list[Network] = []
         try:
             analysis = analyze(
@@ -130,10 +130,14 @@ def analyze_command(
                 command_line(context),
                 trained.append,
                 figures_for(settings.data, settings.model),
+                processes,
             )
         except Exception:
-            _keep_weights(trained, output)
+            if processes.first:
+                _keep_weights(trained, output)
             raise
+        if not processes.first:
+            return
         paths = write_report(analysis.result, output, _weights(analysis.networks))
     console = Console(stderr=as_json, highlight=False)
     _show(console, analysis.result)

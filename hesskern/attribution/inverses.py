@@ -107,7 +107,8 @@ def _chosen(
     specs = {}
     for name, spec in known.items():
         if name in E:
-            specs[name] = _matching(name, E, (spec, joint[name]))
+            # Some have no block with a bias.
+            specs[name] = _matching(name, E, (spec, joint.get(name, spec)))
         elif spec.required:
             raise ValueError(f"layers: {name!r} is not in E, which has {', '.join(E)}")
         else:

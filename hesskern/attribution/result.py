@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hesskern.tensor_files import TensorFormat
 
-__all__ = ["Influence"]
+__all__ = ["Influence", "load_influence"]
 
 _FILE = TensorFormat("hesskern.influence/1", "influence scores", "file of influence scores")
 
@@ -56,8 +57,8 @@ class Influence:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, which appears whole or not at all.
 
-        Its tensors are "scores" (or "scores.LAYER") and, where they are there, "indices" and
-        "rank_errors"; the rest stands as JSON in its header.
+        :func:`hesskern.load_influence` reads it. Its tensors are "scores" (or "scores.LAYER") and,
+        where they are there, "indices" and "rank_errors"; the rest stands as JSON in its header.
 
         Raises:
             FileNotFoundError: the folder does not exist.
@@ -89,3 +90,46 @@ class Influence:
             "damping": dict(self.damping),
             "settings": dict(self.settings),
         }
+
+
+def load_influence(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Influence:
+    """Reads a file written by :meth:`Influence.save`.
+
+    Args:
+        path: the file.
+        device: where the tensors go.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not one of these, of a newer version, or damaged.
+    """
+    with _FILE.opened(path) as file:
+        header = file.header
+        parts = {name: file.tensor(name).to(device) for name in file.names}
+        indices, errors = parts.pop("indices", None), parts.pop("rank_errors", None)
+        queries, train = header["num_queries"], header["num_train"]
+        columns = train if indices is None else indices.shape[1]
+        for name, scores in parts.items():
+            if scores.shape[:2] != (queries, columns):
+                raise ValueError(
+                    f"path: {str(path)!r} is damaged: {name!r} is {list(scores.shape)}, not "
+                    f"[{queries}, {columns}]"
+                )
+        return Influence(
+            _read_scores(parts, header["layers"]),
+            indices,
+            queries,
+            train,
+            tuple(header["layers"]),
+            header["skipped"],
+            header["damping"],
+            errors,
+            header["settings"],
+        )
+
+
+def _read_scores(parts: dict[str, Tensor], layers: list[str]) -> Tensor | dict[str, Tensor]:
+    """The scores, or those of every layer, which must be there."""
+    if "scores" in parts:
+        return parts["scores"]
+    return {name: parts[f"scores.{name}"] for name in layers}

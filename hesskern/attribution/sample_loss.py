@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hesskern.devices import on_host
 from hesskern.passes.batches import Parts
 from hesskern.passes.checks import Checks
+from hesskern.passes.draws import SampleDraws
 from hesskern.passes.losses import Loss, Rows
 
 __all__ = ["SampleLoss"]
@@ -66,10 +67,8 @@ class SampleLoss(Loss):
     def exact(self, outputs: Tensor, targets: Any) -> Rows:
         return self._loss.exact(outputs, targets)
 
-    def sampled(
-        self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
-    ) -> Rows:
-        return self._loss.sampled(outputs, targets, samples, generator)
+    def sampled(self, outputs: Tensor, targets: Any, samples: int, draws: SampleDraws) -> Rows:
+        return self._loss.sampled(outputs, targets, samples, draws)
 
     def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
         return self._loss.per_sample(outputs, targets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
+from hesskern.checkpoints.checkpoint import Checkpoint
 from hesskern.choices import Bias, Output
 from hesskern.factors.batch_sums import BatchSums
 from hesskern.factors.large_layers import LargeLayerFactors
@@ -25,14 +27,17 @@ from hesskern.factors.layer_sums import (
     scale_sums,
 )
 from hesskern.factors.precision import precisions
+from hesskern.factors.rank_sums import Told, whole_sums
 from hesskern.factors.result import Factors, LayerFactors
 from hesskern.graph.evidence import Evidence
 from hesskern.ops import foreach
+from hesskern.parallel.ranks import Ranks, section_of
+from hesskern.parallel.replicas import inner_model
 from hesskern.passes.batches import Batch, no_samples
 from hesskern.passes.checks import as_weights
 from hesskern.passes.data_pass import DataPass, whole_or_halves
 from hesskern.passes.diagonals import DiagonalCapture, diagonal_parameters
-from hesskern.passes.forward_pass import model_device
+from hesskern.passes.forward_pass import model_device, refuse_sharded
 from hesskern.passes.layers import (
     LayerSpec,
     large_layers,
@@ -46,18 +51,42 @@ from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
 from hesskern.passes.memory import budget_for
 from hesskern.passes.roots import check_fraction, check_output
+from hesskern.passes.sample_numbers import Positions
+from hesskern.passes.whole_pass import agree_on_pass
 from hesskern.portable import Portable
 from hesskern.progress import Progress, reporter
 
 __all__ = ["FactorAccumulator"]
 
-_STATE = ("format", "count", "batches", "reasons", "unfit", "generator", "settings", "layers")
+_STATE = ("format", "count", "batches", "reasons", "unfit", "draws", "settings", "layers")
 
-# Of states: 2 since output Hessians are summed over positions as well.
-_FORMAT = 2
+# Of states: 2 since output Hessians are summed over positions as well, 3 since draws are keyed by
+# samples' numbers.
+_FORMAT = 3
 
 # Stands for targets that the batch itself holds; None may be what a loss takes.
 _IN_INPUTS: Any = object()
+
+
+@dataclass
+class _Drawn:
+    """Which random numbers have been used, so that no two batches get the same.
+
+    Attributes:
+        streams: number of those begun: one for all of the data that is consumed together, one for
+            batches that come one by one.
+        updating: whether the last one is of batches that come one by one.
+        position: in that one, of the next sample.
+    """
+
+    streams: int = 0
+    updating: bool = False
+    position: int = 0
+
+    def begin(self, update: bool) -> None:
+        """Goes on with single batches, or begins a stream."""
+        if not (update and self.updating):
+            self.streams, self.updating, self.position = self.streams + 1, update, 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +94,7 @@ class _Before:
     """What an accumulator goes back to when a batch turns out bad, whose sums were masked."""
 
     batches: int
-    generator: Tensor
+    position: int
     layers: frozenset[str]
     reasons: dict[str, str]
     unfit: dict[str, str]
@@ -99,6 +128,27 @@ class _Held:
         self._shrunk = factor if self._shrunk is None else self._shrunk * factor
         self._counts = {key: count * factor for key, count in self._counts.items()}
 
+    def state(self) -> dict[str, Any]:
+        """What is held, as it is, for a checkpoint."""
+        return {
+            "shrunk": self._shrunk,
+            "counts": [
+                [samples, list(map(list, positions)), number]
+                for (samples, positions), number in self._counts.items()
+            ],
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any], device: torch.device) -> _Held:
+        """The same again, on a device."""
+        held = cls()
+        if state["shrunk"] is not None:
+            held._shrunk = state["shrunk"].to(device)
+        for samples, positions, number in state["counts"]:
+            key = samples, tuple((name, times) for name, times in positions)
+            held._counts[key] = number.to(device)
+        return held
+
     def read(self) -> tuple[float, list[Counted]]:
         """What the host has counted is to be multiplied by, and what is to be added; waits once."""
         if not self._counts:
@@ -124,12 +174,16 @@ class FactorAccumulator(Portable):
         model, loss, layers, output, bias, mc_samples, seed, output_root, check, max_outputs,
             position_mask, diagonal: as in :func:`hesskern.kronecker_factors`. What is found out
             about the samples holds for the batches that follow, as long as the model's graph and
-            its shapes stay the same.
+            its shapes stay the same. Batches of :meth:`update` are drawn by the positions of their
+            samples among all; every :meth:`consume` draws anew.
         decay: None for means over everything seen; a number in [0, 1) for moving averages over
             batches, ``decay * old + (1 - decay) * new``, with the start-up bias removed.
         memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
             on a GPU for a sixteenth of its free memory. A batch for which a GPU's memory does not
             suffice is taken in two halves.
+        group: ranks of torch.distributed, each with its own part of the data, as in
+            :func:`hesskern.kronecker_factors`: :meth:`factors` is then called by all of them, and
+            gives the factors of all data. Everything else is a rank's own.
 
     Attributes:
         evidence: of which rows belong to which samples, for other passes of the model.
@@ -152,7 +206,12 @@ class FactorAccumulator(Portable):
         max_outputs: int = 8192,
         position_mask: Callable[[Any], Any] | None = None,
         diagonal: bool = False,
+        group: Any = None,
     ) -> None:
+        self._ranks = Ranks.of(group)
+        if self._ranks is not None:
+            model = inner_model(model)
+        refuse_sharded(model)
         check_output(output, mc_samples, seed)
         if decay is not None:
             check_fraction("decay", decay)
@@ -186,7 +245,7 @@ class FactorAccumulator(Portable):
         }
         if diagonal:
             self._settings["diagonal"] = True
-        self._generator = torch.Generator().manual_seed(seed)
+        self._drawn = _Drawn()
         self.evidence = Evidence(check)
         self._sums: dict[str, LayerSums] = {}
         self._reasons: dict[str, str] = {}
@@ -201,6 +260,8 @@ class FactorAccumulator(Portable):
         given = {"model": self._model, "loss": self._loss}
         if self._position_mask is not None:
             given["position_mask"] = self._position_mask
+        if self._ranks is not None:
+            given["group"] = self._ranks.group
         return given
 
     def _about(self) -> str:
@@ -226,12 +287,12 @@ class FactorAccumulator(Portable):
             ValueError: bad targets or weights, NaN or Inf; what was accumulated before stays.
         """
         if targets is _IN_INPUTS:
-            self._pass([inputs], sample_weight)
+            self._pass([inputs], sample_weight, update=True)
             return
         element: tuple[Any, ...] = (inputs, targets)
         if sample_weight is not None:
             element = (*element, as_weights(sample_weight))
-        self._pass([element])
+        self._pass([element], update=True)
 
     def consume(
         self,
@@ -263,13 +324,72 @@ class FactorAccumulator(Portable):
                 self.load_state_dict(before)
             raise
 
+    def go_on(
+        self,
+        checkpoint: Checkpoint,
+        data: Iterable[Any],
+        *,
+        sample_weight: Tensor | None = None,
+        progress: bool | Progress = False,
+    ) -> None:
+        """Adds the batches of ``data`` that a checkpoint has not seen, which is kept on the way.
+
+        Args:
+            checkpoint: of a call that begins with this accumulator, which is empty.
+            data, sample_weight, progress: as in :meth:`consume`.
+
+        Raises:
+            ValueError: as :meth:`consume`, or the data are not those of the checkpoint.
+            OSError: the checkpoint cannot be written.
+        """
+        checkpoint.begin("Kronecker factors", data)
+        if checkpoint.state is not None:
+            self._restore(checkpoint.state)
+        self._pass(data, sample_weight, reporter(progress), checkpoint=checkpoint)
+
+    def _snapshot(self, run: DataPass) -> dict[str, Any]:
+        """All that the rest of a pass depends on, between two batches."""
+        return {
+            "accumulated": self.state_dict(),
+            "held": self._held.state(),
+            "run": run.state(),
+            "budget": self._batch_sums.memory_budget,
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.load_state_dict(state["accumulated"])
+        self._held = _Held.of_state(state["held"], model_device(self._model))
+        # That of the free memory may be another now, and with it the order of the sums.
+        self._batch_sums = replace(self._batch_sums, memory_budget=state["budget"])
+
     def _pass(
         self,
         data: Iterable[Any],
         sample_weight: Tensor | None = None,
         progress: Progress | None = None,
+        update: bool = False,
+        checkpoint: Checkpoint | None = None,
     ) -> None:
         """Adds batches until the data ends or one fails; those before it stay."""
+        batches, drawn = self._batches, replace(self._drawn)
+        if checkpoint is None or checkpoint.state is None:
+            self._drawn.begin(update)
+        try:
+            self._walk(data, sample_weight, progress, checkpoint)
+        except BaseException:
+            if self._batches == batches:
+                # As if nothing had been tried.
+                self._drawn = drawn
+            raise
+
+    def _walk(
+        self,
+        data: Iterable[Any],
+        sample_weight: Tensor | None,
+        progress: Progress | None,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        """:meth:`_pass`, with random numbers of the stream that has been begun."""
         memory = SumMemory()
         # Before the capture, which switches autocast off for all but the model.
         now = precisions(self._model, model_device(self._model))
@@ -291,12 +411,26 @@ class FactorAccumulator(Portable):
             position_mask=self._position_mask,
             linear_use=True,
             diagonals=diagonals,
+            seed=self._settings["seed"],
+            stream=self._drawn.streams - 1,
+            positions=Positions.of(self._ranks, self._drawn.position),
+            course=None if checkpoint is None else checkpoint.course,
         )
+        if checkpoint is not None and checkpoint.state is not None:
+            run.restore(checkpoint.state["run"])
         try:
             with run.capture:
                 for batch in run.batches():
                     self._add(run, batch, memory)
                     self._precisions.update(dict.fromkeys(now))
+                    if checkpoint is not None and checkpoint.due:
+                        # What a device has found of the batches so far counts before they do.
+                        run.settle()
+                        checkpoint.keep(self._snapshot(run))
+                if checkpoint is not None and self._ranks is not None:
+                    # Others may need long yet, and may fail.
+                    run.settle()
+                    checkpoint.keep(self._snapshot(run))
         finally:
             try:
                 # Also when it was interrupted: what is there stays.
@@ -309,7 +443,7 @@ class FactorAccumulator(Portable):
     def _go_back(self, before: _Before) -> None:
         """Undoes what masked batches have changed besides sums."""
         self._batches = before.batches
-        self._generator.set_state(before.generator)
+        self._drawn.position = before.position
         self._sums = {name: sums for name, sums in self._sums.items() if name in before.layers}
         self._reasons, self._unfit = before.reasons, before.unfit
         self._diagonals = {n: d for n, d in self._diagonals.items() if n in before.diagonals}
@@ -320,7 +454,7 @@ class FactorAccumulator(Portable):
         """Adds one batch as a whole, or nothing at all if anything goes wrong."""
         before = _Before(
             self._batches,
-            self._generator.get_state(),
+            self._drawn.position,
             frozenset(self._sums),
             dict(self._reasons),
             dict(self._unfit),
@@ -332,7 +466,6 @@ class FactorAccumulator(Portable):
             fresh = self._sums_in_memory(run, batch, memory)
         except BaseException:
             run.checks.drop()
-            self._generator.set_state(before.generator)
             raise
         alive = run.checks.close(before)
         if alive is not None and not self._same_shapes(fresh):
@@ -342,6 +475,7 @@ class FactorAccumulator(Portable):
         if alive is not None:
             fresh.mask(alive)
         self._commit(fresh, memory)
+        self._drawn.position = run.positions.next
         self._unfit.update(run.capture.unfit)
         self._tied.update(run.capture.tied)
         self._note({**self._reasons, **run.capture.reasons})
@@ -351,12 +485,10 @@ class FactorAccumulator(Portable):
 
     def _sums_in_memory(self, run: DataPass, batch: Batch, memory: SumMemory) -> BatchSum:
         """:meth:`_sums_of`, of one half after the other where memory does not suffice."""
-        state = self._generator.get_state()
 
         def undo() -> None:
             run.checks.drop()
             memory.let_go()
-            self._generator.set_state(state)
 
         def attempt(part: Batch, whole: bool) -> BatchSum:
             return self._sums_of(run, part, memory if whole else SumMemory())
@@ -390,7 +522,6 @@ class FactorAccumulator(Portable):
             replace(batch, index=self._batches),
             self._settings["output"],
             self._settings["mc_samples"],
-            self._generator,
             sums_follow=True,
         )
         names = [n for n in self._specs if n in roots.uses and n not in self._unfit]
@@ -478,13 +609,19 @@ class FactorAccumulator(Portable):
     def factors(self) -> Factors:
         """The factors of everything seen so far; the accumulator can go on afterwards.
 
+        With a ``group`` of all ranks' batches, the same bits on every rank, and for all of them to
+        call.
+
         Raises:
             ValueError: no samples were seen, or a layer asked for by name was never reached.
+            RankError: ranks have other models, weights or settings, or one has failed.
 
         Warns:
             UserWarning: naming linear layers and convolutions that were left out, and why.
         """
-        return self.finished(2)
+        with section_of(self._ranks, "FactorAccumulator.factors()"):
+            self.agree()
+            return self.finished(2)
 
     @property
     def skipped(self) -> dict[str, str]:
@@ -508,8 +645,51 @@ class FactorAccumulator(Portable):
         """The layers that are accumulated, as far as batches reach them."""
         return MappingProxyType(self._specs)
 
-    def finished(self, stacklevel: int | None) -> Factors:
-        """:meth:`factors`, with warnings ``stacklevel`` calls above; None for none."""
+    def agree(self) -> None:
+        """Makes sure that all ranks of the group, if any, have the same model and settings.
+
+        Raises:
+            RankError: on every rank, where one has others.
+        """
+        if self._ranks is None:
+            return
+        settings = {**self._settings, "layers with a diagonal alone": sorted(self._large)}
+        given = self._model, self._specs, self._loss, settings
+        agree_on_pass(self._ranks, "Kronecker factors", *given)
+
+    def finished(self, stacklevel: int | None, last: bool = False) -> Factors:
+        """:meth:`factors` of ranks that agree.
+
+        Args:
+            stacklevel: of warnings, in calls above; None for none.
+            last: whether this accumulator is not needed any more.
+        """
+        if self._ranks is None:
+            return self._finished(stacklevel)
+        told = Told(
+            self._reasons,
+            self._unfit,
+            self._tied,
+            self.evidence.found,
+            list(self._precisions),
+            self._unfit_diagonals,
+            self._diagonal_reasons,
+        )
+        given = self._count, self._sums, self._diagonals, told, self._parameters or {}
+        device = model_device(self._model)
+        found = whole_sums(self._ranks, self._specs, *given, device, last=last)
+        whole = copy(self)
+        whole._count, whole._sums, whole._diagonals = found.count, found.layers, found.diagonals
+        whole._unfit, whole._tied = found.told.unfit, found.told.tied
+        whole._unfit_diagonals = found.told.unfit_diagonals
+        whole._diagonal_reasons = found.told.diagonal_reasons
+        whole._precisions = dict.fromkeys(found.told.precisions)
+        whole.evidence = replace(self.evidence, found=found.told.checked)
+        whole._note(found.told.reasons)
+        return whole._finished(stacklevel)
+
+    def _finished(self, stacklevel: int | None) -> Factors:
+        stacklevel = None if stacklevel is None else stacklevel + 1
         if not self.num_samples > 0:
             raise no_samples(", so there are no factors")
         refuse_missing(self._specs, self._reasons)
@@ -527,7 +707,8 @@ class FactorAccumulator(Portable):
             reasons = "; ".join(f"{name!r} {reason}" for name, reason in self._reasons.items())
             raise ValueError(f"no layer of the model has factors: {reasons}")
         diagonals = {name: total / self.num_samples for name, total in self._diagonals.items()}
-        skipped = self._left_out(None if self._by_name else stacklevel)
+        above = None if self._by_name or stacklevel is None else stacklevel + 1
+        skipped = self._left_out(above)
         known = (*layers, *large, *diagonals)
         checked = {name: self.evidence.found.get(name, "graph") for name in known}
         settings = {
@@ -633,7 +814,7 @@ class FactorAccumulator(Portable):
             "reasons": dict(self._reasons),
             "unfit": dict(self._unfit),
             "tied": dict(self._tied),
-            "generator": self._generator.get_state(),
+            "draws": vars(self._drawn).copy(),
             "settings": dict(self._settings),
             "checked": dict(self.evidence.found),
             "precisions": list(self._precisions),
@@ -650,11 +831,11 @@ class FactorAccumulator(Portable):
             ValueError: the state is none, or belongs to other settings or other layers; what was
                 accumulated here then stays.
         """
+        if state.get("format", _FORMAT) != _FORMAT:
+            raise ValueError(f"state has format {state['format']!r}, this version {_FORMAT}")
         missing = [key for key in _STATE if key not in state]
         if missing:
             raise ValueError(f"state must come from state_dict(); it lacks {', '.join(missing)}")
-        if state["format"] != _FORMAT:
-            raise ValueError(f"state has format {state['format']!r}, this version {_FORMAT}")
         if state["settings"] != self._settings:
             raise ValueError(
                 f"state was made with settings {state['settings']}, this one with {self._settings}"
@@ -686,7 +867,7 @@ class FactorAccumulator(Portable):
                     f"state has a diagonal {list(total.shape)} of a parameter {name!r}; the "
                     f"model has {'no such one' if own is None else list(own.shape)}"
                 )
-        self._generator.set_state(state["generator"])
+        self._drawn = _Drawn(**state["draws"])
         self._diagonals = diagonals
         self._unfit_diagonals = dict(state.get("unfit_diagonals", {}))
         self._diagonal_reasons = dict(state.get("diagonal_reasons", {}))

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
+from hesskern.checkpoints.checkpoint import Checkpoint, path_of_rank
+from hesskern.checkpoints.facts import described
 from hesskern.choices import Bias, Output
 from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.result import Factors
-from hesskern.progress import Progress
+from hesskern.parallel.ranks import Ranks, section_of
+from hesskern.parallel.samplers import weights_of_part
+from hesskern.parallel.sharded import whole_model
+from hesskern.passes.batches import check_iterable
+from hesskern.passes.forward_pass import model_device
+from hesskern.progress import Progress, reporter
 
 __all__ = ["kronecker_factors"]
 
@@ -33,6 +41,9 @@ def kronecker_factors(
     position_mask: Callable[[Any], Any] | None = None,
     diagonal: bool = False,
     progress: bool | Progress = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
+    exact_resume: bool = True,
     group: Any = None,
 ) -> Factors:
     """Kronecker factors E[x x^T] and E[M] of every layer, in one pass over the data.
@@ -60,7 +71,9 @@ def kronecker_factors(
             (unless they come from ``output_root``).
         bias: "none": weights only, as in arXiv 2010.04261; "joint": append 1 to x.
         mc_samples: draws per sample for ``output="mc"``.
-        seed: for these draws.
+        seed: of these draws, which are keyed by seed and sample number: the index in the data set
+            of a DataLoader, whatever its order and batches (its ``collate_fn`` must leave samples
+            in their order); where a sample has no number, its position in the data.
         sample_weight: [total samples] non-negative weights of the samples' losses, in the order of
             the data; means become weighted means.
         output_root: a custom loss as a function, with ``loss=None``.
@@ -86,33 +99,88 @@ def kronecker_factors(
             counterpart in it, the mean over samples of its squared gradients of all root rows.
             Parameters whose gradients by sample are not known are in ``.skipped`` with the reason.
         progress: True for a bar with the time left, or a callback (description, done, total).
-        group: reserved for torch.distributed; must be None.
+        checkpoint: a file that the pass keeps its state in. The same call goes on from there after
+            an interruption, and gives the same bits as a pass that was never interrupted; batches
+            that were seen are loaded and compared, and not run through the model. None: none is
+            kept. It is removed when the pass is done. With a group every rank has its own, with
+            ".rank0of2" before the suffix. README, "Resume", says what it covers.
+        checkpoint_every: seconds between two writings of it; 0: behind every batch.
+        exact_resume: whether a checkpoint is refused that was written with another version,
+            device or number of threads; False goes on with a warning, and may round differently.
+        group: ranks of torch.distributed (``torch.distributed.group.WORLD``, or what ``new_group``
+            gave) that all call this, each with the same model, plain or in
+            DistributedDataParallel, and with its own part of the data, which may be empty. All get
+            the factors of all data, the same bits. A DistributedSampler that repeats samples has
+            these left out; ``progress`` is told on the first rank. Parameters that ``fully_shard``
+            has sharded are whole on every rank while the pass lasts. The group's timeout has to
+            cover what one rank's part takes longer than another's.
 
     Returns:
         :class:`Factors`, keyed by layer name, in float32 (float64 for a float64 model).
 
     Raises:
         ValueError: bad arguments, targets out of range, NaN or Inf in the data (names layer and
-            batch), or no data at all.
+            batch), or no data at all; ``checkpoint`` is damaged, or that of another call, model or
+            data.
         TypeError: arguments of a wrong type.
         NotImplementedError: unsupported layers asked for by name, unsupported loss options.
+        RankError: with a group, ranks have other models, weights or settings, or another rank has
+            failed (its own error goes on there) or ended: within the group's timeout.
+        OSError: ``checkpoint`` cannot be written; the one before stays.
     """
-    if group is not None:
-        raise NotImplementedError("group is reserved for torch.distributed and must be None")
-    accumulator = FactorAccumulator(
-        model,
-        loss,
-        layers,
-        output,
-        bias=bias,
-        mc_samples=mc_samples,
-        seed=seed,
-        output_root=output_root,
-        memory_budget=memory_budget,
-        check=check,
-        max_outputs=max_outputs,
-        position_mask=position_mask,
-        diagonal=diagonal,
-    )
-    accumulator.consume(data, sample_weight=sample_weight, progress=progress)
-    return accumulator.finished(2)
+    ranks = Ranks.of(group)
+    with section_of(ranks, "Kronecker factors"), whole_model(ranks, model) as inner:
+        accumulator = FactorAccumulator(
+            inner,
+            loss,
+            layers,
+            output,
+            bias=bias,
+            mc_samples=mc_samples,
+            seed=seed,
+            output_root=output_root,
+            memory_budget=memory_budget,
+            check=check,
+            max_outputs=max_outputs,
+            position_mask=position_mask,
+            diagonal=diagonal,
+            group=group,
+        )
+        if ranks is not None:
+            accumulator.agree()
+        saved = Checkpoint.of(
+            checkpoint if ranks is None else path_of_rank(checkpoint, ranks.rank, ranks.size),
+            checkpoint_every,
+            exact_resume,
+            "kronecker_factors",
+            inner,
+            model_device(inner),
+            {
+                "loss": described(loss),
+                "layers": list(accumulator.specs),
+                "geometry": described(dict(accumulator.specs)),
+                "output": output,
+                "bias": bias,
+                "mc_samples": mc_samples,
+                "seed": seed,
+                "sample_weight": described(sample_weight),
+                "output_root": described(output_root),
+                "memory_budget": memory_budget,
+                "check": check,
+                "max_outputs": max_outputs,
+                "position_mask": described(position_mask),
+                "diagonal": diagonal,
+            },
+        )
+        if ranks is not None:
+            sample_weight = weights_of_part(ranks, data, sample_weight, 2)
+            progress = ranks.watching("Kronecker factors", reporter(progress))
+        if saved is None:
+            accumulator.consume(data, sample_weight=sample_weight, progress=progress)
+            return accumulator.finished(2, last=True)
+        check_iterable(data)
+        accumulator.go_on(saved, data, sample_weight=sample_weight, progress=progress)
+        found = accumulator.finished(2, last=True)
+    # When all ranks have it.
+    saved.remove()
+    return found

@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hesskern.checkpoints.checkpoint import Checkpoint, path_of_rank
+from hesskern.checkpoints.facts import described
 from hesskern.choices import Bias, Output, Precision, check_choice
 from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.corrections import Corrections
-from hesskern.factors.eigenbases import eigenbases
 from hesskern.factors.ekfac import EKFAC
 from hesskern.factors.precision import precisions
 from hesskern.factors.result import Factors, LayerFactors
+from hesskern.factors.second_pass import SecondPass, contents
 from hesskern.graph.evidence import Evidence
 from hesskern.operators.corrected import CorrectedOperator
+from hesskern.parallel.ranks import Ranks, section_of
+from hesskern.parallel.replicas import checksums, inner_model
+from hesskern.parallel.samplers import weights_of_part
 from hesskern.passes.batches import check_iterable, no_samples
 from hesskern.passes.data_pass import DataPass
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import (
-    LayerSpec,
     left_out,
-    own_parameters,
     refuse_missing,
-    select_layers,
-    weight_of,
 )
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
 from hesskern.passes.memory import budget_for
-from hesskern.passes.roots import accumulator_dtype, check_output
+from hesskern.passes.roots import check_output
+from hesskern.passes.sample_numbers import Positions
+from hesskern.passes.whole_pass import PassKnowledge, agree_on_pass
 from hesskern.progress import Progress, reporter
 
 __all__ = ["ekfac"]
+
+_CORRECTIONS = "Eigenvalue corrections"
 
 
 def ekfac(
@@ -56,6 +62,10 @@ def ekfac(
     position_mask: Callable[[Any], Any] | None = None,
     precision: Precision = "float32",
     progress: bool | Progress = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
+    exact_resume: bool = True,
+    group: Any = None,
 ) -> EKFAC:
     """EKFAC of every layer (George et al. 2018, arXiv 1806.03884), in two passes over the data.
 
@@ -84,210 +94,190 @@ def ekfac(
             is the curvature along the vectors that are kept, whichever they are. "float64": takes
             twice the time and memory for a decomposition.
         progress: True for a bar with the time left, or a callback (description, done, total).
+        checkpoint, checkpoint_every, exact_resume: as in :func:`hesskern.kronecker_factors`, for
+            both passes; between them the eigenvectors are kept.
+        group: ranks of torch.distributed that all call this, each with its own part of the data,
+            as in :func:`hesskern.kronecker_factors`. They share the eigendecompositions out among
+            them, the largest first, and all get the whole result, the same bits.
 
     Returns:
         :class:`EKFAC`, keyed by layer name, in float32 (float64 for a float64 model).
 
     Raises:
         ValueError: bad arguments, factors of another model, targets out of range, NaN or Inf in the
-            data (names layer and batch), no data at all, or data that can be iterated only once.
+            data (names layer and batch), no data at all, or data that can be iterated only once;
+            ``checkpoint`` is damaged, or that of another call, model or data.
         TypeError: arguments of a wrong type.
         NotImplementedError: unsupported layers asked for by name, unsupported loss options.
+        OSError: ``checkpoint`` cannot be written; the one before stays.
+        RankError: with a group, as in :func:`hesskern.kronecker_factors`.
 
     Warns:
         UserWarning: naming linear layers and convolutions that were left out, and why.
     """
-    check_choice("precision", precision, Precision)
-    check_output(output, mc_samples, seed)
-    check_iterable(data)
-    report, mask = reporter(progress), checked_mask(position_mask)
-    resolved = resolve_loss(loss, output_root)
-    device = model_device(model)
-    budget, now = budget_for(memory_budget, device, 2**30, 1 / 16), precisions(model, device)
-    if factors is None:
-        if isinstance(data, Iterator):
-            raise ValueError(
-                "data can be iterated only once, and EKFAC goes through them twice; pass a "
-                "re-iterable (a DataLoader or a list), or factors="
+    ranks = Ranks.of(group)
+    with section_of(ranks, "EKFAC"):
+        check_choice("precision", precision, Precision)
+        check_output(output, mc_samples, seed)
+        check_iterable(data)
+        report, mask = reporter(progress), checked_mask(position_mask)
+        if ranks is not None:
+            report, model = ranks.watching("EKFAC", report), inner_model(model)
+        resolved = resolve_loss(loss, output_root)
+        device = model_device(model)
+        budget, now = budget_for(memory_budget, device, 2**30, 1 / 16), precisions(model, device)
+        accumulator = None
+        if factors is None:
+            if isinstance(data, Iterator):
+                raise ValueError(
+                    "data can be iterated only once, and EKFAC goes through them twice; pass a "
+                    "re-iterable (a DataLoader or a list), or factors="
+                )
+            accumulator = FactorAccumulator(
+                model,
+                loss,
+                layers,
+                output,
+                bias="none" if bias is None else bias,
+                mc_samples=mc_samples,
+                seed=seed,
+                output_root=output_root,
+                memory_budget=memory_budget,
+                check=check,
+                max_outputs=max_outputs,
+                position_mask=position_mask,
+                group=group,
             )
-        accumulator = FactorAccumulator(
+            accumulator.agree()
+        if ranks is not None:
+            asked = {
+                "output": output,
+                "mc_samples": mc_samples,
+                "seed": seed,
+                "precision": precision,
+            }
+            ranks.agree("EKFAC", asked)
+        saved = Checkpoint.of(
+            checkpoint if ranks is None else path_of_rank(checkpoint, ranks.rank, ranks.size),
+            checkpoint_every,
+            exact_resume,
+            "ekfac",
             model,
-            loss,
-            layers,
-            output,
-            bias="none" if bias is None else bias,
+            device,
+            {
+                "loss": described(loss),
+                "layers": described(layers if accumulator is None else list(accumulator.specs)),
+                "geometry": described(None if accumulator is None else dict(accumulator.specs)),
+                "output": output,
+                "factors": None if factors is None else described(contents(factors)),
+                "bias": bias,
+                "mc_samples": mc_samples,
+                "seed": seed,
+                "sample_weight": described(sample_weight),
+                "output_root": described(output_root),
+                "memory_budget": memory_budget,
+                "check": check,
+                "max_outputs": max_outputs,
+                "position_mask": described(position_mask),
+                "precision": precision,
+            },
+        )
+        if ranks is not None:
+            sample_weight = weights_of_part(ranks, data, sample_weight, 2)
+            stages = ranks.gather(None if saved is None else saved.stage)
+            if len(set(stages)) > 1:
+                told = ", ".join(
+                    f"{stage or 'the factors'} on rank {r}" for r, stage in enumerate(stages)
+                )
+                raise ValueError(
+                    f"checkpoint: the ranks were interrupted in different passes ({told}), which "
+                    "do not go on together; remove their files and begin anew"
+                )
+        evidence = Evidence(check) if accumulator is None else accumulator.evidence
+        if saved is not None and saved.stage == _CORRECTIONS:
+            (kept,) = saved.parts
+            begun = SecondPass.of_part(kept, model, evidence)
+            # The warning of the pass that is over.
+            left_out(model, begun.made, begun.specs.values(), 2 if layers is None else None)
+        else:
+            made = factors
+            if accumulator is not None:
+                if saved is None:
+                    accumulator.consume(data, sample_weight=sample_weight, progress=report)
+                else:
+                    accumulator.go_on(saved, data, sample_weight=sample_weight, progress=report)
+                made = accumulator.finished(2, last=True)
+            begun = SecondPass.of(model, made, layers, accumulator is not None, bias)
+            if ranks is not None and accumulator is None:
+                facts = {"factors": _bits(begun.factors)}
+                agree_on_pass(ranks, "EKFAC", model, begun.specs, resolved, facts)
+            # From here on nobody but ``begun`` holds factors that were made here.
+            del made
+        # Nor their sums.
+        del accumulator
+        specs = begun.specs
+        run = DataPass(
+            model,
+            data,
+            resolved,
+            specs,
+            sample_weight,
+            evidence,
+            report,
+            _CORRECTIONS,
+            kept=specs.keys(),
+            linear_use=True,
+            position_mask=mask,
+            output=output,
             mc_samples=mc_samples,
             seed=seed,
-            output_root=output_root,
-            memory_budget=memory_budget,
-            check=check,
-            max_outputs=max_outputs,
-            position_mask=position_mask,
+            positions=Positions.of(ranks),
+            course=None if saved is None else saved.begin(_CORRECTIONS, data),
         )
-        accumulator.consume(data, sample_weight=sample_weight, progress=report)
-        made = accumulator.finished(2)
-        evidence = accumulator.evidence
-        # Their sums are let go of.
-        del accumulator
-    else:
-        made, evidence = factors, Evidence(check)
-    specs = _specs(model, made, layers if factors is not None else None, bias)
-    skipped = {**_without_factors(model, made, specs, layers), **made.skipped}
-    settings = dict(made.settings)
-    chosen = {name: made[name] for name in specs}
-    # From here on nobody but ``chosen`` holds factors that were made here.
-    del made
-    run = DataPass(
-        model,
-        data,
-        resolved,
-        specs,
-        sample_weight,
-        evidence,
-        report,
-        "Eigenvalue corrections",
-        kept=specs.keys(),
-        linear_use=True,
-        position_mask=mask,
-        output=output,
-        mc_samples=mc_samples,
-        seed=seed,
-    )
-    # The result is to be usable whatever mode the caller is in.
-    with torch.inference_mode(False), torch.no_grad():
-        found = _without_values(model, chosen, specs, precision)
-        count = Corrections(run, found, budget).add()
-        if not count > 0:
-            raise no_samples(", so there is no EKFAC")
-        reasons = run.capture.reasons
-        refuse_missing(specs, reasons)
-        result = {name: layer for name, layer in found.items() if name not in reasons}
-        for layer in result.values():
-            layer.values /= count
-    own = {
-        "output": output,
-        "bias": settings.get("bias", "none"),
-        "mc_samples": mc_samples,
-        "seed": seed,
-        "precision": "; ".join(now),
-        "checked": {name: evidence.found.get(name, "graph") for name in result},
-        "eigenvectors": _decomposed(result, precision),
-        "factors": settings,
-    }
-    skipped = left_out(model, {**skipped, **reasons}, [specs[name] for name in result], None)
-    return EKFAC(result, specs, count, skipped, own)
+        # The result is to be usable whatever mode the caller is in.
+        with torch.inference_mode(False), torch.no_grad():
+            found = begun.operators(model, precision, ranks)
+            if saved is not None and saved.state is None:
+                saved.keep({"pass": None}, begun.part(found, evidence))
+            run.count = Corrections(run, found, budget).add(saved)
+            known = PassKnowledge.of(run, {}).of_all(ranks)
+            count, reasons = known.count, known.reasons
+            if ranks is not None:
+                ranks.sum_([layer.values for layer in found.values()])
+            if not count > 0:
+                raise no_samples(", so there is no EKFAC")
+            refuse_missing(specs, reasons)
+            result = {name: layer for name, layer in found.items() if name not in reasons}
+            for layer in result.values():
+                layer.values /= count
+        settings = begun.settings
+        own = {
+            "output": output,
+            "bias": settings.get("bias", "none"),
+            "mc_samples": mc_samples,
+            "seed": seed,
+            "precision": "; ".join(now),
+            "checked": {name: known.checked.get(name, "graph") for name in result},
+            "eigenvectors": _decomposed(result, precision),
+            "factors": settings,
+        }
+        covered = [specs[name] for name in result]
+        skipped = left_out(model, {**begun.skipped, **reasons}, covered, None)
+        made_here = EKFAC(result, specs, count, skipped, own)
+    # When all ranks have it.
+    if saved is not None:
+        saved.remove()
+    return made_here
+
+
+def _bits(factors: dict[str, LayerFactors]) -> dict[str, int]:
+    """Checksums of factors."""
+    outputs = {f"E[M] of {n}": layer.output_hessian for n, layer in factors.items()}
+    inputs = {f"E[x x^T] of {n}": layer.input_covariance for n, layer in factors.items()}
+    return checksums({**outputs, **inputs})
 
 
 def _decomposed(layers: dict[str, CorrectedOperator], precision: Precision) -> str:
     """In which precision the layers' factors were decomposed."""
     found = {"float64" if layer.dtype == torch.float64 else precision for layer in layers.values()}
     return "; ".join(sorted(found))
-
-
-def _without_factors(
-    model: nn.Module,
-    factors: Factors,
-    specs: dict[str, LayerSpec],
-    layers: str | Iterable[str] | None,
-) -> dict[str, str]:
-    """Reasons for layers that nobody left out and the factors lack."""
-    if layers is not None:
-        return {}
-    known, unknown = select_layers(model, None, factors.settings.get("bias", "none"))
-    missing = {name: _absent(name, factors) for name in known if name not in specs}
-    return {**unknown, **missing}
-
-
-def _absent(name: str, factors: Factors) -> str:
-    """Why factors lack a layer of the model."""
-    if name in factors.large:
-        return "has the diagonal of E[M] alone among the factors, which gives no eigenvectors"
-    return "is not among the factors"
-
-
-def _specs(
-    model: nn.Module, factors: Any, layers: str | Iterable[str] | None, bias: Bias | None
-) -> dict[str, LayerSpec]:
-    """The layers that the factors are for, as the model has them.
-
-    Raises:
-        TypeError: ``factors`` are none.
-        ValueError: there are none of any layer, they are those of other layers, or made with
-            another ``bias``.
-    """
-    if not isinstance(factors, Factors):
-        raise TypeError(
-            f"factors must be Factors, as kronecker_factors gives, got {type(factors).__name__}"
-        )
-    if not factors:
-        large = f"; those of {', '.join(factors.large)} have no eigenvectors" * bool(factors.large)
-        raise ValueError(f"factors must hold at least one layer's E[M] and E[x x^T]{large}")
-    own = factors.settings.get("bias", "none")
-    if bias is not None and bias != own:
-        raise ValueError(f"bias is {bias!r}, but the factors were made with bias={own!r}")
-    known, _ = select_layers(model, None, own)
-    for name, layer in factors.items():
-        if name not in known:
-            raise ValueError(
-                f"factors must be those of this model, which has no layer {name!r}; its layers are "
-                f"{', '.join(known)}"
-            )
-        if known[name] != layer.spec:
-            raise ValueError(
-                f"factors must be those of this model: layer {name!r} is {_geometry(layer.spec)} "
-                f"in them, {_geometry(known[name])} in the model"
-            )
-    if layers is None:
-        return {name: known[name] for name in known if name in factors}
-    picked, _ = select_layers(model, layers, own)
-    for name, spec in picked.items():
-        if spec.required and name not in factors:
-            reason = factors.skipped.get(name)
-            if name in factors.large:
-                reason = _absent(name, factors)
-            raise ValueError(
-                f"layers: there are no factors of {name!r}" + (f": it {reason}" if reason else "")
-            )
-    found = {name: spec for name, spec in picked.items() if name in factors}
-    if not found:
-        raise ValueError(f"layers: there are factors of none; there are {', '.join(factors)}")
-    return found
-
-
-def _geometry(spec: LayerSpec) -> str:
-    """A layer's geometry in words."""
-    m, d = spec.shape
-    text = f"{spec.kind} (m, d) = ({m}, {d})"
-    if spec.kind == "conv":
-        text += (
-            f" with kernel {spec.kernel_size}, stride {spec.stride}, padding {spec.padding}, "
-            f"dilation {spec.dilation}, groups {spec.groups}"
-        )
-    return text + (" and a bias" if spec.joint else "") + (", transposed" * spec.transposed)
-
-
-def _without_values(
-    model: nn.Module,
-    factors: dict[str, LayerFactors],
-    specs: dict[str, LayerSpec],
-    precision: Precision,
-) -> dict[str, CorrectedOperator]:
-    """Every layer's operator with S = 0; empties the factors."""
-    modules, device = dict(model.named_modules()), model_device(model)
-    devices, dtypes = {}, {}
-    for name in factors:
-        module, attribute = weight_of(modules, name)
-        weight = own_parameters(module).get(attribute)
-        devices[name] = device if weight is None else weight.device
-        dtypes[name] = factors[name].output_hessian.dtype
-        if weight is not None:
-            dtypes[name] = accumulator_dtype(weight.dtype)
-    bases = eigenbases(factors, precision, devices, dtypes)
-    found = {}
-    for name in list(bases):
-        layer = bases.pop(name)
-        values = torch.zeros(specs[name].shape, dtype=dtypes[name], device=devices[name])
-        found[name] = CorrectedOperator.of_bases(
-            layer.left, layer.right, values, transposed=specs[name].transposed, name=name
-        )
-    return found

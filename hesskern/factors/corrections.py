@@ -7,16 +7,19 @@ Hessian is made of (George et al. 2018, arXiv 1806.03884). No sample is kept.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hesskern import ops
+from hesskern.checkpoints.checkpoint import Checkpoint
 from hesskern.operators.corrected import CorrectedOperator
 from hesskern.operators.samples import LayerColumns
 from hesskern.ops import foreach
 from hesskern.passes.batches import Batch
 from hesskern.passes.data_pass import DataPass, whole_or_halves
+from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layer_uses import LayerUse, positions_of
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.roots import BatchRoots, check_finite
@@ -38,11 +41,13 @@ class Corrections:
 
     def __init__(self, run: DataPass, layers: Mapping[str, CorrectedOperator], budget: int) -> None:
         self._run, self._layers, self._budget = run, layers, budget
-        self._generator = torch.Generator().manual_seed(run.seed)
         self._bases = {name: _stacked_bases(layer) for name, layer in layers.items()}
 
-    def add(self) -> float:
+    def add(self, checkpoint: Checkpoint | None = None) -> float:
         """Makes the pass.
+
+        Args:
+            checkpoint: of the call, at the stage of this pass; kept on the way.
 
         Returns:
             weighted number of samples.
@@ -53,22 +58,44 @@ class Corrections:
         """
         run = self._run
         count: float | Tensor = 0.0
+        if checkpoint is not None and checkpoint.state is not None:
+            count = self._restore(checkpoint.state["pass"])
         with run:
             for batch in run.batches():
                 count = count + self._add(batch)
                 run.checks.close()
+                if checkpoint is not None and checkpoint.due:
+                    run.settle()
+                    checkpoint.keep({"pass": self._state(count)})
             run.checks.settle()
+        return float(count)
+
+    def _state(self, count: float | Tensor) -> dict[str, Any]:
+        """All that the rest of the pass depends on, between two batches."""
+        return {
+            "values": {name: layer.values for name, layer in self._layers.items()},
+            "count": count,
+            "run": self._run.state(),
+            "budget": self._budget,
+        }
+
+    def _restore(self, state: Mapping[str, Any] | None) -> float | Tensor:
+        """Takes over what :meth:`_state` gave, if it did; the number of samples."""
+        if state is None:
+            return 0.0
+        for name, layer in self._layers.items():
+            layer.values.copy_(state["values"][name])
+        self._run.restore(state["run"])
+        self._budget = state["budget"]
+        count = state["count"]
+        if isinstance(count, Tensor):
+            return count.to(model_device(self._run.model))
         return float(count)
 
     def _add(self, batch: Batch) -> float | Tensor:
         """Adds a batch as a whole; its weighted number of samples."""
-        state = self._generator.get_state()
-
-        def undo() -> None:
-            self._run.checks.drop()
-            self._generator.set_state(state)
-
         count: float | Tensor = 0.0
+        undo = self._run.checks.drop
         for sums, number in whole_or_halves(batch, lambda part, _: self._sums_of(part), undo):
             foreach.add_([self._layers[name].values for name in sums], list(sums.values()))
             count = count + number
@@ -77,7 +104,7 @@ class Corrections:
     def _sums_of(self, batch: Batch) -> tuple[dict[str, Tensor], float | Tensor]:
         """Per layer that the batch reaches its sum [m, d], and the weighted number of samples."""
         run = self._run
-        roots = run.roots(batch, run.output, run.mc_samples, self._generator)
+        roots = run.roots(batch, run.output, run.mc_samples)
         sums: dict[str, Tensor] = {}
         for name, samples, gradients in self._pieces(roots):
             if name not in sums:

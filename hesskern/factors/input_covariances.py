@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,13 +15,24 @@ from hesskern.choices import Bias
 from hesskern.factors.input_rows import BatchRows, Held, Rows, out_of_order
 from hesskern.factors.input_sums import InputSums, SharedSums
 from hesskern.factors.precision import precisions
+from hesskern.factors.rank_inputs import WholeInputs, whole_inputs
 from hesskern.factors.result import OfLayer, read_spec
+from hesskern.parallel.ranks import Ranks, section_of
+from hesskern.parallel.replicas import model_facts
+from hesskern.parallel.samplers import weights_of_part
+from hesskern.parallel.sharded import whole_model
 from hesskern.passes.batches import Batch, batches, sample_count
 from hesskern.passes.checks import Checks
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.input_batches import inputs_alone
 from hesskern.passes.input_capture import InputCapture
-from hesskern.passes.layers import LayerSpec, left_out, refuse_missing, select_layers
+from hesskern.passes.layers import (
+    LayerSpec,
+    left_out,
+    refuse_missing,
+    select_layers,
+    shared_weights,
+)
 from hesskern.passes.masks import LayerMasks, checked_mask
 from hesskern.passes.roots import accumulator_dtype, given_weights
 from hesskern.progress import Progress, reporter
@@ -171,6 +182,13 @@ class InputCovariances(Mapping[str, LayerInputs]):
         reasons = {**other.skipped, **self.skipped}
         self.skipped = {name: text for name, text in reasons.items() if name not in self}
 
+    def _take(self, other: InputCovariances) -> None:
+        """:meth:`merge`, of what nobody else holds."""
+        if self._specs:
+            self.merge(other)
+        else:
+            self.__dict__.update(other.__dict__)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, to be read by :func:`hesskern.load_input_covariances`.
 
@@ -282,6 +300,11 @@ class _Pass:
         self._ordered: set[str] = set()
         self._held = Held()
         self.capture.unfit.update(self.result._unfit)
+        self._alike: dict[str, list[str]] = {}
+        for name, first in shared_weights(self.model, self.specs).items():
+            self._alike.setdefault(first, [first]).append(name)
+        for names in self._alike.values():
+            self.capture.unfit.update(self._unlike(names))
         self._refuse()
 
     def add(self, batch: Batch) -> None:
@@ -297,6 +320,7 @@ class _Pass:
             masks.settle()
             checks.close()
         self._leave_out_misfits(batch, found)
+        self._count_together(found)
         self._refuse()
         groups: dict[Hashable, list[str]] = {}
         taken: dict[Hashable, Rows] = {}
@@ -323,6 +347,26 @@ class _Pass:
                 mine.squares += squares[key]
             self.result.num_samples += samples if weight is None else float(weight.sum())
         self.result._unfit = dict(self.capture.unfit)
+
+    def _unlike(self, names: list[str]) -> dict[str, str]:
+        """Layers of one weight whose inputs have no sum, with the reason."""
+        if len({replace(self.specs[name], name="") for name in names}) == 1:
+            return {}
+        reason = "shares its weight with {}, which has another geometry, or a bias of its own"
+        return {name: reason.format(_others(name, names)) for name in names}
+
+    def _count_together(self, found: dict[str, list[Rows | str]]) -> None:
+        """Has layers of one weight see the inputs of all of them: it is one matrix."""
+        unfit = self.capture.unfit
+        for names in self._alike.values():
+            bad = next((name for name in names if name in unfit), None)
+            if bad is not None:
+                for name in names:
+                    unfit.setdefault(name, f"shares its weight with {bad!r}, which {unfit[bad]}")
+                continue
+            calls = [call for name in names for call in found.get(name, ())]
+            if calls:
+                found.update(dict.fromkeys(names, calls))
 
     def _run(self, batch: Batch, taker: Callable[[], BatchRows]) -> dict[str, list[Rows | str]]:
         """Every layer's rows, which nothing has overwritten."""
@@ -399,6 +443,10 @@ class _Pass:
         return squares
 
 
+def _others(name: str, names: list[str]) -> str:
+    return ", ".join(repr(other) for other in names if other != name)
+
+
 def _finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())
 
@@ -433,12 +481,16 @@ def input_covariances(
     sample_weight: Tensor | None = None,
     position_mask: Callable[[Any], Any] | None = None,
     progress: bool | Progress = False,
+    group: Any = None,
 ) -> InputCovariances:
     """E[x x^T] of every layer's inputs, by forward passes alone: no loss, no targets, no backward.
 
     The same as ``kronecker_factors(...)[name].input_covariance`` (but for losses that leave out
     samples without labels, or count tokens), at the price of little more than the model's forward
     pass: for GPTQ, SparseGPT, activation-aware scales, low-rank compression.
+    Layers that share one weight have the inputs of all of them; calls whose result gets no gradient
+    count as well.
+
     Inputs are seen by forward hooks. A layer whose weight anything else than its own module's
     forward() multiplies with (a function, ``nn.MultiheadAttention``, a module of another package
     with a forward() of its own) is left out, with the reason in ``.skipped``; that nothing does is
@@ -466,6 +518,10 @@ def input_covariances(
         position_mask: which positions are data, as in :func:`hesskern.kronecker_factors`; without
             it the ``attention_mask`` [N, T] of a dict tells. A masked position counts nowhere.
         progress: True for a bar with the time left, or a callback (description, done, total).
+        group: ranks of torch.distributed that all call this, each with its own part of the data, as
+            in :func:`hesskern.kronecker_factors`; all get the input covariances of all data.
+            ``accumulate`` is what earlier calls in the group returned; where one rank fails,
+            nothing is added on any.
 
     Returns:
         :class:`InputCovariances`, keyed by layer name, in float32 (float64 for float64 inputs).
@@ -476,6 +532,8 @@ def input_covariances(
             asked for by name is never reached, or hooks cannot see its inputs.
         TypeError: arguments of a wrong type, batches of another form.
         NotImplementedError: unsupported layers asked for by name.
+        RankError: with a group, ranks have other models, weights or layers, or another rank has
+            failed or ended.
 
     Warns:
         UserWarning: naming linear layers and convolutions that were left out, and why.
@@ -485,33 +543,74 @@ def input_covariances(
             f"accumulate must be an InputCovariances or None, got {type(accumulate).__name__}"
         )
     checked_mask(position_mask)
-    specs, skipped = select_layers(model, layers, bias)
-    # Hooks see what a module is given, not which rows of it go to which of its experts.
-    fused = {name: _FUSED for name, spec in specs.items() if spec.expert is not None}
-    refuse_missing(specs, fused)
-    specs = {name: spec for name, spec in specs.items() if name not in fused}
-    skipped.update(fused)
-    report = reporter(progress)
-    result = InputCovariances() if accumulate is None else accumulate
-    result._require_whole()
-    result._require_same(specs, bias, "this call has")
-    before = result._copy() if sample_weight is not None and len(result) else None
-    device = model_device(model)
-    now = precisions(model, device)
-    given = data, device, sample_weight, report, "input covariances"
-    try:
-        with InputCapture(model, specs) as capture:
-            run = _Pass(result, model, capture, specs, device)
-            result._specs, result._bias = specs, bias
-            for batch in batches(*given, inputs_alone(model), position_mask):
-                run.add(batch)
-                result._precisions.update(dict.fromkeys(now))
-    except BaseException:
-        if sample_weight is not None:
-            result.__dict__.update((InputCovariances() if before is None else before).__dict__)
-        raise
-    _finish(result, model, specs, skipped, capture.unfit, layers is not None)
-    return result
+    ranks = Ranks.of(group)
+    with section_of(ranks, "input covariances"), whole_model(ranks, model) as inner:
+        model = inner
+        specs, skipped = select_layers(model, layers, bias)
+        # Hooks see what a module is given, not which rows of it go to which of its experts.
+        fused = {name: _FUSED for name, spec in specs.items() if spec.expert is not None}
+        refuse_missing(specs, fused)
+        specs = {name: spec for name, spec in specs.items() if name not in fused}
+        skipped.update(fused)
+        report = reporter(progress)
+        result = InputCovariances() if accumulate is None else accumulate
+        result._require_whole()
+        result._require_same(specs, bias, "this call has")
+        # What is added over ranks is what they have seen now.
+        seen = result if ranks is None else InputCovariances()
+        if ranks is not None:
+            seen._unfit = dict(result._unfit)
+            ranks.agree("input covariances", _facts(model, specs, bias, result))
+            sample_weight = weights_of_part(ranks, data, sample_weight, 2)
+            report = ranks.watching("input covariances", report)
+        before = seen._copy() if sample_weight is not None and len(seen) else None
+        device = model_device(model)
+        now = precisions(model, device)
+        given = data, device, sample_weight, report, "input covariances"
+        try:
+            with InputCapture(model, specs) as capture:
+                run = _Pass(seen, model, capture, specs, device)
+                seen._specs, seen._bias = specs, bias
+                for batch in batches(*given, inputs_alone(model), position_mask):
+                    run.add(batch)
+                    seen._precisions.update(dict.fromkeys(now))
+        except BaseException:
+            if sample_weight is not None:
+                seen.__dict__.update((InputCovariances() if before is None else before).__dict__)
+            raise
+        if ranks is not None:
+            result._take(_over_ranks(ranks, seen, capture.unfit, device))
+        unfit = capture.unfit if ranks is None else result._unfit
+        _finish(result, model, specs, skipped, unfit, layers is not None)
+        return result
+
+
+def _facts(
+    model: nn.Module, specs: Mapping[str, LayerSpec], bias: Bias, before: InputCovariances
+) -> dict[str, Any]:
+    """What all ranks have to have alike."""
+    return {
+        "layers": list(specs),
+        "geometry": [asdict(spec) for spec in specs.values()],
+        "bias": bias,
+        "samples accumulated before": before.num_samples,
+        **model_facts(model),
+    }
+
+
+def _over_ranks(
+    ranks: Ranks, seen: InputCovariances, unfit: Mapping[str, str], device: torch.device
+) -> InputCovariances:
+    """What all ranks have seen; takes the sums of this one."""
+    own = WholeInputs(seen.num_samples, seen._sums, dict(unfit), list(seen._precisions))
+    found = whole_inputs(ranks, seen._specs, own, device)
+    whole = InputCovariances()
+    whole.num_samples, whole._sums, whole._unfit = found.count, found.sums, found.unfit
+    whole._specs, whole._bias = seen._specs, seen._bias
+    whole._precisions = dict.fromkeys(found.precisions)
+    for name, sums in whole._sums.by_layer.items():
+        InputCovariances()._require_room([name], sums.squares, "over all ranks", sums.inputs)
+    return whole
 
 
 def _finish(

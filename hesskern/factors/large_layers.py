@@ -68,5 +68,9 @@ class LargeLayerFactors(OfLayer):
         check_choice("order", order, Order)
         transposed = self.spec.transposed and order == "weight"
         return DiagonalKroneckerOperator(
-            self.output_diagonal, self.input_covariance, transposed=transposed, name=self.name
+            self.output_diagonal,
+            self.input_covariance,
+            transposed=transposed,
+            name=self.name,
+            known=True,
         )

@@ -106,7 +106,7 @@ class LayerFactors(OfLayer):
         """
         check_choice("order", order, Order)
         transposed = self.spec.transposed and order == "weight"
-        return KroneckerOperator(
+        return KroneckerOperator.of_symmetric(
             self.output_hessian, self.input_covariance, transposed=transposed, name=self.name
         )
 

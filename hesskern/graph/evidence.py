@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,6 +62,19 @@ class Evidence:
     probed: dict[str, list[ArrangedCall]] = field(default_factory=dict)
     routed: set[str] = field(default_factory=set)
     compared: bool = False
+
+    def state(self) -> dict[str, Any]:
+        """What a pass that goes on later needs, as plain values: not what is soon found again."""
+        return {
+            "found": dict(self.found),
+            "routed": sorted(self.routed),
+            "compared": self.compared,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state` gave."""
+        self.found, self.routed = dict(state["found"]), set(state["routed"])
+        self.compared = state["compared"]
 
     def note(self, name: str, calls: Iterable[str]) -> None:
         """How it is known for a layer's calls in one batch.

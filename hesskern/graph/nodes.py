@@ -11,6 +11,7 @@ from torch.autograd.function import BackwardCFunction
 __all__ = [
     "axis_of",
     "behind",
+    "has_graph",
     "in_order",
     "kind",
     "output_shape",
@@ -30,6 +31,17 @@ def passes_gradients(node: Any) -> bool:
     return isinstance(node, BackwardCFunction) and bool(
         getattr(getattr(node, "_forward_cls", None), "passes_gradients", False)
     )
+
+
+def has_graph(node: Any) -> bool:
+    """Whether the graph that a node stood in is still there.
+
+    Up to torch 2.10 the object of a ``torch.autograd.Function`` outlives it, and leads nowhere.
+    """
+    try:
+        return node.next_functions is not None
+    except RuntimeError:
+        return False
 
 
 def output_shape(node: Any, number: int = 0) -> tuple[int, ...] | None:

@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge
 from hesskern.graph.entry_numbers import CHAIN, Numbers
 from hesskern.graph.nodes import (
     axis_of,
+    has_graph,
     in_order,
     kind,
     output_shape,
@@ -124,7 +125,7 @@ def find_uses(
     Raises:
         RuntimeError: torch's, where an input was overwritten in place after it had been used.
     """
-    order = in_order([*alive[-1:], *beside])
+    order = in_order([*alive[-1:], *filter(has_graph, beside)])
     position = {node: i for i, node in enumerate(order)}
     parents: dict[Any, list[tuple[Any, int, int]]] = {}
     wanted = _descendants(order, position, targets)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hesskern.operators.base import CurvatureOperator
+from hesskern.operators.base import CurvatureOperator, Layout
 from hesskern.passes.batches import Batch, batches, check_iterable, no_samples
 from hesskern.passes.checks import Checks
 from hesskern.passes.forward_pass import (
@@ -18,6 +18,7 @@ from hesskern.passes.forward_pass import (
     model_device,
     random_state,
 )
+from hesskern.passes.layers import layers_of_parameters
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.roots import checked_targets, sample_weights
 from hesskern.portable import Portable
@@ -30,6 +31,7 @@ class AutogradHessian(Portable, CurvatureOperator):
     """The Hessian of the mean loss in chosen parameters, by double backward passes.
 
     The reference for everything else here, and the way for layers followed by smooth activations.
+    Vectors are in the order of the parameters' memory, as those of ``operator(order="weight")``.
 
     Args:
         model: runs in eval mode and comes back as it was.
@@ -89,6 +91,7 @@ class AutogradHessian(Portable, CurvatureOperator):
         self._sample_weight, self._progress = sample_weight, reporter(progress)
         self._bar = progress is True
         self._compared = False
+        self._layers = layers_of_parameters(model)
         self._parameters = [known[name] for name in self.params]
         for name, parameter in zip(self.params, self._parameters, strict=True):
             if not parameter.is_floating_point():
@@ -99,6 +102,19 @@ class AutogradHessian(Portable, CurvatureOperator):
         size = sum(p.numel() for p in self._parameters)
         self.shape = (size, size)
         self.dtype, self.device = self._parameters[0].dtype, self._parameters[0].device
+
+    def _layout(self) -> Layout:
+        found: list[tuple[str | None, tuple[int, int], bool]] = []
+        for name, parameter in zip(self.params, self._parameters, strict=True):
+            specs = self._layers.get(name, [])
+            if not specs:
+                found.append((name, (parameter.numel(), 1), False))
+            elif len(specs) > 1 and specs[0].expert is None:
+                # Layers of one weight: any of their names.
+                found.append((None, specs[0].shape, specs[0].transposed))
+            else:
+                found += [(spec.name, spec.shape, spec.transposed) for spec in specs]
+        return tuple(found)
 
     def _given(self) -> dict[str, Any]:
         return {"model": self._model, "data": self._data, "loss": self._loss}

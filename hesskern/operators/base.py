@@ -13,6 +13,9 @@ import scipy.sparse.linalg as sparse
 import torch
 from torch import Tensor
 
+from hesskern.parallel.ranks import Ranks, one_group, telling_of
+from hesskern.parallel.replicas import checksums
+
 __all__ = ["CurvatureOperator", "LayerOperator", "SumOperator"]
 
 Layout = tuple[tuple[str | None, tuple[int, int], bool], ...]
@@ -27,8 +30,12 @@ class CurvatureOperator(ABC):
     Attributes:
         shape: (P, P).
         dtype, device: of the vectors it takes and gives.
+        ranks: the processes that hold its samples together; None where this one holds all. What it
+            is asked for is then asked on all of them, with the same arguments and in the same
+            order, and they all get the same bits.
     """
 
+    ranks: Ranks | None = None
     shape: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
@@ -70,8 +77,9 @@ class CurvatureOperator(ABC):
 
     def _applied(self, vectors: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """A function of rows [k, P], output first, on one vector [P] or a block [P, k]."""
-        self._check(vectors)
-        with torch.inference_mode(False), torch.no_grad():
+        what = f"a product with {self.described}"
+        with torch.inference_mode(False), torch.no_grad(), telling_of(self.ranks, what):
+            self._check(vectors)
             if vectors.is_inference():
                 vectors = vectors.clone()
             if vectors.dim() == 1:
@@ -89,6 +97,29 @@ class CurvatureOperator(ABC):
             raise TypeError(f"vectors must be {self.dtype}, got {vectors.dtype}")
         if vectors.device != self.device:
             raise ValueError(f"vectors must be on {self.device}, got {vectors.device}")
+
+    @property
+    def described(self) -> str:
+        """What this is, for messages."""
+        return type(self).__name__
+
+    def _of_ranks(self, part: Tensor, upper: bool = False, block: Tensor | None = None) -> Tensor:
+        """The sum over the ranks of what each has of its samples, in place.
+
+        Args:
+            part: of any shape.
+            upper: whether the upper triangle of a [d, d] alone is defined.
+            block: that it is a product with, and all ranks must have been given.
+        """
+        if self.ranks is not None:
+            facts = {} if block is None else {"checksums of vectors": checksums({"all": block})}
+            what = f"a product with {self.described}" if facts else f"a sum over {self.described}"
+            self.ranks.sum_([part], [upper], what, facts)
+        return part
+
+    def _number_of_ranks(self, part: float) -> float:
+        """The sum over the ranks of what each has of its samples."""
+        return part if self.ranks is None else self.ranks.totals(part)[0]
 
     def _layout(self) -> Layout | None:
         """What flat vectors consist of; None where only their length is known."""
@@ -182,6 +213,7 @@ class SumOperator(CurvatureOperator):
         for other in placed[1:]:
             _check_layouts(placed[0], other)
         self.terms: tuple[tuple[float, CurvatureOperator], ...] = tuple(flat)
+        self.ranks = one_group([operator.ranks for _, operator in flat])
         self.shape, self.dtype, self.device = first.shape, first.dtype, first.device
 
     def _layout(self) -> Layout | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hesskern.operators.base import LayerOperator
 from hesskern.operators.damping import Damping, Extent, check_invertible, resolved, rounding, said
-from hesskern.operators.vectors import require_finite
+from hesskern.operators.vectors import check_symmetric, require_finite
 
 __all__ = ["DiagonalKroneckerOperator"]
 
@@ -25,14 +25,21 @@ class DiagonalKroneckerOperator(LayerOperator):
         B: [d, d] symmetric, e.g. the input covariance; or [g, d, d], then block diagonal.
         transposed: whether vectors are matrices [d, m] flattened, as the weight is kept.
         name: of the layer, for messages.
+        known: whether B is known to be symmetric and a not negative: nobody looks then.
 
     Raises:
         TypeError: a factor is not a tensor.
-        ValueError: shapes, dtypes or devices do not fit.
+        ValueError: shapes, dtypes or devices do not fit; B is not symmetric, or a negative.
     """
 
     def __init__(
-        self, a: Tensor, B: Tensor, *, transposed: bool = False, name: str | None = None
+        self,
+        a: Tensor,
+        B: Tensor,
+        *,
+        transposed: bool = False,
+        name: str | None = None,
+        known: bool = False,
     ) -> None:
         for letter, factor in (("a", a), ("B", B)):
             if not isinstance(factor, Tensor):
@@ -49,6 +56,10 @@ class DiagonalKroneckerOperator(LayerOperator):
         self.groups = B.shape[0] if B.dim() == 3 else 1
         if len(a) % self.groups:
             raise ValueError(f"B has {self.groups} groups, which do not divide m = {len(a)}")
+        if not known:
+            check_symmetric("B", B)
+            if bool((a < 0).any()):
+                raise ValueError(f"a must not be negative, got {float(a.min()):g} in it")
         self.a, self.B, self.name, self.transposed = a, B, name, transposed
         self.layer_shape = (len(a), B.shape[-1])
         self.shape = (len(a) * B.shape[-1],) * 2

@@ -14,6 +14,7 @@ from hesskern import ops
 from hesskern.operators.damping import Damping, Extent, resolved, rounding, said
 from hesskern.operators.decompositions import Eigenpairs, eigenpairs
 from hesskern.operators.eigenbasis import EigenbasisOperator
+from hesskern.operators.vectors import check_symmetric
 
 __all__ = ["KroneckerOperator", "decompose"]
 
@@ -32,7 +33,8 @@ class KroneckerOperator(EigenbasisOperator):
 
     Raises:
         TypeError: a factor is not a tensor.
-        ValueError: a factor is not square, dtypes or devices differ, or g does not divide m.
+        ValueError: a factor is not square or not symmetric, dtypes or devices differ, or g does
+            not divide m.
     """
 
     def __init__(
@@ -53,9 +55,23 @@ class KroneckerOperator(EigenbasisOperator):
         groups = B.shape[0] if B.dim() == 3 else 1
         if A.shape[0] % groups:
             raise ValueError(f"B has {groups} groups, which do not divide m = {A.shape[0]}")
+        check_symmetric("A", A)
+        check_symmetric("B", B)
+        self._take(A, B, transposed, name)
+
+    @classmethod
+    def of_symmetric(
+        cls, A: Tensor, B: Tensor, *, transposed: bool = False, name: str | None = None
+    ) -> KroneckerOperator:
+        """The same of factors that are known to fit, which nobody looks at (nor waits for)."""
+        found = cls.__new__(cls)
+        found._take(A, B, transposed, name)
+        return found
+
+    def _take(self, A: Tensor, B: Tensor, transposed: bool, name: str | None) -> None:
         self.A, self.B = A, B
         self.name = name
-        self.groups = groups
+        self.groups = B.shape[0] if B.dim() == 3 else 1
         self.transposed = transposed
         self.layer_shape = (A.shape[0], B.shape[-1])
         size = A.shape[0] * B.shape[-1]
@@ -146,7 +162,7 @@ class KroneckerOperator(EigenbasisOperator):
         return (torch.outer(tau, gamma) for tau, gamma in self._factor_values[0])
 
     def _scaled(self, factor: float) -> KroneckerOperator:
-        scaled = KroneckerOperator(
+        scaled = KroneckerOperator.of_symmetric(
             factor * self.A, self.B, transposed=self.transposed, name=self.name
         )
         if "_pairs" in self.__dict__ and factor > 0:
@@ -215,7 +231,7 @@ class KroneckerOperator(EigenbasisOperator):
             right.append(self._inverse(f"B of {said(name)}", b, root / pi))
         A = torch.block_diag(*left)
         B = torch.stack(right) if self.B.dim() == 3 else right[0]
-        return KroneckerOperator(A, B, transposed=self.transposed, name=self.name)
+        return KroneckerOperator.of_symmetric(A, B, transposed=self.transposed, name=self.name)
 
     def _inverse(self, what: str, factor: Tensor, shift: float) -> Tensor:
         """(factor + shift I)^-1 of a float64 factor, in K's dtype."""

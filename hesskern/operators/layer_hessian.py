@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import math
+import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hesskern import ops
+from hesskern.checkpoints.checkpoint import Checkpoint, path_of_rank
+from hesskern.checkpoints.facts import described
 from hesskern.choices import Bias, Order, Output, check_choice
 from hesskern.graph.evidence import Evidence
 from hesskern.operators.base import LayerOperator
 from hesskern.operators.eigenbasis import EigenbasisOperator
+from hesskern.operators.gathering import GatheredLayer, Gathering
 from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.operators.packed_inputs import PackedInputs
 from hesskern.operators.pruning import kept_samples, prune
-from hesskern.operators.samples import SampleRows, added_bytes, join, layer_rows
+from hesskern.operators.samples import SampleRows, join, layer_rows
+from hesskern.parallel.ranks import Ranks, section_of, telling_of
+from hesskern.parallel.replicas import inner_model
+from hesskern.parallel.samplers import weights_of_part
 from hesskern.passes.batches import check_iterable, no_samples
 from hesskern.passes.checks import Checks
 from hesskern.passes.data_pass import (
     DataPass,
     RepeatedPass,
-    once_only,
     stored_or_anew,
     with_less_memory,
 )
@@ -34,7 +41,9 @@ from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec, left_out, refuse_missing, select_layers
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
-from hesskern.passes.roots import accumulator_dtype, check_fraction, check_output
+from hesskern.passes.roots import check_fraction, check_output
+from hesskern.passes.sample_numbers import Positions
+from hesskern.passes.whole_pass import PassKnowledge, agree_on_pass
 from hesskern.progress import Progress, reporter
 
 __all__ = ["LayerHessian", "LayerHessians", "layer_hessians"]
@@ -67,7 +76,9 @@ class LayerHessian(LayerOperator):
         pruning_error: bound on ‖H - H_t‖_2 for what was left out under ``tolerance``; 0 if nothing.
         pruned_trace: tr(H - H_t).
         num_samples: weighted number of samples.
-        cached: whether the samples are stored; False: every product runs the model again.
+        cached: whether the samples are stored; False: every product runs the model again. With
+            ``ranks``, those of this process.
+        ranks: see :class:`hesskern.CurvatureOperator`.
         checked: how it is known which rows belong to which samples: "graph" (proved), "probe"
             (found by backward passes), "not checked" (never two samples in a batch: nothing was
             to be told apart) or "switched off" (``check=False``).
@@ -86,7 +97,9 @@ class LayerHessian(LayerOperator):
         pruned_trace: float,
         cached: bool,
         checked: str = "graph",
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks
         self.name = spec.name
         self.layer_shape = spec.shape
         self.groups = spec.groups
@@ -104,15 +117,25 @@ class LayerHessian(LayerOperator):
         self._chunks = chunks
         self._packed = PackedInputs()
 
+    @property
+    def described(self) -> str:
+        return f"the Hessian of layer {self.name!r}"
+
     @contextmanager
     def _samples(self) -> Iterator[Iterable[SampleRows]]:
-        with torch.inference_mode(False), torch.no_grad(), stored_or_anew(self._chunks) as chunks:
+        """This process's samples; other ranks learn of an error inside the block."""
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            telling_of(self.ranks, self.described),
+            stored_or_anew(self._chunks) as chunks,
+        ):
             yield chunks
 
     def _matmul(self, block: Tensor) -> Tensor:
         alpha = 1.0 / self.num_samples
         with self._samples() as chunks:
-            total = torch.zeros_like(block)
+            total = torch.zeros_like(block, memory_format=torch.contiguous_format)
             for chunk in chunks:
                 m, d = chunk.s.shape[2], chunk.x.shape[1]
                 rows = block.reshape(len(block), m, d)
@@ -120,7 +143,7 @@ class LayerHessian(LayerOperator):
                 packed = self._packed.of(chunk.x, len(block) * m) if self.cached else None
                 product = ops.layer_hessian_matmul(chunk.x, chunk.s, rows, alpha, packed)
                 total += product.flatten(1)
-        return total
+            return self._of_ranks(total, block=block)
 
     def operator(self, order: Order = "weight") -> LayerHessian:
         """The same Hessian over flat vectors of one order.
@@ -145,7 +168,8 @@ class LayerHessian(LayerOperator):
     def trace(self) -> float:
         """tr(H), exact; with ``tolerance`` of what was kept (add ``pruned_trace`` for all)."""
         with self._samples() as chunks:
-            return sum(float(chunk.shares().sum()) for chunk in chunks) / self.num_samples
+            total = math.fsum(float(chunk.shares().sum()) for chunk in chunks)
+            return self._number_of_ranks(total) / self.num_samples
 
     def diagonal(self) -> Tensor:
         """[P] diagonal, exact."""
@@ -153,7 +177,7 @@ class LayerHessian(LayerOperator):
             total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
             for chunk in chunks:
                 total += chunk.diagonal()
-            return self._outward(total) / self.num_samples
+            return self._outward(self._of_ranks(total)) / self.num_samples
 
     def inner(self, K: KroneckerOperator) -> float:
         """<H, K> = tr(H K) = 1/N sum_nc <R_nc, A R_nc B> with R_nc = sum_t s_nct x_nt^T; exact.
@@ -167,9 +191,10 @@ class LayerHessian(LayerOperator):
             TypeError: K is not a KroneckerOperator.
             ValueError: its shape, groups, dtype or device differ.
         """
-        self._check_like(K, KroneckerOperator)
         with self._samples() as chunks:
-            return sum(chunk.inner(K) for chunk in chunks) / self.num_samples
+            self._check_like(K, KroneckerOperator)
+            total = math.fsum(chunk.inner(K) for chunk in chunks)
+            return self._number_of_ranks(total) / self.num_samples
 
     def diagonal_in(self, K: EigenbasisOperator) -> Tensor:
         """[m, d]: (u_i (x) v_j)^T H (u_i (x) v_j) in K's eigenbasis, exact, in one pass.
@@ -181,13 +206,13 @@ class LayerHessian(LayerOperator):
             TypeError: K has no Kronecker eigenbasis.
             ValueError: its shape, groups, dtype or device differ.
         """
-        self._check_like(K, EigenbasisOperator)
         with self._samples() as chunks:
+            self._check_like(K, EigenbasisOperator)
             m, d = self.layer_shape
             total = torch.zeros(m, d, dtype=self.dtype, device=self.device)
             for chunk in chunks:
                 total += chunk.diagonal_in(K)
-            return total / self.num_samples
+            return self._of_ranks(total) / self.num_samples
 
     def _check_like(self, K: Any, kind: type[Any]) -> None:
         if not isinstance(K, kind):
@@ -226,15 +251,18 @@ class LayerHessian(LayerOperator):
             for chunk in chunks:
                 for rows in chunk.contracted_rows(root, side, self.layer_shape):
                     ops.input_covariance_(total, rows, 1.0 / self.num_samples)
-            return ops.mirror_(total)
+            return ops.mirror_(self._of_ranks(total, upper=True))
 
     def few_rows(self, limit: int) -> Tensor | None:
         """R [q, P] with H = R^T R, one row for every sample and root row.
 
-        None with more than ``limit`` rows, or where the samples are not stored.
+        None with more than ``limit`` rows, or where the samples are not stored, or are those of
+        several processes.
         """
         chunks = self._chunks
-        if not isinstance(chunks, list) or sum(c.s.shape[0] * c.s.shape[1] for c in chunks) > limit:
+        if self.ranks is not None or not isinstance(chunks, list):
+            return None
+        if sum(c.s.shape[0] * c.s.shape[1] for c in chunks) > limit:
             return None
         rows = [rows for chunk in chunks for rows in chunk.dense_rows()]
         if not rows:
@@ -248,7 +276,7 @@ class LayerHessian(LayerOperator):
             for chunk in chunks:
                 for rows in chunk.dense_rows():
                     ops.input_covariance_(total, rows, 1.0 / self.num_samples)
-            return self._outward_matrix(ops.mirror_(total))
+            return self._outward_matrix(ops.mirror_(self._of_ranks(total, upper=True)))
 
 
 class LayerHessians(dict[str, LayerHessian]):
@@ -273,35 +301,6 @@ class LayerHessians(dict[str, LayerHessian]):
         return LayerHessians, (dict(self), self.skipped)
 
 
-@dataclass
-class _Layer:
-    """What the pass has gathered for one layer.
-
-    Attributes:
-        chunks: sample rows kept so far, or None once they exceeded the memory budget.
-        held: bytes in ``chunks``.
-        shares: per piece, every sample's share of the trace; only with pruning.
-        batches: per piece, the batch that it belongs to; only with pruning.
-        dtype: of the sample rows; None before the first.
-        lost: 0-dim bool, whether gradients at masked positions were not zero; None without masks.
-    """
-
-    spec: LayerSpec
-    chunks: list[SampleRows] | None = field(default_factory=list)
-    held: int = 0
-    shares: list[Tensor] = field(default_factory=list)
-    batches: list[int] = field(default_factory=list)
-    dtype: torch.dtype | None = None
-    lost: Tensor | None = None
-
-    def shares_by_batch(self) -> list[Tensor]:
-        """Shares of the samples of every batch: a batch comes in pieces over root rows."""
-        totals: dict[int, Tensor] = {}
-        for batch, shares in zip(self.batches, self.shares, strict=True):
-            totals[batch] = totals[batch] + shares if batch in totals else shares
-        return [totals[batch] for batch in sorted(totals)]
-
-
 def layer_hessians(
     model: nn.Module,
     data: Iterable[Any],
@@ -319,6 +318,10 @@ def layer_hessians(
     check: bool = True,
     position_mask: Callable[[Any], Any] | None = None,
     progress: bool | Progress = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
+    exact_resume: bool = True,
+    group: Any = None,
 ) -> LayerHessians:
     """The layer-wise Hessian of every layer, from one pass over the data.
 
@@ -339,7 +342,7 @@ def layer_hessians(
             draw the same targets each time.
         bias: "none" or "joint" (append 1 to x; P is m (d + 1)).
         mc_samples: draws per sample for ``output="mc"``.
-        seed: for these draws.
+        seed: of these draws, keyed by sample as in :func:`hesskern.kronecker_factors`.
         sample_weight: [total samples] non-negative weights in the order of the data.
         output_root: a custom loss as a function, with ``loss=None``.
         memory_budget: bytes of samples kept for all layers together. Layers above it (largest
@@ -350,6 +353,14 @@ def layer_hessians(
         position_mask: which positions are data, as in :func:`hesskern.kronecker_factors`. Where the
             outputs depend on masked positions of a layer, its block is not the Hessian.
         progress: True for a bar with the time left, or a callback.
+        checkpoint, checkpoint_every, exact_resume: as in :func:`hesskern.kronecker_factors`, for
+            the pass that stores samples. They go into files beside ``checkpoint``, each written
+            once.
+        group: ranks of torch.distributed that all call this, each with its own part of the data,
+            as in :func:`hesskern.kronecker_factors`. The samples stay where they are
+            (``memory_budget`` is that of a rank), the Hessians are those of all data: whatever
+            they are asked for then is asked on all ranks, with the same vectors, and they get the
+            same bits. :func:`hesskern.eigsh` and the like know that by themselves.
 
     Returns:
         :class:`LayerHessians`, {name: :class:`LayerHessian`} in the model's order. Each is the
@@ -359,104 +370,110 @@ def layer_hessians(
         ``.skipped``, or refused when asked for by name.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as in :func:`hesskern.kronecker_factors`.
+        ValueError, TypeError, NotImplementedError, OSError, RankError: as in
+            :func:`hesskern.kronecker_factors`.
 
     Warns:
         UserWarning: naming the layers whose block is not the Hessian, and why; naming linear layers
             and convolutions that were left out, and why.
     """
-    check_fraction("tolerance", tolerance)
-    check_output(output, mc_samples, seed)
-    check_iterable(data)
-    resolved = resolve_loss(loss, output_root)
-    specs, skipped = select_layers(model, layers, bias)
-    report, evidence, mask = reporter(progress), Evidence(check), checked_mask(position_mask)
+    ranks = Ranks.of(group)
+    with section_of(ranks, "layer Hessians"):
+        check_fraction("tolerance", tolerance)
+        check_output(output, mc_samples, seed)
+        check_iterable(data)
+        model = model if ranks is None else inner_model(model)
+        resolved = resolve_loss(loss, output_root)
+        specs, skipped = select_layers(model, layers, bias)
+        report, evidence, mask = reporter(progress), Evidence(check), checked_mask(position_mask)
 
-    rows: dict[str, Any] = {"output": output, "mc_samples": mc_samples, "seed": seed}
-    exact = output == "exact"
+        rows: dict[str, Any] = {"output": output, "mc_samples": mc_samples, "seed": seed}
+        exact = output == "exact"
 
-    def attempt(budget: int) -> tuple[dict[str, _Layer], DataPass, int]:
-        given = model, data, resolved, specs, sample_weight, evidence
-        run = DataPass(*given, report, "Layer Hessians", examine=exact, position_mask=mask, **rows)
-        return _gather(run, budget, tolerance), run, budget
-
-    gathered, run, budget = with_less_memory(attempt, memory_budget, model, data)
-    count, reasons, inexact = run.count, run.capture.reasons, run.capture.inexact
-    if not count > 0:
-        raise no_samples(", so there are no Hessians")
-    refuse_missing(specs, reasons)
-    shown = {name: inexact[name] for name in gathered if name in inexact and name not in reasons}
-    if shown:
-        text = "; ".join(f"{name!r} {reason}" for name, reason in shown.items())
-        warnings.warn(
-            f"the Gauss-Newton block is not the Hessian for: {text}. AutogradHessian gives the "
-            "Hessian of such layers.",
-            UserWarning,
-            stacklevel=2,
+        if ranks is not None:
+            settings = {**rows, "tolerance": tolerance, "bias": bias, "check": check}
+            agree_on_pass(ranks, "layer Hessians", model, specs, resolved, settings)
+            report = ranks.watching("layer Hessians", report)
+        saved = Checkpoint.of(
+            checkpoint if ranks is None else path_of_rank(checkpoint, ranks.rank, ranks.size),
+            checkpoint_every,
+            exact_resume,
+            "layer_hessians",
+            model,
+            model_device(model),
+            {
+                "loss": described(loss),
+                "layers": list(specs),
+                "geometry": described(specs),
+                "tolerance": tolerance,
+                "output": output,
+                "bias": bias,
+                "mc_samples": mc_samples,
+                "seed": seed,
+                "sample_weight": described(sample_weight),
+                "output_root": described(output_root),
+                "memory_budget": memory_budget,
+                "check": check,
+                "position_mask": described(position_mask),
+            },
         )
-    result = {}
-    for name, layer in gathered.items():
-        if name in reasons:
-            continue
-        given = model, data, resolved, {name: layer.spec}, sample_weight, evidence
-        rerun = _Rerun(*given, budget, position_mask=mask, **rows)
-        reason = inexact.get(name) if exact else _OF_ROWS[output]
-        result[name] = _finish(layer, rerun, count, tolerance, reason)
-    if not result:
-        raise ValueError(
-            "no layer of the model has a Hessian: "
-            + "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
-        )
-    if layers is not None:
-        return LayerHessians(result, {**skipped, **reasons})
-    covered = [specs[name] for name in result]
-    return LayerHessians(result, left_out(model, {**skipped, **reasons}, covered, 2))
+        if ranks is not None:
+            sample_weight = weights_of_part(ranks, data, sample_weight, 2)
+        begun = None if saved is None else saved.state
 
-
-def _gather(run: DataPass, budget: int, tolerance: float) -> dict[str, _Layer]:
-    """One pass: the samples of every layer, as far as the budget goes."""
-    gathered = {name: _Layer(spec) for name, spec in run.specs.items()}
-    with run:
-        for batch, roots in run:
-            wanted = {
-                n: layer.spec
-                for n, layer in gathered.items()
-                if layer.chunks is not None or tolerance > 0
-            }
-            for name in roots.uses:
-                gathered[name].dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
-            for name, chunk in layer_rows(wanted, roots, budget):
-                _keep(gathered[name], chunk, batch.index, tolerance)
-                _evict(gathered, budget, run.data)
-            for name, lost in roots.masked_gradients.items():
-                before = gathered[name].lost
-                gathered[name].lost = lost if before is None else before | lost
-    for name, layer in gathered.items():
-        if layer.lost is not None and bool(layer.lost):
-            run.capture.inexact.setdefault(
-                name, "has masked positions on which the outputs that count depend"
+        def attempt(budget: int) -> tuple[dict[str, GatheredLayer], DataPass, int]:
+            given = model, data, resolved, specs, sample_weight, evidence
+            run = DataPass(
+                *given,
+                report,
+                "Layer Hessians",
+                examine=exact,
+                position_mask=mask,
+                positions=Positions.of(ranks),
+                **rows,
             )
-    return gathered
+            gathering = Gathering(run, budget, tolerance, saved)
+            return gathering.layers(), run, budget
 
-
-def _keep(layer: _Layer, chunk: SampleRows, batch: int, tolerance: float) -> None:
-    if tolerance > 0:
-        layer.shares.append(chunk.shares())
-        layer.batches.append(batch)
-    if layer.chunks is not None:
-        # What pruning leaves of two pieces shares nothing.
-        before = layer.chunks[-1] if layer.chunks and tolerance == 0 else None
-        layer.chunks.append(chunk)
-        layer.held += added_bytes(chunk, before)
-
-
-def _evict(gathered: dict[str, _Layer], budget: int, data: Iterable[Any]) -> None:
-    """Drops the largest layers' samples until the rest fits."""
-    while sum(layer.held for layer in gathered.values()) > budget:
-        name, largest = max(gathered.items(), key=lambda item: item[1].held)
-        if isinstance(data, Iterator):
-            raise once_only(budget, f"layer {name!r}")
-        largest.chunks, largest.held = None, 0
+        if begun is not None:
+            # That of the free memory may be another now.
+            memory_budget = begun["budget"]
+        gathered, run, budget = with_less_memory(attempt, memory_budget, model, data)
+        found = {name: layer.dtype for name, layer in gathered.items() if layer.dtype is not None}
+        known = PassKnowledge.of(run, found).of_all(ranks)
+        count, reasons, inexact = known.count, known.reasons, known.inexact
+        if not count > 0:
+            raise no_samples(", so there are no Hessians")
+        refuse_missing(specs, reasons)
+        shown = {n: inexact[n] for n in gathered if n in inexact and n not in reasons}
+        if shown:
+            text = "; ".join(f"{name!r} {reason}" for name, reason in shown.items())
+            warnings.warn(
+                f"the Gauss-Newton block is not the Hessian for: {text}. AutogradHessian gives the "
+                "Hessian of such layers.",
+                UserWarning,
+                stacklevel=2,
+            )
+        result = {}
+        for name, layer in gathered.items():
+            if name in reasons:
+                continue
+            given = model, data, resolved, {name: layer.spec}, sample_weight, evidence
+            rerun = _Rerun(*given, budget, position_mask=mask, ranks=ranks, **rows)
+            reason = inexact.get(name) if exact else _OF_ROWS[output]
+            result[name] = _finish(layer, rerun, known, tolerance, reason)
+        if not result:
+            raise ValueError(
+                "no layer of the model has a Hessian: "
+                + "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
+            )
+        skipped = {**skipped, **reasons}
+        if layers is None:
+            skipped = left_out(model, skipped, [specs[name] for name in result], 2)
+    # When all ranks have them.
+    if saved is not None:
+        saved.remove()
+    return LayerHessians(result, skipped)
 
 
 @dataclass
@@ -522,36 +539,43 @@ class _Rerun(RepeatedPass):
 
 
 def _finish(
-    layer: _Layer,
+    layer: GatheredLayer,
     rerun: _Rerun,
-    count: float,
+    known: PassKnowledge,
     tolerance: float,
     reason: str | None,
 ) -> LayerHessian:
     norm = trace = 0.0
+    ranks, name, device = rerun.ranks, layer.spec.name, model_device(rerun.model)
     cached = layer.chunks is not None
     chunks: list[SampleRows] | _Rerun = rerun
+    # Where others cannot choose among single rows, whole samples go on all ranks.
+    together = ranks is None or tolerance == 0 or all(ranks.gather(cached))
     if layer.chunks is not None:
         kept = layer.chunks
-        if tolerance > 0:
-            pruned = prune(kept, layer.shares, tolerance)
+        if tolerance > 0 and together:
+            pruned = prune(kept, layer.shares, tolerance, ranks, device)
             kept, norm, trace = pruned.chunks, pruned.norm, pruned.trace
+        elif tolerance > 0:
+            masks, trace = kept_samples(layer.shares, tolerance, ranks)
+            kept, norm = [c.select(keep) for c, keep in zip(kept, masks, strict=True)], trace
         chunks = join(kept, rerun.budget // 8)
     elif tolerance > 0:
         rerun.shares = layer.shares_by_batch()
-        keep, trace = kept_samples(rerun.shares, tolerance)
+        keep, trace = kept_samples(rerun.shares, tolerance, ranks)
         # As numbers of samples: how many a mask keeps is known to the device alone.
         rerun.keep = [mask.nonzero()[:, 0] for mask in keep]
         norm = trace
     return LayerHessian(
         layer.spec,
         chunks,
-        count,
-        layer.dtype or torch.float32,
-        model_device(rerun.model),
+        known.count,
+        known.dtypes.get(name, torch.float32),
+        device,
         inexact_reason=reason,
-        pruning_error=norm / count,
-        pruned_trace=trace / count,
+        pruning_error=norm / known.count,
+        pruned_trace=trace / known.count,
         cached=cached,
-        checked=rerun.evidence.found.get(layer.spec.name, "graph"),
+        checked=known.checked.get(name, "graph"),
+        ranks=ranks,
     )

@@ -54,7 +54,8 @@ def nearest_kronecker(
         left = update
         if change <= tol:
             root: Tensor = torch.tensor(scale, dtype=H.dtype, device=H.device).sqrt()
-            return KroneckerOperator(root * left, root * right, transposed=H.transposed)
+            left, right = ((side + side.T) / 2 * root for side in (left, right))
+            return KroneckerOperator.of_symmetric(left, right, transposed=H.transposed)
     raise ValueError(
         f"max_iterations of {max_iterations} is too small: the last change was {change:.2g}, "
         f"above tol={tol:g}"

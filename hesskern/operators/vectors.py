@@ -1,4 +1,4 @@
-"""Vectors of several layers: whether they are finite, and random ones."""
+"""Vectors of several layers: whether they are finite, random ones; matrices that are symmetric."""
 
 from __future__ import annotations
 
@@ -12,7 +12,25 @@ from hesskern.devices import on_host
 from hesskern.operators.damping import said
 from hesskern.ops import foreach
 
-__all__ = ["draws", "require_finite"]
+__all__ = ["check_symmetric", "draws", "require_finite"]
+
+# Of the largest entry, what entries (i, j) and (j, i) may differ by: sums of float32 numbers in
+# another order. Other dtypes have few digits.
+_ALIKE = {torch.float64: 1e-10, torch.float32: 1e-4}
+_ALIKE_NARROW = 0.05
+
+
+def check_symmetric(letter: str, factor: Tensor) -> None:
+    """Raises ValueError where a factor [d, d] or [g, d, d] is not symmetric up to rounding."""
+    if not factor.numel() or factor.is_meta:
+        return
+    off, largest = (factor - factor.mT).abs().max(), factor.abs().max()
+    # What is not finite is said where the factor is decomposed.
+    if bool(off > _ALIKE.get(factor.dtype, _ALIKE_NARROW) * largest):
+        raise ValueError(
+            f"{letter} must be symmetric, but entries (i, j) and (j, i) differ by up to "
+            f"{float(off):.3g} (largest entry {float(largest):.3g})"
+        )
 
 
 def require_finite(blocks: Sequence[Tensor], names: Sequence[str | None]) -> None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from hesskern.devices import sent
 from hesskern.passes.checks import as_weights, check_dense
+from hesskern.passes.sample_numbers import NumberedData, Numbers, Positions
 from hesskern.progress import Progress
 
 __all__ = [
     "Batch",
+    "DataCourse",
     "Parts",
     "batches",
     "check_iterable",
@@ -25,6 +27,7 @@ __all__ = [
     "pair",
     "sample_count",
     "samples_of",
+    "shape_is_ambiguous",
 ]
 
 # Entries of a dict whose first axis counts the samples.
@@ -46,6 +49,7 @@ class Batch:
         weight: [N] sample weights where they came from, or None.
         mask: [N, T] where it came from, which positions are data (1 or True), or such masks by
             patterns of layers' names; None: all are.
+        numbers: [N] of the samples, which random draws go by; none where nobody has asked.
     """
 
     index: int
@@ -54,6 +58,27 @@ class Batch:
     given_targets: Any
     weight: Tensor | None
     mask: Any = None
+    numbers: Numbers = field(default_factory=Numbers.none)
+
+
+class DataCourse(Protocol):
+    """The way through the data of a pass that may have begun before.
+
+    Attributes:
+        samples: how many samples the elements so far have had, as far as weights needed it.
+        position: number of the next sample, by its position.
+    """
+
+    samples: int
+    position: int
+
+    def elements(self, given: Iterable[tuple[Any, Any]]) -> Iterator[tuple[int, tuple[Any, Any]]]:
+        """(index, element) of those that were not seen before, with what goes along with each."""
+        ...
+
+    def count(self, samples: int, position: int) -> None:
+        """Takes the counts behind the last element that was handed out."""
+        ...
 
 
 class Parts(NamedTuple):
@@ -115,6 +140,8 @@ def batches(
     description: str = "data",
     split: Callable[[Any, int], Parts] = pair,
     position_mask: Callable[[Any], Any] | None = None,
+    positions: Positions | None = None,
+    course: DataCourse | None = None,
 ) -> Iterator[Batch]:
     """The data's batches on the model's device.
 
@@ -128,6 +155,8 @@ def batches(
         split: takes an element of the data and its index apart.
         position_mask: gives a batch's mask for its inputs, both where they came from; None for what
             the batch says itself.
+        positions: number the samples that the data has no numbers of; None: from 0 on.
+        course: which elements are left, where the pass goes on; told how many samples were seen.
 
     Raises:
         TypeError: data is not iterable, or an element is not such a tuple; ``sample_weight`` is not
@@ -146,8 +175,13 @@ def batches(
         samples = _samples(data)
         if samples is not None and samples != len(sample_weight):
             raise _other_length(sample_weight, f"{samples} samples")
-    offset = 0
-    for index, element in enumerate(data):
+    offset = 0 if course is None else course.samples
+    positions = Positions() if positions is None else positions
+    source: Any = NumberedData(data)
+    given: Any = enumerate(source)
+    if course is not None:
+        given, positions.next = course.elements(source), course.position
+    for index, (element, known) in given:
         parts = split(element, index)
         mapped(parts.inputs, _dense_input)
         inputs, given = _move(parts.inputs, device), _nearby(parts.targets, device)
@@ -167,7 +201,11 @@ def batches(
                 raise _other_length(sample_weight, "more samples")
         if parts.of_data is not None:
             given = parts.of_data(given, predicting)
-        yield Batch(index, inputs, _move(given, device), given, weight, mask)
+        batch = Batch(index, inputs, _move(given, device), given, weight, mask)
+        numbers = positions.take(_samples_in(batch), known, source.known)
+        if course is not None:
+            course.count(offset, positions.next)
+        yield replace(batch, numbers=numbers)
         if progress is not None:
             progress(description, index + 1, total)
     if sample_weight is not None and offset != len(sample_weight):
@@ -266,12 +304,13 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def halves(batch: Batch) -> list[Batch]:
-    """The batch in two, or as it is where it has one sample or does not say how many."""
+    """The batch in two, or as it is where it has one sample, does not say how many, or has a tensor
+    of which it cannot be told whether it counts samples."""
     try:
         count = _leading_size(batch.inputs, batch.mask)
     except (AttributeError, TypeError):
         return [batch]
-    if count < 2:
+    if count < 2 or shape_is_ambiguous(batch, count):
         return [batch]
     return [samples_of(batch, slice(0, count // 2)), samples_of(batch, slice(count // 2, count))]
 
@@ -300,6 +339,7 @@ def samples_of(batch: Batch, samples: slice) -> Batch:
         targets if same else part(batch.given_targets),
         part(batch.weight),
         part(batch.mask),
+        batch.numbers.of(samples),
     )
 
 
@@ -308,23 +348,42 @@ def _by_position(key: str, value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 1 and key.endswith(_BY_POSITION)
 
 
+def _entries(batch: Batch) -> list[tuple[Any, Tensor]]:
+    """Tensors with axes among a batch's arguments, by name or place."""
+    inputs = batch.inputs
+    if isinstance(inputs, Tensor):
+        return []
+    entries = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
+    return [(key, t) for key, t in entries if isinstance(t, Tensor) and t.dim()]
+
+
 def may_count_positions(batch: Batch, count: int) -> bool:
     """Whether a tensor with as many entries as there are samples may have one for every position.
 
-    By its name it has; or it stands beside samples that have as many positions as there are
-    samples (a mask [T, T] beside [N, T, d] with N = T), and no name says that it counts samples.
+    By its name it has; or :func:`shape_is_ambiguous`.
 
     Args:
         batch: that says how many samples it has.
         count: N.
     """
-    inputs = batch.inputs
-    if isinstance(inputs, Tensor):
-        return False
-    entries = list(inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs))
-    tensors = [(key, t) for key, t in entries if isinstance(t, Tensor) and t.dim()]
-    if any(len(t) == count and isinstance(key, str) and _by_position(key, t) for key, t in tensors):
-        return True
+    named = any(
+        len(t) == count and isinstance(key, str) and _by_position(key, t)
+        for key, t in _entries(batch)
+    )
+    return named or shape_is_ambiguous(batch, count)
+
+
+def shape_is_ambiguous(batch: Batch, count: int) -> bool:
+    """Whether a tensor may count positions as well as samples, and no name says which.
+
+    It has as many entries as there are samples, and stands beside samples that have as many
+    positions: a mask [T, T] beside [N, T, d] with N = T.
+
+    Args:
+        batch: that says how many samples it has.
+        count: N.
+    """
+    tensors = _entries(batch)
     named = [t for key, t in tensors if key in _BY_SAMPLE]
     samples = named or [t for _, t in tensors[:1]]
     # What belongs to a single sample is the same for all samples there.
@@ -334,7 +393,7 @@ def may_count_positions(batch: Batch, count: int) -> bool:
         len(t) == count
         for key, t in tensors
         if not any(t is sample for sample in samples)
-        and not (isinstance(key, str) and t.dim() == 2 and key.endswith(_BY_POSITION))
+        and not (isinstance(key, str) and t.dim() < 3 and key.endswith(_BY_POSITION))
     )
 
 
@@ -370,6 +429,18 @@ def sample_count(batch: Batch) -> int:
             "whose first tensor counts the samples"
         )
     return next(iter(found.values()))
+
+
+def _samples_in(batch: Batch) -> int:
+    """N as :func:`halves` takes it; 1 where the batch does not say."""
+    try:
+        return sample_count(batch)
+    except (TypeError, ValueError):
+        pass
+    try:
+        return _leading_size(batch.inputs, batch.mask)
+    except (AttributeError, IndexError, TypeError):
+        return 1
 
 
 def _known_size(inputs: Any, mask: Any) -> int | None:

@@ -67,6 +67,7 @@ class Capture:
     diagonals: DiagonalCapture | None = None
     diagonal_uses: dict[str, list[DiagonalUse]] = field(default_factory=dict)
     _reached: set[str] = field(default_factory=set)
+    _before: Mapping[str, Any] = field(default_factory=dict)
     _flat: set[Any] = field(default_factory=set)
     _tried: set[Any] = field(default_factory=set)
     _edges: dict[int, GradientEdge] = field(default_factory=dict)
@@ -78,12 +79,39 @@ class Capture:
         # Calling what holds several experts tells nothing about one of them.
         single = [name for name, spec in self.specs.items() if spec.expert is None]
         self._hooks = LayerHooks(self._frozen.modules, single, self._frozen.weights)
+        self._hooks.called.update(self._before.get("called", ()))
+        self._hooks.without_gradients.update(self._before.get("without gradients", ()))
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.remove()
         self._flat, self._edges, self.diagonal_uses = set(), {}, {}
         self._frozen.__exit__(*error)
+
+    def state(self) -> dict[str, Any]:
+        """What was found of the layers so far, as plain values, for a pass that goes on later."""
+        return {
+            "reached": sorted(self._reached),
+            "unfit": dict(self.unfit),
+            "inexact": dict(self.inexact),
+            "tied": dict(self.tied),
+            "called": sorted(self._hooks.called),
+            "without gradients": sorted(self._hooks.without_gradients),
+            "diagonals": [] if self.diagonals is None else sorted(self.diagonals.reached),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state` gave; before the ``with`` block."""
+        self._before = state
+        self._reached.update(state["reached"])
+        for own, found in (
+            (self.unfit, state["unfit"]),
+            (self.inexact, state["inexact"]),
+            (self.tied, state["tied"]),
+        ):
+            own.update(found)
+        if self.diagonals is not None:
+            self.diagonals.reached.update(state["diagonals"])
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ the pass again for every product, as long as the model stays the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -24,15 +24,18 @@ from torch import Tensor, nn
 
 from hesskern.choices import Output
 from hesskern.graph.evidence import Evidence
-from hesskern.passes.batches import Batch, batches, halves
+from hesskern.parallel.ranks import Ranks
+from hesskern.passes.batches import Batch, DataCourse, batches, halves
 from hesskern.passes.capture import Capture
 from hesskern.passes.checks import Checks
 from hesskern.passes.diagonals import DiagonalCapture
+from hesskern.passes.draws import Draws
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.losses import Loss
 from hesskern.passes.memory import budget_for, out_of_memory, release
 from hesskern.passes.roots import BatchRoots
+from hesskern.passes.sample_numbers import Positions
 from hesskern.portable import ModelRun
 from hesskern.progress import Progress
 
@@ -65,6 +68,11 @@ class DataPass:
         examine, kept, unfit, linear_use, diagonals: as in :class:`hesskern.passes.capture.Capture`.
         position_mask, output, mc_samples, seed: as in :func:`hesskern.kronecker_factors`. The same
             rows are drawn in every pass.
+        stream: which of several passes that draw independently of each other.
+        positions: number the samples that the data has no numbers of.
+        ended: called when the model is no longer in use.
+        course: where the pass goes on, if it has begun before.
+        behind: called behind every batch of an iteration.
         count: weighted number of samples, behind the last batch.
     """
 
@@ -85,9 +93,16 @@ class DataPass:
     mc_samples: int = 1
     seed: int = 0
     diagonals: DiagonalCapture | None = None
+    course: DataCourse | None = None
+    stream: int = 0
+    positions: Positions = field(default_factory=Positions)
+    ended: Callable[[], None] | None = None
+    behind: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
+        self.draws = Draws(self.seed, self.stream)
         self.count = 0.0
+        self._counted: float | Tensor = 0.0
         # Which batch's sample was asked on a device.
         self._asked: int | None = None
         self.checks = Checks()
@@ -103,6 +118,23 @@ class DataPass:
             diagonals=self.diagonals,
         )
 
+    def state(self) -> dict[str, Any]:
+        """What was found of the model so far, as plain values, for a pass that goes on later."""
+        return {
+            "capture": self.capture.state(),
+            "evidence": self.evidence.state(),
+            "counted": self._counted,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over what :meth:`state` gave; before the ``with`` block."""
+        self.capture.restore(state["capture"])
+        self.evidence.restore(state["evidence"])
+        counted = state["counted"]
+        if isinstance(counted, Tensor):
+            counted = counted.to(model_device(self.model))
+        self._counted = counted
+
     def __enter__(self) -> DataPass:
         self._open = ExitStack()
         self._open.enter_context(self.checks)
@@ -110,36 +142,40 @@ class DataPass:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._open.__exit__(*error)
+        try:
+            self._open.__exit__(*error)
+        finally:
+            if self.ended is not None:
+                self.ended()
 
     def __iter__(self) -> Iterator[tuple[Batch, BatchRoots]]:
-        count: float | Tensor = 0.0
-        generator = torch.Generator().manual_seed(self.seed)
         for batch in self.batches():
-            roots = self.roots(batch, self.output, self.mc_samples, generator)
-            count = count + roots.count
+            roots = self.roots(batch, self.output, self.mc_samples)
+            self._counted = self._counted + roots.count
             yield batch, roots
             self.checks.close()
+            if self.behind is not None:
+                self.behind()
         self.settle()
-        self.count = float(count)
+        self.count = float(self._counted)
 
     def batches(self) -> Iterator[Batch]:
         """The batches alone, for whoever runs the model on parts and closes conditions itself."""
         device = model_device(self.model)
         given = self.data, device, self.sample_weight, self.progress, self.description
-        return batches(*given, self.loss.split_batch, self.position_mask)
+        how = self.loss.split_batch, self.position_mask, self.positions, self.course
+        return batches(*given, *how)
 
     def roots(
         self,
         batch: Batch,
         output: Output,
         samples: int,
-        generator: torch.Generator,
         sums_follow: bool = False,
     ) -> BatchRoots:
         """Runs the model on a batch; arguments as those of :class:`BatchRoots`."""
         roots = BatchRoots(
-            self.capture, batch, self.loss, output, samples, generator, self.checks, sums_follow
+            self.capture, batch, self.loss, output, samples, self.draws, self.checks, sums_follow
         )
         # Once more where a batch that ran out of memory comes again, in parts.
         if not self.evidence.compared and self._asked in (None, batch.index):
@@ -169,6 +205,7 @@ class RepeatedPass(ModelRun):
         model, data, loss, specs, sample_weight, evidence: as in :class:`DataPass`.
         budget: bytes of samples that may be kept at a time.
         position_mask, output, mc_samples, seed: as in :class:`DataPass`.
+        ranks: whose part of the data this is; None: there are no others.
     """
 
     model: nn.Module
@@ -182,6 +219,7 @@ class RepeatedPass(ModelRun):
     output: Output = "exact"
     mc_samples: int = 1
     seed: int = 0
+    ranks: Ranks | None = None
 
     def __post_init__(self) -> None:
         self.remember()
@@ -213,6 +251,8 @@ class RepeatedPass(ModelRun):
             output=self.output,
             mc_samples=self.mc_samples,
             seed=self.seed,
+            ended=self.ran,
+            positions=Positions.of(self.ranks),
         )
 
     def within_budget(

@@ -103,6 +103,13 @@ class InputCapture:
             given = args[0] if args else kwargs.get("input", kwargs.get("x"))
             if not isinstance(given, Tensor) or name in self.unfit:
                 return
+            if torch._C._are_functorch_transforms_active():
+                # A tensor there stands for several, and outlives its level no better than they do.
+                self.unfit[name] = (
+                    "is called inside a transform of torch.func (vmap, grad, jvp), where hooks do "
+                    "not see its inputs sample by sample"
+                )
+                return
             # Inside the model there may be autocast, and gradients.
             with torch.autocast(self._device.type, enabled=False), torch.no_grad():
                 x = _as_rows(spec, module, given.detach())
@@ -183,7 +190,8 @@ class InputCapture:
                 self._model(inputs)
         self._drew = random_state(self._device) != before
         found, self._found = self._found, {}
-        return found
+        # A layer may turn out unfit behind its first call.
+        return {name: calls for name, calls in found.items() if name not in self.unfit}
 
 
 def _is_conv1d(module: nn.Module) -> bool:

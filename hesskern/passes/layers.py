@@ -22,6 +22,7 @@ __all__ = [
     "calls_itself",
     "is_norm_or_embedding",
     "large_layers",
+    "layers_of_parameters",
     "left_out",
     "limit_outputs",
     "own_parameters",
@@ -223,6 +224,25 @@ def parameter_of(model: nn.Module, layer: str) -> str:
         if parameter is weight:
             return name
     raise ValueError(f"layer {layer!r} has no weight parameter: its weight is computed from others")
+
+
+def layers_of_parameters(model: nn.Module) -> dict[str, list[LayerSpec]]:
+    """By parameter's name the layers whose weight it is: several of those that share it, and the
+    experts of one parameter."""
+    try:
+        known, _ = select_layers(model, None, "none")
+    except ValueError:
+        # There is none, or none that this package goes through.
+        return {}
+    modules = dict(model.named_modules())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: dict[str, list[LayerSpec]] = {}
+    for spec in known.values():
+        module, attribute = weight_of(modules, spec.name)
+        name = names.get(id(own_parameters(module).get(attribute)))
+        if name is not None:
+            found.setdefault(name, []).append(spec)
+    return found
 
 
 def bias_of(modules: Mapping[str, nn.Module], spec: LayerSpec) -> Tensor | None:

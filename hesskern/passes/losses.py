@@ -28,6 +28,7 @@ from hesskern import ops
 from hesskern.devices import on_host, sent
 from hesskern.passes.batches import Batch, Parts, pair
 from hesskern.passes.checks import Checks, check_dense
+from hesskern.passes.draws import SampleDraws, without_padding
 from hesskern.passes.forward_pass import run_model
 
 __all__ = ["MOST_ROWS", "Loss", "Rows", "Unread", "resolve_loss", "with_root"]
@@ -125,10 +126,15 @@ class Loss(ABC):
         """
 
     @abstractmethod
-    def sampled(
-        self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
-    ) -> Rows:
-        """Random rows whose mean outer product is A: gradients at targets drawn from the model."""
+    def sampled(self, outputs: Tensor, targets: Any, samples: int, draws: SampleDraws) -> Rows:
+        """Random rows whose mean outer product is A: gradients at targets drawn from the model.
+
+        Args:
+            outputs: [N, ...] of the model.
+            targets: as :meth:`check` gives them.
+            samples: r, draws per sample.
+            draws: of these N samples.
+        """
 
     @abstractmethod
     def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
@@ -496,9 +502,7 @@ class _CrossEntropy(Loss):
 
         return Rows(count, row)
 
-    def sampled(
-        self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
-    ) -> Rows:
+    def sampled(self, outputs: Tensor, targets: Any, samples: int, draws: SampleDraws) -> Rows:
         tokens = math.prod(outputs.shape[2:])
         together = outputs.dim() > 3
         logits = outputs.detach().flatten(2) if together else outputs
@@ -507,9 +511,10 @@ class _CrossEntropy(Loss):
             labels = _per_sample(targets.long()) if together else targets.long()
         terms = self._terms(outputs, targets) if tokens > 1 else None
         # Drawn on the host, and therefore the same on every device.
-        uniform = torch.rand(
-            len(outputs) * tokens, samples, generator=generator, dtype=torch.float64
-        ).to(outputs.device, non_blocking=True)
+        uniform = draws.uniform(samples, tokens)
+        uniform = sent(uniform, outputs.device)
+        if labels is not None and tokens > 1:
+            uniform = without_padding(uniform, _per_sample(labels != self.ignore_index))
 
         def row(index: int) -> Tensor:
             gradient = ops.sampled_cross_entropy_gradient(
@@ -554,9 +559,7 @@ class _Elementwise(Loss):
         """Second derivative of every element's loss, the outputs' shape."""
 
     @abstractmethod
-    def _sampled_gradient(
-        self, outputs: Tensor, scale: float, generator: torch.Generator
-    ) -> Tensor:
+    def _sampled_gradient(self, outputs: Tensor, scale: float, draws: SampleDraws) -> Tensor:
         """``scale`` times a random [N, ...] with mean outer product diag(curvature)."""
 
     def check(self, outputs: Tensor, targets: Any, checks: Checks) -> Any:
@@ -582,13 +585,11 @@ class _Elementwise(Loss):
 
         return Rows(count, row)
 
-    def sampled(
-        self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
-    ) -> Rows:
+    def sampled(self, outputs: Tensor, targets: Any, samples: int, draws: SampleDraws) -> Rows:
         flat = _at_least_float32(outputs.detach())
         scale = (self._scale(outputs) / samples) ** 0.5
         return _drawn_rows(
-            samples, lambda: self._sampled_gradient(flat, scale, generator).to(outputs.dtype)
+            samples, lambda: self._sampled_gradient(flat, scale, draws).to(outputs.dtype)
         )
 
 
@@ -602,11 +603,9 @@ class _MeanSquaredError(_Elementwise):
     def _curvature(self, outputs: Tensor) -> Tensor:
         return torch.full_like(outputs, 2.0)
 
-    def _sampled_gradient(
-        self, outputs: Tensor, scale: float, generator: torch.Generator
-    ) -> Tensor:
-        noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype)
-        return noise.mul_(2.0**0.5 * scale).to(outputs.device, non_blocking=True)
+    def _sampled_gradient(self, outputs: Tensor, scale: float, draws: SampleDraws) -> Tensor:
+        noise = draws.normal(math.prod(outputs.shape[1:])).reshape(outputs.shape)
+        return sent(noise.mul_(2.0**0.5 * scale).to(outputs.dtype), outputs.device)
 
     def per_sample(self, outputs: Tensor, targets: Any) -> Tensor:
         losses = _per_sample(F.mse_loss(outputs, targets.to(outputs), reduction="none"))
@@ -639,12 +638,10 @@ class _BinaryCrossEntropy(_Elementwise):
     def _curvature(self, outputs: Tensor) -> Tensor:
         return outputs.sigmoid() * (-outputs).sigmoid()
 
-    def _sampled_gradient(
-        self, outputs: Tensor, scale: float, generator: torch.Generator
-    ) -> Tensor:
+    def _sampled_gradient(self, outputs: Tensor, scale: float, draws: SampleDraws) -> Tensor:
         p = outputs.sigmoid()
         # In float32 numbers have steps of 2^-24, and rarer classes would never be drawn.
-        uniform = torch.rand(p.shape, generator=generator, dtype=torch.float64)
+        uniform = draws.uniform(math.prod(p.shape[1:])).reshape(p.shape)
         drawn = sent(uniform, p.device) < outputs.double().sigmoid()
         # Not p - 1, which has no digits left where p is nearly 1.
         return torch.where(drawn, (-outputs).sigmoid().neg_(), p).mul_(scale)
@@ -688,15 +685,13 @@ class _Custom(Loss):
         root = root.detach().to(outputs.dtype)
         return Rows(root.shape[1], lambda index: root[:, index])
 
-    def sampled(
-        self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
-    ) -> Rows:
+    def sampled(self, outputs: Tensor, targets: Any, samples: int, draws: SampleDraws) -> Rows:
         exact = self.exact(outputs, targets)
         shape = (-1,) + (1,) * (outputs.dim() - 1)
 
         def draw() -> Tensor:
-            noise = torch.randn(len(outputs), exact.count, generator=generator) / samples**0.5
-            noise = noise.to(outputs, non_blocking=True)
+            noise = draws.normal(exact.count) / samples**0.5
+            noise = sent(noise.to(outputs.dtype), outputs.device)
             out = torch.zeros_like(outputs)
             for j in range(exact.count):
                 out += noise[:, j].reshape(shape) * exact.row(j)

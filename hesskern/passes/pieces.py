@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hesskern.passes.batches import Batch, may_count_positions, sample_count
+from hesskern.passes.sample_numbers import Numbers
 
 __all__ = ["Piece", "pieces", "usual_size"]
 
@@ -27,11 +28,14 @@ class Piece:
         batch: these samples; its index is that of the batch that the first of them came from.
         first: number of its first sample, from 0.
         count: of its samples.
+        behind: where the next piece begins: a batch's index, and how many of its samples come
+            before that.
     """
 
     batch: Batch
     first: int
     count: int
+    behind: tuple[int, int]
 
 
 def usual_size(batch: Batch) -> int:
@@ -45,7 +49,12 @@ def usual_size(batch: Batch) -> int:
     return int(2 ** int(math.log2(min(_MOST, max(1, total // each)))))
 
 
-def pieces(data: Iterable[Batch], size: Callable[[Batch], int] = usual_size) -> Iterator[Piece]:
+def pieces(
+    data: Iterable[Batch],
+    size: Callable[[Batch], int] = usual_size,
+    first: int = 0,
+    skip: int = 0,
+) -> Iterator[Piece]:
     """The samples of the batches, so many at a time, the last fewer.
 
     Where batches follow each other whose samples have different shapes (sequences padded to the
@@ -55,23 +64,27 @@ def pieces(data: Iterable[Batch], size: Callable[[Batch], int] = usual_size) -> 
     Args:
         data: batches, whose weights are left out.
         size: samples of a piece, of the first batch of that form.
+        first: number of the first sample.
+        skip: how many samples of the first batch come before that.
     """
-    held: list[tuple[Batch, int]] = []
+    # With the number of a batch's samples that went before.
+    held: list[tuple[Batch, int, int]] = []
     form: Any = None
-    first = total = wanted = 0
+    total = wanted = 0
 
     def take(count: int) -> Piece:
         nonlocal held, first, total
         parts, rest, left = [], [], count
-        for batch, n in held:
+        for batch, n, before in held:
             if n <= left:
                 parts.append(batch)
             else:
                 if left:
                     parts.append(_part(batch, slice(0, left)))
-                rest.append((_part(batch, slice(left, n)), n - left))
+                rest.append((_part(batch, slice(left, n)), n - left, before + left))
             left = max(0, left - n)
-        piece = Piece(_joined(parts), first, count)
+        behind = (rest[0][0].index, rest[0][2]) if rest else (held[-1][0].index + 1, 0)
+        piece = Piece(_joined(parts), first, count, behind)
         held, first, total = rest, first + count, total - count
         return piece
 
@@ -81,15 +94,18 @@ def pieces(data: Iterable[Batch], size: Callable[[Batch], int] = usual_size) -> 
         if held and found != form:
             yield take(total)
         if found is None:
-            yield Piece(_without_weight(batch), first, n)
+            yield Piece(_without_weight(batch), first, n, (batch.index + 1, 0))
             first += n
             continue
         if not n:
             continue
         if found != form:
             form, wanted = found, size(batch)
-        held.append((batch, n))
+        if skip:
+            batch, n = _part(batch, slice(skip, n)), n - skip
+        held.append((batch, n, skip))
         total += n
+        skip = 0
         while total >= wanted:
             yield take(wanted)
     if held:
@@ -129,7 +145,8 @@ def _form(batch: Batch, count: int) -> Any:
     if may_count_positions(batch, count):
         return None
     try:
-        return tuple(of(value) for value in _fields(batch))
+        # Numbers of another kind cannot stand beside these.
+        return batch.numbers.part, *(of(value) for value in _fields(batch))
     except _Whole:
         return None
 
@@ -151,23 +168,30 @@ def _mapped(change: Callable[[list[Tensor]], Tensor], values: list[Any]) -> Any:
     return first
 
 
-def _changed(change: Callable[[list[Tensor]], Tensor], batches: list[Batch]) -> Batch:
+def _changed(
+    change: Callable[[list[Tensor]], Tensor],
+    join: Callable[[list[Numbers]], Numbers],
+    batches: list[Batch],
+) -> Batch:
     inputs, targets, given, mask = (
         _mapped(change, list(column)) for column in zip(*map(_fields, batches), strict=True)
     )
     same = all(batch.given_targets is batch.targets for batch in batches)
-    return Batch(batches[0].index, inputs, targets, targets if same else given, None, mask)
+    numbers = join([batch.numbers for batch in batches])
+    return Batch(batches[0].index, inputs, targets, targets if same else given, None, mask, numbers)
 
 
 def _part(batch: Batch, samples: slice) -> Batch:
-    return _changed(lambda tensors: tensors[0][samples], [batch])
+    return _changed(
+        lambda tensors: tensors[0][samples], lambda numbers: numbers[0].of(samples), [batch]
+    )
 
 
 def _joined(batches: list[Batch]) -> Batch:
     if len(batches) == 1:
         return _without_weight(batches[0])
-    return _changed(torch.cat, batches)
+    return _changed(torch.cat, Numbers.joined, batches)
 
 
 def _without_weight(batch: Batch) -> Batch:
-    return Batch(batch.index, batch.inputs, batch.targets, batch.given_targets, None, batch.mask)
+    return replace(batch, weight=None)

@@ -16,6 +16,7 @@ from hesskern.passes.batches import Batch
 from hesskern.passes.capture import Capture
 from hesskern.passes.checks import Checks, check_dense
 from hesskern.passes.diagonal_uses import DiagonalUse
+from hesskern.passes.draws import Draws, check_seed
 from hesskern.passes.layer_uses import LayerUse, positions_of
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.losses import Loss, Rows
@@ -209,7 +210,7 @@ class BatchRoots:
         loss: Loss,
         output: Output,
         samples: int,
-        generator: torch.Generator,
+        draws: Draws,
         checks: Checks,
         sums_follow: bool = False,
     ) -> None:
@@ -243,7 +244,7 @@ class BatchRoots:
             for use in layer:
                 self._check_use(name, use, sums_follow)
         self._check_outputs(loss, total)
-        self._rows = self._make_rows(loss, output, samples, generator)
+        self._rows = self._make_rows(loss, output, samples, draws)
 
     def _check_use(self, name: str, use: LayerUse, sums_follow: bool) -> None:
         total, x = None, use.x
@@ -387,14 +388,16 @@ class BatchRoots:
                 total = total + sent(use.mask.counts, use.x.device)
         return total if isinstance(total, int) else total[:, None, None]
 
-    def _make_rows(
-        self, loss: Loss, output: Output, samples: int, generator: torch.Generator
-    ) -> Rows:
+    def _make_rows(self, loss: Loss, output: Output, samples: int, draws: Draws) -> Rows:
         targets = self._targets
         if output == "exact":
             return loss.exact(self.outputs, targets)
         if output == "mc":
-            return loss.sampled(self.outputs, targets, samples, generator)
+            numbers = self._batch.numbers
+            if len(numbers) != len(self.outputs):
+                # Inputs that count the samples elsewhere than in their first axis.
+                numbers = numbers.inside(len(self.outputs))
+            return loss.sampled(self.outputs, targets, samples, draws.of(numbers))
         return loss.empirical(self.outputs, targets)
 
     @property
@@ -517,5 +520,4 @@ def check_output(output: Any, mc_samples: Any, seed: Any) -> None:
     check_choice("output", output, Output)
     if isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1:
         raise ValueError(f"mc_samples must be a positive integer, got {mc_samples!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed must be an integer, got {seed!r}")
+    check_seed(seed)

@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 from hesskern import ops
 from hesskern.choices import check_choice
-from hesskern.devices import on_host
-from hesskern.passes.batches import Batch, Parts, pair, samples_of
+from hesskern.devices import on_host, sent
+from hesskern.passes.batches import Batch, Parts, pair, samples_of, shape_is_ambiguous
 from hesskern.passes.checks import Checks, check_dense
+from hesskern.passes.draws import SampleDraws, without_padding
 from hesskern.passes.forward_pass import checked_outputs, run_model
 from hesskern.passes.losses import Loss, Rows, Unread, resolve_loss
 from hesskern.passes.own_loss import check_alignment
@@ -231,6 +232,9 @@ class _TokenLoss(_TransformersLoss):
         if not len(outputs) or outputs.shape[1] < 2:
             # One position has no neighbour to be told from.
             return False
+        if shape_is_ambiguous(batch, len(outputs)):
+            # Nothing can be cut from it.
+            return False
         chosen = _longest(batch)
         one = samples_of(batch, slice(chosen, chosen + 1))
         given = dict(self._given(model, one.inputs))
@@ -279,17 +283,15 @@ class _TokenLoss(_TransformersLoss):
         rows = _CROSS_ENTROPY.exact(outputs.transpose(1, 2), targets)
         return Rows(rows.count, lambda j: rows.row(j).transpose(1, 2))
 
-    def sampled(
-        self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
-    ) -> Rows:
+    def sampled(self, outputs: Tensor, targets: Any, samples: int, draws: SampleDraws) -> Rows:
         n, tokens, classes = outputs.shape
         # Tokens as samples of their own: each has its logits in one piece.
         logits = outputs.detach().reshape(n * tokens, classes)
         each = self._labelled(targets).unsqueeze(1).expand(n, tokens).reshape(-1)
         labels = targets.reshape(-1)
         # Drawn on the host, and therefore the same on every device.
-        uniform = torch.rand(n * tokens, samples, generator=generator, dtype=torch.float64)
-        uniform = uniform.to(outputs.device, non_blocking=True)
+        uniform = draws.uniform(samples, tokens)
+        uniform = without_padding(sent(uniform, outputs.device), targets != _IGNORED)
 
         def row(index: int) -> Tensor:
             return ops.sampled_cross_entropy_gradient(
@@ -547,11 +549,9 @@ class SequenceClassification(_TransformersLoss):
         loss, made = self._torch(outputs, targets)
         return loss.exact(outputs, made)
 
-    def sampled(
-        self, outputs: Tensor, targets: Any, samples: int, generator: torch.Generator
-    ) -> Rows:
+    def sampled(self, outputs: Tensor, targets: Any, samples: int, draws: SampleDraws) -> Rows:
         loss, made = self._torch(outputs, targets)
-        return loss.sampled(outputs, made, samples, generator)
+        return loss.sampled(outputs, made, samples, draws)
 
     def empirical(self, outputs: Tensor, targets: Any) -> Rows:
         loss, made = self._torch(outputs, targets)

@@ -29,6 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as MapDataset
 
 __all__ = ["DATASETS", "Batches", "Dataset", "data_root", "load"]
 
@@ -100,9 +102,42 @@ class Dataset:
         """The data in file order, ``batch_size`` rows at a time."""
         return Batches(self.inputs, self.targets, batch_size)
 
+    def part(self, batch_size: int, rank: int, size: int) -> DataLoader[tuple[Tensor, Tensor]]:
+        """The samples of one of ``size`` ranks, in file order; a loader knows their numbers.
+
+        All ranks together have every sample once; a rank beyond the last sample has none.
+        """
+        begin, end = (len(self) * r // size for r in (rank, rank + 1))
+        rows = range(begin, end)
+        parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        return DataLoader(
+            _Rows(self), batch_sampler=[list(part) for part in parts], collate_fn=_as_is
+        )
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Dataset:
         """A copy with the inputs in ``dtype`` and both tensors on ``device``."""
         return replace(self, inputs=self.inputs.to(device, dtype), targets=self.targets.to(device))
+
+
+class _Rows(MapDataset[tuple[Tensor, Tensor]]):
+    """A data set for a loader, which takes a batch's samples at once."""
+
+    def __init__(self, data: Dataset) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._data.inputs[index], self._data.targets[index]
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        rows = torch.tensor(indices, device=self._data.inputs.device)
+        return self._data.inputs[rows], self._data.targets[rows]
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
 def load(

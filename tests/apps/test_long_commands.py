@@ -362,8 +362,8 @@ def test_a_fit_that_is_infinite_or_unreadable_is_no_error(
 def test_results_that_share_memory_are_kept(tmp_path: Path) -> None:
     block = torch.randn(6, 7)
     pairs = lab.EigenResult(block[0, :3], block[1:, 3:6], block[0, 3:6], True, 9)
-    lab._write_pairs(tmp_path / "deep" / "pairs.safetensors", pairs)
-    found = lab._read_pairs(tmp_path / "deep" / "pairs.safetensors", 3)
+    lab._write_pairs(pairs, tmp_path / "pairs.safetensors")
+    found = lab._read_pairs(tmp_path / "pairs.safetensors", 3)
     assert found is not None
     assert torch.equal(found.vectors, pairs.vectors)
     assert torch.equal(found.residuals, pairs.residuals)

@@ -227,3 +227,56 @@ def test_frames_are_no_pixels() -> None:
     found = hk.influence(E, model, data, data, LOSS, per_token=True, layers="features").scores
     assert isinstance(found, Tensor)
     close(found.sum(2), expected["features"], 1e-10)
+
+
+class Attends(nn.Module):
+    """Keys and values of another width: three matrices, whose biases are in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, kdim=3, vdim=3, batch_first=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x[..., :3], x[..., :3])[0].mean(1))
+
+
+def test_projections_whose_biases_are_in_one_parameter() -> None:
+    model = seeded(Attends()).double()
+    train = [(randn(6, 5, 4), classes(6, c=3))]
+    E = factors(model, train)
+    found = hk.influence(E, model, train, train, LOSS, per_layer=True, damping=0.1)
+    assert isinstance(found.scores, dict)
+    rows = []
+    for x, y in singles(train):
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        gradient = model.attention.k_proj_weight.grad
+        assert gradient is not None
+        rows.append(gradient.flatten().clone())
+    G = torch.stack(rows)
+    dense = E["attention.k_proj"].to_dense() + 0.1 * torch.eye(12).double()
+    close(found.scores["attention.k_proj"], G @ torch.linalg.solve(dense, G.T), 1e-12)
+
+
+class Unused(nn.Module):
+    """What one of its layers computes is thrown away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.side = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.side(x)
+        return self.main(x)
+
+
+@pytest.mark.parametrize("curved", [False, True])
+def test_layers_without_effect_are_named(curved: bool) -> None:
+    model = seeded(Unused()).double()
+    train = [(randn(6, 3), classes(6, c=3))]
+    E = factors(model, train) if curved else None
+    options = {"damping": 0.1} if curved else {}
+    found = hk.influence(E, model, train, train, LOSS, **options)
+    assert found.layers == ("main",)
+    assert "no effect on the queries' losses" in found.skipped["side"]

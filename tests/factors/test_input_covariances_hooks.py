@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,65 @@ def test_a_layer_that_is_called_later_is_watched_then() -> None:
     assert found.num_samples == 11
     x = torch.cat([randn(5, 4), model.eval().function(model.first, randn(6, 4, seed=1)).detach()])
     assert relative_error(found["last"].input_covariance, x.T @ x / 11) <= 1e-12
+
+
+@pytest.mark.parametrize("weight", [None, torch.arange(1.0, 7.0)])
+def test_transforms_of_torch_func_are_left_out(weight: Tensor | None) -> None:
+    model = seeded(Through(lambda layer, x: torch.vmap(layer)(x).relu())).double()
+    with pytest.warns(UserWarning, match="left out: 'first' is called inside a transform"):
+        found = hk.input_covariances(model, [randn(6, 4)], sample_weight=weight)
+    assert list(found) == ["last"]
+    also = seeded(Through(lambda layer, x: layer(x) + torch.vmap(layer)(x))).double()
+    assert list(hk.input_covariances(also, [randn(6, 4)], sample_weight=weight)) == ["last"]
+
+
+class Tied(nn.Module):
+    """One weight in two layers, in series."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4, bias=bias)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).tanh()).tanh())
+
+
+@pytest.mark.parametrize("bias", ["none", "joint"])
+def test_layers_of_one_weight_have_the_inputs_of_both(bias: Any) -> None:
+    model, x = seeded(Tied(True)).double(), randn(5, 4)
+    found = hk.input_covariances(model, [x[:2], x[2:]], bias=bias)
+    rows = torch.cat([x, model.first(x).tanh().detach()])
+    if bias == "joint":
+        rows = torch.cat([rows, torch.ones(10, 1).double()], 1)
+    factors = hk.kronecker_factors(model, [(x, torch.arange(5) % 3)], nn.CrossEntropyLoss())
+    for name in ("first", "second"):
+        assert relative_error(found[name].input_covariance, rows.T @ rows / 5) < 1e-12
+        assert found[name].positions == factors[name].positions == 2
+
+
+def test_layers_of_one_weight_with_a_bias_of_their_own_are_left_out() -> None:
+    model, x = seeded(Tied(False)).double(), randn(5, 4)
+    assert "first" in hk.input_covariances(model, [x])
+    found = hk.input_covariances(model, [x], bias="joint")
+    assert list(found) == ["head"]
+    assert "shares its weight with 'second'" in found.skipped["first"]
+
+
+def test_a_model_that_runs_with_no_single_sample_has_no_weighted_covariance() -> None:
+    class Batch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.layer = nn.GroupNorm(1, 1), nn.Linear(1, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.norm(x))
+
+    x = randn(4, 1)
+    weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    with pytest.raises(ValueError, match=r"'layer' has rows .* one sample alone"):
+        hk.input_covariances(seeded(Batch()).double(), [x], sample_weight=weight)
 
 
 def test_modules_that_hooks_do_not_show() -> None:

@@ -14,8 +14,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first model; the next has +1")
     parser.add_argument("--show", type=int, default=20, help="failures printed in full")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--thorough", action="store_true", help="all that is built on factors")
     options = parser.parse_args()
-    failed = run(options.seed, options.count, sys.stdout, options.show, options.jobs)
+    failed = run(
+        options.seed,
+        options.count,
+        sys.stdout,
+        options.show,
+        options.jobs,
+        options.thorough,
+    )
     return 1 if failed else 0
 
 

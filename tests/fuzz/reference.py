@@ -15,7 +15,7 @@ from fuzz.data import Batch
 from fuzz.grammar import Case
 from fuzz.program import Taps, plain_torch
 
-__all__ = ["LayerReference", "Reference", "weight_name"]
+__all__ = ["LayerReference", "Reference", "run_model", "weight_name"]
 
 
 def weight_name(key: str, names: dict[str, Tensor] | dict[str, slice]) -> str | None:
@@ -102,7 +102,7 @@ class Reference:
     def _batch(self, batch: Batch) -> Tensor:
         taps, model = self._taps, self._model
         taps.clear()
-        outputs, weights = _run(model, self.case, batch, self.wide)
+        outputs, weights = run_model(model, self.case, batch, self.wide)
         unique = self._index(weights)
         flat = outputs.reshape(-1)
         inputs = [*unique, *[z for _, _, z in taps]]
@@ -276,7 +276,7 @@ class Reference:
             model = self.case.through() if through else self.case.reference(lambda n, x, z: z)
             gradients = []
             for batch in self.case.batches:
-                outputs, weights = _run(model, self.case, batch)
+                outputs, weights = run_model(model, self.case, batch)
                 losses, shares = self._losses(batch, outputs.double())
                 gradients.append(_Gradient(weights, (losses * shares).sum()))
             self._gradients[through] = gradients
@@ -375,7 +375,7 @@ def _tap_inside(model: nn.Module, taps: Taps) -> None:
             module.register_forward_hook(hook)
 
 
-def _run(
+def run_model(
     model: nn.Module, case: Case, batch: Batch, wide: bool = True
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Outputs [N, ...] and the weights that made them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import re
 import time
@@ -104,27 +105,35 @@ class _Part:
     failed: list[tuple[int, str]]
 
 
-def _part(seeds: range) -> _Part:
+def _part(seeds: range, thorough: bool = False) -> _Part:
     torch.set_num_threads(1)
     statistics, failed = Statistics(), []
     for seed in seeds:
-        verdict = judge(draw(seed))
+        verdict = judge(draw(seed), thorough=thorough)
         statistics.add(verdict)
         if verdict.bad:
             failed.append((seed, report(verdict)))
     return _Part(len(seeds), statistics, failed)
 
 
-def _parts(seeds: range, jobs: int) -> Iterator[_Part]:
+def _parts(seeds: range, jobs: int, thorough: bool) -> Iterator[_Part]:
     chunks = [seeds[start : start + 10] for start in range(0, len(seeds), 10)]
+    part = functools.partial(_part, thorough=thorough)
     if jobs == 1:
-        yield from map(_part, chunks)
+        yield from map(part, chunks)
         return
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap_unordered(_part, chunks)
+        yield from pool.imap_unordered(part, chunks)
 
 
-def run(seed: int, count: int, out: TextIO, show: int = 20, jobs: int = 1) -> list[int]:
+def run(
+    seed: int,
+    count: int,
+    out: TextIO,
+    show: int = 20,
+    jobs: int = 1,
+    thorough: bool = False,
+) -> list[int]:
     """Judges the seeds from ``seed`` on; prints progress, what failed and tables.
 
     Args:
@@ -133,6 +142,7 @@ def run(seed: int, count: int, out: TextIO, show: int = 20, jobs: int = 1) -> li
         out: where to print.
         show: failures that are printed with their program; the others by seed alone.
         jobs: processes.
+        thorough: as in :func:`fuzz.verdict.judge`.
 
     Returns:
         seeds that failed.
@@ -140,7 +150,7 @@ def run(seed: int, count: int, out: TextIO, show: int = 20, jobs: int = 1) -> li
     total = Statistics()
     failed: list[int] = []
     begun = last = time.monotonic()
-    for part in _parts(range(seed, seed + count), jobs):
+    for part in _parts(range(seed, seed + count), jobs, thorough):
         total.merge(part.statistics)
         for number, text in part.failed:
             if len(failed) < show:

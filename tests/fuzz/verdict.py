@@ -20,7 +20,7 @@ from fuzz.program import plain_torch
 from fuzz.reference import LayerReference, Reference, weight_name
 from fuzz.state import Snapshot
 
-__all__ = ["BAD", "ENTRIES", "Finding", "Verdict", "judge"]
+__all__ = ["BAD", "ENTRIES", "Finding", "Judge", "Verdict", "judge"]
 
 BAD = ("WRONG", "DROPPED", "CRASH", "CHANGED")
 
@@ -78,21 +78,37 @@ class Verdict:
 Answer = Callable[..., Any]
 
 
-def judge(case: Case, functions: Mapping[str, Answer] | None = None) -> Verdict:
+def judge(
+    case: Case, functions: Mapping[str, Answer] | None = None, thorough: bool = False
+) -> Verdict:
     """Runs every entry point on a case.
 
     Args:
         case: to be judged.
         functions: in place of hesskern's own, by name; for tests of the fuzzer itself.
+        thorough: whether all that is built on factors is asked for, instead of some of it.
     """
-    answers = {**{name: getattr(hk, name) for name in ENTRIES}, **(functions or {})}
+    from fuzz.algebra import ALGEBRA
+    from fuzz.curvature import CURVATURE
+
+    names = (*ENTRIES, "ekfac", "influence", "input_covariances")
+    answers = {**{name: getattr(hk, name) for name in names}, **(functions or {})}
     with warnings.catch_warnings():
         # hesskern's own say what the findings say; torch's are about the random models.
         warnings.simplefilter("ignore")
-        return _Judge(case, answers).run()
+        judge = Judge(case, answers)
+        judge.run()
+        if not case.program.random and judge.factors:
+            rng = random.Random(case.values + 1)
+            for check in (*CURVATURE, *ALGEBRA):
+                if thorough or rng.random() < 0.06:
+                    check(judge, random.Random(rng.getrandbits(31)))
+        return judge.verdict
 
 
-class _Judge:
+class Judge:
+    """One case, its reference, and what has been found about it."""
+
     def __init__(self, case: Case, functions: Mapping[str, Answer]) -> None:
         self.case, self.functions = case, functions
         self.verdict = Verdict(case)
@@ -145,10 +161,10 @@ class _Judge:
     # Calls
 
     def run(self) -> Verdict:
-        self._call("layer_hessians", self._see_hessians)
-        self._call("kronecker_factors", self._see_factors)
-        self._call("GaussNewton", self._see_gauss_newton)
-        self._call("AutogradHessian", self._see_autograd)
+        self.call("layer_hessians", self._see_hessians)
+        self.call("kronecker_factors", self._see_factors)
+        self.call("GaussNewton", self._see_gauss_newton)
+        self.call("AutogradHessian", self._see_autograd)
         if not self.case.program.random and self.hessians:
             self._more(random.Random(self.case.values))
         return self.verdict
@@ -162,30 +178,30 @@ class _Judge:
             return lambda result: self._see_blocks(f"layer_hessians {what}", result, joint)
 
         if rng.random() < 0.15:
-            self._call("layer_hessians again", self._see_again)
+            self.call("layer_hessians again", self._see_again)
         if rng.random() < 0.15 and names:
-            self._call("layer_hessians by name", blocks("by name"), layers=[rng.choice(names)])
+            self.call("layer_hessians by name", blocks("by name"), layers=[rng.choice(names)])
         if rng.random() < 0.1:
-            self._call("layer_hessians in parts", blocks("in parts"), memory_budget=1)
+            self.call("layer_hessians in parts", blocks("in parts"), memory_budget=1)
         if rng.random() < 0.1:
-            self._call(
+            self.call(
                 "GaussNewton in parts",
                 lambda result: self._see_matrix("GaussNewton in parts", result),
                 memory_budget=1,
             )
-        if rng.random() < 0.15 and "Conv1D" not in self.case.program.features:
-            self._call("layer_hessians joint", blocks("joint", True), bias="joint")
+        if rng.random() < 0.15:
+            self.call("layer_hessians joint", blocks("joint", True), bias="joint")
         if rng.random() < 0.1:
-            self._call(
+            self.call(
                 "kronecker_factors in parts",
-                lambda result: self._see_layers("kronecker_factors in parts", result),
+                lambda result: self.see_layers("kronecker_factors in parts", result),
                 memory_budget=1,
             )
         tokens = any(batch.targets.dim() > 1 for batch in self.case.batches)
         if rng.random() < 0.15 and (kind == "custom" or (kind == "ce" and not tokens)):
-            self._call(
+            self.call(
                 "kronecker_factors empirical",
-                lambda result: self._see_layers("kronecker_factors empirical", result, "empirical"),
+                lambda result: self.see_layers("kronecker_factors empirical", result, "empirical"),
                 output="empirical",
             )
         if rng.random() < 0.05 and not self.narrow:
@@ -194,24 +210,24 @@ class _Judge:
     def _see_again(self, result: Mapping[str, Any]) -> None:
         entry = "layer_hessians again"
         if list(result) != list(self.hessians):
-            self._add(entry, "*", "WRONG", f"{list(result)}, before {list(self.hessians)}")
+            self.add(entry, "*", "WRONG", f"{list(result)}, before {list(self.hessians)}")
             return
         for key, H in result.items():
             now, before = H.to_dense(), self.hessians[key].to_dense()
             same = now.shape == before.shape and bool(torch.equal(now, before))
             same = same and H.inexact_reason == self.hessians[key].inexact_reason
-            self._add(entry, key, "right" if same else "WRONG", "" if same else "not as before")
+            self.add(entry, key, "right" if same else "WRONG", "" if same else "not as before")
 
     def _see_sampled(self) -> None:
         """E[M] from drawn targets, in the mean over seeds: along the exact one it is one."""
         entry = "kronecker_factors mc"
         if self.reference.rarest < 0.04:
-            self._add(entry, "*", "unchecked", "targets that are drawn too rarely")
+            self.add(entry, "*", "unchecked", "targets that are drawn too rarely")
             return
         draws: dict[str, list[float]] = {}
         try:
             for seed in range(16):
-                factors = self._made(
+                factors = self.made(
                     "kronecker_factors", {"output": "mc", "mc_samples": 32, "seed": seed}
                 )
                 for key, f in factors.items():
@@ -220,7 +236,7 @@ class _Judge:
                         share = float((f.output_hessian * right).sum() / right.square().sum())
                         draws.setdefault(key, []).append(share)
         except Exception as error:
-            self._add(entry, "*", *_thrown(error, self.model))
+            self.add(entry, "*", *_thrown(error, self.model))
             return
         for key, shares in draws.items():
             values = torch.tensor(shares, dtype=torch.float64)
@@ -228,12 +244,17 @@ class _Judge:
             limit = 7 * float(values.std()) / len(shares) ** 0.5 + 1e-9
             off = abs(float(values.mean()) - 1)
             detail = f"{float(values.mean()):.4f} of the exact one, within {limit:.2g} is chance"
-            self._add(entry, key, "right" if off <= limit else "WRONG", detail)
+            self.add(entry, key, "right" if off <= limit else "WRONG", detail)
 
-    def _call(self, entry: str, see: Callable[[Any], None], **options: Any) -> None:
+    def call(self, entry: str, see: Callable[[Any], None], **options: Any) -> None:
+        """One answer of a function that takes model, data and loss."""
+        self.watched(entry, lambda: self.made(entry.split(" ", 1)[0], options), see)
+
+    def watched(self, entry: str, make: Callable[[], Any], see: Callable[[Any], None]) -> None:
+        """One answer, looked at if there is one; what it has changed is found."""
         before = Snapshot(self.model, self.data)
         try:
-            result = self._made(entry.split(" ", 1)[0], options)
+            result = make()
             self._note_changes(entry, before)
             if self.case.program.random:
                 self._see_random(entry, result)
@@ -242,20 +263,20 @@ class _Judge:
         except AssertionError:
             raise
         except Exception as error:
-            self._add(entry, "*", *_thrown(error, self.model))
+            self.add(entry, "*", *_thrown(error, self.model))
             self._note_changes(entry, before)
 
     def _see_random(self, entry: str, result: Any) -> None:
         """A number for a model that draws is right where every draw leads to it."""
         first = _numbers(entry, result)
         for _ in range(8):
-            again = _numbers(entry, self._made(entry, {}))
-            if any(self._error(b, a) is not None for a, b in zip(first, again, strict=True)):
-                self._add(entry, "*", "WRONG", "a number for a model that is random")
+            again = _numbers(entry, self.made(entry, {}))
+            if any(self.error(b, a) is not None for a, b in zip(first, again, strict=True)):
+                self.add(entry, "*", "WRONG", "a number for a model that is random")
                 return
-        self._add(entry, "*", "right", "no draw matters")
+        self.add(entry, "*", "right", "no draw matters")
 
-    def _made(self, entry: str, options: dict[str, Any]) -> Any:
+    def made(self, entry: str, options: dict[str, Any]) -> Any:
         function = self.functions[entry]
         if self.case.sample_weight is not None:
             options["sample_weight"] = self.case.sample_weight
@@ -268,16 +289,16 @@ class _Judge:
         if self.case.program.random:
             changes = [change for change in changes if change != "random state"]
         if changes:
-            self._add(entry, "*", "CHANGED", ", ".join(changes[:5]))
+            self.add(entry, "*", "CHANGED", ", ".join(changes[:5]))
 
-    def _add(self, entry: str, layer: str, outcome: str, detail: str = "") -> None:
+    def add(self, entry: str, layer: str, outcome: str, detail: str = "") -> None:
         if self.rough and outcome in ("right", "WRONG"):
             outcome, detail = "unchecked", "torch's own error in this dtype is too large"
         self.verdict.findings.append(Finding(entry, layer, outcome, detail))
 
     # Answers
 
-    def _account(self, entry: str, keys: list[str], skipped: Mapping[str, str] | None) -> None:
+    def account(self, entry: str, keys: list[str], skipped: Mapping[str, str] | None) -> None:
         """Every module that holds weights is answered for or skipped with a reason."""
         for name, module in self.held.items():
             if any(key == name or _inside(key, name, module) for key in keys):
@@ -285,38 +306,38 @@ class _Judge:
             reason = _reason(name, module, skipped)
             if reason is None:
                 kind = type(module).__name__
-                self._add(entry, name, "DROPPED", f"{kind} is neither there nor in .skipped")
+                self.add(entry, name, "DROPPED", f"{kind} is neither there nor in .skipped")
             elif _is_layer(module):
-                self._add(entry, name, "refused", reason)
+                self.add(entry, name, "refused", reason)
 
     def _see_hessians(self, result: Mapping[str, Any]) -> None:
-        self._account("layer_hessians", list(result), getattr(result, "skipped", None))
+        self.account("layer_hessians", list(result), getattr(result, "skipped", None))
         self._see_blocks("layer_hessians", result)
         self.hessians = result
 
     def _see_blocks(self, entry: str, result: Mapping[str, Any], joint: bool = False) -> None:
         for key, H in result.items():
-            order = self._entries(key, joint)
+            order = self.entries(key, joint)
             if order is None:
-                self._add(entry, key, "WRONG", "a number for a weight that has no such block")
+                self.add(entry, key, "WRONG", "a number for a weight that has no such block")
                 continue
             expected = self.reference.gauss_newton[order][:, order]
-            dense = self._dense(H)
-            error = self._error(dense, expected)
+            dense = self.dense(H)
+            error = self.error(dense, expected)
             if error is not None:
                 error = self._other_order(key, dense, expected) or error
                 reason = H.inexact_reason or ""
                 outcome = "flagged" if _FLAG.search(reason) else "WRONG"
-                self._add(entry, key, outcome, f"{error}; is_exact={H.is_exact} ({reason})")
+                self.add(entry, key, outcome, f"{error}; is_exact={H.is_exact} ({reason})")
             elif entry == "layer_hessians":
                 self._see_exactness(key, H, expected)
             else:
-                self._add(entry, key, "right")
+                self.add(entry, key, "right")
 
-    def _entries(self, key: str, joint: bool = False) -> Tensor | None:
+    def entries(self, key: str, joint: bool = False) -> Tensor | None:
         """Where a key's entries stand among all weights, in the order of the weight's memory.
 
-        With ``joint`` every output's bias comes behind its weights.
+        With ``joint`` every output's bias comes behind its weights, as the last input.
         """
         slices = self.reference.slices
         name = weight_name(key, slices)
@@ -326,8 +347,10 @@ class _Judge:
         bias = slices.get(name.removesuffix("weight") + "bias")
         if not joint or bias is None:
             return entries
-        column = torch.arange(bias.start, bias.stop)[:, None]
-        return torch.cat([entries.reshape(len(column), -1), column], 1).reshape(-1)
+        column = torch.arange(bias.start, bias.stop)
+        if type(self.held.get(key)).__name__ == "Conv1D":
+            return torch.cat([entries, column])
+        return torch.cat([entries.reshape(len(column), -1), column[:, None]], 1).reshape(-1)
 
     def _other_order(self, key: str, dense: Tensor, expected: Tensor) -> str | None:
         """What to say of a block that is right but for the order of its entries."""
@@ -335,7 +358,7 @@ class _Judge:
         if type(module).__name__ != "Conv1D" or dense.shape != expected.shape:
             return None
         order = self._outputs_first(key)
-        if self._error(dense, expected[order][:, order]) is not None:
+        if self.error(dense, expected[order][:, order]) is not None:
             return None
         return "right, but not in the order of the weight's memory [inputs, outputs]"
 
@@ -344,12 +367,12 @@ class _Judge:
         d, m = self.model.get_submodule(key).weight.shape
         return torch.arange(d * m).reshape(d, m).t().reshape(-1)
 
-    def _dense(self, H: Any) -> Tensor:
+    def dense(self, H: Any) -> Tensor:
         """Once by products and once at once; they agree, or the answer is not one matrix."""
         dense = H.to_dense()
         eye = torch.eye(dense.shape[0], dtype=dense.dtype)
         products = H @ eye
-        if self._error(products, dense.double(), own=dense) is not None:
+        if self.error(products, dense.double(), own=dense) is not None:
             raise _Inconsistent("products and to_dense() differ")
         off = abs(H.trace() - float(dense.double().trace()))
         if off > max(1e-8, self._limit) * (abs(H.trace()) + self.reference.scale):
@@ -361,7 +384,7 @@ class _Judge:
         name = weight_name(key, self.reference.slices)
         assert name is not None
         if self.narrow:
-            self._add(entry, key, "right")
+            self.add(entry, key, "right")
             return
         # A random vector shows a difference with probability one.
         vectors = self._vectors(len(expected))
@@ -369,17 +392,17 @@ class _Judge:
         if not H.is_exact:
             self.verdict.inexact += 1
             self.verdict.needlessly += difference is None
-            self._add(entry, key, "right")
+            self.add(entry, key, "right")
         elif difference == _UNKNOWN:
-            self._add(entry, key, "unchecked", "no second derivative")
+            self.add(entry, key, "unchecked", "no second derivative")
         elif difference is not None:
-            self._add(entry, key, "WRONG", f"is_exact=True, but double backward: {difference}")
+            self.add(entry, key, "WRONG", f"is_exact=True, but double backward: {difference}")
         elif self.case.program.cuts and (missed := self._difference(name, expected, vectors, True)):
             known = missed != _UNKNOWN
             detail = "is_exact=True, but the model leaves derivatives out" if known else missed
-            self._add(entry, key, "WRONG" if known else "unchecked", detail)
+            self.add(entry, key, "WRONG" if known else "unchecked", detail)
         else:
-            self._add(entry, key, "right")
+            self.add(entry, key, "right")
 
     def _vectors(self, size: int) -> Tensor:
         return torch.randn(size, 2, generator=self._random, dtype=torch.float64)
@@ -392,18 +415,18 @@ class _Judge:
             return _UNKNOWN
         if not bool(torch.isfinite(products).all()):
             return _UNKNOWN
-        return self._error(products, block @ vectors, 1e-8)
+        return self.error(products, block @ vectors, 1e-8)
 
     def _see_factors(self, factors: Any) -> None:
-        self._account("kronecker_factors", list(factors), factors.skipped)
-        self._see_layers("kronecker_factors", factors)
+        self.account("kronecker_factors", list(factors), factors.skipped)
+        self.see_layers("kronecker_factors", factors)
         self.factors = factors
 
-    def _see_layers(self, entry: str, factors: Any, output: str = "output_hessian") -> None:
+    def see_layers(self, entry: str, factors: Any, output: str = "output_hessian") -> None:
         """Factors of every layer; ``output`` names the reference of its E[M]."""
         for key, f in factors.items():
             if weight_name(key, self.reference.slices) is None:
-                self._add(entry, key, "WRONG", "a number for a weight that has no such block")
+                self.add(entry, key, "WRONG", "a number for a weight that has no such block")
                 continue
             right = self.reference.layers.get(key, LayerReference())
             pairs = [
@@ -414,34 +437,34 @@ class _Judge:
                 f"{what}: {error}"
                 for what, actual, expected in pairs
                 if expected is not None
-                and (error := self._error(actual, expected, floor=_FACTOR_FLOOR)) is not None
+                and (error := self.error(actual, expected, floor=_FACTOR_FLOOR)) is not None
             ]
             if abs(factors.num_samples - self.reference.count) > (1e-2 if self.narrow else 1e-9):
                 errors.append(f"num_samples {factors.num_samples}, not {self.reference.count}")
             if errors:
-                self._add(entry, key, "WRONG", "; ".join(errors))
+                self.add(entry, key, "WRONG", "; ".join(errors))
             elif all(expected is not None for _, _, expected in pairs):
-                self._add(entry, key, "right")
+                self.add(entry, key, "right")
             else:
-                self._add(entry, key, "unchecked", "no reference for uses like these")
+                self.add(entry, key, "unchecked", "no reference for uses like these")
 
     def _see_gauss_newton(self, G: Any) -> None:
-        self._account("GaussNewton", list(G.slices), G.skipped)
+        self.account("GaussNewton", list(G.slices), G.skipped)
         self._see_matrix("GaussNewton", G)
 
     def _see_matrix(self, entry: str, G: Any) -> None:
         keys = list(G.slices)
-        entries = [self._entries(key) for key in keys]
+        entries = [self.entries(key) for key in keys]
         if any(part is None for part in entries):
-            self._add(entry, "*", "WRONG", "a number for a model that has no such matrix")
+            self.add(entry, "*", "WRONG", "a number for a model that has no such matrix")
             return
-        dense = self._dense(G)
+        dense = self.dense(G)
         wrong: dict[str, str] = {}
         for i, key in enumerate(keys):
             part, own = entries[i], dense[G.slices[key], G.slices[key]]
             assert part is not None
             expected = self.reference.gauss_newton[part][:, part]
-            if self._error(own, expected) is None:
+            if self.error(own, expected) is None:
                 continue
             note = self._other_order(key, own, expected)
             if note is not None:
@@ -451,16 +474,16 @@ class _Judge:
         order = torch.cat([part for part in entries if part is not None])
         expected = self.reference.gauss_newton[order][:, order]
         if dense.shape != expected.shape:
-            self._add(entry, "*", "WRONG", self._error(dense, expected) or "")
+            self.add(entry, "*", "WRONG", self.error(dense, expected) or "")
             return
         for key in keys:
             for other in keys:
                 rows, columns = G.slices[key], G.slices[other]
-                error = self._error(dense[rows, columns], expected[rows, columns])
+                error = self.error(dense[rows, columns], expected[rows, columns])
                 if error is not None:
                     wrong.setdefault(key, f"in the block with {other!r}: {error}")
         for key in keys:
-            self._add(entry, key, "WRONG" if key in wrong else "right", wrong.get(key, ""))
+            self.add(entry, key, "WRONG" if key in wrong else "right", wrong.get(key, ""))
 
     def _autograd_names(self) -> list[str]:
         """Weights of at most two layers."""
@@ -478,22 +501,22 @@ class _Judge:
         label = "+".join(names)
         if self.narrow or any(name not in self.reference.slices for name in names):
             why = "narrow dtype" if self.narrow else "a parameter without a reference"
-            self._add(entry, label, "unchecked", why)
+            self.add(entry, label, "unchecked", why)
             return
         try:
             expected = self.reference.hessian_product(names, vectors)
         except RuntimeError:
-            self._add(entry, label, "unchecked", "no second derivative")
+            self.add(entry, label, "unchecked", "no second derivative")
             return
         if not bool(torch.isfinite(expected).all()):
-            self._add(entry, label, "unchecked", "the second derivative is not finite")
+            self.add(entry, label, "unchecked", "the second derivative is not finite")
             return
-        error = self._error(products, expected, 1e-8)
-        self._add(entry, label, "right" if error is None else "WRONG", error or "")
+        error = self.error(products, expected, 1e-8)
+        self.add(entry, label, "right" if error is None else "WRONG", error or "")
 
     # Numbers
 
-    def _error(
+    def error(
         self,
         actual: Tensor,
         expected: Tensor,
@@ -572,7 +595,8 @@ def _thrown(error: Exception, model: nn.Module) -> tuple[str, str]:
     words = r"\b(model|layers?|data|loss|targets?|outputs?|params|inputs?|sample_weight|module)\b"
     if type(error) in (ValueError, TypeError, NotImplementedError) and own:
         names = [name for name, _ in model.named_modules() if name]
-        if re.search(words, str(error)) or any(f"{name!r}" in str(error) for name in names):
+        named = any(f"{name!r}" in str(error) for name in names)
+        if named or re.search(words, str(error)) or str(error).startswith("factors "):
             return "refused", text[:300]
     place = next((f for f in reversed(frames) if "/hesskern/" in f.filename), frames[-1])
     return "CRASH", f"{text[:200]} (at {place.filename.rsplit('/', 1)[-1]}:{place.lineno})"

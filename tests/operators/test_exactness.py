@@ -271,7 +271,13 @@ def _check_against_both(
         H = hessians(model, data, CE, layers=["a", "b"])["a"]
         model.op = spelt_out or op
         block = gauss_newton(model, data, sample_loss, "a")
-        hessian = loss_hessian(model, data, sample_loss, "a")
+        try:
+            hessian = loss_hessian(model, data, sample_loss, "a")
+        except RuntimeError as error:
+            # The reference's: up to torch 2.10 grid_sample has no second derivative.
+            if "derivative for aten::grid_sampler" not in str(error):
+                raise
+            pytest.skip("this torch has no second derivative of grid_sample")
     dense = H.to_dense()
     return (
         H.is_exact,

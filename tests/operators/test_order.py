@@ -60,3 +60,36 @@ def test_of_other_layers_both_orders_are_the_same() -> None:
     assert H.operator("output") is H
     f = hk.kronecker_factors(model, batches(4), CE)["0"]
     assert torch.equal(f.operator("output").to_dense(), f.operator().to_dense())
+
+
+def test_sums_with_the_hessian_by_autograd_are_in_one_order() -> None:
+    """Its vectors are in the order of the parameters' memory."""
+    model = seeded(nn.Sequential(Conv1D(M, D), nn.ReLU(), Conv1D(M, M), nn.ReLU(), nn.Linear(M, 3)))
+    data = batches(6, 4)
+    f = quietly(hk.kronecker_factors, model, data, CE)
+    R = hk.AutogradHessian(model, data, CE, ["0.weight"])
+    difference = R - f["0"].operator()
+    expected = R.to_dense() - f["0"].operator().to_dense()
+    assert relative_error(difference.to_dense(), expected) <= 1e-12
+    with pytest.raises(ValueError, match="'0' is in the order of the weight"):
+        _ = R - f["0"].operator("output")
+    names = ["0.weight", "2.weight", "4.weight"]
+    whole = hk.AutogradHessian(model, data, CE, names)
+    assert (whole - f.operator()).shape == (M * D + M * M + 3 * M,) * 2
+    with pytest.raises(ValueError, match="in the order of the weight"):
+        _ = f.operator("output") + whole
+    with pytest.raises(ValueError, match=r"the same layers in one order, got '2' .* and '0'"):
+        _ = hk.AutogradHessian(model, data, CE, [names[1], names[0], names[2]]) - f.operator()
+    G = quietly(hk.GaussNewton, model, data, CE)
+    assert relative_error((whole - G).to_dense(), whole.to_dense() - G.to_dense()) <= 1e-10
+
+
+def test_a_bias_is_beside_its_weight_or_behind_it() -> None:
+    """A joint block has it as the last column."""
+    model = seeded(nn.Sequential(nn.Linear(D, 3)))
+    data = batches(4)
+    R = hk.AutogradHessian(model, data, CE)
+    joint = hk.kronecker_factors(model, data, CE, bias="joint")["0"].operator()
+    assert R.shape == joint.shape
+    with pytest.raises(ValueError, match=r"got '0' \[3, 4\] and 'layer 0' \[3, 5\]"):
+        _ = R - joint

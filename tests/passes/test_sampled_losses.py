@@ -14,7 +14,9 @@ from networks import Shaped, randn, seeded
 from torch import Tensor, nn
 
 import hesskern as hk
+from hesskern.passes.draws import Draws, SampleDraws
 from hesskern.passes.losses import resolve_loss
+from hesskern.passes.sample_numbers import Numbers
 
 MONTE_CARLO = [
     "cross-entropy",
@@ -31,6 +33,10 @@ MONTE_CARLO = [
 ]
 
 
+def draws(samples: int) -> SampleDraws:
+    return Draws(1).of(Numbers(torch.arange(samples).numpy()))
+
+
 def assert_unbiased(samples: Tensor, expected: Tensor) -> None:
     """Means of independent estimates [S, ...] within five standard errors, all entries."""
     error = samples.std(0) / len(samples) ** 0.5
@@ -45,28 +51,28 @@ def test_sampled_targets_are_unbiased(name: str) -> None:
     case = LOSSES[name]
     model, data = seeded(Shaped(case.shape)), case.data()
     exact = hk.kronecker_factors(model, data, case.loss)
-    draws = [
+    drawn = [
         hk.kronecker_factors(model, data, case.loss, output="mc", mc_samples=40, seed=seed)
         for seed in range(40)
     ]
     for layer in ("a", "b"):
         assert_unbiased(
-            torch.stack([f[layer].output_hessian for f in draws]), exact[layer].output_hessian
+            torch.stack([f[layer].output_hessian for f in drawn]), exact[layer].output_hessian
         )
-        assert torch.equal(draws[0][layer].input_covariance, exact[layer].input_covariance)
+        assert torch.equal(drawn[0][layer].input_covariance, exact[layer].input_covariance)
 
 
 def test_sampled_rows_of_a_custom_root_are_unbiased() -> None:
     case = LOSSES["cross-entropy"]
     model, data = seeded(Shaped((4,))), case.data()
     exact = hk.kronecker_factors(model, data, case.loss)["a"].output_hessian
-    draws = [
+    drawn = [
         hk.kronecker_factors(
             model, data, output_root=softmax_root, output="mc", mc_samples=40, seed=seed
         )["a"].output_hessian
         for seed in range(40)
     ]
-    assert_unbiased(torch.stack(draws), exact)
+    assert_unbiased(torch.stack(drawn), exact)
 
 
 def test_more_samples_come_closer() -> None:
@@ -203,21 +209,21 @@ def test_exact_sampled_and_empirical_have_one_expectation(name: str) -> None:
     exact = hk.kronecker_factors(model, case.data(), case.loss)
     every = drawn_in_all_ways(case, model)
     empirical = hk.kronecker_factors(model, every, case.loss, output="empirical")
-    draws = [
+    drawn = [
         hk.kronecker_factors(model, case.data(), case.loss, output="mc", mc_samples=40, seed=seed)
         for seed in range(40)
     ]
     for layer in ("a", "b"):
         expected = exact[layer].output_hessian
         assert relative_error(empirical[layer].output_hessian, expected) <= 1e-12
-        assert_unbiased(torch.stack([f[layer].output_hessian for f in draws]), expected)
+        assert_unbiased(torch.stack([f[layer].output_hessian for f in drawn]), expected)
 
 
 @pytest.mark.parametrize("name", ["mse", "bce"])
 def test_random_rows_are_drawn_in_order(name: str) -> None:
     case = LOSSES[name]
     outputs, targets = randn(5, *case.shape), case.targets(5, 5)
-    rows = resolve_loss(case.loss).sampled(outputs, targets, 3, torch.Generator().manual_seed(1))
+    rows = resolve_loss(case.loss).sampled(outputs, targets, 3, draws(5))
     assert not torch.equal(rows.row(0), rows.row(1))
     for index in (1, 0):
         with pytest.raises(RuntimeError, match="out of order"):
@@ -231,7 +237,7 @@ def test_drawn_rows_of_confident_outputs_keep_their_digits(gap: float) -> None:
     outputs = torch.full((64, 1), gap)
 
     def rows(values: Tensor) -> Tensor:
-        return loss.sampled(values, torch.ones(64, 1), 1, torch.Generator().manual_seed(0)).row(0)
+        return loss.sampled(values, torch.ones(64, 1), 1, draws(64)).row(0)
 
     expected = rows(outputs.double())
     assert bool((expected < 0).all())
@@ -253,6 +259,6 @@ def test_every_dtype_draws_the_same_targets(name: str) -> None:
     outputs = randn(50, *case.shape).float()
 
     def rows(values: Tensor) -> Tensor:
-        return loss.sampled(values, targets, 1, torch.Generator().manual_seed(3)).row(0)
+        return loss.sampled(values, targets, 1, draws(50)).row(0)
 
     torch.testing.assert_close(rows(outputs).double(), rows(outputs.double()), rtol=1e-5, atol=1e-6)

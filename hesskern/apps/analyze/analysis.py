@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.apps.analyze.result import AnalysisResult, PublishedFigures, StepTime
+from hesskern.apps.processes import ONE, Processes
 from hesskern.choices import check_counts
 from hesskern.devices import usable_device
 from hesskern.diagnostics import metrics
@@ -135,6 +137,7 @@ def analyze(
     command: str | None = None,
     trained: Callable[[Network], None] | None = None,
     published: PublishedFigures | None = None,
+    processes: Processes = ONE,
 ) -> Analysis:
     """Trains or loads the models, computes everything the report shows.
 
@@ -145,6 +148,7 @@ def analyze(
         trained: called with every model as soon as it is trained or loaded, so that its weights can
             be kept should anything fail later.
         published: figures of the same network and data for the report to put beside.
+        processes: share the samples; the first trains, and knows of the training.
 
     Raises:
         ValueError: a setting is wrong; the message names it. Settings, checkpoints and layers are
@@ -155,22 +159,22 @@ def analyze(
     started = time.perf_counter()
     clock = _Clock(progress)
     device, dtype = torch.device(settings.device), _DTYPES[settings.dtype]
-    with clock.step("read the data"):
+    with clock.step("read the data"), processes.section("reading the data"):
         data = datasets.load(settings.data, settings.root, limit=settings.limit)
         test = datasets.load(settings.data, settings.root, train=False)
         data, test = data.to(device, dtype), test.to(device, dtype)
     with clock.step("rehearse"):
-        _rehearse(settings, data, test)
+        processes.on_first("a rehearsal", lambda: _rehearse(settings, data, test))
 
     entries, spectra, networks = [], [], []
     skipped: dict[str, str] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for network in _networks(settings, data, clock):
+        for network in _networks(settings, data, clock, processes):
             clock.label = network.label
             if trained is not None:
                 trained(network)
-            layers, spectrum, reasons = _look_at(network.model, data, settings, clock)
+            layers, spectrum, reasons = _look_at(network.model, data, settings, clock, processes)
             skipped.update(reasons)
             networks.append(network)
             spectra.append(spectrum)
@@ -254,14 +258,18 @@ def _rehearse(settings: Settings, data: datasets.Dataset, test: datasets.Dataset
     with warnings.catch_warnings():
         # Of these weights and samples; the work has its own.
         warnings.simplefilter("ignore")
-        factors = _factors(model, few, settings, reporter(False))
+        factors = _factors(model, few, settings, reporter(False), None)
         layer_hessians(model, few, loss, _with_hessians(factors), settings.tolerance)
     training.evaluate(model, replace(test, inputs=test.inputs[:_FEW], targets=test.targets[:_FEW]))
 
 
-def _factors(model: nn.Module, batches: Any, settings: Settings, progress: Progress) -> Factors:
+def _factors(
+    model: nn.Module, batches: Any, settings: Settings, progress: Progress, group: Any
+) -> Factors:
     loss = nn.CrossEntropyLoss()
-    factors = kronecker_factors(model, batches, loss, settings.layers, progress=progress)
+    factors = kronecker_factors(
+        model, batches, loss, settings.layers, progress=progress, group=group
+    )
     if not factors:
         raise ValueError(f"model {settings.model!r} has no supported layer: {factors.skipped}")
     return factors
@@ -289,11 +297,15 @@ def _keep_common(
             del spectrum[name], entry["layers"][name]
 
 
-def _networks(settings: Settings, data: datasets.Dataset, clock: _Clock) -> Iterator[Network]:
+def _networks(
+    settings: Settings, data: datasets.Dataset, clock: _Clock, processes: Processes
+) -> Iterator[Network]:
     """Every model, trained or loaded, one after the other."""
     if settings.checkpoints:
         for path in settings.checkpoints:
-            model = models.load_checkpoint(_build(settings, data, settings.seed), path)
+            model = _build(settings, data, settings.seed)
+            load = partial(models.load_checkpoint, model, path)
+            processes.weights(model, f"loading {path}", load)
             yield Network(path.stem, model, checkpoint=path)
         return
     recipe = _recipe(settings)
@@ -301,7 +313,8 @@ def _networks(settings: Settings, data: datasets.Dataset, clock: _Clock) -> Iter
         model = _build(settings, data, seed)
         clock.label = f"seed {seed}"
         with clock.step("train"):
-            history = training.train(model, data, recipe, seed, progress=clock)
+            train = partial(training.train, model, data, recipe, seed, progress=clock)
+            history = processes.weights(model, "training", train)
         yield Network(f"seed {seed}", model, seed, history=history)
 
 
@@ -321,15 +334,25 @@ def _describe(network: Network, data: datasets.Dataset, test: datasets.Dataset) 
 
 
 def _look_at(
-    model: nn.Module, data: datasets.Dataset, settings: Settings, clock: _Clock
+    model: nn.Module,
+    data: datasets.Dataset,
+    settings: Settings,
+    clock: _Clock,
+    processes: Processes,
 ) -> tuple[dict[str, Any], dict[str, _Spectrum], dict[str, str]]:
     """One model: its layers' numbers, what the comparison needs, and the layers left out."""
-    batches, loss = data.batches(settings.batch_size), nn.CrossEntropyLoss()
+    batches, loss = processes.batches(data, settings.batch_size), nn.CrossEntropyLoss()
     with clock.step("Kronecker factors"):
-        factors = _factors(model, batches, settings, clock)
+        factors = _factors(model, batches, settings, clock, processes.group)
     with clock.step("exact layer-wise Hessians"):
         hessians = layer_hessians(
-            model, batches, loss, _with_hessians(factors), settings.tolerance, progress=clock
+            model,
+            batches,
+            loss,
+            _with_hessians(factors),
+            settings.tolerance,
+            progress=clock,
+            group=processes.group,
         )
     entries, spectra, skipped = {}, {}, dict(factors.skipped)
     for name, layer_factors in factors.items():

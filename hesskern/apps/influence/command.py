@@ -19,8 +19,8 @@ from hesskern.apps.command_line import (
     json_option,
     output_option,
     root_option,
-    running,
     shown_option,
+    together,
 )
 from hesskern.apps.influence.report import summary, write_report
 from hesskern.apps.influence.study import Settings, study
@@ -103,18 +103,20 @@ def influence_command(
         layers=tuple(part.strip() for part in layers.split(",")) if layers else None,
         **options,
     )
-    with running(context) as progress:
-        check_writable(output)
+    with together(context) as (processes, progress):
+        processes.on_first("a look at the output folder", lambda: check_writable(output))
         trained: list[nn.Module] = []
         try:
-            found = study(settings, progress, command_line(context), trained.append)
+            found = study(settings, progress, command_line(context), trained.append, processes)
         except Exception:
-            if trained:
+            if trained and processes.first:
                 paths = write_files(output, _weights(settings, trained[0]))
                 click.echo(
                     f"The trained weights are in {paths[0]}; --checkpoint takes them.", err=True
                 )
             raise
+        if not processes.first:
+            return
         weights = _weights(settings, found.model) if found.trained else {}
         paths = write_report(found, output, weights)
     console = Console(stderr=as_json, highlight=False)

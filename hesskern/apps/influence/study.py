@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern.apps.analyze.analysis import plain, versions
+from hesskern.apps.processes import ONE, Processes
 from hesskern.attribution.influence import influence
 from hesskern.attribution.result import Influence
 from hesskern.choices import check_counts
@@ -91,6 +93,7 @@ def study(
     progress: Progress,
     command: str | None = None,
     trained: Callable[[nn.Module], None] | None = None,
+    processes: Processes = ONE,
 ) -> Study:
     """Trains or loads the model, makes the scores and what the page says of them.
 
@@ -100,14 +103,16 @@ def study(
         command: the command line, for the page.
         trained: called with the model once it is trained, so that its weights can be kept should
             anything fail later.
+        processes: share the training samples; the first trains.
 
     Raises:
         ValueError: a setting is wrong; the message names it.
     """
     _check(settings)
     started = time.perf_counter()
-    train = datasets.load(settings.data, settings.root, limit=settings.limit)
-    test = datasets.load(settings.data, settings.root, train=False)
+    with processes.section("reading the data"):
+        train = datasets.load(settings.data, settings.root, limit=settings.limit)
+        test = datasets.load(settings.data, settings.root, train=False)
     _check_queries(settings, len(test))
     train = train.to(settings.device, torch.float32)
     test = test.to(settings.device, torch.float32)
@@ -115,12 +120,14 @@ def study(
     model = model.to(settings.device)
     history = None
     if settings.checkpoint is not None:
-        models.load_checkpoint(model, settings.checkpoint)
+        load = partial(models.load_checkpoint, model, settings.checkpoint)
+        processes.weights(model, f"loading {settings.checkpoint}", load)
     else:
         recipe = training.recipe_for(settings.recipe, settings.data)
         if settings.epochs is not None:
             recipe = replace(recipe, epochs=settings.epochs)
-        history = training.train(model, train, recipe, settings.seed, progress=progress)
+        fit = partial(training.train, model, train, recipe, settings.seed, progress=progress)
+        history = processes.weights(model, "training", fit)
         if trained is not None:
             trained(model)
     fitted = time.perf_counter()

@@ -25,8 +25,8 @@ from hesskern.apps.command_line import (
     json_option,
     output_option,
     root_option,
-    running,
     shown_option,
+    together,
 )
 from hesskern.apps.reproduce.catalogue import ITEMS
 from hesskern.apps.reproduce.items import Item
@@ -34,6 +34,7 @@ from hesskern.apps.reproduce.lab import PROFILES, Lab, Overrides
 from hesskern.apps.reproduce.report import RESULT, describe, verdict_words, write_item, write_page
 from hesskern.devices import usable_device
 from hesskern.files import NotDrawnError, check_writable
+from hesskern.parallel.ranks import RankError
 from hesskern.text import counted
 from hesskern.zoo.data import DATASETS
 from hesskern.zoo.models import KNOWN_MODELS
@@ -103,27 +104,31 @@ def reproduce(
     if listing:
         _list(console, profile)
         return
-    with running(context) as progress:
+    with together(context) as (processes, progress):
         chosen = _chosen(items)
         seconds = None if budget is None else parse_budget(budget)
         overrides = Overrides(**changes)
-        check_writable(output)
+        processes.on_first("a look at the output folder", lambda: check_writable(output))
         there = usable_device(device)
         folder = output / _folder_name(profile, overrides, there)
         machine = versions(device)
-        lab = Lab(folder, profile, root, overrides, progress, int(memory * 2**30), there)
+        budgeted = int(memory * 2**30)
+        lab = Lab(folder, profile, root, overrides, progress, budgeted, there, processes)
         words = " ".join([command_line(context), *items])
         clock = _Budget(seconds, profile)
         done = []
         failed: dict[str, str] = {}
         for item in chosen:
-            if not clock.fits(item):
+            if not processes.same(clock.fits(item)):
                 continue
             lab.begin_item()
             started = time.perf_counter()
             try:
-                networks = lab.networks(item.networks)
-                outcome = item.run(lab, networks)
+                with processes.all_or_none(item.name):
+                    networks = lab.networks(item.networks)
+                    outcome = item.run(lab, networks)
+                if not processes.first:
+                    continue
                 took = time.perf_counter() - started
                 clock.spent(item, took)
                 facts = {
@@ -136,6 +141,8 @@ def reproduce(
                     "seconds": took,
                 }
                 path = write_item(folder, item, outcome, facts)[0]
+            except RankError:
+                raise
             except Exception as error:
                 if len(chosen) == 1:
                     raise

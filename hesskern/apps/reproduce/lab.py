@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 
 from hesskern.apps.analyze.analysis import plain
 from hesskern.apps.analyze.wording import network_name
+from hesskern.apps.processes import ONE, Processes
 from hesskern.factors.compute import kronecker_factors
 from hesskern.factors.result import Factors, load_factors
 from hesskern.files import keep_if_possible, written_whole
@@ -141,6 +142,7 @@ class Lab:
         memory_budget: bytes of samples that Hessians keep; layers above it run the model again.
         progress: see :func:`hesskern.progress.reporter`.
         device: where networks, data and what is computed from them are.
+        processes: share the samples; the first trains, and writes what is kept.
 
     Raises:
         ValueError: there is no such profile.
@@ -155,10 +157,12 @@ class Lab:
         progress: bool | Progress = False,
         memory_budget: int = 4 * 2**30,
         device: torch.device | str = "cpu",
+        processes: Processes = ONE,
     ) -> None:
         if profile not in PROFILES:
             raise ValueError(f"profile must be one of {', '.join(PROFILES)}; got {profile!r}")
         self.memory_budget, self.device = memory_budget, torch.device(device)
+        self.processes = processes
         self.folder, self.profile, self.root = folder, profile, root
         self.overrides = overrides
         self._report = reporter(progress)
@@ -248,7 +252,8 @@ class Lab:
         return self.data(network).classes
 
     def _load(self, name: str, limit: int | None, random_labels: bool) -> Dataset:
-        data = datasets.load(name, self.root, limit=limit)
+        with self.processes.section("reading the data"):
+            data = datasets.load(name, self.root, limit=limit)
         if random_labels:
             generator = torch.Generator().manual_seed(0)
             targets = torch.randint(data.classes, (len(data),), generator=generator)
@@ -260,6 +265,15 @@ class Lab:
         data = self.data(network)
         part = slice(network.samples)
         return Batches(data.inputs[part], data.targets[part], _BATCH)
+
+    def _part(self, network: Network) -> Any:
+        """This process's part of :meth:`batches`."""
+        whole = self.batches(network)
+        data = replace(self.data(network), inputs=whole.inputs, targets=whole.targets)
+        return self.processes.batches(data, _BATCH)
+
+    def _keep(self, path: Path, write: Callable[[Path], Any]) -> None:
+        self.processes.on_first(f"writing {path.name}", lambda: keep_if_possible(path, write))
 
     def folder_of(self, network: Network, seed: int, epochs: int | None = None) -> Path:
         """Where the files of one trained network are."""
@@ -285,26 +299,32 @@ class Lab:
             recipe = replace(recipe, epochs=epochs)
         model = models.build(network.model, data.input_shape, data.classes, seed).to(self.device)
         path = self.folder_of(network, seed, epochs) / "state.pt"
-        if not path.is_file():
-            self._continue_from_fewer_epochs(network, seed, recipe.epochs, path)
-        with self._named(network, seed):
-            history = training.train(model, data, recipe, seed, self.progress, checkpoint=path)
-        self._note_fit(model, data, history, path.parent / "training.json")
+        noted = path.parent / "training.json"
+
+        def train() -> dict[str, Any]:
+            if not path.is_file():
+                self._continue_from_fewer_epochs(network, seed, recipe.epochs, path)
+            with self._named(network, seed):
+                history = training.train(model, data, recipe, seed, self.progress, checkpoint=path)
+            return self._note_fit(model, data, history, noted)
+
+        fit = self.processes.weights(model, "training", train)
+        self._fits[noted] = self.processes.same(fit or {})
         return model
 
     def _note_fit(
         self, model: nn.Module, data: Dataset, history: training.History, path: Path
-    ) -> None:
+    ) -> dict[str, Any]:
         """Writes recipe, losses, final loss and accuracy (None: infinite) once."""
         digest, noted = _digest_of(model, data), _noted(path)
         if noted.get("digest") == digest:
-            self._fits[path] = noted
-            return
+            return noted
         loss, accuracy = training.evaluate(model, data)
         facts = {"train_loss": loss, "train_accuracy": accuracy, "digest": digest}
-        self._fits[path] = plain(history.to_dict() | facts)
-        content = json.dumps(self._fits[path], indent=1, allow_nan=False) + "\n"
+        fit: dict[str, Any] = plain(history.to_dict() | facts)
+        content = json.dumps(fit, indent=1, allow_nan=False) + "\n"
         keep_if_possible(path, lambda temporary: temporary.write_text(content))
+        return fit
 
     def _continue_from_fewer_epochs(
         self, network: Network, seed: int, epochs: int, path: Path
@@ -331,12 +351,14 @@ class Lab:
     def factors(self, network: Network, seed: int, epochs: int | None = None) -> Factors:
         """Kronecker factors of every layer, weights only."""
         path = self._cached(network, seed, epochs, "factors")
-        if path.is_file():
+        if self.processes.see(path):
             return load_factors(path, self.device)
-        model = self.model(network, seed, epochs)
+        model, group = self.model(network, seed, epochs), self.processes.group
         with self._named(network, seed):
-            found = kronecker_factors(model, self.batches(network), LOSS, progress=self.progress)
-        keep_if_possible(path, found.save)
+            found = kronecker_factors(
+                model, self._part(network), LOSS, progress=self.progress, group=group
+            )
+        self._keep(path, found.save)
         return found
 
     def hessian(
@@ -355,10 +377,11 @@ class Lab:
             warnings.simplefilter("ignore", UserWarning)
             return layer_hessians(
                 model,
-                self.batches(network),
+                self._part(network),
                 LOSS,
                 memory_budget=self.memory_budget,
                 progress=self.progress,
+                group=self.processes.group,
             )
 
     def full(self, network: Network, seed: int) -> GaussNewton:
@@ -399,7 +422,7 @@ class Lab:
     def _kept_pairs(
         self, path: Path, k: int, network: Network, seed: int, what: str, make: Callable[[], Any]
     ) -> EigenResult:
-        found = _read_pairs(path, k, self.device)
+        found = _read_pairs(path, k, self.device) if self.processes.see(path) else None
         if found is not None:
             return found
         operator = make()
@@ -411,7 +434,7 @@ class Lab:
             # Pairs that did not converge are reported with the item.
             warnings.simplefilter("ignore", RuntimeWarning)
             result = eigsh(operator, k, tol=_TOLERANCE, progress=renamed)
-        _write_pairs(path, result)
+        self._keep(path, partial(_write_pairs, result))
         return result
 
     def _cached(self, network: Network, seed: int, epochs: int | None, name: str) -> Path:
@@ -466,16 +489,14 @@ def _noted(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _write_pairs(path: Path, result: EigenResult) -> None:
+def _write_pairs(result: EigenResult, path: Path) -> None:
     tensors = savable({name: getattr(result, name) for name in ("values", "vectors", "residuals")})
     facts = {"converged": str(int(result.converged)), "matvecs": str(result.matvecs)}
-    keep_if_possible(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
+    save_file(tensors, path, metadata=facts)
 
 
 def _read_pairs(path: Path, k: int, device: torch.device | str = "cpu") -> EigenResult | None:
     """The first k pairs of a file, or None where there are not so many."""
-    if not path.is_file():
-        return None
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata()

@@ -1,0 +1,226 @@
+"""What the ranks of a group tell each other besides tensors: who has arrived, who has failed.
+
+It goes through the group's store, so that a rank which does not answer can be named; collectives
+only say that something went wrong. Exchanges are numbered, and every rank takes part in all of them
+in the same order. In each, a rank leaves its status, and the first rank of the group reads all of
+them and leaves a verdict for the others: the values of all, or who has failed, or who is missing.
+A failure takes the place of a rank's next status, so whoever waits for that status learns of it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from hesskern.text import counted, listed
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+__all__ = ["RankError", "Statuses"]
+
+# Seconds of one wait, behind which an interrupt is noticed.
+_PIECE = 1.0
+# Seconds that the verdict of a failure is kept for ranks that are there to read it.
+_GRACE = 5.0
+
+
+class RankError(RuntimeError):
+    """Another rank of the group has failed, is missing, or has brought something else.
+
+    All ranks raise it, or the error of their own that it tells of.
+    """
+
+
+@dataclass
+class Statuses:
+    """Numbered exchanges of small values between all ranks of a group.
+
+    Attributes:
+        store: of the group.
+        rank, size: in the group.
+        timeout: seconds after which ranks that have not arrived are called missing.
+        done: number of exchanges so far, the same on every rank.
+        judged: the last of them whose verdict is known here.
+    """
+
+    store: Store
+    rank: int
+    size: int
+    timeout: float
+    done: int = 0
+    judged: int = 0
+
+    def exchange(
+        self,
+        what: str,
+        value: Any = None,
+        failure: str | None = None,
+        *,
+        wire: bool = False,
+        judge: Callable[[list[Any]], Any] | None = None,
+        leave: bool = False,
+    ) -> Any:
+        """What ``judge`` makes, on the first rank, of all ranks' values; or the values.
+
+        Args:
+            what: is being done, the same on every rank.
+            value: of this rank; what JSON can hold.
+            failure: why this rank goes no further; it gets None back, as it has its own error.
+            wire: whether the failure is one of sending tensors, behind which a missing rank stands.
+            judge: of the values in the order of the ranks.
+            leave: whether a failing rank does not wait for the others.
+
+        Raises:
+            RankError: ranks have failed, are missing, or do something else.
+        """
+        self.done += 1
+        if self.size == 1:
+            return judge([value]) if judge and failure is None else [value]
+        begin = time.monotonic()
+        try:
+            self._post({"what": what, "value": value, "failure": failure, "wire": wire})
+            if leave and self.rank > 0:
+                return None
+            if self.rank == 0:
+                verdict = self._judge(what, judge, begin, failure is not None and not wire)
+                if "error" in verdict and not leave:
+                    self._wait_for_readers(verdict, begin)
+            else:
+                verdict = self._verdict(what, begin)
+        except RankError:
+            raise
+        except RuntimeError as error:
+            raise self._no_store(what, error) from error
+        self.judged = self.done
+        if "error" not in verdict:
+            return verdict["values"]
+        if failure is not None and not wire:
+            return None
+        raise RankError(verdict["error"])
+
+    def failed_elsewhere(self) -> bool:
+        """Whether a rank has failed that the next exchange will tell of."""
+        try:
+            return self.size > 1 and self.store.check([self._key("failed", self.done + 1)])
+        except RuntimeError:
+            return False
+
+    def _key(self, name: str | int, exchange: int | None = None) -> str:
+        return f"hesskern/{self.done if exchange is None else exchange}/{name}"
+
+    def _post(self, status: dict[str, Any]) -> None:
+        self.store.set(self._key(self.rank), json.dumps(status))
+        if self.judged == self.done - 1:
+            # The first rank has read the status before.
+            self.store.delete_key(self._key(self.rank, self.judged))
+        arrived = self.store.add(self._key("arrived"), 1)
+        stops = status["failure"] is not None and not status["wire"]
+        if stops:
+            self.store.set(self._key("failed"), str(self.rank))
+        if stops or arrived == self.size:
+            self.store.set(self._key("full"), "1")
+
+    def _judge(
+        self, what: str, judge: Callable[[list[Any]], Any] | None, begin: float, at_once: bool
+    ) -> dict[str, Any]:
+        """Waits for all statuses, leaves the verdict, and returns it."""
+        there = at_once or self._wait(self._key("full"), begin + self.timeout)
+        statuses = self._statuses()
+        present = list(statuses)
+        verdict: dict[str, Any] = {"present": len(present), "missing": not there}
+        error = self._error(what, statuses, there)
+        if error is not None:
+            verdict["error"] = error
+        else:
+            values = [statuses[r]["value"] for r in range(self.size)]
+            verdict["values"] = values if judge is None else judge(values)
+        self.store.set(self._key("verdict"), json.dumps(verdict))
+        if error is None:
+            # Whoever has come here has read all of the exchange before.
+            for name in ("arrived", "full", "verdict", "read"):
+                self.store.delete_key(self._key(name, self.done - 1))
+        return verdict
+
+    def _statuses(self) -> dict[int, dict[str, Any]]:
+        """Of all ranks that have left one, in one request where the store can and all have."""
+        keys = [self._key(r) for r in range(self.size)]
+        together: bool = self.store.has_extended_api()  # type: ignore[attr-defined]
+        if together and self.store.check(keys):
+            return dict(enumerate(map(json.loads, self.store.multi_get(keys))))
+        present = [r for r, key in enumerate(keys) if self.store.check([key])]
+        return {r: json.loads(self.store.get(keys[r])) for r in present}
+
+    def _error(self, what: str, statuses: dict[int, dict[str, Any]], there: bool) -> str | None:
+        failed = [r for r, s in statuses.items() if s["failure"] is not None and not s["wire"]]
+        if failed:
+            return "; ".join(
+                f"rank {r} of {self.size} failed in {statuses[r]['what']}: {statuses[r]['failure']}"
+                for r in failed
+            )
+        missing = [r for r in range(self.size) if r not in statuses]
+        if not there and missing:
+            return self._missing(what, missing)
+        broken = [r for r, s in statuses.items() if s["failure"] is not None]
+        if broken:
+            r = broken[0]
+            return f"rank {r} of {self.size} failed in {what}: {statuses[r]['failure']}"
+        for r, status in statuses.items():
+            if status["what"] != what:
+                return (
+                    f"the ranks do not do the same: rank {r} of {self.size} is at "
+                    f"{status['what']}, rank 0 at {what}"
+                )
+        return None
+
+    def _missing(self, what: str, missing: list[int]) -> str:
+        who = listed([f"rank {r}" for r in missing]) + f" of {self.size}"
+        return (
+            f"{who} did not get to {what} within the group's timeout of "
+            f"{counted(round(self.timeout), 'second')}: "
+            f"{'it has' if len(missing) == 1 else 'they have'} ended, hung, or taken longer"
+        )
+
+    def _verdict(self, what: str, begin: float) -> dict[str, Any]:
+        # The first rank may have come last, and needs a moment to judge.
+        if not self._wait(self._key("verdict"), begin + self.timeout + _GRACE / 5):
+            missing = [r for r in range(self.size) if not self.store.check([self._key(r)])]
+            raise RankError(self._missing(what, missing or [0]))
+        verdict: dict[str, Any] = json.loads(self.store.get(self._key("verdict")))
+        if "error" in verdict:
+            self.store.add(self._key("read"), 1)
+        return verdict
+
+    def _wait_for_readers(self, verdict: dict[str, Any], begin: float) -> None:
+        """Stays, as the store may end with this process, until the others know."""
+        if verdict["missing"]:
+            readers, until = verdict["present"] - 1, time.monotonic() + _GRACE
+        else:
+            readers, until = self.size - 1, begin + self.timeout
+        while self.store.add(self._key("read"), 0) < readers and time.monotonic() < until:
+            time.sleep(0.02)
+
+    def _wait(self, key: str, until: float) -> bool:
+        """Whether the store has the key before a time; in pieces, for the sake of interrupts."""
+        while True:
+            left = until - time.monotonic()
+            try:
+                self.store.wait([key], timedelta(seconds=max(0.01, min(left, _PIECE))))
+                return True
+            except RuntimeError:
+                # Raises where the store itself is gone.
+                if self.store.check([key]):
+                    return True
+            if left <= 0:
+                return False
+
+    def _no_store(self, what: str, error: RuntimeError) -> RankError:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        return RankError(
+            f"the group's store did not answer in {what}, so the process that holds it has ended "
+            f"(the job's rank 0, or torchrun): {reason}"
+        )

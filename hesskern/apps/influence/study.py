@@ -135,11 +135,12 @@ def study(
         warnings.simplefilter("always")
         E = ekfac(
             model,
-            train.batches(settings.batch_size),
+            processes.batches(train, settings.batch_size),
             nn.CrossEntropyLoss(),
             settings.layers,
             bias="joint",
             progress=progress,
+            group=processes.group,
         )
         curved = time.perf_counter()
         losses, guesses = _outcomes(model, test)

@@ -12,7 +12,7 @@ from hesskern import ops
 from hesskern.factors.input_sums import InputSums
 from hesskern.graph.nodes import product
 from hesskern.ops.reference import unfold
-from hesskern.passes.batches import Batch, halves
+from hesskern.passes.batches import Batch, halves, sample_count
 from hesskern.passes.input_capture import InputCapture
 from hesskern.passes.layer_uses import positions_of_image
 from hesskern.passes.layers import LayerSpec, unfolded
@@ -319,6 +319,12 @@ def out_of_order(
     sample = batch
     while len(parts := halves(sample)) > 1:
         sample = parts[-1]
+    if sample_count(sample) > 1:
+        reason = (
+            "has rows of which it cannot be told whose they are, as masks and weights ask for: the "
+            "batch has as many samples as positions, and a tensor that may count either"
+        )
+        return dict.fromkeys(last, reason)
     try:
         again = capture.copies(sample)
     except (RuntimeError, ValueError, IndexError) as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from types import NoneType
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType, NoneType
 from typing import Any
 
 import torch
@@ -60,7 +60,9 @@ class KFAC:
         loss, output_root, layers, output, mc_samples, seed, memory_budget, check, max_outputs,
             position_mask: as in :func:`hesskern.kronecker_factors`; ``output`` is "mc" here, the
             Fisher matrix by targets drawn from the model.
-        damping: positive, or "mean" for a tenth of each layer's mean eigenvalue.
+        damping: positive, or "mean" for a tenth of each layer's mean eigenvalue. A layer without
+            curvature so far (its factors are zero: dead units, or a layer behind it that starts at
+            zero) then keeps its gradient, with the reason in :attr:`skipped`, until it has some.
         decay: of the factors' moving averages, in [0, 1): ``decay * old + (1 - decay) * new`` with
             the start-up bias removed; 0.95 as in the sections above.
         inverse_every: steps from one computation of the inverses to the next; the first three
@@ -137,6 +139,7 @@ class KFAC:
         self._accumulator.leave_out(reasons)
         self._inverses: dict[str, KroneckerOperator] = {}
         self._tied: dict[str, str] = {}
+        self._flat: dict[str, str] = {}
         self._told = False
         self.steps = 0
 
@@ -146,7 +149,7 @@ class KFAC:
 
         What only a batch can tell is among them from the first step on.
         """
-        return {**self._accumulator.skipped, **self._tied}
+        return {**self._accumulator.skipped, **self._tied, **self._flat}
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -176,15 +179,16 @@ class KFAC:
         self._check_settings()
         if inputs is not _NO_BATCH and self.steps % self.factor_every == 0:
             self.update(inputs, targets, sample_weight)
-        due = (
-            self.steps < _FIRST_STEPS
-            or self.steps % self.inverse_every == 0
-            # A layer that is reached for the first time would keep its gradient in silence.
-            or any(name not in self._inverses for name in self._accumulator.reached)
-        )
-        inverses = self._made_inverses(4) if due or not self._inverses else self._inverses
+        # A layer that is reached for the first time would keep its gradient in silence.
+        new = set(self._accumulator.reached).difference(self._inverses, self._flat)
+        due = self.steps < _FIRST_STEPS or self.steps % self.inverse_every == 0 or bool(new)
+        inverses, flat = self._inverses, self._flat
+        if due or not (inverses or flat):
+            inverses, flat = self._made_inverses(4)
+        elif flat:
+            inverses, flat = self._made_inverses(4, inverses)
         self._precondition(inverses)
-        self._inverses = inverses
+        self._inverses, self._flat = inverses, flat
         self.steps += 1
 
     def update(
@@ -200,12 +204,23 @@ class KFAC:
         else:
             self._accumulator.update(inputs, targets, sample_weight)
 
-    def _made_inverses(self, stacklevel: int) -> dict[str, KroneckerOperator]:
-        """Of the factors as they are; warns once of layers that are left out."""
+    def _made_inverses(
+        self, stacklevel: int, known: Mapping[str, KroneckerOperator] = MappingProxyType({})
+    ) -> tuple[dict[str, KroneckerOperator], dict[str, str]]:
+        """Of the factors as they are, and why others have none; warns once of layers left out.
+
+        Args:
+            stacklevel: as in ``warnings.warn``.
+            known: those that are not made again.
+        """
         factors = self._accumulator.finished(None if self._told else stacklevel)
         self._told = True
-        inverses = {}
+        inverses: dict[str, KroneckerOperator] = {}
+        flat: dict[str, str] = {}
         for name, layer in factors.items():
+            if name in known:
+                inverses[name] = known[name]
+                continue
             if layer.tied_to is not None:
                 self._tied[name] = (
                     f"has the weight of {layer.tied_to!r}, which looks rows of it up: factors are "
@@ -213,8 +228,11 @@ class KFAC:
                 )
                 continue
             operator = _without_frozen_bias(layer, self._gradients[name])
+            if self.damping == "mean" and operator.trace() == 0:
+                flat[name] = "has no curvature so far: of its factors, the mean eigenvalue is zero"
+                continue
             inverses[name] = operator.factored_inverse(self.damping)
-        return inverses
+        return inverses, flat
 
     @torch.no_grad()
     def _precondition(self, inverses: dict[str, KroneckerOperator]) -> None:
@@ -284,6 +302,7 @@ class KFAC:
                 name: (inverse.A.clone(), inverse.B.clone())
                 for name, inverse in self._inverses.items()
             },
+            "flat": dict(self._flat),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -314,6 +333,7 @@ class KFAC:
             )
             for name, pair in state["inverses"].items()
         }
+        self._flat = dict(state.get("flat", {}))
         for name, value in state["settings"].items():
             setattr(self, name, value)
         self.steps = state["steps"]

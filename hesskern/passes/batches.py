@@ -27,6 +27,7 @@ __all__ = [
     "pair",
     "sample_count",
     "samples_of",
+    "shape_is_ambiguous",
 ]
 
 # Entries of a dict whose first axis counts the samples.
@@ -303,12 +304,13 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def halves(batch: Batch) -> list[Batch]:
-    """The batch in two, or as it is where it has one sample or does not say how many."""
+    """The batch in two, or as it is where it has one sample, does not say how many, or has a tensor
+    of which it cannot be told whether it counts samples."""
     try:
         count = _leading_size(batch.inputs, batch.mask)
     except (AttributeError, TypeError):
         return [batch]
-    if count < 2:
+    if count < 2 or shape_is_ambiguous(batch, count):
         return [batch]
     return [samples_of(batch, slice(0, count // 2)), samples_of(batch, slice(count // 2, count))]
 
@@ -346,23 +348,42 @@ def _by_position(key: str, value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() == 1 and key.endswith(_BY_POSITION)
 
 
+def _entries(batch: Batch) -> list[tuple[Any, Tensor]]:
+    """Tensors with axes among a batch's arguments, by name or place."""
+    inputs = batch.inputs
+    if isinstance(inputs, Tensor):
+        return []
+    entries = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
+    return [(key, t) for key, t in entries if isinstance(t, Tensor) and t.dim()]
+
+
 def may_count_positions(batch: Batch, count: int) -> bool:
     """Whether a tensor with as many entries as there are samples may have one for every position.
 
-    By its name it has; or it stands beside samples that have as many positions as there are
-    samples (a mask [T, T] beside [N, T, d] with N = T), and no name says that it counts samples.
+    By its name it has; or :func:`shape_is_ambiguous`.
 
     Args:
         batch: that says how many samples it has.
         count: N.
     """
-    inputs = batch.inputs
-    if isinstance(inputs, Tensor):
-        return False
-    entries = list(inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs))
-    tensors = [(key, t) for key, t in entries if isinstance(t, Tensor) and t.dim()]
-    if any(len(t) == count and isinstance(key, str) and _by_position(key, t) for key, t in tensors):
-        return True
+    named = any(
+        len(t) == count and isinstance(key, str) and _by_position(key, t)
+        for key, t in _entries(batch)
+    )
+    return named or shape_is_ambiguous(batch, count)
+
+
+def shape_is_ambiguous(batch: Batch, count: int) -> bool:
+    """Whether a tensor may count positions as well as samples, and no name says which.
+
+    It has as many entries as there are samples, and stands beside samples that have as many
+    positions: a mask [T, T] beside [N, T, d] with N = T.
+
+    Args:
+        batch: that says how many samples it has.
+        count: N.
+    """
+    tensors = _entries(batch)
     named = [t for key, t in tensors if key in _BY_SAMPLE]
     samples = named or [t for _, t in tensors[:1]]
     # What belongs to a single sample is the same for all samples there.
@@ -372,7 +393,7 @@ def may_count_positions(batch: Batch, count: int) -> bool:
         len(t) == count
         for key, t in tensors
         if not any(t is sample for sample in samples)
-        and not (isinstance(key, str) and t.dim() == 2 and key.endswith(_BY_POSITION))
+        and not (isinstance(key, str) and t.dim() < 3 and key.endswith(_BY_POSITION))
     )
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from hesskern import ops
 from hesskern.choices import check_choice
 from hesskern.devices import on_host, sent
-from hesskern.passes.batches import Batch, Parts, pair, samples_of
+from hesskern.passes.batches import Batch, Parts, pair, samples_of, shape_is_ambiguous
 from hesskern.passes.checks import Checks, check_dense
 from hesskern.passes.draws import SampleDraws, without_padding
 from hesskern.passes.forward_pass import checked_outputs, run_model
@@ -231,6 +231,9 @@ class _TokenLoss(_TransformersLoss):
             return True
         if not len(outputs) or outputs.shape[1] < 2:
             # One position has no neighbour to be told from.
+            return False
+        if shape_is_ambiguous(batch, len(outputs)):
+            # Nothing can be cut from it.
             return False
         chosen = _longest(batch)
         one = samples_of(batch, slice(chosen, chosen + 1))

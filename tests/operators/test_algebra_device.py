@@ -22,7 +22,7 @@ def moved(K: hk.NetworkOperator, move: Any) -> hk.NetworkOperator:
     layers = {}
     for name, layer in K.layers.items():
         assert isinstance(layer, hk.KroneckerOperator)
-        layers[name] = hk.KroneckerOperator(
+        layers[name] = hk.KroneckerOperator.of_symmetric(
             move(layer.A), move(layer.B), transposed=layer.transposed
         )
     return hk.NetworkOperator(layers)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+from networks import randn, seeded
 from torch import Tensor, nn
 from transformer_models import gpt2, text
 
@@ -40,8 +42,10 @@ def test_arguments_by_position_stay_whole() -> None:
     assert cut.targets is cut.given_targets
     assert cut.weight.shape == (2,)
     assert cut.mask.shape == (2, N)
-    # With samples of their own they are cut.
+    # With samples of their own they are cut; but not beside what may count either.
     inputs["position_ids"] = torch.arange(N).expand(N, N)
+    assert halves(batch) == [batch]
+    del inputs["lengths"]
     assert [len(half.inputs["position_ids"]) for half in halves(batch)] == [2, 2]
 
 
@@ -77,3 +81,46 @@ def test_batches_in_halves() -> None:
     for name, layer in expected.items():
         torch.testing.assert_close(found[name].output_hessian, layer.output_hessian)
         torch.testing.assert_close(found[name].input_covariance, layer.input_covariance)
+
+
+class Mixing(nn.Module):
+    """Positions are mixed by a matrix [T, T] that all samples share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(3, 5), nn.Linear(5, 2)
+        self.most = 100
+
+    def forward(self, x: Tensor, mixing: Tensor) -> Tensor:
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError(f"no room for {len(x)} samples")
+        return self.head(torch.tanh(mixing[: x.shape[1]] @ self.layer(x)).mean(1))
+
+
+@pytest.mark.parametrize("samples", [N, 2 * N])
+def test_a_shared_matrix_is_cut_nowhere(samples: int) -> None:
+    """Rows of it, which a model may take as they are, would be no error but another function."""
+    model, loss = seeded(Mixing()).double(), nn.CrossEntropyLoss()
+    batch = ((randn(samples, N, 3), randn(N, N, seed=1)), torch.arange(samples) % 2)
+    whole = hk.kronecker_factors(model, [batch], loss)
+    model.most = N
+    found = hk.kronecker_factors(model, [batch], loss)
+    for name, layer in whole.items():
+        torch.testing.assert_close(found[name].output_hessian, layer.output_hessian)
+    # Halves of as many samples as positions are cut no further.
+    model.most = N - 1
+    with pytest.raises(torch.OutOfMemoryError, match="no room for 4 samples"):
+        hk.kronecker_factors(model, [batch], loss)
+
+
+def test_rows_beside_a_shared_matrix_are_not_looked_at_alone() -> None:
+    model = seeded(Mixing()).double()
+    inputs = (randn(N, N, 3), randn(N, N, seed=1))
+    weight = torch.arange(1.0, N + 1)
+    with pytest.raises(ValueError, match="as many samples as positions"):
+        hk.input_covariances(model, [inputs_only(inputs)], sample_weight=weight)
+    assert len(hk.input_covariances(model, [inputs_only(inputs)])) == 2
+
+
+def inputs_only(inputs: tuple[Tensor, ...]) -> Any:
+    return inputs, None

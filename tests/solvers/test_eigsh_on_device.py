@@ -87,7 +87,7 @@ def test_a_tolerance_below_rounding_ends_with_a_warning() -> None:
 
 
 def on_device(K: hk.KroneckerOperator) -> hk.KroneckerOperator:
-    return hk.KroneckerOperator(OnDevice(K.A), OnDevice(K.B))
+    return hk.KroneckerOperator.of_symmetric(OnDevice(K.A), OnDevice(K.B))
 
 
 @pytest.mark.usefixtures("device")

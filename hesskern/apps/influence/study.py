@@ -154,11 +154,12 @@ def study(
             E,
             model,
             [(test.inputs[index], test.targets[index])],
-            train.batches(settings.batch_size),
+            processes.batches(train, settings.batch_size),
             nn.CrossEntropyLoss(),
             damping="mean" if settings.damping is None else settings.damping,
             per_layer=True,
             progress=progress,
+            group=processes.group,
         )
     assert isinstance(found.scores, dict)
     by_layer = {name: scores.cpu().double() for name, scores in found.scores.items()}

@@ -139,12 +139,13 @@ def study(
         warnings.simplefilter("always")
         E = ekfac(
             model,
-            train.batches(settings.batch_size),
+            processes.batches(train, settings.batch_size),
             nn.CrossEntropyLoss(),
             settings.layers,
             bias="joint",
             progress=progress,
             checkpoint=resume.file("curvature"),
+            group=processes.group,
         )
         curved = time.perf_counter()
         losses, guesses = _outcomes(model, test)
@@ -158,12 +159,13 @@ def study(
             E,
             model,
             [(test.inputs[index], test.targets[index])],
-            train.batches(settings.batch_size),
+            processes.batches(train, settings.batch_size),
             nn.CrossEntropyLoss(),
             damping="mean" if settings.damping is None else settings.damping,
             per_layer=True,
             progress=progress,
             checkpoint=resume.file("scores"),
+            group=processes.group,
         )
     assert isinstance(found.scores, dict)
     by_layer = {name: scores.cpu().double() for name, scores in found.scores.items()}

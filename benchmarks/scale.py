@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
+from scale_messages import messages
 from scale_tables import tables
 
 
@@ -25,6 +26,12 @@ def main() -> None:
 def tables_command() -> None:
     """Tables of docs/scale.md."""
     click.echo("\n\n".join(tables()))
+
+
+@main.command("messages")
+def messages_command() -> None:
+    """Messages and bytes of calls in groups of up to 1,024 ranks, in one process."""
+    click.echo(messages())
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from hesskern.apps.command_line import (
     together,
 )
 from hesskern.apps.influence.command import influence_command
+from hesskern.apps.planning import plan_command
 from hesskern.apps.reproduce.command import reproduce
 from hesskern.apps.reproduce.published import figures_for
 from hesskern.files import check_writable, write_files
@@ -224,4 +225,5 @@ def info(as_json: bool) -> None:
 hesskern.add_command(bench)
 hesskern.add_command(certify_command)
 hesskern.add_command(influence_command)
+hesskern.add_command(plan_command)
 hesskern.add_command(reproduce)

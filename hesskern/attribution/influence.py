@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -13,13 +15,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 
 from hesskern.attribution.inverses import Curvature, curvature_of
+from hesskern.attribution.kept_scores import Kept
 from hesskern.attribution.queries import LayerQueries, of_low_rank, sum_calls
 from hesskern.attribution.result import Influence
+from hesskern.attribution.resumed import Asked, curvature_facts
 from hesskern.attribution.sample_gradients import LayerRows, layer_rows, matrices
 from hesskern.attribution.sample_loss import SampleLoss
+from hesskern.checkpoints.checkpoint import Checkpoint
+from hesskern.checkpoints.facts import described
 from hesskern.graph.evidence import Evidence
-from hesskern.passes.batches import check_iterable, no_samples
+from hesskern.passes.batches import DataCourse, check_iterable, no_samples
 from hesskern.passes.data_pass import DataPass
+from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec, refuse_missing
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
@@ -28,6 +35,7 @@ from hesskern.progress import Progress, reporter
 
 __all__ = ["influence"]
 
+_SAMPLES = "samples"
 _UNMOVED = "has no effect on the queries' losses, so that every score through it is zero"
 
 
@@ -49,6 +57,9 @@ def influence(
     check: bool = True,
     position_mask: Callable[[Any], Any] | None = None,
     progress: bool | Progress = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
+    exact_resume: bool = True,
 ) -> Influence:
     """How much training on each sample of ``train`` helps each query: g_q^T (E + damping)^-1 g_n.
 
@@ -98,6 +109,9 @@ def influence(
             :func:`hesskern.kronecker_factors`.
         position_mask: which positions are data, as there; for queries and training samples.
         progress: True for a bar with the time left, or a callback (description, done, total).
+        checkpoint, checkpoint_every, exact_resume: as in :func:`hesskern.kronecker_factors`, for
+            the pass over ``train``; the queries' preconditioned gradients and the scores so far go
+            into files beside ``checkpoint``, each written once.
 
     Returns:
         :class:`Influence`: ``scores`` [q, n] in float32 (float64 for a float64 model).
@@ -107,7 +121,7 @@ def influence(
             or leaves a layer singular; NaN or Inf in a query or sample (named by its number);
             targets that do not fit; no queries or no samples. Messages begin with "queries" or
             "train" where one of them is at fault.
-        TypeError, NotImplementedError: as in :func:`hesskern.kronecker_factors`.
+        TypeError, NotImplementedError, OSError: as in :func:`hesskern.kronecker_factors`.
     """
     _check_choices(per_layer, per_token, top, query_rank, batch_size)
     for name, data in (("queries", queries), ("train", train)):
@@ -119,6 +133,30 @@ def influence(
     asked = resolved if query_loss is None else resolve_loss(query_loss)
     report, mask, evidence = reporter(progress), checked_mask(position_mask), Evidence(check)
     size = _size(batch_size)
+    device = model_device(model)
+    saved = Checkpoint.of(
+        checkpoint,
+        checkpoint_every,
+        exact_resume,
+        "influence",
+        model,
+        device,
+        {
+            "E": described(curvature_facts(E)),
+            "loss": described(loss),
+            "damping": described(damping),
+            "layers": list(curvature.specs),
+            "geometry": described(curvature.specs),
+            "per_layer": per_layer,
+            "per_token": per_token,
+            "top": top,
+            "query_rank": query_rank,
+            "query_loss": described(query_loss),
+            "batch_size": batch_size,
+            "check": check,
+            "position_mask": described(position_mask),
+        },
+    )
 
     def walk(
         data: Iterable[Any],
@@ -126,6 +164,7 @@ def influence(
         description: str,
         specs: dict[str, LayerSpec],
         kept: Collection[str] = (),
+        course: DataCourse | None = None,
     ) -> _Walk:
         run = DataPass(
             model,
@@ -139,33 +178,47 @@ def influence(
             # E has such a layer only where it was made of these calls, too.
             linear_use=E is not None,
             position_mask=mask,
+            course=course,
         )
         return _Walk(run, of, size)
 
     with _named("queries"):
-        first = walk(queries, SampleLoss(asked, "query"), "queries", curvature.specs)
-        gradients, count = first.gradients()
-        unmoved = dict.fromkeys(curvature.specs.keys() - gradients.keys(), _UNMOVED)
-        skipped = {**unmoved, **curvature.skipped, **first.run.capture.reasons}
-        refuse_missing(curvature.specs, first.run.capture.unfit)
-        if not gradients:
-            raise ValueError("no layer has a gradient here: " + _reasons(skipped))
-    prepared, errors = _prepared(curvature, gradients, query_rank)
-    specs = {name: replace(curvature.specs[name], required=True) for name in prepared}
-    kept = _Kept(count, per_layer, top)
+        if saved is not None and saved.stage is not None:
+            asked_for = Asked.of_part(next(saved.parts), queries, saved, evidence, device)
+        else:
+            way = None if saved is None else saved.way(queries)
+            first = walk(
+                queries, SampleLoss(asked, "query"), "queries", curvature.specs, course=way
+            )
+            gradients, count = first.gradients()
+            unmoved = dict.fromkeys(curvature.specs.keys() - gradients.keys(), _UNMOVED)
+            skipped = {**unmoved, **curvature.skipped, **first.run.capture.reasons}
+            refuse_missing(curvature.specs, first.run.capture.unfit)
+            if not gradients:
+                raise ValueError("no layer has a gradient here: " + _reasons(skipped))
+            prepared, errors = _prepared(curvature, gradients, query_rank)
+            asked_for = Asked(prepared, count, skipped, errors)
+    specs = {name: replace(curvature.specs[name], required=True) for name in asked_for.prepared}
+    kept = Kept(asked_for.count, per_layer, top)
     with _named("train"):
-        second = walk(train, SampleLoss(resolved, "sample"), "samples", specs, specs)
-        second.score(prepared, kept, per_token)
+        course = None if saved is None else saved.begin(_SAMPLES, train)
+        if saved is not None and saved.state is None:
+            assert way is not None
+            saved.keep({"pass": None}, asked_for.part(way.state(), evidence))
+        second = walk(train, SampleLoss(resolved, "sample"), "samples", specs, specs, course)
+        second.score(asked_for.prepared, kept, per_token, saved)
     scores, indices = kept.finished()
+    if saved is not None:
+        saved.remove()
     return Influence(
         scores,
         indices,
-        num_queries=count,
+        num_queries=asked_for.count,
         num_train=kept.total,
         layers=tuple(specs),
-        skipped=skipped,
+        skipped=asked_for.skipped,
         damping={name: curvature.damping[name] for name in specs if curvature.operators},
-        rank_errors=errors,
+        rank_errors=asked_for.errors,
         settings={
             "per_token": per_token,
             "query_rank": query_rank,
@@ -183,9 +236,20 @@ class _Walk:
     loss: SampleLoss
     size: Callable[[Any], int]
 
-    def _rows(self) -> Iterator[tuple[Piece, dict[str, list[LayerRows]]]]:
-        """Every piece with its layers' rows; inside the run's ``with`` block."""
-        for piece in pieces(self.run.batches(), self.size):
+    def _rows(
+        self,
+        first: int = 0,
+        skip: int = 0,
+        behind: Callable[[Piece], None] | None = None,
+    ) -> Iterator[tuple[Piece, dict[str, list[LayerRows]]]]:
+        """Every piece with its layers' rows; inside the run's ``with`` block.
+
+        Args:
+            first: number of the first sample.
+            skip: how many samples of the first batch come before that.
+            behind: called behind every piece.
+        """
+        for piece in pieces(self.run.batches(), self.size, first, skip):
             self.loss.first = piece.first
             roots = self.run.roots(piece.batch, "empirical", 1)
             if len(roots.outputs) != piece.count:
@@ -195,6 +259,8 @@ class _Walk:
                 )
             yield piece, layer_rows(roots, self.run.specs, self.loss.scale)
             self.run.checks.close()
+            if behind is not None:
+                behind(piece)
         self.run.checks.settle()
 
     def gradients(self) -> tuple[dict[str, Tensor], int]:
@@ -221,10 +287,31 @@ class _Walk:
                     gradients[name][begin : begin + len(rows)] = rows
         return gradients, count
 
-    def score(self, prepared: Mapping[str, LayerQueries], kept: _Kept, per_token: bool) -> None:
-        """Hands the scores of all samples to ``kept``."""
+    def score(
+        self,
+        prepared: Mapping[str, LayerQueries],
+        kept: Kept,
+        per_token: bool,
+        saved: Checkpoint | None,
+    ) -> None:
+        """Hands the scores of all samples to ``kept``, from where a checkpoint is."""
+        skip = 0
+        if saved is not None and saved.state is not None and saved.state["pass"] is not None:
+            state = saved.state["pass"]
+            # The first of the parts holds the queries.
+            kept.restore(state["kept"], islice(saved.parts, 1, None), model_device(self.run.model))
+            self.run.restore(state["run"])
+            skip = state["skip"]
+
+        def behind(piece: Piece) -> None:
+            if saved is not None and saved.due:
+                self.run.settle()
+                done, taken = piece.behind
+                state = {"kept": kept.state(), "run": self.run.state(), "skip": taken}
+                saved.keep({"pass": state}, kept.fresh(), done)
+
         with self.run:
-            for piece, layers in self._rows():
+            for piece, layers in self._rows(kept.total, skip, behind):
                 positions = _positions(layers) if per_token else None
                 scores = {}
                 for name, queries in prepared.items():
@@ -241,52 +328,6 @@ class _Walk:
                 self.run.checks.gather()
         if not kept.total:
             raise no_samples()
-
-
-class _Kept:
-    """The scores so far, or what is kept of them."""
-
-    def __init__(self, queries: int, per_layer: bool, top: int | None) -> None:
-        self._per_layer, self._top = per_layer, top
-        self._queries = queries
-        self._parts: list[dict[str, Tensor]] = []
-        self._best: tuple[Tensor, Tensor] | None = None
-        self.total = 0
-
-    def add(self, scores: dict[str, Tensor], count: int) -> Tensor:
-        """Takes scores [q, N] or [q, N, t] by layer of the next samples; gives their sums."""
-        # In float64: as many sums as there are layers cost no digit.
-        dtype = next(iter(scores.values())).dtype
-        total = sum_calls([part.double() for part in scores.values()]).to(dtype)
-        if self._top is not None:
-            index = torch.arange(self.total, self.total + count, device=total.device)
-            values, places = total, index.expand(self._queries, -1)
-            if self._best is not None:
-                values = torch.cat([self._best[0], values], 1)
-                places = torch.cat([self._best[1], places], 1)
-            # Stable: of equal scores the earlier sample's comes first.
-            values, order = values.sort(dim=1, descending=True, stable=True)
-            order = order[:, : self._top]
-            self._best = values[:, : self._top], places.gather(1, order)
-        else:
-            self._parts.append(scores if self._per_layer else {"": total})
-        self.total += count
-        return total
-
-    def finished(self) -> tuple[Tensor | dict[str, Tensor], Tensor | None]:
-        """Scores and indices as :class:`Influence` has them."""
-        if self._best is not None:
-            return self._best
-        scores = {name: _joined([part[name] for part in self._parts]) for name in self._parts[0]}
-        return (scores if self._per_layer else scores[""]), None
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    """[q, n] or [q, n, T] of parts of the samples, with zeros behind shorter ones' positions."""
-    if parts[0].dim() == 3:
-        longest = max(part.shape[2] for part in parts)
-        parts = [nn.functional.pad(part, (0, longest - part.shape[2])) for part in parts]
-    return torch.cat(parts, 1)
 
 
 def _positions(layers: Mapping[str, list[LayerRows]]) -> int:

@@ -77,13 +77,13 @@ class Course:
             count = index + 1
             if index < self._seen:
                 if last != self._expected[index]:
-                    raise self._other(f"batch {index} is another one")
+                    raise self.other(f"batch {index} is another one")
                 continue
             self._digests.append(last)
             self.batches = count
             yield index, (element, beside)
         if count < self._seen:
-            raise self._other(f"there are {count} of the {self._seen} batches that were seen")
+            raise self.other(f"there are {count} of the {self._seen} batches that were seen")
 
     def count(self, samples: int, position: int) -> None:
         """Takes the counts behind the last element that was handed out."""
@@ -109,14 +109,16 @@ class Course:
 
     def _open(self) -> None:
         length = _length(self._data)
-        if length != self._length:
-            raise self._other(f"there were {self._length} batches of them, and are {length}")
+        # What is no sequence may hold the same.
+        if None not in (length, self._length) and length != self._length:
+            raise self.other(f"there were {self._length} batches of them, and are {length}")
         if self._begun:
             problem = go_back(self._generators, self._data, self._device)
             if problem is not None:
-                raise self._other(f"they came from {problem}")
+                raise self.other(f"they came from {problem}")
 
-    def _other(self, how: str) -> ValueError:
+    def other(self, how: str) -> ValueError:
+        """The error of data that are not those of the checkpoint."""
         return ValueError(
             f"{self._where} belongs to other data: {how} (has their order changed? Pass the same "
             "data, or another file name to begin anew)"

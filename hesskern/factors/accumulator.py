@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -32,12 +32,12 @@ from hesskern.factors.result import Factors, LayerFactors
 from hesskern.graph.evidence import Evidence
 from hesskern.ops import foreach
 from hesskern.parallel.ranks import Ranks, section_of
-from hesskern.parallel.replicas import inner_model, model_facts
+from hesskern.parallel.replicas import inner_model
 from hesskern.passes.batches import Batch, no_samples
 from hesskern.passes.checks import as_weights
 from hesskern.passes.data_pass import DataPass, whole_or_halves
 from hesskern.passes.diagonals import DiagonalCapture, diagonal_parameters
-from hesskern.passes.forward_pass import model_device
+from hesskern.passes.forward_pass import model_device, refuse_sharded
 from hesskern.passes.layers import (
     LayerSpec,
     large_layers,
@@ -52,6 +52,7 @@ from hesskern.passes.masks import checked_mask
 from hesskern.passes.memory import budget_for
 from hesskern.passes.roots import check_fraction, check_output
 from hesskern.passes.sample_numbers import Positions
+from hesskern.passes.whole_pass import agree_on_pass
 from hesskern.portable import Portable
 from hesskern.progress import Progress, reporter
 
@@ -210,6 +211,7 @@ class FactorAccumulator(Portable):
         self._ranks = Ranks.of(group)
         if self._ranks is not None:
             model = inner_model(model)
+        refuse_sharded(model)
         check_output(output, mc_samples, seed)
         if decay is not None:
             check_fraction("decay", decay)
@@ -651,15 +653,9 @@ class FactorAccumulator(Portable):
         """
         if self._ranks is None:
             return
-        described = {k: v for k, v in vars(self._loss).items() if isinstance(v, (int, float, str))}
-        facts = {
-            "layers": list(self._specs),
-            "geometry": [asdict(spec) for spec in self._specs.values()],
-            "layers with a diagonal alone": sorted(self._large),
-            "settings": self._settings,
-            "loss": [type(self._loss).__name__, described],
-        }
-        self._ranks.agree("Kronecker factors", {**facts, **model_facts(self._model)})
+        settings = {**self._settings, "layers with a diagonal alone": sorted(self._large)}
+        given = self._model, self._specs, self._loss, settings
+        agree_on_pass(self._ranks, "Kronecker factors", *given)
 
     def finished(self, stacklevel: int | None, last: bool = False) -> Factors:
         """:meth:`factors` of ranks that agree.

@@ -14,8 +14,8 @@ from hesskern.choices import Bias, Output
 from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.result import Factors
 from hesskern.parallel.ranks import Ranks, section_of
-from hesskern.parallel.replicas import inner_model
 from hesskern.parallel.samplers import weights_of_part
+from hesskern.parallel.sharded import whole_model
 from hesskern.passes.batches import check_iterable
 from hesskern.passes.forward_pass import model_device
 from hesskern.progress import Progress, reporter
@@ -111,7 +111,9 @@ def kronecker_factors(
             gave) that all call this, each with the same model, plain or in
             DistributedDataParallel, and with its own part of the data, which may be empty. All get
             the factors of all data, the same bits. A DistributedSampler that repeats samples has
-            these left out; ``progress`` is told on the first rank.
+            these left out; ``progress`` is told on the first rank. Parameters that ``fully_shard``
+            has sharded are whole on every rank while the pass lasts. The group's timeout has to
+            cover what one rank's part takes longer than another's.
 
     Returns:
         :class:`Factors`, keyed by layer name, in float32 (float64 for a float64 model).
@@ -127,9 +129,9 @@ def kronecker_factors(
         OSError: ``checkpoint`` cannot be written; the one before stays.
     """
     ranks = Ranks.of(group)
-    with section_of(ranks, "Kronecker factors"):
+    with section_of(ranks, "Kronecker factors"), whole_model(ranks, model) as inner:
         accumulator = FactorAccumulator(
-            model,
+            inner,
             loss,
             layers,
             output,
@@ -146,14 +148,13 @@ def kronecker_factors(
         )
         if ranks is not None:
             accumulator.agree()
-        own = model if ranks is None else inner_model(model)
         saved = Checkpoint.of(
             checkpoint if ranks is None else path_of_rank(checkpoint, ranks.rank, ranks.size),
             checkpoint_every,
             exact_resume,
             "kronecker_factors",
-            own,
-            model_device(own),
+            inner,
+            model_device(inner),
             {
                 "loss": described(loss),
                 "layers": list(accumulator.specs),

@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesskern.checkpoints.checkpoint import Checkpoint
+from hesskern.checkpoints.checkpoint import Checkpoint, path_of_rank
 from hesskern.checkpoints.facts import described
 from hesskern.choices import Bias, Output, Precision, check_choice
 from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.corrections import Corrections
 from hesskern.factors.ekfac import EKFAC
 from hesskern.factors.precision import precisions
-from hesskern.factors.result import Factors
+from hesskern.factors.result import Factors, LayerFactors
 from hesskern.factors.second_pass import SecondPass, contents
 from hesskern.graph.evidence import Evidence
 from hesskern.operators.corrected import CorrectedOperator
+from hesskern.parallel.ranks import Ranks, section_of
+from hesskern.parallel.replicas import checksums, inner_model
+from hesskern.parallel.samplers import weights_of_part
 from hesskern.passes.batches import check_iterable, no_samples
 from hesskern.passes.data_pass import DataPass
 from hesskern.passes.forward_pass import model_device
@@ -31,6 +34,8 @@ from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
 from hesskern.passes.memory import budget_for
 from hesskern.passes.roots import check_output
+from hesskern.passes.sample_numbers import Positions
+from hesskern.passes.whole_pass import PassKnowledge, agree_on_pass
 from hesskern.progress import Progress, reporter
 
 __all__ = ["ekfac"]
@@ -60,6 +65,7 @@ def ekfac(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 60.0,
     exact_resume: bool = True,
+    group: Any = None,
 ) -> EKFAC:
     """EKFAC of every layer (George et al. 2018, arXiv 1806.03884), in two passes over the data.
 
@@ -90,6 +96,9 @@ def ekfac(
         progress: True for a bar with the time left, or a callback (description, done, total).
         checkpoint, checkpoint_every, exact_resume: as in :func:`hesskern.kronecker_factors`, for
             both passes; between them the eigenvectors are kept.
+        group: ranks of torch.distributed that all call this, each with its own part of the data,
+            as in :func:`hesskern.kronecker_factors`. They share the eigendecompositions out among
+            them, the largest first, and all get the whole result, the same bits.
 
     Returns:
         :class:`EKFAC`, keyed by layer name, in float32 (float64 for a float64 model).
@@ -101,129 +110,171 @@ def ekfac(
         TypeError: arguments of a wrong type.
         NotImplementedError: unsupported layers asked for by name, unsupported loss options.
         OSError: ``checkpoint`` cannot be written; the one before stays.
+        RankError: with a group, as in :func:`hesskern.kronecker_factors`.
 
     Warns:
         UserWarning: naming linear layers and convolutions that were left out, and why.
     """
-    check_choice("precision", precision, Precision)
-    check_output(output, mc_samples, seed)
-    check_iterable(data)
-    report, mask = reporter(progress), checked_mask(position_mask)
-    resolved = resolve_loss(loss, output_root)
-    device = model_device(model)
-    budget, now = budget_for(memory_budget, device, 2**30, 1 / 16), precisions(model, device)
-    accumulator = None
-    if factors is None:
-        if isinstance(data, Iterator):
-            raise ValueError(
-                "data can be iterated only once, and EKFAC goes through them twice; pass a "
-                "re-iterable (a DataLoader or a list), or factors="
+    ranks = Ranks.of(group)
+    with section_of(ranks, "EKFAC"):
+        check_choice("precision", precision, Precision)
+        check_output(output, mc_samples, seed)
+        check_iterable(data)
+        report, mask = reporter(progress), checked_mask(position_mask)
+        if ranks is not None:
+            report, model = ranks.watching("EKFAC", report), inner_model(model)
+        resolved = resolve_loss(loss, output_root)
+        device = model_device(model)
+        budget, now = budget_for(memory_budget, device, 2**30, 1 / 16), precisions(model, device)
+        accumulator = None
+        if factors is None:
+            if isinstance(data, Iterator):
+                raise ValueError(
+                    "data can be iterated only once, and EKFAC goes through them twice; pass a "
+                    "re-iterable (a DataLoader or a list), or factors="
+                )
+            accumulator = FactorAccumulator(
+                model,
+                loss,
+                layers,
+                output,
+                bias="none" if bias is None else bias,
+                mc_samples=mc_samples,
+                seed=seed,
+                output_root=output_root,
+                memory_budget=memory_budget,
+                check=check,
+                max_outputs=max_outputs,
+                position_mask=position_mask,
+                group=group,
             )
-        accumulator = FactorAccumulator(
+            accumulator.agree()
+        if ranks is not None:
+            asked = {
+                "output": output,
+                "mc_samples": mc_samples,
+                "seed": seed,
+                "precision": precision,
+            }
+            ranks.agree("EKFAC", asked)
+        saved = Checkpoint.of(
+            checkpoint if ranks is None else path_of_rank(checkpoint, ranks.rank, ranks.size),
+            checkpoint_every,
+            exact_resume,
+            "ekfac",
             model,
-            loss,
-            layers,
-            output,
-            bias="none" if bias is None else bias,
+            device,
+            {
+                "loss": described(loss),
+                "layers": described(layers if accumulator is None else list(accumulator.specs)),
+                "geometry": described(None if accumulator is None else dict(accumulator.specs)),
+                "output": output,
+                "factors": None if factors is None else described(contents(factors)),
+                "bias": bias,
+                "mc_samples": mc_samples,
+                "seed": seed,
+                "sample_weight": described(sample_weight),
+                "output_root": described(output_root),
+                "memory_budget": memory_budget,
+                "check": check,
+                "max_outputs": max_outputs,
+                "position_mask": described(position_mask),
+                "precision": precision,
+            },
+        )
+        if ranks is not None:
+            sample_weight = weights_of_part(ranks, data, sample_weight, 2)
+            stages = ranks.gather(None if saved is None else saved.stage)
+            if len(set(stages)) > 1:
+                told = ", ".join(
+                    f"{stage or 'the factors'} on rank {r}" for r, stage in enumerate(stages)
+                )
+                raise ValueError(
+                    f"checkpoint: the ranks were interrupted in different passes ({told}), which "
+                    "do not go on together; remove their files and begin anew"
+                )
+        evidence = Evidence(check) if accumulator is None else accumulator.evidence
+        if saved is not None and saved.stage == _CORRECTIONS:
+            (kept,) = saved.parts
+            begun = SecondPass.of_part(kept, model, evidence)
+            # The warning of the pass that is over.
+            left_out(model, begun.made, begun.specs.values(), 2 if layers is None else None)
+        else:
+            made = factors
+            if accumulator is not None:
+                if saved is None:
+                    accumulator.consume(data, sample_weight=sample_weight, progress=report)
+                else:
+                    accumulator.go_on(saved, data, sample_weight=sample_weight, progress=report)
+                made = accumulator.finished(2, last=True)
+            begun = SecondPass.of(model, made, layers, accumulator is not None, bias)
+            if ranks is not None and accumulator is None:
+                facts = {"factors": _bits(begun.factors)}
+                agree_on_pass(ranks, "EKFAC", model, begun.specs, resolved, facts)
+            # From here on nobody but ``begun`` holds factors that were made here.
+            del made
+        # Nor their sums.
+        del accumulator
+        specs = begun.specs
+        run = DataPass(
+            model,
+            data,
+            resolved,
+            specs,
+            sample_weight,
+            evidence,
+            report,
+            _CORRECTIONS,
+            kept=specs.keys(),
+            linear_use=True,
+            position_mask=mask,
+            output=output,
             mc_samples=mc_samples,
             seed=seed,
-            output_root=output_root,
-            memory_budget=memory_budget,
-            check=check,
-            max_outputs=max_outputs,
-            position_mask=position_mask,
+            positions=Positions.of(ranks),
+            course=None if saved is None else saved.begin(_CORRECTIONS, data),
         )
-    saved = Checkpoint.of(
-        checkpoint,
-        checkpoint_every,
-        exact_resume,
-        "ekfac",
-        model,
-        device,
-        {
-            "loss": described(loss),
-            "layers": described(layers if accumulator is None else list(accumulator.specs)),
-            "geometry": described(None if accumulator is None else dict(accumulator.specs)),
+        # The result is to be usable whatever mode the caller is in.
+        with torch.inference_mode(False), torch.no_grad():
+            found = begun.operators(model, precision, ranks)
+            if saved is not None and saved.state is None:
+                saved.keep({"pass": None}, begun.part(found, evidence))
+            run.count = Corrections(run, found, budget).add(saved)
+            known = PassKnowledge.of(run, {}).of_all(ranks)
+            count, reasons = known.count, known.reasons
+            if ranks is not None:
+                ranks.sum_([layer.values for layer in found.values()])
+            if not count > 0:
+                raise no_samples(", so there is no EKFAC")
+            refuse_missing(specs, reasons)
+            result = {name: layer for name, layer in found.items() if name not in reasons}
+            for layer in result.values():
+                layer.values /= count
+        settings = begun.settings
+        own = {
             "output": output,
-            "factors": None if factors is None else described(contents(factors)),
-            "bias": bias,
+            "bias": settings.get("bias", "none"),
             "mc_samples": mc_samples,
             "seed": seed,
-            "sample_weight": described(sample_weight),
-            "output_root": described(output_root),
-            "memory_budget": memory_budget,
-            "check": check,
-            "max_outputs": max_outputs,
-            "position_mask": described(position_mask),
-            "precision": precision,
-        },
-    )
-    evidence = Evidence(check) if accumulator is None else accumulator.evidence
-    if saved is not None and saved.stage == _CORRECTIONS:
-        (kept,) = saved.parts
-        begun = SecondPass.of_part(kept, model, evidence)
-        # The warning of the pass that is over.
-        left_out(model, begun.made, begun.specs.values(), 2 if layers is None else None)
-    else:
-        made = factors
-        if accumulator is not None:
-            if saved is None:
-                accumulator.consume(data, sample_weight=sample_weight, progress=report)
-            else:
-                accumulator.go_on(saved, data, sample_weight=sample_weight, progress=report)
-            made = accumulator.finished(2)
-        begun = SecondPass.of(model, made, layers, accumulator is not None, bias)
-        # From here on nobody but ``begun`` holds factors that were made here.
-        del made
-    # Nor their sums.
-    del accumulator
-    specs = begun.specs
-    run = DataPass(
-        model,
-        data,
-        resolved,
-        specs,
-        sample_weight,
-        evidence,
-        report,
-        _CORRECTIONS,
-        kept=specs.keys(),
-        linear_use=True,
-        position_mask=mask,
-        output=output,
-        mc_samples=mc_samples,
-        seed=seed,
-        course=None if saved is None else saved.begin(_CORRECTIONS, data),
-    )
-    # The result is to be usable whatever mode the caller is in.
-    with torch.inference_mode(False), torch.no_grad():
-        found = begun.operators(model, precision)
-        if saved is not None and saved.state is None:
-            saved.keep({"pass": None}, begun.part(found, evidence))
-        count = Corrections(run, found, budget).add(saved)
-        if not count > 0:
-            raise no_samples(", so there is no EKFAC")
-        reasons = run.capture.reasons
-        refuse_missing(specs, reasons)
-        result = {name: layer for name, layer in found.items() if name not in reasons}
-        for layer in result.values():
-            layer.values /= count
-    settings = begun.settings
-    own = {
-        "output": output,
-        "bias": settings.get("bias", "none"),
-        "mc_samples": mc_samples,
-        "seed": seed,
-        "precision": "; ".join(now),
-        "checked": {name: evidence.found.get(name, "graph") for name in result},
-        "eigenvectors": _decomposed(result, precision),
-        "factors": settings,
-    }
-    covered = [specs[name] for name in result]
-    skipped = left_out(model, {**begun.skipped, **reasons}, covered, None)
+            "precision": "; ".join(now),
+            "checked": {name: known.checked.get(name, "graph") for name in result},
+            "eigenvectors": _decomposed(result, precision),
+            "factors": settings,
+        }
+        covered = [specs[name] for name in result]
+        skipped = left_out(model, {**begun.skipped, **reasons}, covered, None)
+        made_here = EKFAC(result, specs, count, skipped, own)
+    # When all ranks have it.
     if saved is not None:
         saved.remove()
-    return EKFAC(result, specs, count, skipped, own)
+    return made_here
+
+
+def _bits(factors: dict[str, LayerFactors]) -> dict[str, int]:
+    """Checksums of factors."""
+    outputs = {f"E[M] of {n}": layer.output_hessian for n, layer in factors.items()}
+    inputs = {f"E[x x^T] of {n}": layer.input_covariance for n, layer in factors.items()}
+    return checksums({**outputs, **inputs})
 
 
 def _decomposed(layers: dict[str, CorrectedOperator], precision: Precision) -> str:

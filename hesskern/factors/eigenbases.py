@@ -1,4 +1,8 @@
-"""Eigenvectors of Kronecker factors, layer by layer; the factors are let go of on the way."""
+"""Eigenvectors of Kronecker factors, layer by layer; the factors are let go of on the way.
+
+Ranks of a group share the matrices out among them, the largest first, each to the rank that has the
+least to do so far. All get the eigenvectors of all.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,9 @@ from torch import Tensor
 from hesskern.choices import Precision
 from hesskern.factors.result import LayerFactors
 from hesskern.operators.decompositions import eigenpairs
+from hesskern.parallel.ranks import Ranks, section_of
 
-__all__ = ["Bases", "eigenbases"]
+__all__ = ["Bases", "eigenbases", "shares"]
 
 # Matrices of one size are decomposed together up to this many elements.
 _TOGETHER = 2**20
@@ -46,6 +51,7 @@ def eigenbases(
     precision: Precision,
     devices: dict[str, torch.device],
     dtypes: dict[str, torch.dtype],
+    ranks: Ranks | None = None,
 ) -> dict[str, Bases]:
     """Eigenvectors of every layer's factors.
 
@@ -55,17 +61,78 @@ def eigenbases(
         precision: of the decompositions; where float64 eigenvectors are wanted they are float64
             whatever it says.
         devices, dtypes: by layer, where eigenvectors are computed and stay, and their dtype.
+        ranks: that share the work; all call this with the same factors. None: there are no others.
 
     Raises:
         ValueError: a factor holds NaN or Inf, or has no decomposition; names the layer.
+        RankError: that is so on another rank, or it has failed otherwise.
     """
     found, pieces = _taken_apart(factors, devices, dtypes)
+    if ranks is None:
+        _decompose_all(pieces, precision)
+    else:
+        _shared(pieces, precision, ranks)
+    return found
+
+
+def _decompose_all(
+    pieces: dict[tuple[int, torch.dtype, torch.device], list[_Piece]], precision: Precision
+) -> None:
+    """Eigenvectors of all matrices, whose memory is let go of; empties the lists."""
     for (size, dtype, device), alike in pieces.items():
         together = max(1, _TOGETHER // max(1, size * size))
         while alike:
             part, alike[:] = alike[:together], alike[together:]
             _decompose(part, precision, dtype, device)
-    return found
+
+
+def _shared(
+    pieces: dict[tuple[int, torch.dtype, torch.device], list[_Piece]],
+    precision: Precision,
+    ranks: Ranks,
+) -> None:
+    """The same on several ranks: each decomposes some of them, and sends what it finds to all."""
+    keys = [key for key, alike in pieces.items() for _ in alike]
+    owners = shares([size for size, _, _ in keys], ranks.size)
+    mine: dict[tuple[int, torch.dtype, torch.device], list[_Piece]] = {}
+    sent: list[list[tuple[_Piece, int, torch.dtype, torch.device]]] = [
+        [] for _ in range(ranks.size)
+    ]
+    flat = [piece for alike in pieces.values() for piece in alike]
+    pieces.clear()
+    for piece, key, owner in zip(flat, keys, owners, strict=True):
+        sent[owner].append((piece, *key))
+        if owner == ranks.rank:
+            mine.setdefault(key, []).append(piece)
+        else:
+            # Nobody here needs it any more.
+            piece.matrix = torch.empty(0)
+    with section_of(ranks, "eigendecompositions"):
+        _decompose_all(mine, precision)
+    for owner, given in enumerate(sent):
+        for piece, size, dtype, device in given if owner != ranks.rank else ():
+            piece.target[piece.group] = torch.empty(size, size, dtype=dtype, device=device)
+        ranks.broadcast_([piece.target[piece.group] for piece, *_ in given], owner)
+
+
+def shares(sizes: list[int], ranks: int) -> list[int]:
+    """Which rank decomposes which matrix, so that the last is done soon.
+
+    The largest first, each to the rank with the least work so far, of which an n by n matrix takes
+    n³ (Graham 1969: at most a third longer than the best sharing).
+
+    Args:
+        sizes: n of every matrix.
+        ranks: their number.
+
+    Returns:
+        a rank for every matrix.
+    """
+    owners, work = [0] * len(sizes), [0] * ranks
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        owners[i] = min(range(ranks), key=work.__getitem__)
+        work[owners[i]] += sizes[i] ** 3
+    return owners
 
 
 def _taken_apart(

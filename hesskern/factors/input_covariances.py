@@ -15,7 +15,12 @@ from hesskern.choices import Bias
 from hesskern.factors.input_rows import BatchRows, Held, Rows, out_of_order
 from hesskern.factors.input_sums import InputSums, SharedSums
 from hesskern.factors.precision import precisions
+from hesskern.factors.rank_inputs import WholeInputs, whole_inputs
 from hesskern.factors.result import OfLayer, read_spec
+from hesskern.parallel.ranks import Ranks, section_of
+from hesskern.parallel.replicas import model_facts
+from hesskern.parallel.samplers import weights_of_part
+from hesskern.parallel.sharded import whole_model
 from hesskern.passes.batches import Batch, batches, sample_count
 from hesskern.passes.checks import Checks
 from hesskern.passes.forward_pass import model_device
@@ -176,6 +181,13 @@ class InputCovariances(Mapping[str, LayerInputs]):
         self._unfit = {**other._unfit, **self._unfit}
         reasons = {**other.skipped, **self.skipped}
         self.skipped = {name: text for name, text in reasons.items() if name not in self}
+
+    def _take(self, other: InputCovariances) -> None:
+        """:meth:`merge`, of what nobody else holds."""
+        if self._specs:
+            self.merge(other)
+        else:
+            self.__dict__.update(other.__dict__)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file, to be read by :func:`hesskern.load_input_covariances`.
@@ -469,6 +481,7 @@ def input_covariances(
     sample_weight: Tensor | None = None,
     position_mask: Callable[[Any], Any] | None = None,
     progress: bool | Progress = False,
+    group: Any = None,
 ) -> InputCovariances:
     """E[x x^T] of every layer's inputs, by forward passes alone: no loss, no targets, no backward.
 
@@ -505,6 +518,10 @@ def input_covariances(
         position_mask: which positions are data, as in :func:`hesskern.kronecker_factors`; without
             it the ``attention_mask`` [N, T] of a dict tells. A masked position counts nowhere.
         progress: True for a bar with the time left, or a callback (description, done, total).
+        group: ranks of torch.distributed that all call this, each with its own part of the data, as
+            in :func:`hesskern.kronecker_factors`; all get the input covariances of all data.
+            ``accumulate`` is what earlier calls in the group returned; where one rank fails,
+            nothing is added on any.
 
     Returns:
         :class:`InputCovariances`, keyed by layer name, in float32 (float64 for float64 inputs).
@@ -515,6 +532,8 @@ def input_covariances(
             asked for by name is never reached, or hooks cannot see its inputs.
         TypeError: arguments of a wrong type, batches of another form.
         NotImplementedError: unsupported layers asked for by name.
+        RankError: with a group, ranks have other models, weights or layers, or another rank has
+            failed or ended.
 
     Warns:
         UserWarning: naming linear layers and convolutions that were left out, and why.
@@ -524,33 +543,74 @@ def input_covariances(
             f"accumulate must be an InputCovariances or None, got {type(accumulate).__name__}"
         )
     checked_mask(position_mask)
-    specs, skipped = select_layers(model, layers, bias)
-    # Hooks see what a module is given, not which rows of it go to which of its experts.
-    fused = {name: _FUSED for name, spec in specs.items() if spec.expert is not None}
-    refuse_missing(specs, fused)
-    specs = {name: spec for name, spec in specs.items() if name not in fused}
-    skipped.update(fused)
-    report = reporter(progress)
-    result = InputCovariances() if accumulate is None else accumulate
-    result._require_whole()
-    result._require_same(specs, bias, "this call has")
-    before = result._copy() if sample_weight is not None and len(result) else None
-    device = model_device(model)
-    now = precisions(model, device)
-    given = data, device, sample_weight, report, "input covariances"
-    try:
-        with InputCapture(model, specs) as capture:
-            run = _Pass(result, model, capture, specs, device)
-            result._specs, result._bias = specs, bias
-            for batch in batches(*given, inputs_alone(model), position_mask):
-                run.add(batch)
-                result._precisions.update(dict.fromkeys(now))
-    except BaseException:
-        if sample_weight is not None:
-            result.__dict__.update((InputCovariances() if before is None else before).__dict__)
-        raise
-    _finish(result, model, specs, skipped, capture.unfit, layers is not None)
-    return result
+    ranks = Ranks.of(group)
+    with section_of(ranks, "input covariances"), whole_model(ranks, model) as inner:
+        model = inner
+        specs, skipped = select_layers(model, layers, bias)
+        # Hooks see what a module is given, not which rows of it go to which of its experts.
+        fused = {name: _FUSED for name, spec in specs.items() if spec.expert is not None}
+        refuse_missing(specs, fused)
+        specs = {name: spec for name, spec in specs.items() if name not in fused}
+        skipped.update(fused)
+        report = reporter(progress)
+        result = InputCovariances() if accumulate is None else accumulate
+        result._require_whole()
+        result._require_same(specs, bias, "this call has")
+        # What is added over ranks is what they have seen now.
+        seen = result if ranks is None else InputCovariances()
+        if ranks is not None:
+            seen._unfit = dict(result._unfit)
+            ranks.agree("input covariances", _facts(model, specs, bias, result))
+            sample_weight = weights_of_part(ranks, data, sample_weight, 2)
+            report = ranks.watching("input covariances", report)
+        before = seen._copy() if sample_weight is not None and len(seen) else None
+        device = model_device(model)
+        now = precisions(model, device)
+        given = data, device, sample_weight, report, "input covariances"
+        try:
+            with InputCapture(model, specs) as capture:
+                run = _Pass(seen, model, capture, specs, device)
+                seen._specs, seen._bias = specs, bias
+                for batch in batches(*given, inputs_alone(model), position_mask):
+                    run.add(batch)
+                    seen._precisions.update(dict.fromkeys(now))
+        except BaseException:
+            if sample_weight is not None:
+                seen.__dict__.update((InputCovariances() if before is None else before).__dict__)
+            raise
+        if ranks is not None:
+            result._take(_over_ranks(ranks, seen, capture.unfit, device))
+        unfit = capture.unfit if ranks is None else result._unfit
+        _finish(result, model, specs, skipped, unfit, layers is not None)
+        return result
+
+
+def _facts(
+    model: nn.Module, specs: Mapping[str, LayerSpec], bias: Bias, before: InputCovariances
+) -> dict[str, Any]:
+    """What all ranks have to have alike."""
+    return {
+        "layers": list(specs),
+        "geometry": [asdict(spec) for spec in specs.values()],
+        "bias": bias,
+        "samples accumulated before": before.num_samples,
+        **model_facts(model),
+    }
+
+
+def _over_ranks(
+    ranks: Ranks, seen: InputCovariances, unfit: Mapping[str, str], device: torch.device
+) -> InputCovariances:
+    """What all ranks have seen; takes the sums of this one."""
+    own = WholeInputs(seen.num_samples, seen._sums, dict(unfit), list(seen._precisions))
+    found = whole_inputs(ranks, seen._specs, own, device)
+    whole = InputCovariances()
+    whole.num_samples, whole._sums, whole._unfit = found.count, found.sums, found.unfit
+    whole._specs, whole._bias = seen._specs, seen._bias
+    whole._precisions = dict.fromkeys(found.precisions)
+    for name, sums in whole._sums.by_layer.items():
+        InputCovariances()._require_room([name], sums.squares, "over all ranks", sums.inputs)
+    return whole
 
 
 def _finish(

@@ -14,6 +14,7 @@ from hesskern.factors.eigenbases import Bases, eigenbases
 from hesskern.factors.result import Factors, LayerFactors
 from hesskern.graph.evidence import Evidence
 from hesskern.operators.corrected import CorrectedOperator
+from hesskern.parallel.ranks import Ranks
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec, own_parameters, select_layers, weight_of
 from hesskern.passes.roots import accumulator_dtype
@@ -85,8 +86,16 @@ class SecondPass:
             "bases": {name: layer.eigenbases[:2] for name, layer in operators.items()},
         }
 
-    def operators(self, model: nn.Module, precision: Precision) -> dict[str, CorrectedOperator]:
-        """Every layer's operator with S = 0; empties the factors."""
+    def operators(
+        self, model: nn.Module, precision: Precision, ranks: Ranks | None = None
+    ) -> dict[str, CorrectedOperator]:
+        """Every layer's operator with S = 0; empties the factors.
+
+        Args:
+            model: of the factors.
+            precision: of the decompositions.
+            ranks: that share them out; all call this with the same factors.
+        """
         modules, device = dict(model.named_modules()), model_device(model)
         devices, dtypes = {}, {}
         for name in self.specs:
@@ -100,7 +109,7 @@ class SecondPass:
             else:
                 dtypes[name] = self.bases[name].left[0].dtype
         if self.bases is None:
-            bases = eigenbases(self.factors, precision, devices, dtypes)
+            bases = eigenbases(self.factors, precision, devices, dtypes, ranks)
         else:
             bases = self.bases
         found = {}

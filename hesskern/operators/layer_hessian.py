@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hesskern import ops
+from hesskern.checkpoints.checkpoint import Checkpoint, path_of_rank
+from hesskern.checkpoints.facts import described
 from hesskern.choices import Bias, Order, Output, check_choice
 from hesskern.graph.evidence import Evidence
 from hesskern.operators.base import LayerOperator
 from hesskern.operators.eigenbasis import EigenbasisOperator
+from hesskern.operators.gathering import GatheredLayer, Gathering
 from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.operators.packed_inputs import PackedInputs
 from hesskern.operators.pruning import kept_samples, prune
-from hesskern.operators.samples import SampleRows, added_bytes, join, layer_rows
+from hesskern.operators.samples import SampleRows, join, layer_rows
 from hesskern.parallel.ranks import Ranks, section_of, telling_of
 from hesskern.parallel.replicas import inner_model
 from hesskern.parallel.samplers import weights_of_part
@@ -30,7 +34,6 @@ from hesskern.passes.checks import Checks
 from hesskern.passes.data_pass import (
     DataPass,
     RepeatedPass,
-    once_only,
     stored_or_anew,
     with_less_memory,
 )
@@ -38,7 +41,7 @@ from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec, left_out, refuse_missing, select_layers
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
-from hesskern.passes.roots import accumulator_dtype, check_fraction, check_output
+from hesskern.passes.roots import check_fraction, check_output
 from hesskern.passes.sample_numbers import Positions
 from hesskern.passes.whole_pass import PassKnowledge, agree_on_pass
 from hesskern.progress import Progress, reporter
@@ -298,35 +301,6 @@ class LayerHessians(dict[str, LayerHessian]):
         return LayerHessians, (dict(self), self.skipped)
 
 
-@dataclass
-class _Layer:
-    """What the pass has gathered for one layer.
-
-    Attributes:
-        chunks: sample rows kept so far, or None once they exceeded the memory budget.
-        held: bytes in ``chunks``.
-        shares: per piece, every sample's share of the trace; only with pruning.
-        batches: per piece, the batch that it belongs to; only with pruning.
-        dtype: of the sample rows; None before the first.
-        lost: 0-dim bool, whether gradients at masked positions were not zero; None without masks.
-    """
-
-    spec: LayerSpec
-    chunks: list[SampleRows] | None = field(default_factory=list)
-    held: int = 0
-    shares: list[Tensor] = field(default_factory=list)
-    batches: list[int] = field(default_factory=list)
-    dtype: torch.dtype | None = None
-    lost: Tensor | None = None
-
-    def shares_by_batch(self) -> list[Tensor]:
-        """Shares of the samples of every batch: a batch comes in pieces over root rows."""
-        totals: dict[int, Tensor] = {}
-        for batch, shares in zip(self.batches, self.shares, strict=True):
-            totals[batch] = totals[batch] + shares if batch in totals else shares
-        return [totals[batch] for batch in sorted(totals)]
-
-
 def layer_hessians(
     model: nn.Module,
     data: Iterable[Any],
@@ -344,6 +318,9 @@ def layer_hessians(
     check: bool = True,
     position_mask: Callable[[Any], Any] | None = None,
     progress: bool | Progress = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
+    exact_resume: bool = True,
     group: Any = None,
 ) -> LayerHessians:
     """The layer-wise Hessian of every layer, from one pass over the data.
@@ -376,9 +353,12 @@ def layer_hessians(
         position_mask: which positions are data, as in :func:`hesskern.kronecker_factors`. Where the
             outputs depend on masked positions of a layer, its block is not the Hessian.
         progress: True for a bar with the time left, or a callback.
+        checkpoint, checkpoint_every, exact_resume: as in :func:`hesskern.kronecker_factors`, for
+            the pass that stores samples. They go into files beside ``checkpoint``, each written
+            once.
         group: ranks of torch.distributed that all call this, each with its own part of the data,
             as in :func:`hesskern.kronecker_factors`. The samples stay where they are
-            (``memory_budget`` is that of a rank's), the Hessians are those of all data: whatever
+            (``memory_budget`` is that of a rank), the Hessians are those of all data: whatever
             they are asked for then is asked on all ranks, with the same vectors, and they get the
             same bits. :func:`hesskern.eigsh` and the like know that by themselves.
 
@@ -390,7 +370,8 @@ def layer_hessians(
         ``.skipped``, or refused when asked for by name.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as in :func:`hesskern.kronecker_factors`.
+        ValueError, TypeError, NotImplementedError, OSError, RankError: as in
+            :func:`hesskern.kronecker_factors`.
 
     Warns:
         UserWarning: naming the layers whose block is not the Hessian, and why; naming linear layers
@@ -405,15 +386,42 @@ def layer_hessians(
         resolved = resolve_loss(loss, output_root)
         specs, skipped = select_layers(model, layers, bias)
         report, evidence, mask = reporter(progress), Evidence(check), checked_mask(position_mask)
+
         rows: dict[str, Any] = {"output": output, "mc_samples": mc_samples, "seed": seed}
+        exact = output == "exact"
+
         if ranks is not None:
             settings = {**rows, "tolerance": tolerance, "bias": bias, "check": check}
             agree_on_pass(ranks, "layer Hessians", model, specs, resolved, settings)
-            sample_weight = weights_of_part(ranks, data, sample_weight, 2)
             report = ranks.watching("layer Hessians", report)
-        exact = output == "exact"
+        saved = Checkpoint.of(
+            checkpoint if ranks is None else path_of_rank(checkpoint, ranks.rank, ranks.size),
+            checkpoint_every,
+            exact_resume,
+            "layer_hessians",
+            model,
+            model_device(model),
+            {
+                "loss": described(loss),
+                "layers": list(specs),
+                "geometry": described(specs),
+                "tolerance": tolerance,
+                "output": output,
+                "bias": bias,
+                "mc_samples": mc_samples,
+                "seed": seed,
+                "sample_weight": described(sample_weight),
+                "output_root": described(output_root),
+                "memory_budget": memory_budget,
+                "check": check,
+                "position_mask": described(position_mask),
+            },
+        )
+        if ranks is not None:
+            sample_weight = weights_of_part(ranks, data, sample_weight, 2)
+        begun = None if saved is None else saved.state
 
-        def attempt(budget: int) -> tuple[dict[str, _Layer], DataPass, int]:
+        def attempt(budget: int) -> tuple[dict[str, GatheredLayer], DataPass, int]:
             given = model, data, resolved, specs, sample_weight, evidence
             run = DataPass(
                 *given,
@@ -424,8 +432,12 @@ def layer_hessians(
                 positions=Positions.of(ranks),
                 **rows,
             )
-            return _gather(run, budget, tolerance), run, budget
+            gathering = Gathering(run, budget, tolerance, saved)
+            return gathering.layers(), run, budget
 
+        if begun is not None:
+            # That of the free memory may be another now.
+            memory_budget = begun["budget"]
         gathered, run, budget = with_less_memory(attempt, memory_budget, model, data)
         found = {name: layer.dtype for name, layer in gathered.items() if layer.dtype is not None}
         known = PassKnowledge.of(run, found).of_all(ranks)
@@ -455,56 +467,13 @@ def layer_hessians(
                 "no layer of the model has a Hessian: "
                 + "; ".join(f"{name!r} {reason}" for name, reason in reasons.items())
             )
-        if layers is not None:
-            return LayerHessians(result, {**skipped, **reasons})
-        covered = [specs[name] for name in result]
-        return LayerHessians(result, left_out(model, {**skipped, **reasons}, covered, 2))
-
-
-def _gather(run: DataPass, budget: int, tolerance: float) -> dict[str, _Layer]:
-    """One pass: the samples of every layer, as far as the budget goes."""
-    gathered = {name: _Layer(spec) for name, spec in run.specs.items()}
-    with run:
-        for batch, roots in run:
-            wanted = {
-                n: layer.spec
-                for n, layer in gathered.items()
-                if layer.chunks is not None or tolerance > 0
-            }
-            for name in roots.uses:
-                gathered[name].dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
-            for name, chunk in layer_rows(wanted, roots, budget):
-                _keep(gathered[name], chunk, batch.index, tolerance)
-                _evict(gathered, budget, run.data)
-            for name, lost in roots.masked_gradients.items():
-                before = gathered[name].lost
-                gathered[name].lost = lost if before is None else before | lost
-    for name, layer in gathered.items():
-        if layer.lost is not None and bool(layer.lost):
-            run.capture.inexact.setdefault(
-                name, "has masked positions on which the outputs that count depend"
-            )
-    return gathered
-
-
-def _keep(layer: _Layer, chunk: SampleRows, batch: int, tolerance: float) -> None:
-    if tolerance > 0:
-        layer.shares.append(chunk.shares())
-        layer.batches.append(batch)
-    if layer.chunks is not None:
-        # What pruning leaves of two pieces shares nothing.
-        before = layer.chunks[-1] if layer.chunks and tolerance == 0 else None
-        layer.chunks.append(chunk)
-        layer.held += added_bytes(chunk, before)
-
-
-def _evict(gathered: dict[str, _Layer], budget: int, data: Iterable[Any]) -> None:
-    """Drops the largest layers' samples until the rest fits."""
-    while sum(layer.held for layer in gathered.values()) > budget:
-        name, largest = max(gathered.items(), key=lambda item: item[1].held)
-        if isinstance(data, Iterator):
-            raise once_only(budget, f"layer {name!r}")
-        largest.chunks, largest.held = None, 0
+        skipped = {**skipped, **reasons}
+        if layers is None:
+            skipped = left_out(model, skipped, [specs[name] for name in result], 2)
+    # When all ranks have them.
+    if saved is not None:
+        saved.remove()
+    return LayerHessians(result, skipped)
 
 
 @dataclass
@@ -570,7 +539,7 @@ class _Rerun(RepeatedPass):
 
 
 def _finish(
-    layer: _Layer,
+    layer: GatheredLayer,
     rerun: _Rerun,
     known: PassKnowledge,
     tolerance: float,

@@ -61,7 +61,7 @@ def _checksum(tensor: Tensor) -> Tensor:
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     if tensor.is_meta or tensor.layout != torch.strided:
         return total
-    data = tensor.reshape(-1).view(torch.uint8)
+    data = tensor.contiguous().view(-1).view(torch.uint8)
     whole = len(data) // 8 * 8
     rest = data.new_zeros(8)
     rest[: len(data) - whole] = data[whole:]

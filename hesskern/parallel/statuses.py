@@ -45,6 +45,7 @@ class Statuses:
         rank, size: in the group.
         timeout: seconds after which ranks that have not arrived are called missing.
         done: number of exchanges so far, the same on every rank.
+        judged: the last of them whose verdict is known here.
     """
 
     store: Store
@@ -52,6 +53,7 @@ class Statuses:
     size: int
     timeout: float
     done: int = 0
+    judged: int = 0
 
     def exchange(
         self,
@@ -94,6 +96,7 @@ class Statuses:
             raise
         except RuntimeError as error:
             raise self._no_store(what, error) from error
+        self.judged = self.done
         if "error" not in verdict:
             return verdict["values"]
         if failure is not None and not wire:
@@ -112,6 +115,9 @@ class Statuses:
 
     def _post(self, status: dict[str, Any]) -> None:
         self.store.set(self._key(self.rank), json.dumps(status))
+        if self.judged == self.done - 1:
+            # The first rank has read the status before.
+            self.store.delete_key(self._key(self.rank, self.judged))
         arrived = self.store.add(self._key("arrived"), 1)
         stops = status["failure"] is not None and not status["wire"]
         if stops:
@@ -124,8 +130,8 @@ class Statuses:
     ) -> dict[str, Any]:
         """Waits for all statuses, leaves the verdict, and returns it."""
         there = at_once or self._wait(self._key("full"), begin + self.timeout)
-        present = [r for r in range(self.size) if self.store.check([self._key(r)])]
-        statuses = {r: json.loads(self.store.get(self._key(r))) for r in present}
+        statuses = self._statuses()
+        present = list(statuses)
         verdict: dict[str, Any] = {"present": len(present), "missing": not there}
         error = self._error(what, statuses, there)
         if error is not None:
@@ -136,9 +142,18 @@ class Statuses:
         self.store.set(self._key("verdict"), json.dumps(verdict))
         if error is None:
             # Whoever has come here has read all of the exchange before.
-            for name in (*range(self.size), "arrived", "full", "verdict", "read"):
+            for name in ("arrived", "full", "verdict", "read"):
                 self.store.delete_key(self._key(name, self.done - 1))
         return verdict
+
+    def _statuses(self) -> dict[int, dict[str, Any]]:
+        """Of all ranks that have left one, in one request where the store can and all have."""
+        keys = [self._key(r) for r in range(self.size)]
+        together: bool = self.store.has_extended_api()  # type: ignore[attr-defined]
+        if together and self.store.check(keys):
+            return dict(enumerate(map(json.loads, self.store.multi_get(keys))))
+        present = [r for r, key in enumerate(keys) if self.store.check([key])]
+        return {r: json.loads(self.store.get(keys[r])) for r in present}
 
     def _error(self, what: str, statuses: dict[int, dict[str, Any]], there: bool) -> str | None:
         failed = [r for r, s in statuses.items() if s["failure"] is not None and not s["wire"]]

@@ -71,6 +71,8 @@ class DataPass:
         stream: which of several passes that draw independently of each other.
         positions: number the samples that the data has no numbers of.
         ended: called when the model is no longer in use.
+        course: where the pass goes on, if it has begun before.
+        behind: called behind every batch of an iteration.
         count: weighted number of samples, behind the last batch.
     """
 
@@ -95,10 +97,12 @@ class DataPass:
     stream: int = 0
     positions: Positions = field(default_factory=Positions)
     ended: Callable[[], None] | None = None
+    behind: Callable[[], None] | None = None
 
     def __post_init__(self) -> None:
         self.draws = Draws(self.seed, self.stream)
         self.count = 0.0
+        self._counted: float | Tensor = 0.0
         # Which batch's sample was asked on a device.
         self._asked: int | None = None
         self.checks = Checks()
@@ -116,12 +120,20 @@ class DataPass:
 
     def state(self) -> dict[str, Any]:
         """What was found of the model so far, as plain values, for a pass that goes on later."""
-        return {"capture": self.capture.state(), "evidence": self.evidence.state()}
+        return {
+            "capture": self.capture.state(),
+            "evidence": self.evidence.state(),
+            "counted": self._counted,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes over what :meth:`state` gave; before the ``with`` block."""
         self.capture.restore(state["capture"])
         self.evidence.restore(state["evidence"])
+        counted = state["counted"]
+        if isinstance(counted, Tensor):
+            counted = counted.to(model_device(self.model))
+        self._counted = counted
 
     def __enter__(self) -> DataPass:
         self._open = ExitStack()
@@ -137,14 +149,15 @@ class DataPass:
                 self.ended()
 
     def __iter__(self) -> Iterator[tuple[Batch, BatchRoots]]:
-        count: float | Tensor = 0.0
         for batch in self.batches():
             roots = self.roots(batch, self.output, self.mc_samples)
-            count = count + roots.count
+            self._counted = self._counted + roots.count
             yield batch, roots
             self.checks.close()
+            if self.behind is not None:
+                self.behind()
         self.settle()
-        self.count = float(count)
+        self.count = float(self._counted)
 
     def batches(self) -> Iterator[Batch]:
         """The batches alone, for whoever runs the model on parts and closes conditions itself."""

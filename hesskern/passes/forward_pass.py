@@ -23,6 +23,7 @@ __all__ = [
     "model_device",
     "noted_hooks",
     "random_state",
+    "refuse_sharded",
     "run_model",
 ]
 
@@ -46,6 +47,7 @@ def frozen_eval(model: nn.Module, trainable: Iterable[Tensor] = ()) -> Iterator[
 
     Raises:
         ValueError: the model was made under ``torch.inference_mode()``, or is on the meta device.
+        NotImplementedError: its parameters are shards.
     """
     parameters = list(model.parameters())
     tensors = (*parameters, *model.buffers())
@@ -55,6 +57,7 @@ def frozen_eval(model: nn.Module, trainable: Iterable[Tensor] = ()) -> Iterator[
         )
     if any(tensor.is_meta for tensor in tensors):
         raise ValueError("model must hold values, but it has tensors on the meta device")
+    refuse_sharded(model)
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in parameters]
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -147,6 +150,19 @@ def model_device(model: nn.Module) -> torch.device:
     for tensor in chain(model.parameters(), model.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def refuse_sharded(model: Any) -> None:
+    """Raises NotImplementedError where a parameter is a shard, which other processes complete."""
+    if not isinstance(model, nn.Module):
+        return
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):
+            raise NotImplementedError(
+                f"model: parameter {name!r} is a DTensor, a shard of the whole; kronecker_factors "
+                "and input_covariances take models of fully_shard with group=, and have their "
+                "parameters whole on every rank while the pass lasts"
+            )
 
 
 def run_model(model: nn.Module, inputs: Any) -> Tensor:

@@ -28,11 +28,14 @@ class Piece:
         batch: these samples; its index is that of the batch that the first of them came from.
         first: number of its first sample, from 0.
         count: of its samples.
+        behind: where the next piece begins: a batch's index, and how many of its samples come
+            before that.
     """
 
     batch: Batch
     first: int
     count: int
+    behind: tuple[int, int]
 
 
 def usual_size(batch: Batch) -> int:
@@ -46,7 +49,12 @@ def usual_size(batch: Batch) -> int:
     return int(2 ** int(math.log2(min(_MOST, max(1, total // each)))))
 
 
-def pieces(data: Iterable[Batch], size: Callable[[Batch], int] = usual_size) -> Iterator[Piece]:
+def pieces(
+    data: Iterable[Batch],
+    size: Callable[[Batch], int] = usual_size,
+    first: int = 0,
+    skip: int = 0,
+) -> Iterator[Piece]:
     """The samples of the batches, so many at a time, the last fewer.
 
     Where batches follow each other whose samples have different shapes (sequences padded to the
@@ -56,23 +64,27 @@ def pieces(data: Iterable[Batch], size: Callable[[Batch], int] = usual_size) -> 
     Args:
         data: batches, whose weights are left out.
         size: samples of a piece, of the first batch of that form.
+        first: number of the first sample.
+        skip: how many samples of the first batch come before that.
     """
-    held: list[tuple[Batch, int]] = []
+    # With the number of a batch's samples that went before.
+    held: list[tuple[Batch, int, int]] = []
     form: Any = None
-    first = total = wanted = 0
+    total = wanted = 0
 
     def take(count: int) -> Piece:
         nonlocal held, first, total
         parts, rest, left = [], [], count
-        for batch, n in held:
+        for batch, n, before in held:
             if n <= left:
                 parts.append(batch)
             else:
                 if left:
                     parts.append(_part(batch, slice(0, left)))
-                rest.append((_part(batch, slice(left, n)), n - left))
+                rest.append((_part(batch, slice(left, n)), n - left, before + left))
             left = max(0, left - n)
-        piece = Piece(_joined(parts), first, count)
+        behind = (rest[0][0].index, rest[0][2]) if rest else (held[-1][0].index + 1, 0)
+        piece = Piece(_joined(parts), first, count, behind)
         held, first, total = rest, first + count, total - count
         return piece
 
@@ -82,15 +94,18 @@ def pieces(data: Iterable[Batch], size: Callable[[Batch], int] = usual_size) -> 
         if held and found != form:
             yield take(total)
         if found is None:
-            yield Piece(_without_weight(batch), first, n)
+            yield Piece(_without_weight(batch), first, n, (batch.index + 1, 0))
             first += n
             continue
         if not n:
             continue
         if found != form:
             form, wanted = found, size(batch)
-        held.append((batch, n))
+        if skip:
+            batch, n = _part(batch, slice(skip, n)), n - skip
+        held.append((batch, n, skip))
         total += n
+        skip = 0
         while total >= wanted:
             yield take(wanted)
     if held:

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hesskern.graph.evidence import Evidence
 from hesskern.parallel.ranks import Ranks
-from hesskern.parallel.replicas import model_facts
+from hesskern.parallel.replicas import checksums, model_facts
 from hesskern.passes.data_pass import DataPass
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.losses import Loss
@@ -37,13 +37,15 @@ def agree_on_pass(
         what: is to be made, for messages.
         model: whose tensors' names, shapes, dtypes and values are compared.
         specs: the layers by name.
-        loss: compared by its class and its numbers and words.
+        loss: compared by its class and its tensors, numbers and words.
         settings: by name, of what JSON can hold.
 
     Raises:
         RankError: on every rank, where one has others; names it and what differs.
     """
-    described = {k: v for k, v in vars(loss).items() if isinstance(v, (int, float, str))}
+    own = vars(loss)
+    described = {k: v for k, v in own.items() if isinstance(v, (int, float, str))}
+    described.update(checksums({k: v for k, v in own.items() if isinstance(v, Tensor)}))
     facts = {
         "layers": list(specs),
         "geometry": [asdict(spec) for spec in specs.values()],

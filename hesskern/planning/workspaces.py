@@ -71,7 +71,8 @@ def _output_hessian(acc: Tensor, jacobian: Tensor, *_: Any, **__: Any) -> int:
 def _conv_input_covariance(acc: Tensor, x: Tensor, kernel_size: list[int], *_: Any) -> int:
     if all(size == 1 for size in kernel_size):
         return _gram(x.numel() // x.shape[1], acc.shape[-1], acc.element_size())
-    return min(acc.element_size() * _SIGNALS, x.numel() * acc.element_size() * 3 // 2 + _TABLES)
+    given = x.numel() * acc.element_size()
+    return min(acc.element_size() * _SIGNALS, given * 3 // 2 + min(_TABLES, 2 * given))
 
 
 def _packed(*tensors: Tensor | None) -> int:

@@ -213,8 +213,9 @@ def _lanczos_takes_fewer(
 ) -> bool:
     rehearsal = type(space)(CountedOperator(preconditioner, cost - 1), space.capacity, 1)
     generator = torch.Generator().manual_seed(0)
+    alone = replace(search, generator=generator, report=lambda _: None, agree=lambda _: None)
     try:
-        lanczos(rehearsal, replace(search, generator=generator, report=lambda _: None))
+        lanczos(rehearsal, alone)
     except OutOfProducts:
         return False
     return True

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from hesskern.choices import Which, check_choice
+from hesskern.parallel.ranks import Ranks, section_of
 from hesskern.progress import Progress, reporter
+from hesskern.solvers.alike import agree_alike, ranks_of
 from hesskern.solvers.davidson import davidson, olsen, seed_block, seed_preconditioner
 from hesskern.solvers.device_subspace import block_for, subspace_for
 from hesskern.solvers.gram import gram_eigenpairs
@@ -43,6 +45,7 @@ def eigsh(
     max_matvecs: int | None = None,
     progress: bool | Progress = False,
     block: int | None = None,
+    group: Any = None,
 ) -> EigenResult:
     """The ``k`` most wanted eigenpairs of a symmetric operator.
 
@@ -73,6 +76,10 @@ def eigsh(
         block: random directions that Lanczos begins with, at most 16, and so vectors in a product:
             fewer products with more vectors in all. None: 1 on the CPU, k // 5 but at most 4 on a
             device. The pairs and their residuals are the same, up to ``tol``.
+        group: ranks of torch.distributed that all call this with the same arguments. They run the
+            same search on the same products, compare at every restart and at the end where they
+            are, and get the same bits. None: those that hold H's samples, if it was made with a
+            ``group``; another one is only needed for operators of one's own.
 
     Returns:
         :class:`EigenResult`; ``matvecs`` counts single vectors (a block of b counts b, a dense
@@ -81,58 +88,95 @@ def eigsh(
     Raises:
         ValueError: an argument is out of range, ``start`` does not fit, or ``H @ v`` gave NaN,
             Inf, or another shape or dtype.
+        RankError: with a group, ranks have other arguments or come to other bits, or another rank
+            has failed.
 
     Warns:
         RuntimeWarning: not converged; names the worst residual.
     """
-    operator = _checked(H, k, which, tol, max_matvecs)
-    start = _checked_start(start, which, operator)
-    if block is None:
-        block = block_for(operator, k)
-    elif isinstance(block, bool) or not isinstance(block, int) or not 1 <= block <= _PENDING:
-        raise ValueError(f"block must be an integer with 1 <= block <= {_PENDING}, got {block!r}")
-    report = reporter(progress)
-    size = operator.size
-    # Of the basis, and of the rows that may take its place.
-    capacity = k + max(60, k // 2)
-    small = size <= max(_SMALL, 2 * k + 40) and size <= operator.limit
-    rows = None
-    if not small and which != "SA" and hasattr(H, "few_rows"):
-        rows = H.few_rows(min(capacity, operator.limit))
-    if small:
-        values, vectors, residuals, scale = _dense(H, operator, k, which)
-    elif rows is not None:
-        values, vectors, residuals, scale = _by_gram(rows, operator, k, seed)
-    else:
-        search = Search(
-            k,
-            which,
-            float(tol),
-            torch.Generator().manual_seed(seed),
-            lambda done: report("eigsh", done, k),
-            block,
+    ranks = ranks_of(group, H)
+    with section_of(ranks, "eigsh"):
+        operator = _checked(H, k, which, tol, max_matvecs)
+        start = _checked_start(start, which, operator)
+        if block is None:
+            block = block_for(operator, k)
+        elif isinstance(block, bool) or not isinstance(block, int) or not 1 <= block <= _PENDING:
+            raise ValueError(
+                f"block must be an integer with 1 <= block <= {_PENDING}, got {block!r}"
+            )
+        report = reporter(progress)
+        if ranks is not None:
+            report = ranks.watching("eigsh", report)
+            _agree_on_arguments(ranks, operator, start, (k, which, tol, seed, block))
+
+        def agree(space: Subspace) -> None:
+            if ranks is not None:
+                where = f"eigsh at restart {space.restarts + 1}"
+                agree_alike(ranks, where, {"products": operator.count}, values=space.ritz()[0])
+
+        size = operator.size
+        # Of the basis, and of the rows that may take its place.
+        capacity = k + max(60, k // 2)
+        small = size <= max(_SMALL, 2 * k + 40) and size <= operator.limit
+        rows = None
+        if not small and which != "SA" and hasattr(H, "few_rows"):
+            rows = H.few_rows(min(capacity, operator.limit))
+        if small:
+            values, vectors, residuals, scale = _dense(H, operator, k, which)
+        elif rows is not None:
+            values, vectors, residuals, scale = _by_gram(rows, operator, k, seed)
+        else:
+            search = Search(
+                k,
+                which,
+                float(tol),
+                torch.Generator().manual_seed(seed),
+                lambda done: report("eigsh", done, k),
+                block,
+                agree,
+            )
+            space = subspace_for(operator, capacity, _PENDING)
+            values, vectors, residuals, scale = _iterate(space, search, start)
+        met = int((residuals <= tol).sum())
+        converged = met == k
+        report("eigsh", met, k)
+        if not converged:
+            why = (
+                f"at the limit of {operator.limit} products"
+                if operator.left == 0
+                else f"at the rounding of {operator.dtype}"
+            )
+            warnings.warn(
+                f"eigsh stopped {why}: the worst residual is {float(residuals.max()):.2g}, "
+                f"above tol={tol:g}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        residuals = residuals + _left_out(H, scale)
+        if ranks is not None:
+            found = {"values": values, "vectors": vectors, "residuals": residuals}
+            agree_alike(ranks, "eigsh", {"products": operator.count}, **found)
+        return EigenResult(
+            values.to(vectors), vectors, residuals.to(vectors), converged, operator.count
         )
-        space = subspace_for(operator, capacity, _PENDING)
-        values, vectors, residuals, scale = _iterate(space, search, start)
-    met = int((residuals <= tol).sum())
-    converged = met == k
-    report("eigsh", met, k)
-    if not converged:
-        why = (
-            f"at the limit of {operator.limit} products"
-            if operator.left == 0
-            else f"at the rounding of {operator.dtype}"
-        )
-        warnings.warn(
-            f"eigsh stopped {why}: the worst residual is {float(residuals.max()):.2g}, "
-            f"above tol={tol:g}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    residuals = residuals + _left_out(H, scale)
-    return EigenResult(
-        values.to(vectors), vectors, residuals.to(vectors), converged, operator.count
-    )
+
+
+def _agree_on_arguments(
+    ranks: Ranks, operator: CountedOperator, start: Any, others: tuple[Any, ...]
+) -> None:
+    """Raises RankError on every rank, where one was given others."""
+    known = not isinstance(start, Tensor) and hasattr(start, "diagonal")
+    near = start.diagonal() if known else start
+    facts = {
+        "P": operator.size,
+        "dtype": str(operator.dtype),
+        "device": operator.device.type,
+        "max_matvecs": operator.limit,
+        "start": type(start).__name__,
+        **dict(zip(("k", "which", "tol", "seed", "block"), others, strict=True)),
+    }
+    compared = {"start": near} if isinstance(near, Tensor) else {}
+    agree_alike(ranks, "eigsh", facts, **compared)
 
 
 def _left_out(H: Any, scale: float) -> float:

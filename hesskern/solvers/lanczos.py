@@ -32,6 +32,7 @@ class Search:
         generator: of the random directions, on the CPU.
         report: called with the number of leading pairs that have converged.
         block: random directions that a run begins with.
+        agree: called at every restart; raises where ranks that run the same search are apart.
     """
 
     k: int
@@ -40,6 +41,7 @@ class Search:
     generator: torch.Generator
     report: Callable[[int], None]
     block: int = 1
+    agree: Callable[[Subspace], None] = lambda _: None
 
     def key(self, values: Tensor) -> Tensor:
         """Larger is more wanted."""
@@ -115,6 +117,7 @@ def restart(space: Subspace, search: Search) -> bool:
     Returns:
         False if the images were recomputed (and the pending directions forgotten).
     """
+    search.agree(space)
     values, coefficients = search.ritz(space)
     kept = min(search.k + max(1, 2 * (space.capacity - search.k) // 5), space.size)
     kept = max(search.k, min(kept, space.capacity - max(8, space.pending)))

@@ -67,7 +67,7 @@ OTHERS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
         lambda: {"data": [*batches()[:2], *batches(1)[2:]]},
         "other data: batch 2 is another one",
     ),
-    "fewer": (lambda: {"data": iter(batches()[:2])}, "there were 5 batches of them, and are None"),
+    "fewer": (lambda: {"data": iter(batches()[:2])}, "there are 2 of the 3 batches that were seen"),
     "more": (lambda: {"data": batches(count=6)}, "there were 5 batches of them, and are 6"),
 }
 

@@ -222,7 +222,8 @@ def test_draws_are_those_of_the_factors_and_runs_repeat() -> None:
     model, data = case.model(), case.data()
     E = hk.ekfac(model, data, CE, seed=7)
     again = hk.ekfac(model, data, CE, seed=7)
-    other = hk.ekfac(model, data, CE, seed=8)
+    # Of seed 8 the four samples that reach the first layer draw the same four classes.
+    other = hk.ekfac(model, data, CE, seed=10)
     factors = hk.kronecker_factors(model, data, CE, output="mc", seed=7)
     for name, found in E.items():
         assert torch.equal(found.values, again[name].values)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense import relative_error
 from group_cases import GROUP_CASES, check_same, part, taken_apart
 from networks import CE, classes, randn, seeded
 from processes import outcomes, run
@@ -51,6 +52,38 @@ def test_replicas_in_distributed_data_parallel(accumulator: bool) -> None:
     # The last rank has no data: nobody waits for its gradients.
     for found in run(_wrapped, 3, accumulator):
         check_same(found, want, 1e-12)
+
+
+def _drawn(group: Any, seed: int) -> dict[str, Tensor]:
+    data: Any = DataLoader(SAMPLES, batch_size=4)
+    if group is not None:
+        sampler = DistributedSampler(SAMPLES, group.size(), group.rank(), seed=seed)
+        data = DataLoader(SAMPLES, batch_size=3, sampler=sampler)
+    return taken_apart(hk.kronecker_factors(_mlp(), data, CE, output="mc", seed=5, group=group))
+
+
+def test_draws_are_those_of_one_process() -> None:
+    want = _drawn(None, 0)
+    # However the sampler shuffles.
+    for seed in (0, 1):
+        for found in run(_drawn, 3, seed):
+            check_same(found, want, 1e-12)
+
+
+def _drawn_by_position(group: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    batch = randn(4, 4).repeat(50, 1), classes(200, c=3)
+    given = {"output": "mc", "seed": 5}
+    alone = hk.kronecker_factors(_mlp(), [batch], CE, **given)
+    together = hk.kronecker_factors(_mlp(), [batch], CE, **given, group=group)
+    return taken_apart(alone), taken_apart(together)
+
+
+def test_samples_without_numbers_are_drawn_apart_on_every_rank() -> None:
+    exact = hk.kronecker_factors(_mlp(), [(randn(4, 4), classes(4, c=3))], CE)["2"].output_hessian
+    (alone, both), _ = run(_drawn_by_position, 2)
+    # Drawn alike on both ranks, their mean would be that of one.
+    assert relative_error(both["2 outputs"], alone["2 outputs"]) > 1e-3
+    assert relative_error(both["2 outputs"], exact) < 0.2
 
 
 class _Reversed(DistributedSampler[Any]):

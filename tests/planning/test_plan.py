@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from allocations import peak_bytes
+from measured_peaks import Call, Loaded, measured
 from torch import nn
 
 import hesskern as hk
@@ -18,7 +17,6 @@ from hesskern.zoo.models import build
 
 CE = nn.CrossEntropyLoss()
 ROOM = 2**40
-Call = Callable[[nn.Module, Iterable[Any]], Any]
 
 CALLS: dict[str, Call] = {
     "factors": lambda model, data: hk.kronecker_factors(model, data, CE),
@@ -33,24 +31,6 @@ NETWORKS = {
     "resnet18": ("resnet18-w16", (3, 32, 32), 8),
     "vgg11": ("vgg11-w16", (3, 32, 32), 16),
 }
-
-
-class Loaded:
-    """A batch so many times, each time in memory of its own, as a DataLoader has them."""
-
-    def __init__(self, batch: tuple[torch.Tensor, torch.Tensor], count: int) -> None:
-        self._batch, self._count = batch, count
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        for _ in range(self._count):
-            yield tuple(tensor.clone() for tensor in self._batch)
-
-
-def measured(call: Call, model: nn.Module, data: Iterable[Any]) -> int:
-    """The allocator's peak."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peak_bytes(lambda: call(model, data))
 
 
 def batch_of(network: str) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:

@@ -1,0 +1,129 @@
+"""Models that torch's fully_shard has sharded over the ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from group_cases import check_same, part, taken_apart
+from networks import CE, classes, randn, seeded
+from processes import outcomes, run
+from torch import Tensor, nn
+
+import hesskern as hk
+
+DATA = [(randn(n, 5, seed=i), classes(n, c=3, seed=i)) for i, n in enumerate((4, 2, 3))]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(5)
+        self.fc1, self.fc2 = nn.Linear(5, 7), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(torch.relu(self.fc1(self.norm(x))))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def _sharded(how: str) -> nn.Module:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = seeded(Net())
+    if how == "precision":
+        return fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    if how == "together":
+        fully_shard([model.blocks[0], model.blocks[1]])
+    else:
+        for block in model.blocks:
+            fully_shard(block)
+    if how == "layers":
+        fully_shard(model.head)
+    return fully_shard(model) if how != "layers" else model
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return all(hasattr(p, "device_mesh") for p in model.parameters() if p.shape != (3, 5))
+
+
+def _step(model: nn.Module) -> list[Tensor]:
+    """A training step, whose gradients come back whole."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    CE(model(DATA[0][0]), DATA[0][1]).backward()
+    optimizer.step()
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+
+
+def _factors(group: Any, how: str, trained: bool) -> Any:
+    model = _sharded(how) if group else seeded(Net())
+    if trained:
+        _step(model)
+    mine = part(DATA, group.rank(), group.size()) if group else DATA
+    factors = hk.kronecker_factors(model, mine, CE, group=group, diagonal=True)
+    inputs = hk.input_covariances(model, [x for x, _ in mine], group=group)
+    if group:
+        assert _is_sharded(model)
+    found = taken_apart(factors)
+    found.update({f"{name} seen": inputs[name].input_covariance for name in inputs})
+    found.update({f"parameter {i}": p.detach() for i, p in enumerate(_step(model))})
+    return found
+
+
+@pytest.mark.parametrize("how", ["blocks", "together", "layers"])
+def test_they_are_those_of_the_whole_model(how: str) -> None:
+    for trained in (False, True):
+        want = _factors(None, how, trained)
+        # The last rank has no data.
+        for found in run(_factors, 3, how, trained):
+            check_same(found, want, 1e-12)
+
+
+def _failing(group: Any) -> None:
+    model = _sharded("blocks")
+    bad = [(torch.full((2, 5), torch.nan, dtype=torch.float64), classes(2, c=3))]
+    try:
+        hk.kronecker_factors(model, bad if group.rank() else DATA, CE, group=group)
+    finally:
+        assert _is_sharded(model)
+        _step(model)
+
+
+def test_an_error_leaves_the_model_sharded() -> None:
+    first, second = outcomes(_failing, 2)
+    assert first.message.startswith("RankError: rank 1 of 2 failed in Kronecker factors: ValueErr")
+    assert second.message.startswith("ValueError: data: inputs of layer")
+
+
+REFUSED = {
+    "accumulator": "model: parameter 'blocks.0.norm.weight' is a DTensor, a shard of the whole",
+    "alone": "model: parameter 'blocks.0.norm.weight' is a DTensor, a shard of the whole",
+    "hessians": "model: parameter 'blocks.0.norm.weight' is a DTensor, a shard of the whole",
+    "precision": "model: module '' is sharded with MixedPrecisionPolicy(param_dtype=torch.bfloat16",
+}
+
+
+def _refused(group: Any, what: str) -> None:
+    model = _sharded("precision" if what == "precision" else "blocks")
+    if what == "accumulator":
+        hk.FactorAccumulator(model, CE, group=group)
+    if what == "hessians":
+        hk.layer_hessians(model, DATA, CE)
+    hk.kronecker_factors(model, DATA, CE, group=None if what == "alone" else group)
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_refused(what: str) -> None:
+    for outcome in outcomes(_refused, 2, what):
+        assert outcome.message.startswith(f"NotImplementedError: {REFUSED[what]}"), outcome.trace

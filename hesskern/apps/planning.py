@@ -14,14 +14,15 @@ from hesskern.choices import Bias, Output
 from hesskern.devices import usable_device
 from hesskern.planning.compute import plan
 from hesskern.planning.requests import What
-from hesskern.zoo.models import KNOWN_MODELS, build
+from hesskern.zoo.models import build
 
 __all__ = ["plan_command"]
 
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
-class _Bytes(click.ParamType):
+# Not generic in click before 8.2, which cannot be told its type.
+class _Bytes(click.ParamType):  # type: ignore[type-arg]
     """A number of bytes, such as 500MiB or 4G."""
 
     name = "size"

@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from hesskern.text import counted, listed
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RankError", "Statuses"]
 
-# Seconds of one wait, behind which an interrupt is noticed.
-_PIECE = 1.0
+# Seconds between two looks at the store.
+_LEAST, _MOST = 2e-4, 0.1
 # Seconds that the verdict of a failure is kept for ranks that are there to read it.
 _GRACE = 5.0
 
@@ -221,18 +220,20 @@ class Statuses:
         return self._wait(self._key("all read"), until)
 
     def _wait(self, key: str, until: float) -> bool:
-        """Whether the store has the key before a time; in pieces, for the sake of interrupts."""
-        while True:
-            left = until - time.monotonic()
-            try:
-                self.store.wait([key], timedelta(seconds=max(0.01, min(left, _PIECE))))
-                return True
-            except RuntimeError:
-                # Raises where the store itself is gone.
-                if self.store.check([key]):
-                    return True
-            if left <= 0:
+        """Whether the store has the key before a time.
+
+        Looks again and again, as a wait of the store's own hears no interrupt, and torch warns of
+        one that ends without the key.
+        """
+        begin = time.monotonic()
+        while not self.store.check([key]):
+            now = time.monotonic()
+            if now >= until:
                 return False
+            # Late by a twentieth of the wait, and no burden for the store if all ranks look.
+            pause = max(_LEAST, self.size * _LEAST / 100, (now - begin) / 20)
+            time.sleep(min(pause, _MOST, until - now))
+        return True
 
     def _no_store(self, what: str, error: RuntimeError) -> RankError:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

@@ -17,13 +17,17 @@ from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 from hesskern.attribution.inverses import Curvature, curvature_of
 from hesskern.attribution.kept_scores import Kept
 from hesskern.attribution.queries import LayerQueries, of_low_rank, sum_calls
+from hesskern.attribution.rank_scores import agree_on_queries, numbers_of, scores_of_all
 from hesskern.attribution.result import Influence
 from hesskern.attribution.resumed import Asked, curvature_facts
 from hesskern.attribution.sample_gradients import LayerRows, layer_rows, matrices
 from hesskern.attribution.sample_loss import SampleLoss
-from hesskern.checkpoints.checkpoint import Checkpoint
+from hesskern.checkpoints.checkpoint import Checkpoint, path_of_rank
 from hesskern.checkpoints.facts import described
 from hesskern.graph.evidence import Evidence
+from hesskern.parallel.ranks import Ranks, section_of
+from hesskern.parallel.replicas import inner_model
+from hesskern.parallel.samplers import weights_of_part
 from hesskern.passes.batches import DataCourse, check_iterable, no_samples
 from hesskern.passes.data_pass import DataPass
 from hesskern.passes.forward_pass import model_device
@@ -31,6 +35,7 @@ from hesskern.passes.layers import LayerSpec, refuse_missing
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
 from hesskern.passes.pieces import Piece, pieces, usual_size
+from hesskern.passes.whole_pass import agree_on_pass
 from hesskern.progress import Progress, reporter
 
 __all__ = ["influence"]
@@ -60,6 +65,7 @@ def influence(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 60.0,
     exact_resume: bool = True,
+    group: Any = None,
 ) -> Influence:
     """How much training on each sample of ``train`` helps each query: g_q^T (E + damping)^-1 g_n.
 
@@ -112,6 +118,13 @@ def influence(
         checkpoint, checkpoint_every, exact_resume: as in :func:`hesskern.kronecker_factors`, for
             the pass over ``train``; the queries' preconditioned gradients and the scores so far go
             into files beside ``checkpoint``, each written once.
+        group: ranks of torch.distributed that all call this, with the same E and the same queries,
+            and each with its own part of the training samples, as in
+            :func:`hesskern.kronecker_factors`. All get the scores of all samples. They are in the
+            order of the samples' numbers where the data is a DataLoader that draws indices of its
+            data set, each once; otherwise those of the first rank's come first, in their order
+            there: ``settings["columns"]`` is "sample numbers" or "ranks". What a
+            DistributedSampler repeats is left out.
 
     Returns:
         :class:`Influence`: ``scores`` [q, n] in float32 (float64 for a float64 model).
@@ -121,111 +134,146 @@ def influence(
             or leaves a layer singular; NaN or Inf in a query or sample (named by its number);
             targets that do not fit; no queries or no samples. Messages begin with "queries" or
             "train" where one of them is at fault.
-        TypeError, NotImplementedError, OSError: as in :func:`hesskern.kronecker_factors`.
+        TypeError, NotImplementedError, OSError, RankError: as in
+            :func:`hesskern.kronecker_factors`.
     """
-    _check_choices(per_layer, per_token, top, query_rank, batch_size)
-    for name, data in (("queries", queries), ("train", train)):
-        with _named(name):
-            check_iterable(data)
-        _warn_of_shuffling(name, data)
-    curvature = curvature_of(E, model, layers, damping)
-    resolved = resolve_loss(loss)
-    asked = resolved if query_loss is None else resolve_loss(query_loss)
-    report, mask, evidence = reporter(progress), checked_mask(position_mask), Evidence(check)
-    size = _size(batch_size)
-    device = model_device(model)
-    saved = Checkpoint.of(
-        checkpoint,
-        checkpoint_every,
-        exact_resume,
-        "influence",
-        model,
-        device,
-        {
-            "E": described(curvature_facts(E)),
-            "loss": described(loss),
-            "damping": described(damping),
-            "layers": list(curvature.specs),
-            "geometry": described(curvature.specs),
-            "per_layer": per_layer,
-            "per_token": per_token,
-            "top": top,
-            "query_rank": query_rank,
-            "query_loss": described(query_loss),
-            "batch_size": batch_size,
-            "check": check,
-            "position_mask": described(position_mask),
-        },
-    )
-
-    def walk(
-        data: Iterable[Any],
-        of: SampleLoss,
-        description: str,
-        specs: dict[str, LayerSpec],
-        kept: Collection[str] = (),
-        course: DataCourse | None = None,
-    ) -> _Walk:
-        run = DataPass(
+    ranks = Ranks.of(group)
+    with section_of(ranks, "influence"):
+        _check_choices(per_layer, per_token, top, query_rank, batch_size)
+        for name, data in (("queries", queries), ("train", train)):
+            with _named(name):
+                check_iterable(data)
+            if ranks is None or name == "queries":
+                _warn_of_shuffling(name, data)
+        model = model if ranks is None else inner_model(model)
+        curvature = curvature_of(E, model, layers, damping)
+        resolved = resolve_loss(loss)
+        asked = resolved if query_loss is None else resolve_loss(query_loss)
+        report, mask, evidence = reporter(progress), checked_mask(position_mask), Evidence(check)
+        size = _size(batch_size)
+        device = model_device(model)
+        stay = None
+        if ranks is not None:
+            settings = {
+                "E": described(curvature_facts(E)),
+                "damping": curvature.damping,
+                "per_layer": per_layer,
+                "per_token": per_token,
+                "top": top,
+                "query_rank": query_rank,
+                "batch_size": batch_size,
+                "check": check,
+            }
+            agree_on_pass(ranks, "influence", model, curvature.specs, resolved, settings)
+            report = ranks.watching("influence", report)
+            with _named("train"):
+                stay = weights_of_part(ranks, train, None, 2)
+        saved = Checkpoint.of(
+            checkpoint if ranks is None else path_of_rank(checkpoint, ranks.rank, ranks.size),
+            checkpoint_every,
+            exact_resume,
+            "influence",
             model,
-            data,
-            of,
-            specs,
-            evidence=evidence,
-            progress=report,
-            description=f"Influence: {description}",
-            kept=kept,
-            # E has such a layer only where it was made of these calls, too.
-            linear_use=E is not None,
-            position_mask=mask,
-            course=course,
+            device,
+            {
+                "E": described(curvature_facts(E)),
+                "loss": described(loss),
+                "damping": described(damping),
+                "layers": list(curvature.specs),
+                "geometry": described(curvature.specs),
+                "per_layer": per_layer,
+                "per_token": per_token,
+                "top": top,
+                "query_rank": query_rank,
+                "query_loss": described(query_loss),
+                "batch_size": batch_size,
+                "check": check,
+                "position_mask": described(position_mask),
+            },
         )
-        return _Walk(run, of, size)
 
-    with _named("queries"):
-        if saved is not None and saved.stage is not None:
-            asked_for = Asked.of_part(next(saved.parts), queries, saved, evidence, device)
-        else:
-            way = None if saved is None else saved.way(queries)
-            first = walk(
-                queries, SampleLoss(asked, "query"), "queries", curvature.specs, course=way
+        def walk(
+            data: Iterable[Any],
+            of: SampleLoss,
+            description: str,
+            specs: dict[str, LayerSpec],
+            kept: Collection[str] = (),
+            course: DataCourse | None = None,
+        ) -> _Walk:
+            run = DataPass(
+                model,
+                data,
+                of,
+                specs,
+                evidence=evidence,
+                progress=report,
+                description=f"Influence: {description}",
+                kept=kept,
+                # E has such a layer only where it was made of these calls, too.
+                linear_use=E is not None,
+                position_mask=mask,
+                course=course,
             )
-            gradients, count = first.gradients()
-            unmoved = dict.fromkeys(curvature.specs.keys() - gradients.keys(), _UNMOVED)
-            skipped = {**unmoved, **curvature.skipped, **first.run.capture.reasons}
-            refuse_missing(curvature.specs, first.run.capture.unfit)
-            if not gradients:
-                raise ValueError("no layer has a gradient here: " + _reasons(skipped))
-            prepared, errors = _prepared(curvature, gradients, query_rank)
-            asked_for = Asked(prepared, count, skipped, errors)
-    specs = {name: replace(curvature.specs[name], required=True) for name in asked_for.prepared}
-    kept = Kept(asked_for.count, per_layer, top)
-    with _named("train"):
-        course = None if saved is None else saved.begin(_SAMPLES, train)
-        if saved is not None and saved.state is None:
-            assert way is not None
-            saved.keep({"pass": None}, asked_for.part(way.state(), evidence))
-        second = walk(train, SampleLoss(resolved, "sample"), "samples", specs, specs, course)
-        second.score(asked_for.prepared, kept, per_token, saved)
-    scores, indices = kept.finished()
+            return _Walk(run, of, size)
+
+        with _named("queries"):
+            if saved is not None and saved.stage is not None:
+                asked_for = Asked.of_part(next(saved.parts), queries, saved, evidence, device)
+            else:
+                way = None if saved is None else saved.way(queries)
+                first = walk(
+                    queries, SampleLoss(asked, "query"), "queries", curvature.specs, course=way
+                )
+                gradients, count = first.gradients()
+                unmoved = dict.fromkeys(curvature.specs.keys() - gradients.keys(), _UNMOVED)
+                skipped = {**unmoved, **curvature.skipped, **first.run.capture.reasons}
+                refuse_missing(curvature.specs, first.run.capture.unfit)
+                if not gradients:
+                    raise ValueError("no layer has a gradient here: " + _reasons(skipped))
+                prepared, errors = _prepared(curvature, gradients, query_rank)
+                asked_for = Asked(prepared, count, skipped, errors)
+        specs = {name: replace(curvature.specs[name], required=True) for name in asked_for.prepared}
+        if ranks is not None:
+            agree_on_queries(ranks, asked_for.prepared, asked_for.count)
+        kept = Kept(asked_for.count, per_layer, top, numbered=ranks is not None)
+        with _named("train"):
+            course = None if saved is None else saved.begin(_SAMPLES, train)
+            if saved is not None and saved.state is None:
+                assert way is not None
+                saved.keep({"pass": None}, asked_for.part(way.state(), evidence))
+            second = walk(train, SampleLoss(resolved, "sample"), "samples", specs, specs, course)
+            second.score(asked_for.prepared, kept, per_token, saved, stay)
+            total, columns = kept.total, None
+            if ranks is not None:
+                found = scores_of_all(ranks, kept, asked_for.prepared, per_token)
+                scores, indices, total, columns = found
+                if columns == "ranks":
+                    _warn_of_shuffling("train", train)
+            if not total:
+                raise no_samples()
+            if ranks is None:
+                scores, indices = kept.finished()
+        result = Influence(
+            scores,
+            indices,
+            num_queries=asked_for.count,
+            num_train=total,
+            layers=tuple(specs),
+            skipped=asked_for.skipped,
+            damping={name: curvature.damping[name] for name in specs if curvature.operators},
+            rank_errors=asked_for.errors,
+            settings={
+                "per_token": per_token,
+                "query_rank": query_rank,
+                "batch_size": batch_size,
+                "curvature": type(E).__name__ if E is not None else None,
+                **({} if columns is None else {"columns": columns}),
+            },
+        )
+    # When all ranks have it.
     if saved is not None:
         saved.remove()
-    return Influence(
-        scores,
-        indices,
-        num_queries=asked_for.count,
-        num_train=kept.total,
-        layers=tuple(specs),
-        skipped=asked_for.skipped,
-        damping={name: curvature.damping[name] for name in specs if curvature.operators},
-        rank_errors=asked_for.errors,
-        settings={
-            "per_token": per_token,
-            "query_rank": query_rank,
-            "batch_size": batch_size,
-            "curvature": type(E).__name__ if E is not None else None,
-        },
-    )
+    return result
 
 
 @dataclass
@@ -293,8 +341,17 @@ class _Walk:
         kept: Kept,
         per_token: bool,
         saved: Checkpoint | None,
+        stay: Tensor | None,
     ) -> None:
-        """Hands the scores of all samples to ``kept``, from where a checkpoint is."""
+        """Hands the scores of all samples to ``kept``, from where a checkpoint is.
+
+        Args:
+            prepared: the queries.
+            kept: where scores go.
+            per_token: whether positions have scores of their own.
+            saved: the checkpoint.
+            stay: [samples] zero for those that do not count; None: all do.
+        """
         skip = 0
         if saved is not None and saved.state is not None and saved.state["pass"] is not None:
             state = saved.state["pass"]
@@ -323,11 +380,14 @@ class _Walk:
                         scores[name] = sum_calls([queries.position_scores(c) for c in calls])
                     else:
                         scores[name] = queries.scores(calls)
-                found = kept.add(scores, piece.count)
+                numbers, known = None, True
+                if kept.numbered:
+                    given = piece.batch.numbers, piece.first, piece.count, stay
+                    numbers, known = numbers_of(*given)
+                kept.known &= known
+                found = kept.add(scores, piece.count, numbers)
                 self.loss.require_finite(found.transpose(0, 1), "the scores", self.run.checks)
                 self.run.checks.gather()
-        if not kept.total:
-            raise no_samples()
 
 
 def _positions(layers: Mapping[str, list[LayerRows]]) -> int:

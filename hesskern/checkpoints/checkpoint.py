@@ -59,7 +59,7 @@ class Checkpoint:
         self._parts: list[list[Any]] = []
         self._stale: list[int] = []
         self._found: Any = None
-        remove_abandoned(self._path)
+        remove_abandoned(self._path, r"|\.part\d+")
         if self._path.exists():
             self._open(exact)
         self._last = time.monotonic()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,9 @@ from hesskern.graph.evidence import Evidence
 from hesskern.operators.base import CurvatureOperator, Layout
 from hesskern.operators.samples import SampleRows, added_bytes, layer_rows
 from hesskern.operators.stacked import StackedGaussNewton
+from hesskern.parallel.ranks import Ranks, section_of, telling_of
+from hesskern.parallel.replicas import inner_model
+from hesskern.parallel.samplers import weights_of_part
 from hesskern.passes.batches import check_iterable, no_samples
 from hesskern.passes.data_pass import RepeatedPass, stored_or_anew, with_less_memory
 from hesskern.passes.forward_pass import model_device
@@ -29,6 +34,7 @@ from hesskern.passes.layers import (
 from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
 from hesskern.passes.roots import BatchRoots, accumulator_dtype
+from hesskern.passes.whole_pass import PassKnowledge, agree_on_pass
 from hesskern.progress import Progress, reporter
 
 __all__ = ["GaussNewton"]
@@ -63,18 +69,22 @@ class GaussNewton(CurvatureOperator):
             anew with a quarter of the budget.
         check, position_mask: as in :func:`hesskern.kronecker_factors`.
         progress: True for a bar with the time left, or a callback.
+        group: ranks of torch.distributed that all call this, each with its own part of the data,
+            as in :func:`hesskern.layer_hessians`.
 
     Attributes:
         layer_shapes: (m, d) by layer.
         slices: by layer, where its weights stand in a vector.
         num_samples: weighted number of samples.
-        cached: whether the samples are stored.
+        cached: whether the samples are stored; with ``ranks``, those of this process.
+        ranks: see :class:`hesskern.CurvatureOperator`.
         skipped: modules with parameters that are not part of G, with the reason.
         checked: by layer, how it is known which rows belong to which samples; see
             :class:`hesskern.LayerHessian`.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as in :func:`hesskern.layer_hessians`.
+        ValueError, TypeError, NotImplementedError, RankError: as in
+            :func:`hesskern.layer_hessians`.
     """
 
     def __init__(
@@ -91,46 +101,86 @@ class GaussNewton(CurvatureOperator):
         check: bool = True,
         position_mask: Callable[[Any], Any] | None = None,
         progress: bool | Progress = False,
+        group: Any = None,
     ) -> None:
-        check_iterable(data)
-        specs, self.skipped = select_layers(model, layers, bias)
-        for name, owner in shared_weights(model, specs).items():
-            # A weight is there once, with all its uses.
-            del specs[name]
-            self.skipped[name] = f"shares its weight with {owner!r}, which stands for both"
-        resolved, report = resolve_loss(loss, output_root), reporter(progress)
-        evidence, mask = Evidence(check), checked_mask(position_mask)
+        self.ranks = Ranks.of(group)
+        with section_of(self.ranks, "the Gauss-Newton matrix"):
+            if self.ranks is not None:
+                model = inner_model(model)
+            check_iterable(data)
+            specs, self.skipped = select_layers(model, layers, bias)
+            for name, owner in shared_weights(model, specs).items():
+                # A weight is there once, with all its uses.
+                del specs[name]
+                self.skipped[name] = f"shares its weight with {owner!r}, which stands for both"
+            resolved, report = resolve_loss(loss, output_root), reporter(progress)
+            if self.ranks is not None:
+                settings = {"bias": bias, "check": check}
+                agree_on_pass(self.ranks, self.described, model, specs, resolved, settings)
+                sample_weight = weights_of_part(self.ranks, data, sample_weight, 2)
+                report = self.ranks.watching(self.described, report)
+            evidence, mask = Evidence(check), checked_mask(position_mask)
 
-        def attempt(budget: int) -> tuple[_Pass, list[Piece] | None]:
-            given = model, data, resolved, specs, sample_weight, evidence
-            source = _Pass(*given, budget, position_mask=mask)
-            return source, source.within_budget(source(report), _added, "the samples' rows")
+            def attempt(budget: int) -> tuple[_Pass, list[Piece] | None]:
+                given = model, data, resolved, specs, sample_weight, evidence
+                source = _Pass(*given, budget, position_mask=mask, ranks=self.ranks)
+                return source, source.within_budget(source(report), _added, "the samples' rows")
 
-        source, pieces = with_less_memory(attempt, memory_budget, model, data)
-        if not source.count > 0:
-            raise no_samples(", so there is no Gauss-Newton matrix")
-        refuse_missing(specs, source.reasons)
-        self.skipped.update(source.reasons)
-        reached = [spec for name, spec in specs.items() if name not in source.reasons]
-        if not reached:
-            raise ValueError(f"no layer of the model has curvature: {source.reasons}")
-        self.skipped = left_out(model, self.skipped, reached, 2 if layers is None else None)
-        source.require(spec.name for spec in reached)
-        self.checked = {s.name: source.evidence.found.get(s.name, "graph") for s in reached}
-        self.layer_shapes = {spec.name: spec.shape for spec in reached}
-        self._transposed = [spec.name for spec in reached if spec.transposed]
-        self.slices: dict[str, slice] = {}
-        size = 0
-        for name, (m, d) in self.layer_shapes.items():
-            self.slices[name] = slice(size, size + m * d)
-            size += m * d
-        self.shape = (size, size)
-        self.dtype = source.dtype
-        self.device = model_device(model)
-        self.num_samples = source.count
-        self.cached = pieces is not None
-        self._chunks: list[Piece] | _Pass = source if pieces is None else pieces
-        self._input_means = source.input_means
+            source, pieces = with_less_memory(attempt, memory_budget, model, data)
+            known = source.known.of_all(self.ranks)
+            if not known.count > 0:
+                raise no_samples(", so there is no Gauss-Newton matrix")
+            reasons = known.reasons
+            refuse_missing(specs, reasons)
+            self.skipped.update(reasons)
+            reached = [spec for name, spec in specs.items() if name not in reasons]
+            if not reached:
+                raise ValueError(f"no layer of the model has curvature: {reasons}")
+            self.skipped = left_out(model, self.skipped, reached, 2 if layers is None else None)
+            source.require(spec.name for spec in reached)
+            self.checked = {s.name: known.checked.get(s.name, "graph") for s in reached}
+            self.layer_shapes = {spec.name: spec.shape for spec in reached}
+            self._transposed = [spec.name for spec in reached if spec.transposed]
+            self.slices: dict[str, slice] = {}
+            size = 0
+            for name, (m, d) in self.layer_shapes.items():
+                self.slices[name] = slice(size, size + m * d)
+                size += m * d
+            self.shape = (size, size)
+            self.dtype = torch.float32
+            for dtype in known.dtypes.values():
+                self.dtype = torch.promote_types(self.dtype, dtype)
+            self.device = model_device(model)
+            self.num_samples = known.count
+            self.cached = pieces is not None
+            self._chunks: list[Piece] | _Pass = source
+            if pieces is not None:
+                # Without layers that fit here and on another rank not.
+                ours = ({n: piece[n] for n in piece if n in self.slices} for piece in pieces)
+                self._chunks = [piece for piece in ours if piece]
+            self._input_means = self._means(source.input_sums)
+
+    @property
+    def described(self) -> str:
+        return "the Gauss-Newton matrix"
+
+    @contextmanager
+    def _pieces(self) -> Iterator[Iterable[Piece]]:
+        """This process's samples; other ranks learn of an error inside the block."""
+        with telling_of(self.ranks, self.described), stored_or_anew(self._chunks) as pieces:
+            yield pieces
+
+    def _means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """[d] by layer, E[x] of all data, for the layers that have one input vector per sample."""
+        if self.ranks is not None:
+            found = self.ranks.told({name: [len(t), str(t.dtype)] for name, t in sums.items()})
+            known = {name: facts for part in found for name, facts in part.items()}
+            for name, (size, dtype) in known.items():
+                if name not in sums:
+                    kind = getattr(torch, dtype.removeprefix("torch."))
+                    sums[name] = torch.zeros(size, dtype=kind, device=self.device)
+            self.ranks.sum_([sums[name] for name in known])
+        return {name: total / self.num_samples for name, total in sums.items()}
 
     def split(self, vectors: Tensor) -> dict[str, Tensor]:
         """By layer, the matrices [m, d] of a vector [P], or [k, m, d] of a block [P, k]."""
@@ -166,9 +216,9 @@ class GaussNewton(CurvatureOperator):
         return rows
 
     def _matmul(self, block: Tensor) -> Tensor:
-        total = torch.zeros_like(block)
+        total = torch.zeros_like(block, memory_format=torch.contiguous_format)
         vectors = self._matrices(block)
-        with stored_or_anew(self._chunks) as pieces:
+        with self._pieces() as pieces:
             for piece in pieces:
                 # Layers of a model in several precisions have rows of several.
                 along = sum(
@@ -178,27 +228,30 @@ class GaussNewton(CurvatureOperator):
                 assert isinstance(along, Tensor)
                 for name, rows in piece.items():
                     total[:, self.slices[name]] += _combined(rows, along.to(rows.s.dtype))
+            self._of_ranks(total, block=block)
         return total.div_(self.num_samples)
 
     def trace(self) -> float:
         """Sum of the eigenvalues, exact."""
-        with stored_or_anew(self._chunks) as pieces:
-            total = sum(float(r.shares().sum()) for piece in pieces for r in piece.values())
+        with self._pieces() as pieces:
+            total = math.fsum(float(r.shares().sum()) for piece in pieces for r in piece.values())
+            total = self._number_of_ranks(total)
         return total / self.num_samples
 
     def diagonal(self) -> Tensor:
         """[P] diagonal, exact."""
         total = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
-        with stored_or_anew(self._chunks) as pieces:
+        with self._pieces() as pieces:
             for piece in pieces:
                 for name, rows in piece.items():
                     total[self.slices[name]] += rows.diagonal()
+            self._of_ranks(total)
         return self._outward(total.div_(self.num_samples))
 
     def to_dense(self) -> Tensor:
         """[P, P]; for small networks."""
         total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        with stored_or_anew(self._chunks) as pieces:
+        with self._pieces() as pieces:
             for piece in pieces:
                 first = next(iter(piece.values()))
                 rows = torch.zeros(
@@ -207,6 +260,7 @@ class GaussNewton(CurvatureOperator):
                 for name, part in piece.items():
                     rows[:, self.slices[name]] = torch.cat(list(part.dense_rows()))
                 ops.input_covariance_(total, rows, 1.0 / self.num_samples)
+            self._of_ranks(total, upper=True)
         return self._outward_matrix(ops.mirror_(total))
 
     def stacked(self) -> StackedGaussNewton:
@@ -228,7 +282,7 @@ class GaussNewton(CurvatureOperator):
                     f"layer {name!r} is a convolution or sees sequences; the stacked output "
                     "Hessian is defined for linear layers with inputs [N, d]"
                 )
-        with stored_or_anew(self._chunks) as pieces:
+        with self._pieces() as pieces:
             for piece in pieces:
                 first = next(iter(piece.values())).s
                 rows = [
@@ -239,6 +293,7 @@ class GaussNewton(CurvatureOperator):
                 ]
                 stacked = torch.cat(rows, 2).flatten(0, 1)
                 ops.input_covariance_(hessian, stacked, 1.0 / self.num_samples)
+            self._of_ranks(hessian, upper=True)
         ordered = [means[name] for name in self.layer_shapes]
         return StackedGaussNewton(ops.mirror_(hessian), ordered, sizes)
 
@@ -280,34 +335,29 @@ class _Pass(RepeatedPass):
     """One pass over the data: the rows of all layers, piece by piece.
 
     Attributes:
-        count: weighted number of samples, after a pass.
-        reasons: layers without curvature, with the reason, after a pass.
-        input_means: [d] by layer, E[x] of layers without positions, after the first pass.
-        dtype: of the rows.
+        known: what the last pass has found out.
+        input_sums: [d] by layer, weighted sums of x of layers without positions.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.count = 0.0
-        self.reasons: dict[str, str] = {}
-        self.input_means: dict[str, Tensor] = {}
-        self.dtype = torch.float32
+        self.known: PassKnowledge
+        self.input_sums: dict[str, Tensor] = {}
 
     def _what(self) -> str:
         return "the Gauss-Newton matrix"
 
     def __call__(self, progress: Progress | None = None) -> Generator[Piece, None, None]:
         sums: dict[str, Tensor] = {}
+        dtypes: dict[str, torch.dtype] = {}
         with self.run(progress, "Gauss-Newton matrix") as run:
             for _, roots in run:
                 for name in roots.uses:
-                    dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
-                    self.dtype = torch.promote_types(self.dtype, dtype)
+                    dtypes[name] = accumulator_dtype(roots.uses[name][0].x.dtype)
                     _add_inputs(sums, self.specs[name], roots)
                 yield from self._batch(roots)
-        if self.count == 0 and run.count > 0:
-            self.input_means = {name: total / run.count for name, total in sums.items()}
-        self.count, self.reasons = run.count, run.capture.reasons
+        self.input_sums = sums
+        self.known = PassKnowledge.of(run, dtypes)
 
     def _batch(self, roots: BatchRoots) -> Iterator[Piece]:
         piece: Piece = {}

@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from hesskern.text import counted, listed
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RankError", "Statuses"]
 
-# Seconds of one wait, behind which an interrupt is noticed.
-_PIECE = 1.0
+# Seconds between two looks at the store.
+_LEAST, _MOST = 2e-4, 0.1
 # Seconds that the verdict of a failure is kept for ranks that are there to read it.
 _GRACE = 5.0
 
@@ -64,6 +63,7 @@ class Statuses:
         wire: bool = False,
         judge: Callable[[list[Any]], Any] | None = None,
         leave: bool = False,
+        more: bool = False,
     ) -> Any:
         """What ``judge`` makes, on the first rank, of all ranks' values; or the values.
 
@@ -74,6 +74,8 @@ class Statuses:
             wire: whether the failure is one of sending tensors, behind which a missing rank stands.
             judge: of the values in the order of the ranks.
             leave: whether a failing rank does not wait for the others.
+            more: whether tensors are sent next, if nobody has failed. Otherwise the first rank,
+                with which the store may end, stays until the others have read its verdict.
 
         Raises:
             RankError: ranks have failed, are missing, or do something else.
@@ -88,7 +90,7 @@ class Statuses:
                 return None
             if self.rank == 0:
                 verdict = self._judge(what, judge, begin, failure is not None and not wire)
-                if "error" in verdict and not leave:
+                if not leave and ("error" in verdict or not more):
                     self._wait_for_readers(verdict, begin)
             else:
                 verdict = self._verdict(what, begin)
@@ -142,7 +144,7 @@ class Statuses:
         self.store.set(self._key("verdict"), json.dumps(verdict))
         if error is None:
             # Whoever has come here has read all of the exchange before.
-            for name in ("arrived", "full", "verdict", "read"):
+            for name in ("arrived", "full", "verdict", "read", "all read"):
                 self.store.delete_key(self._key(name, self.done - 1))
         return verdict
 
@@ -191,32 +193,40 @@ class Statuses:
             missing = [r for r in range(self.size) if not self.store.check([self._key(r)])]
             raise RankError(self._missing(what, missing or [0]))
         verdict: dict[str, Any] = json.loads(self.store.get(self._key("verdict")))
-        if "error" in verdict:
-            self.store.add(self._key("read"), 1)
+        if self.store.add(self._key("read"), 1) >= verdict["present"] - 1:
+            self.store.set(self._key("all read"), "1")
         return verdict
 
     def _wait_for_readers(self, verdict: dict[str, Any], begin: float) -> None:
         """Stays, as the store may end with this process, until the others know."""
-        if verdict["missing"]:
-            readers, until = verdict["present"] - 1, time.monotonic() + _GRACE
-        else:
-            readers, until = self.size - 1, begin + self.timeout
-        while self.store.add(self._key("read"), 0) < readers and time.monotonic() < until:
-            time.sleep(0.02)
+        failed_early = "error" in verdict and not verdict["missing"]
+        readers = self.size - 1 if failed_early else verdict["present"] - 1
+        until = begin + self.timeout if failed_early else time.monotonic() + _GRACE
+        while self.store.add(self._key("read"), 0) < readers:
+            left = until - time.monotonic()
+            if left <= 0:
+                return
+            if readers == verdict["present"] - 1:
+                self._wait(self._key("all read"), until)
+            else:
+                # More are still to come than have been there for the verdict.
+                time.sleep(min(left, 0.02))
 
     def _wait(self, key: str, until: float) -> bool:
-        """Whether the store has the key before a time; in pieces, for the sake of interrupts."""
-        while True:
-            left = until - time.monotonic()
-            try:
-                self.store.wait([key], timedelta(seconds=max(0.01, min(left, _PIECE))))
-                return True
-            except RuntimeError:
-                # Raises where the store itself is gone.
-                if self.store.check([key]):
-                    return True
-            if left <= 0:
+        """Whether the store has the key before a time.
+
+        Looks again and again, as a wait of the store's own hears no interrupt, and torch warns of
+        one that ends without the key.
+        """
+        begin = time.monotonic()
+        while not self.store.check([key]):
+            now = time.monotonic()
+            if now >= until:
                 return False
+            # Late by a twentieth of the wait, and no burden for the store if all ranks look.
+            pause = max(_LEAST, self.size * _LEAST / 100, (now - begin) / 20)
+            time.sleep(min(pause, _MOST, until - now))
+        return True
 
     def _no_store(self, what: str, error: RuntimeError) -> RankError:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

@@ -259,13 +259,15 @@ def test_a_link_to_another_file_system(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_a_killed_process_left_is_removed(path: Path) -> None:
     # No process has a number beyond the largest there is.
-    abandoned = path.with_name(f".{path.name}.{2**22 + 1}.tmp")
-    abandoned.write_bytes(b"half")
-    other = path.with_name(f".other.{2**22 + 1}.tmp")
-    other.write_bytes(b"half")
+    nobody = 2**22 + 1
+    abandoned = {f".{path.name}.{nobody}.tmp", f".{path.name}.part3.{nobody}.tmp"}
+    others = {f".other.{nobody}.tmp", f".{path.name}.other.{nobody}.tmp"}
+    # This one is at work.
+    others.add(f".{path.name}.{os.getppid()}.tmp")
+    for name in abandoned | others:
+        (path.parent / name).write_bytes(b"half")
     call(checkpoint=path)
-    assert not abandoned.exists()
-    assert other.exists()
+    assert {found.name for found in path.parent.iterdir()} == others
 
 
 def test_written_and_read(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 from scale_messages import messages
+from scale_processes import processes
 from scale_tables import tables
 
 
@@ -32,6 +33,14 @@ def tables_command() -> None:
 def messages_command() -> None:
     """Messages and bytes of calls in groups of up to 1,024 ranks, in one process."""
     click.echo(messages())
+
+
+@main.command("processes")
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--quick", is_flag=True, help="Few samples: does it run.")
+def processes_command(repeats: int, quick: bool) -> None:
+    """Strong and weak scaling of factors on 1, 2 and 4 gloo processes of this machine."""
+    click.echo(processes(repeats, 512) if quick else processes(repeats))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ of what they are given. Whatever hangs is killed behind a limit, which the calle
 
 from __future__ import annotations
 
+import functools
 import io
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -21,6 +23,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Literal
@@ -32,9 +35,9 @@ __all__ = ["Outcome", "outcomes", "run"]
 
 Store = Literal["file", "tcp"]
 
+_CONTEXT = multiprocessing.get_context("forkserver")
 # The server imports once what every process needs, torch._dynamo as the first pass does; a process
 # then starts within milliseconds.
-_CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["hesskern", "pytest", "torch._dynamo"])
 
 
@@ -99,6 +102,7 @@ def outcomes(
 ) -> list[Outcome]:
     """:func:`run`, of functions that may fail; raises AssertionError behind the limit alone."""
     with tempfile.TemporaryDirectory() as folder:
+        _start_server()
         place = Path(folder) / "store"
         given = _saved((function, args))
         pipes, processes = [], []
@@ -118,6 +122,20 @@ def outcomes(
                 if process.is_alive():
                     process.kill()
                 process.join()
+
+
+@functools.cache
+def _start_server() -> None:
+    """The server imports from where this process does, wherever it stands."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
 
 
 def _collect(pipes: list[Connection], processes: list[Any], limit: float) -> list[Outcome]:

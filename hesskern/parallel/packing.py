@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["Segment", "buckets", "segments"]
+__all__ = ["Segment", "buckets", "layout", "segments"]
 
 # Rows of a triangle that are copied together; what lies left of their diagonal is taken apart.
 _ROWS = 64

@@ -16,15 +16,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hesskern.parallel.packing import Segment, buckets, layout, segments
+from hesskern.parallel.bucket_sums import BUCKET, BucketSums
+from hesskern.parallel.packing import Segment, layout, segments
 from hesskern.parallel.statuses import RankError, Statuses
 from hesskern.parallel.wire import Wire
 from hesskern.progress import Progress
 
 __all__ = ["RankError", "Ranks", "one_group", "section_of", "telling_of"]
-
-# Bytes that are summed at a time.
-_BUCKET = 25 * 2**20
 
 # Of an exception, the statuses of the group whose ranks know of it.
 _TOLD = "_hesskern_told"
@@ -77,19 +75,20 @@ class Ranks:
             raise RuntimeError("group: torch.distributed was shut down; initialize it again")
         return cls(group)
 
-    def agree(self, what: str, facts: Mapping[str, Any]) -> None:
+    def agree(self, what: str, facts: Mapping[str, Any], more: bool = False) -> None:
         """Makes sure that all ranks were given the same.
 
         Args:
             what: is to be done, for messages.
             facts: by name, of what JSON can hold.
+            more: whether tensors are sent next.
 
         Raises:
             RankError: on every rank; names a rank, a fact, and both values.
         """
         text = {name: json.dumps(fact) for name, fact in facts.items()}
         digest = hashlib.sha256(json.dumps(text).encode()).hexdigest()
-        if self._statuses.exchange(what, digest, judge=lambda found: len(set(found)) == 1):
+        if self._statuses.exchange(what, digest, judge=_are_one, more=more):
             return
         difference = self._statuses.exchange(what, text, judge=_first_difference)
         raise RankError(f"{what}: the ranks differ. {difference}")
@@ -182,40 +181,17 @@ class Ranks:
             RankError: shapes, dtypes or facts differ, or a rank has failed or ended.
         """
         halves = [False] * len(tensors) if upper is None else list(upper)
-        self.agree(what, {**(facts or {}), "tensors": layout(tensors, halves)})
-        if self.size == 1:
-            return
         groups: dict[tuple[torch.dtype, torch.device], list[Segment]] = {}
-        for tensor, half in zip(tensors, halves, strict=True):
-            most = _BUCKET // tensor.element_size()
+        for tensor, half in zip(tensors, halves, strict=True) if self.size > 1 else ():
+            most = BUCKET // 8 // tensor.element_size()
             groups.setdefault((tensor.dtype, tensor.device), []).extend(
-                segments(tensor, half, most // 8)
+                segments(tensor, half, most)
             )
+        sums = [BucketSums(self.group, pieces, *kind) for kind, pieces in groups.items()]
+        self.agree(what, {**(facts or {}), "tensors": layout(tensors, halves)}, more=True)
         with self._sending(what):
-            for (dtype, device), pieces in groups.items():
-                wire = Wire(self.group, device)
-                for bucket in buckets(iter(pieces), _BUCKET // dtype.itemsize):
-                    self._sum_bucket(wire, bucket, dtype, device)
-
-    def _sum_bucket(
-        self, wire: Wire, bucket: list[Segment], dtype: torch.dtype, device: torch.device
-    ) -> None:
-        count = sum(piece.count for piece in bucket)
-        share = -(-count // self.size)
-        packed = torch.zeros(share * self.size, dtype=dtype, device=device)
-        parts = packed.split([*(piece.count for piece in bucket), len(packed) - count])
-        for piece, part in zip(bucket, parts, strict=False):
-            piece.pack(part)
-        given, got = (wire.buffer(share * self.size, dtype) for _ in range(2))
-        given.copy_(packed)
-        wire.exchange(got, given)
-        total = got[:share].double() if dtype.is_floating_point else got[:share].clone()
-        for r in range(1, self.size):
-            total += got[r * share : (r + 1) * share]
-        wire.gather(given, total.to(dtype))
-        packed.copy_(given)
-        for piece, part in zip(bucket, parts, strict=False):
-            piece.unpack(part)
+            for each in sums:
+                each.run()
 
     def totals(self, *numbers: float) -> tuple[float, ...]:
         """The sums of numbers over the ranks, correctly rounded."""
@@ -232,7 +208,7 @@ class Ranks:
         what = "a gathering of values"
         text = json.dumps(value)
         digest = hashlib.sha256(text.encode()).hexdigest()
-        if self._statuses.exchange(what, digest, judge=lambda found: len(set(found)) == 1):
+        if self._statuses.exchange(what, digest, judge=_are_one):
             return [json.loads(text)] * self.size
         return self.gather(value)
 
@@ -272,13 +248,14 @@ class Ranks:
             RankError: shapes or dtypes differ, or a rank has failed or ended.
         """
         what = f"a broadcast of rank {owner}"
-        self.agree(what, {"tensors": layout(tensors, [False] * len(tensors)), "owner": owner})
+        facts = {"tensors": layout(tensors, [False] * len(tensors)), "owner": owner}
+        self.agree(what, facts, more=True)
         if self.size == 1:
             return
         with self._sending(what):
             for tensor in tensors:
                 wire = Wire(self.group, tensor.device)
-                for piece in segments(tensor, False, _BUCKET // tensor.element_size()):
+                for piece in segments(tensor, False, BUCKET // tensor.element_size()):
                     sent = wire.buffer(piece.count, tensor.dtype)
                     if self.rank == owner:
                         piece.pack(sent)
@@ -318,6 +295,10 @@ def one_group(found: Iterable[Ranks | None]) -> Ranks | None:
     if len(groups) > 1:
         raise ValueError("group: operators of several process groups do not go together")
     return next(iter(groups.values()), None)
+
+
+def _are_one(found: list[Any]) -> bool:
+    return len(set(found)) == 1
 
 
 def _first_difference(found: list[dict[str, str]]) -> str:

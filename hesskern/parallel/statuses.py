@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from hesskern.text import counted, listed
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RankError", "Statuses"]
 
-# Seconds of one wait, behind which an interrupt is noticed.
-_PIECE = 1.0
+# Seconds between two looks at the store.
+_LEAST, _MOST = 2e-4, 0.1
 # Seconds that the verdict of a failure is kept for ranks that are there to read it.
 _GRACE = 5.0
 
@@ -45,7 +44,7 @@ class Statuses:
         rank, size: in the group.
         timeout: seconds after which ranks that have not arrived are called missing.
         done: number of exchanges so far, the same on every rank.
-        judged: the last of them whose verdict is known here.
+        kept: on the first rank, whether the last exchange is still in the store.
     """
 
     store: Store
@@ -53,7 +52,7 @@ class Statuses:
     size: int
     timeout: float
     done: int = 0
-    judged: int = 0
+    kept: bool = False
 
     def exchange(
         self,
@@ -64,6 +63,7 @@ class Statuses:
         wire: bool = False,
         judge: Callable[[list[Any]], Any] | None = None,
         leave: bool = False,
+        more: bool = False,
     ) -> Any:
         """What ``judge`` makes, on the first rank, of all ranks' values; or the values.
 
@@ -74,6 +74,8 @@ class Statuses:
             wire: whether the failure is one of sending tensors, behind which a missing rank stands.
             judge: of the values in the order of the ranks.
             leave: whether a failing rank does not wait for the others.
+            more: whether tensors are sent next, if nobody has failed. Otherwise the first rank,
+                with which the store may end, stays until the others have read its verdict.
 
         Raises:
             RankError: ranks have failed, are missing, or do something else.
@@ -88,15 +90,16 @@ class Statuses:
                 return None
             if self.rank == 0:
                 verdict = self._judge(what, judge, begin, failure is not None and not wire)
-                if "error" in verdict and not leave:
-                    self._wait_for_readers(verdict, begin)
+                if not leave and ("error" in verdict or not more):
+                    read = self._wait_for_readers(verdict, begin)
+                    if read and "error" not in verdict:
+                        self._clear(self.done)
             else:
                 verdict = self._verdict(what, begin)
         except RankError:
             raise
         except RuntimeError as error:
             raise self._no_store(what, error) from error
-        self.judged = self.done
         if "error" not in verdict:
             return verdict["values"]
         if failure is not None and not wire:
@@ -115,9 +118,6 @@ class Statuses:
 
     def _post(self, status: dict[str, Any]) -> None:
         self.store.set(self._key(self.rank), json.dumps(status))
-        if self.judged == self.done - 1:
-            # The first rank has read the status before.
-            self.store.delete_key(self._key(self.rank, self.judged))
         arrived = self.store.add(self._key("arrived"), 1)
         stops = status["failure"] is not None and not status["wire"]
         if stops:
@@ -131,20 +131,27 @@ class Statuses:
         """Waits for all statuses, leaves the verdict, and returns it."""
         there = at_once or self._wait(self._key("full"), begin + self.timeout)
         statuses = self._statuses()
-        present = list(statuses)
-        verdict: dict[str, Any] = {"present": len(present), "missing": not there}
         error = self._error(what, statuses, there)
+        # Whoever has failed tells at once; then more are still to come to read it.
+        stays = there or error is None
+        verdict: dict[str, Any] = {"readers": (self.size if stays else len(statuses)) - 1}
         if error is not None:
             verdict["error"] = error
         else:
             values = [statuses[r]["value"] for r in range(self.size)]
             verdict["values"] = values if judge is None else judge(values)
         self.store.set(self._key("verdict"), json.dumps(verdict))
-        if error is None:
+        if error is None and self.kept:
             # Whoever has come here has read all of the exchange before.
-            for name in ("arrived", "full", "verdict", "read"):
-                self.store.delete_key(self._key(name, self.done - 1))
+            self._clear(self.done - 1)
+        self.kept = True
         return verdict
+
+    def _clear(self, exchange: int) -> None:
+        """Leaves nothing of an exchange that all have read: the store may serve another group."""
+        for name in (0, "arrived", "full", "verdict", "read", "all read"):
+            self.store.delete_key(self._key(name, exchange))
+        self.kept = False
 
     def _statuses(self) -> dict[int, dict[str, Any]]:
         """Of all ranks that have left one, in one request where the store can and all have."""
@@ -189,34 +196,44 @@ class Statuses:
         # The first rank may have come last, and needs a moment to judge.
         if not self._wait(self._key("verdict"), begin + self.timeout + _GRACE / 5):
             missing = [r for r in range(self.size) if not self.store.check([self._key(r)])]
-            raise RankError(self._missing(what, missing or [0]))
+            text = self._missing(what, missing or [0])
+            # For those who come later.
+            left = {"what": what, "failure": f"it waited in vain: {text}", "wire": False}
+            self.store.set(self._key(self.rank), json.dumps(left))
+            raise RankError(text)
         verdict: dict[str, Any] = json.loads(self.store.get(self._key("verdict")))
-        if "error" in verdict:
-            self.store.add(self._key("read"), 1)
+        if "error" not in verdict:
+            # The first rank has read it.
+            self.store.delete_key(self._key(self.rank))
+        if self.store.add(self._key("read"), 1) == verdict["readers"]:
+            # The last that this rank asks of the store.
+            self.store.set(self._key("all read"), "1")
         return verdict
 
-    def _wait_for_readers(self, verdict: dict[str, Any], begin: float) -> None:
-        """Stays, as the store may end with this process, until the others know."""
-        if verdict["missing"]:
-            readers, until = verdict["present"] - 1, time.monotonic() + _GRACE
-        else:
-            readers, until = self.size - 1, begin + self.timeout
-        while self.store.add(self._key("read"), 0) < readers and time.monotonic() < until:
-            time.sleep(0.02)
+    def _wait_for_readers(self, verdict: dict[str, Any], begin: float) -> bool:
+        """Stays, as the store may end with this process, until the others know; whether they do."""
+        if not verdict["readers"]:
+            return True
+        # Who has not come until now is not waited for once more.
+        failed = "error" in verdict and verdict["readers"] == self.size - 1
+        until = begin + self.timeout if failed else time.monotonic() + _GRACE
+        return self._wait(self._key("all read"), until)
 
     def _wait(self, key: str, until: float) -> bool:
-        """Whether the store has the key before a time; in pieces, for the sake of interrupts."""
-        while True:
-            left = until - time.monotonic()
-            try:
-                self.store.wait([key], timedelta(seconds=max(0.01, min(left, _PIECE))))
-                return True
-            except RuntimeError:
-                # Raises where the store itself is gone.
-                if self.store.check([key]):
-                    return True
-            if left <= 0:
+        """Whether the store has the key before a time.
+
+        Looks again and again, as a wait of the store's own hears no interrupt, and torch warns of
+        one that ends without the key.
+        """
+        begin = time.monotonic()
+        while not self.store.check([key]):
+            now = time.monotonic()
+            if now >= until:
                 return False
+            # Late by a twentieth of the wait, and no burden for the store if all ranks look.
+            pause = max(_LEAST, self.size * _LEAST / 100, (now - begin) / 20)
+            time.sleep(min(pause, _MOST, until - now))
+        return True
 
     def _no_store(self, what: str, error: RuntimeError) -> RankError:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

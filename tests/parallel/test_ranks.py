@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import outcomes, run
 from torch import Tensor
 
+import hesskern as hk
+from hesskern.parallel import bucket_sums
+from hesskern.parallel import ranks as ranks_module
 from hesskern.parallel.ranks import RankError, Ranks
+from hesskern.parallel.statuses import Statuses
 
 
 def _ranks(group: Any) -> Ranks:
@@ -53,6 +59,24 @@ class TestSums:
                     assert torch.equal(got.tril(-1), own.tril(-1))
                     got, want = got.triu(), want.triu()
                 assert torch.equal(got, want)
+
+
+def _in_buckets(group: Any, bucket: int) -> list[Tensor]:
+    # A bucket of 25 MB holds all of this.
+    for module in (bucket_sums, ranks_module):
+        module.BUCKET = bucket
+    mine = [*_tensors(group.rank()), torch.arange(5) * (group.rank() + 1)]
+    _ranks(group).sum_(mine, [*_UPPER, False])
+    return mine
+
+
+@pytest.mark.parametrize("bucket", [8 * 130, 10_000])
+def test_buckets_of_any_size_give_the_same_bits(bucket: int) -> None:
+    want, found = run(_summed, 3), run(_in_buckets, 3, bucket)
+    for rank in range(3):
+        *tensors, whole = found[rank]
+        assert all(torch.equal(a, b) for a, b in zip(tensors, want[rank], strict=True))
+        assert torch.equal(whole, torch.arange(5) * 6)
 
 
 def _gathered(group: Any) -> Any:
@@ -164,3 +188,92 @@ def _nested(group: Any) -> str:
 def test_an_error_inside_two_sections_is_told_once() -> None:
     told = "rank 1 of 2 failed in a product: ValueError: NaN"
     assert run(_nested, 2, timeout=100.0) == [told, "NaN"]
+
+
+def _not_ranks(group: Any) -> list[str]:
+    other = dist.new_group([1])
+    refused = []
+    for given in (other, "world", 1):
+        try:
+            hk.kronecker_factors(torch.nn.Linear(2, 2), [], torch.nn.MSELoss(), group=given)
+        except (TypeError, RuntimeError, ValueError) as error:
+            refused.append(f"{type(error).__name__}: {error}")
+    assert Ranks.of(None) is None
+    return refused
+
+
+def test_what_is_no_group() -> None:
+    first, second = run(_not_ranks, 2)
+    assert first[0].startswith("RuntimeError: group: this process is no member of the group")
+    assert second[0].startswith("ValueError: data yielded no samples")
+    for refused in (first, second):
+        assert refused[1].startswith("TypeError: group must be a torch.distributed process group")
+        assert refused[1].endswith("got str")
+        assert refused[2].endswith("got int")
+
+
+def _subgroups(group: Any) -> tuple[float, list[Any]]:
+    pairs = [dist.new_group([0, 3]), dist.new_group([1, 2])]
+    mine = _ranks(pairs[group.rank() in (1, 2)])
+    tensor = torch.tensor([float(group.rank())])
+    mine.sum_([tensor])
+    mine.broadcast_([sent := torch.tensor([10.0 * group.rank()])], 1)
+    everywhere = _ranks(group).gather([tensor.item(), sent.item()])
+    return mine.rank, everywhere
+
+
+def test_several_groups_at_a_time() -> None:
+    for rank, (own, everywhere) in enumerate(run(_subgroups, 4)):
+        assert own == (0, 0, 1, 1)[rank]
+        assert everywhere == [[3.0, 30.0], [3.0, 20.0], [3.0, 20.0], [3.0, 30.0]]
+
+
+def _lives(group: Any) -> list[Any]:
+    """Two groups, one after the other, in the same store."""
+    store, found = dist.PrefixStore("shared", group.get_group_store()), []
+    for life in range(2):
+        statuses = Statuses(store, group.rank(), group.size(), 30.0)
+        for i in range(3):
+            found += statuses.exchange("values", [life, i, group.rank()], more=i < 2)
+        dist.barrier()
+    return found
+
+
+@pytest.mark.parametrize("store", ["file", "tcp"])
+def test_a_store_that_serves_a_second_group(store: Any) -> None:
+    want = [[life, i, rank] for life in range(2) for i in range(3) for rank in range(3)]
+    assert run(_lives, 3, store=store) == [want] * 3
+
+
+def _late(group: Any) -> str:
+    """Rank 2 comes when the others have given up."""
+    ranks = _ranks(group)
+    if ranks.rank == 2:
+        # They say when.
+        group.get_group_store().wait(["gone"], timedelta(seconds=60))
+    with pytest.raises(RankError) as caught:
+        ranks.totals(1.0)
+    if ranks.rank == 0:
+        group.get_group_store().set("gone", "1")
+    return str(caught.value)
+
+
+def test_a_rank_that_comes_too_late_is_told() -> None:
+    for text in run(_late, 3, timeout=2.0):
+        assert text.startswith("rank 2 of 3 did not get to a gathering of values within")
+
+
+def _out_of_step(group: Any) -> None:
+    ranks = _ranks(group)
+    if ranks.rank:
+        ranks.agree("Kronecker factors", {})
+    else:
+        ranks.totals(1.0)
+
+
+def test_ranks_that_do_different_things() -> None:
+    for outcome in outcomes(_out_of_step, 2):
+        assert outcome.message == (
+            "RankError: the ranks do not do the same: rank 1 of 2 is at Kronecker factors, rank 0 "
+            "at a gathering of values"
+        )

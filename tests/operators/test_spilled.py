@@ -43,6 +43,7 @@ def test_everything_is_that_of_samples_in_memory(budget: int, folder: Path) -> N
     model, data = problem()
     whole = hk.layer_hessians(model, data, CE, bias="joint")
     found = hk.layer_hessians(model, data, CE, bias="joint", memory_budget=budget, spill="disk")
+    factors = hk.kronecker_factors(model, data, CE, bias="joint")
     assert any(H.spilled for H in found.values())
     assert all(H.spilled for H in found.values()) == (budget == 0)
     assert list(folder.glob("hesskern-spill-*/*.safetensors"))
@@ -54,6 +55,12 @@ def test_everything_is_that_of_samples_in_memory(budget: int, folder: Path) -> N
         torch.testing.assert_close(spilt.to_dense(), H.to_dense(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(spilt.diagonal(), H.diagonal(), rtol=1e-5, atol=1e-6)
         assert spilt.trace() == pytest.approx(H.trace(), rel=1e-6)
+        K = factors[name].operator()
+        assert spilt.inner(K) == pytest.approx(H.inner(K), rel=1e-5)
+        torch.testing.assert_close(spilt.diagonal_in(K), H.diagonal_in(K), rtol=1e-4, atol=1e-6)
+        B = factors[name].input_covariance
+        expected = H.contract_inputs(B)
+        torch.testing.assert_close(spilt.contract_inputs(B), expected, rtol=1e-4, atol=1e-5)
         top = hk.eigsh(spilt, 3).values
         torch.testing.assert_close(top, hk.eigsh(H, 3).values, rtol=1e-4, atol=1e-6)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import (
     AbstractContextManager,
@@ -14,7 +13,7 @@ from contextlib import (
     redirect_stderr,
     redirect_stdout,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hesskern import interrupts
+from hesskern.parallel.first import on_first
 from hesskern.parallel.ranks import RankError, Ranks
 from hesskern.zoo.data import Dataset
 
@@ -34,8 +33,6 @@ _T = TypeVar("_T")
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # As long as gloo waits by default; whoever fails or ends is noticed sooner.
 _TIMEOUT = timedelta(minutes=30)
-# Seconds between two looks at whether the first process is done.
-_LOOK = 0.05
 # How long a process that has failed waits for the first one to have said why.
 _SAID = timedelta(seconds=20)
 _CONNECT = timedelta(seconds=5)
@@ -144,7 +141,6 @@ class Processes:
 
     group: Any = None
     ranks: Ranks | None = None
-    _turns: int = field(default=0, init=False)
 
     @property
     def first(self) -> bool:
@@ -196,34 +192,9 @@ class Processes:
         # One after the other: the first may have written it a moment ago.
         return bool(self.same(path.is_file())) and self.all(path.is_file())
 
-    def on_first(
-        self, what: str, work: Callable[[], _T], heeds_interrupts: bool = False
-    ) -> _T | None:
-        """``work()`` on the first process, while the others wait as long as that takes.
-
-        Args:
-            what: is done, for messages.
-            work: its error is raised there, and RankError on the others.
-            heeds_interrupts: whether it comes to an early end by itself at Ctrl-C; the others then
-                wait on.
-
-        Returns:
-            what ``work`` gave; None on the others.
-        """
-        if self.ranks is None:
-            return work()
-        self._turns += 1
-        store, key = self.group.get_group_store(), f"hesskern/first/{self._turns}"
-        result = None
-        with self.ranks.section(what):
-            if self.first:
-                try:
-                    result = work()
-                finally:
-                    store.set(key, "done")
-            else:
-                _wait(store, key, heeds_interrupts)
-        return result
+    def on_first(self, what: str, work: Callable[[], _T]) -> _T | None:
+        """See :func:`hesskern.parallel.first.on_first`."""
+        return work() if self.ranks is None else on_first(self.ranks, what, work)
 
     def weights(self, model: nn.Module, what: str, work: Callable[[], _T]) -> _T | None:
         """``work()``, which changes the model in place, on the first process; its weights on all.
@@ -253,20 +224,6 @@ class Processes:
         if self.ranks is None:
             return data.batches(size)
         return data.part(size, self.ranks.rank, self.ranks.size)
-
-
-def _wait(store: Any, key: str, patient: bool) -> None:
-    while True:
-        try:
-            while not store.check([key]):
-                time.sleep(_LOOK)
-                interrupts.check()
-            return
-        except KeyboardInterrupt:
-            if not patient:
-                raise
-            interrupts.handled()
-            patient = False
 
 
 ONE = Processes()

@@ -172,7 +172,7 @@ class Checkpoint:
                 own = write(self._part(number), part_tensors, {"content": part_plain})
                 parts.append([number, own])
             write(self._path, tensors, header)
-        except Exception as error:  # safetensors has errors of its own for a full disk
+        except OSError as error:
             kept = "there is none yet"
             if self._path.exists():
                 kept = "the one before is as it was, and the same call goes on from there"

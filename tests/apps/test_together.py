@@ -146,7 +146,7 @@ class TestErrors:
     def test_ctrl_c(self, tmp_path: Path) -> None:
         replaced = {
             "hesskern.zoo.training:train": interrupts_both,
-            "hesskern.apps.processes:_wait": tells_its_pid,
+            "hesskern.parallel.first:_wait": tells_its_pid,
         }
         found = typed(ANALYZE, tmp_path, replaced=replaced)
         assert [one.code for one in found] == [130, 130]

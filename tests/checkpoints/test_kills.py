@@ -16,7 +16,8 @@ from processes import outcomes, run
 from torch import Tensor
 
 import hesskern as hk
-from hesskern import files, tensor_files
+from hesskern import files
+from hesskern.checkpoints import file
 
 
 def ended(number: int) -> None:
@@ -33,8 +34,8 @@ def at_call(holder: Any, name: str, number: int, signaled: int, half: bool = Fal
         if calls[0] == number:
             if half:
                 real(*args, **settings)
-                with open(args[1], "r+b") as file:
-                    file.truncate(os.path.getsize(args[1]) // 2)
+                with open(args[0], "r+b") as opened:
+                    opened.truncate(os.path.getsize(args[0]) // 2)
             ended(signaled)
         return real(*args, **settings)
 
@@ -48,7 +49,7 @@ def renaming(number: int, signaled: int = signal.SIGKILL) -> None:
 
 def writing(number: int, signaled: int = signal.SIGKILL) -> None:
     """Ends the process when half of a file is written."""
-    at_call(tensor_files, "save_file", number, signaled, half=True)
+    at_call(file, "write_tensors", number, signaled, half=True)
 
 
 def at_work(description: str, batch: int) -> dict[str, Any]:

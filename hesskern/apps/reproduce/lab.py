@@ -407,11 +407,12 @@ class Lab:
         with self._named(network, seed):
             return GaussNewton(
                 model,
-                self.batches(network),
+                self._part(network),
                 LOSS,
                 bias="joint",
                 memory_budget=self.memory_budget,
                 progress=self.progress,
+                group=self.processes.group,
             )
 
     def eigenpairs(

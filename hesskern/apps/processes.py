@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hesskern.checkpoints.checkpoint import path_of_rank
 from hesskern.parallel.first import on_first
 from hesskern.parallel.ranks import RankError, Ranks
 from hesskern.zoo.data import Dataset
@@ -218,6 +219,12 @@ class Processes:
         for tensor, values in zip(tensors, sent, strict=True):
             if values.data_ptr() != tensor.data_ptr():
                 tensor.copy_(values)
+
+    def own(self, path: Path) -> Path:
+        """The file of this process among those that each writes for itself."""
+        if self.ranks is None:
+            return path
+        return path_of_rank(path, self.ranks.rank, self.ranks.size)
 
     def batches(self, data: Dataset, size: int) -> Any:
         """This process's part of the data in batches, which know their samples' numbers."""

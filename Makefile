@@ -25,7 +25,7 @@ TREE := $(wildcard setup.py pyproject.toml MANIFEST.in Makefile *.md LICENSE csr
 COPY = rm -rf $(1)/csrc $(1)/hesskern $(1)/tests && mkdir -p $(1) && \
 	tar -cf - --exclude='*.so' --exclude=__pycache__ $(TREE) | tar -xf - -C $(1)
 
-.PHONY: help demo test fuzz lint format package sanitize cuda-compile cuda-bindings cuda-emulate \
+.PHONY: help demo test fuzz kill lint format package sanitize cuda-compile cuda-bindings cuda-emulate \
 	cuda-emulate-address cuda-emulate-thread cuda-build clean
 
 help: ## this list
@@ -44,9 +44,13 @@ COUNT ?= 1000
 SEED ?= 0
 JOBS ?= 1
 
-fuzz: $(VENV)/built ## random models against torch's own derivatives: COUNT=1000 SEED=0 JOBS=1
+fuzz: $(VENV)/built ## random models against torch's own derivatives: COUNT=1000 SEED=0 JOBS=1 THOROUGH=1
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m fuzz \
-		--count $(COUNT) --seed $(SEED) --jobs $(JOBS)
+		--count $(COUNT) --seed $(SEED) --jobs $(JOBS) $(if $(THOROUGH),--thorough)
+
+kill: COUNT = 200
+kill: $(VENV)/built ## passes killed -9 at random moments, COUNT=200 times each way; SEED=0
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m kills --count $(COUNT) --seed $(SEED)
 
 lint: $(VENV)/built ## ruff, mypy, clang-format
 	$(VENV)/bin/ruff check .

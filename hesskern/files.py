@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -64,11 +65,16 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove_abandoned(path: Path) -> None:
-    """Removes what processes that are no more had begun to write in the place of ``path``."""
+def remove_abandoned(path: Path, beside: str = "") -> None:
+    """Removes what processes that are no more had begun to write in the place of ``path``.
+
+    Args:
+        path: of the file.
+        beside: a regular expression for what may follow its name, in names of other such files.
+    """
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        writer = temporary.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
-        if writer.isdecimal() and not _alive(int(writer)):
+        name = re.fullmatch(rf"\.{re.escape(path.name)}(?:{beside})\.(\d+)\.tmp", temporary.name)
+        if name is not None and not _alive(int(name[1])):
             temporary.unlink(missing_ok=True)
 
 

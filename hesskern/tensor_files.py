@@ -76,14 +76,13 @@ class TensorFormat:
 
     def packed(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
         """A file's bytes."""
-        return save(savable(tensors), metadata=self._metadata(header))
+        return save(savable(tensors), metadata=self.metadata(header))
 
     def write(
         self,
         path: str | os.PathLike[str],
         tensors: Mapping[str, Tensor],
         header: Mapping[str, Any],
-        durable: bool = False,
     ) -> None:
         """Writes a file, which appears whole or not at all.
 
@@ -91,7 +90,6 @@ class TensorFormat:
             path: of the file.
             tensors: of any shape, by name.
             header: what JSON takes.
-            durable: as for :func:`hesskern.files.written_whole`.
 
         Raises:
             FileNotFoundError: the folder does not exist.
@@ -99,10 +97,11 @@ class TensorFormat:
         target = Path(path)
         if not target.parent.is_dir():
             raise FileNotFoundError(f"{self.argument}: there is no folder {str(target.parent)!r}")
-        with written_whole(target, durable) as temporary:
-            save_file(savable(tensors), temporary, metadata=self._metadata(header))
+        with written_whole(target) as temporary:
+            save_file(savable(tensors), temporary, metadata=self.metadata(header))
 
-    def _metadata(self, header: Mapping[str, Any]) -> dict[str, str]:
+    def metadata(self, header: Mapping[str, Any]) -> dict[str, str]:
+        """The header with the format's name, as the file keeps it."""
         return {_KEY: json.dumps({"format": self.name, **header})}
 
     def _other(self, found: Any) -> str:

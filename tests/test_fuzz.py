@@ -215,6 +215,40 @@ def test_a_spoilt_answer_is_found(
         assert outcome in {kind for _, kind in found - before}, case.describe()
 
 
+def scaled_values(E: hk.EKFAC) -> hk.EKFAC:
+    for layer in E.values():
+        layer.values *= 1.000001
+    return E
+
+
+def scaled_scores(found: hk.Influence) -> hk.Influence:
+    parts = found.scores.values() if isinstance(found.scores, dict) else [found.scores]
+    for part in parts:
+        part *= 1.000001
+    return found
+
+
+@pytest.mark.parametrize(
+    ("entry", "spoil"),
+    [
+        ("ekfac", scaled_values),
+        ("influence", scaled_scores),
+    ],
+)
+def test_spoilt_answers_of_what_is_built_on_factors_are_found(
+    plain: list[Case], entry: str, spoil: Callable[[Any], Any]
+) -> None:
+    function, found = getattr(hk, entry), 0
+
+    def answer(*args: Any, **options: Any) -> Any:
+        return spoil(function(*args, **options))
+
+    for case in plain:
+        findings = judge(case, {entry: answer}, thorough=True).findings
+        found += any(f.outcome == "WRONG" and f.entry.startswith(entry) for f in findings)
+    assert found >= len(plain) / 2
+
+
 def test_a_block_that_is_called_exact_in_vain_is_found() -> None:
     found = 0
     for seed in range(5000, 5040):

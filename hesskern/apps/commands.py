@@ -33,6 +33,7 @@ from hesskern.apps.influence.command import influence_command
 from hesskern.apps.planning import plan_command
 from hesskern.apps.reproduce.command import reproduce
 from hesskern.apps.reproduce.published import figures_for
+from hesskern.apps.resume import Resume, resume_option
 from hesskern.files import check_writable, write_files
 from hesskern.ops.extension import build_info
 from hesskern.tensor_files import savable
@@ -98,6 +99,7 @@ def hesskern() -> None:
     "hesskern-report",
     "Folder for report.html, a page per layer, figures, result.json and the trained weights.",
 )
+@resume_option
 @json_option()
 @click.pass_context
 def analyze_command(
@@ -106,6 +108,7 @@ def analyze_command(
     model: str | None,
     layers: str | None,
     output: Path,
+    resume: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -123,6 +126,7 @@ def analyze_command(
     with together(context) as (processes, progress):
         processes.on_first("a look at the output folder", lambda: check_writable(output))
         trained: list[Network] = []
+        states = Resume.of(output, resume)
         try:
             analysis = analyze(
                 settings,
@@ -131,6 +135,7 @@ def analyze_command(
                 trained.append,
                 figures_for(settings.data, settings.model),
                 processes,
+                states,
             )
         except Exception:
             if processes.first:
@@ -139,6 +144,7 @@ def analyze_command(
         if not processes.first:
             return
         paths = write_report(analysis.result, output, _weights(analysis.networks))
+        states.finished()
     console = Console(stderr=as_json, highlight=False)
     _show(console, analysis.result)
     console.print(f"\n[bold]Report:[/bold] {paths[0]}", soft_wrap=True)

@@ -21,7 +21,8 @@ __all__ = ["plan_command"]
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
-class _Bytes(click.ParamType):
+# Not generic in click before 8.2, which cannot be told its type.
+class _Bytes(click.ParamType):  # type: ignore[type-arg]
     """A number of bytes, such as 500MiB or 4G."""
 
     name = "size"

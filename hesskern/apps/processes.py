@@ -165,20 +165,18 @@ class Processes:
         if self.ranks is None:
             yield
             return
-        error: Exception | None = None
         try:
-            yield
-        except Exception as found:
-            error = found
-        own = error is not None and not isinstance(error, RankError)
-        words = f"{type(error).__name__}: {error}" if own else ""
-        told = self.ranks.gather(words)
-        if error is not None and (all(told) or not own):
-            raise error
-        for rank, text in enumerate(told):
-            if text:
-                size = self.ranks.size
-                raise RankError(f"rank {rank} of {size} failed in {what}: {text}") from error
+            with self.ranks.section(what):
+                yield
+        except Exception as error:
+            own = not isinstance(error, RankError)
+            if own and not all(self.ranks.gather(own)):
+                rank, size = self.ranks.rank, self.ranks.size
+                words = f"{type(error).__name__}: {error}"
+                raise RankError(f"rank {rank} of {size} failed in {what}: {words}") from error
+            if not own:
+                self.ranks.gather(own)
+            raise
 
     def same(self, value: _T) -> _T:
         """The first process's value, of what JSON can hold."""

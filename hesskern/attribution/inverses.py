@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,8 +40,8 @@ class Curvature:
         if not self.operators:
             return gradients
         E, damping = self.operators[name], self.damping[name]
-        left, right, values = E.eigenbases
-        inverse = [1 / (s + damping) for s in values]
+        left, right, _ = E.eigenbases
+        inverse = [1 / (s + damping) for s in E.settled]
         blocks = [block.contiguous() for block in gradients.to(E.dtype).unbind(1)]
         solved = ops.grouped_kron_eigen_matmul(left, inverse, right, blocks)
         return torch.stack(solved, 1).to(gradients.dtype)
@@ -88,7 +87,7 @@ def curvature_of(
             )
     numbers = _damping(damping, operators)
     for name, operator in operators.items():
-        _check_regular(name, operator, numbers[name])
+        operator.require_positive(numbers[name], "influence", name)
     return Curvature(specs, operators, numbers, skipped)
 
 
@@ -172,17 +171,3 @@ def _damping(damping: Any, operators: Mapping[str, EigenbasisOperator]) -> dict[
         trace = E.trace() if damping[name] == "mean" else 0.0
         found[name] = resolved(damping[name], trace, E.shape[0], name)
     return found
-
-
-def _check_regular(name: str, E: EigenbasisOperator, damping: float) -> None:
-    """Refuses eigenvalues that rounding alone may have kept away from zero."""
-    values = torch.cat([s.flatten() for s in E.eigenbases[2]])
-    least, most = (float(v) for v in values.aminmax())
-    if not (math.isfinite(least) and math.isfinite(most)):
-        raise ValueError(f"E: layer {name!r} has eigenvalues that are NaN or Inf")
-    if not least + damping > torch.finfo(E.dtype).eps * most:
-        raise ValueError(
-            f"damping={damping:g} leaves layer {name!r} singular: E's eigenvalues there lie "
-            f"between {least:g} and {most:g}; pass a larger damping, or leave the layer out with "
-            "layers=[...]"
-        )

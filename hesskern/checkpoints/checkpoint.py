@@ -59,7 +59,7 @@ class Checkpoint:
         self._parts: list[list[Any]] = []
         self._stale: list[int] = []
         self._found: Any = None
-        remove_abandoned(self._path)
+        remove_abandoned(self._path, r"|\.part\d+")
         if self._path.exists():
             self._open(exact)
         self._last = time.monotonic()
@@ -172,7 +172,7 @@ class Checkpoint:
                 own = write(self._part(number), part_tensors, {"content": part_plain})
                 parts.append([number, own])
             write(self._path, tensors, header)
-        except Exception as error:  # safetensors has errors of its own for a full disk
+        except OSError as error:
             kept = "there is none yet"
             if self._path.exists():
                 kept = "the one before is as it was, and the same call goes on from there"

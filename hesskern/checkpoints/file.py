@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from hesskern.checkpoints.streamed import write_tensors
 from hesskern.digests import tensor_digest
+from hesskern.files import written_whole
 from hesskern.tensor_files import TensorFormat
 
 __all__ = ["read", "write"]
@@ -27,12 +29,13 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) 
         a digest of all that is in it.
 
     Raises:
-        OSError, SafetensorError: it cannot be written; the one before is there as it was.
+        OSError: it cannot be written; the one before is there as it was.
     """
     sums = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
     content = {**header, "checksums": sums}
     own = _digest(content)
-    _FILE.write(path, tensors, {**content, "header": own}, durable=True)
+    with written_whole(path, durable=True) as temporary:
+        write_tensors(temporary, tensors, _FILE.metadata({**content, "header": own}))
     return own
 
 

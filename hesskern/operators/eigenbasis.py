@@ -87,6 +87,11 @@ class EigenbasisOperator(LayerOperator):
         trace = self._trace if damping == "mean" else 0.0
         return resolved(damping, trace, self.shape[0], name)
 
+    @property
+    def settled(self) -> list[Tensor]:
+        """Per group the eigenvalues S [m/g, d], those below zero by rounding being zero."""
+        return self._settled[0]
+
     def _require_invertible(self, damping: float, what: str, name: str | None) -> None:
         """Raises ValueError unless K + damping has an inverse in K's dtype."""
         extent = self._settled[1]
@@ -101,7 +106,7 @@ class EigenbasisOperator(LayerOperator):
                     f"of {-damping:g}"
                 )
 
-    def _require_positive(self, damping: float, what: str, name: str | None) -> None:
+    def require_positive(self, damping: float, what: str, name: str | None) -> None:
         """Raises ValueError unless all eigenvalues of K + damping are positive."""
         extent = self._settled[1]
         # The least of an indefinite matrix is known to rounding alone.
@@ -166,7 +171,7 @@ class EigenbasisOperator(LayerOperator):
         p, number = float(p), self._damping(damping, name)
         what = f"power({p:g})"
         if not p.is_integer() and self._settled[1].least + number < 0:
-            self._require_positive(number, what, name)
+            self.require_positive(number, what, name)
         if p < 0:
             self._require_invertible(number, what, name)
         powers = [(s + number).pow(p).to(self.dtype) for s in self._eigenvalues()]
@@ -192,7 +197,7 @@ class EigenbasisOperator(LayerOperator):
 
     def _logdet(self, damping: Damping, name: str | None) -> float:
         number = self._damping(damping, name)
-        self._require_positive(number, "logdet", name)
+        self.require_positive(number, "logdet", name)
         return float(sum((s + number).log().sum() for s in self._eigenvalues()))
 
     def sample(self, n: int, damping: Damping, generator: torch.Generator | None = None) -> Tensor:
@@ -220,7 +225,7 @@ class EigenbasisOperator(LayerOperator):
     def _roots(self, damping: Damping, what: str, name: str | None) -> list[Tensor]:
         """Per group (S + damping)^-1/2 [m/g, d]."""
         number = self._damping(damping, name)
-        self._require_positive(number, what, name)
+        self.require_positive(number, what, name)
         return [(s + number).rsqrt().to(self.dtype) for s in self._eigenvalues()]
 
     def eigsh(self, k: int) -> EigenResult:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hesskern.checkpoints.checkpoint import Checkpoint
 from hesskern.operators.samples import SampleRows, added_bytes, layer_rows
+from hesskern.operators.spilled import Spill, SpilledSamples
 from hesskern.passes.data_pass import DataPass, once_only
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec
@@ -31,6 +32,7 @@ class GatheredLayer:
         batches: per piece, the batch that it belongs to; only with pruning.
         dtype: of the sample rows; None before the first.
         lost: 0-dim bool, whether gradients at masked positions were not zero; None without masks.
+        spilled: where pieces go instead of ``chunks``; None: they stay, or are dropped.
     """
 
     spec: LayerSpec
@@ -40,6 +42,7 @@ class GatheredLayer:
     batches: list[int] = field(default_factory=list)
     dtype: torch.dtype | None = None
     lost: Tensor | None = None
+    spilled: SpilledSamples | None = None
 
     def shares_by_batch(self) -> list[Tensor]:
         """Shares of the samples of every batch: a batch comes in pieces over root rows."""
@@ -53,11 +56,20 @@ class GatheredLayer:
         if pruned:
             self.shares.append(chunk.shares())
             self.batches.append(batch)
-        if self.chunks is not None:
+        if self.spilled is not None:
+            self.spilled.add(chunk)
+        elif self.chunks is not None:
             # What pruning leaves of two pieces shares nothing.
             before = self.chunks[-1] if self.chunks and not pruned else None
             self.chunks.append(chunk)
             self.held += added_bytes(chunk, before)
+
+    def spill(self, spilled: SpilledSamples) -> None:
+        """Moves the samples, and from now on those to come."""
+        self.spilled, pieces, self.held = spilled, (self.chunks or [])[::-1], 0
+        self.chunks = None
+        while pieces:
+            spilled.add(pieces.pop())
 
     def drop(self) -> None:
         """Lets go of the samples for good."""
@@ -72,11 +84,18 @@ class Gathering:
         budget: bytes of samples that may be kept for all layers together.
         tolerance: of pruning, for which shares of the trace are kept as well; 0 for none.
         checkpoint: of the call, kept on the way; None for none.
+        spill: where the samples of layers above the budget go; None: they are dropped.
     """
 
     def __init__(
-        self, run: DataPass, budget: int, tolerance: float, checkpoint: Checkpoint | None
+        self,
+        run: DataPass,
+        budget: int,
+        tolerance: float,
+        checkpoint: Checkpoint | None,
+        spill: Spill | None = None,
     ) -> None:
+        self._spill = spill
         self._run, self._budget, self._pruned = run, budget, tolerance > 0
         self._layers = {name: GatheredLayer(spec) for name, spec in run.specs.items()}
         self._checkpoint = checkpoint
@@ -99,7 +118,7 @@ class Gathering:
                 wanted = {
                     n: layer.spec
                     for n, layer in gathered.items()
-                    if layer.chunks is not None or self._pruned
+                    if layer.chunks is not None or layer.spilled is not None or self._pruned
                 }
                 for name in roots.uses:
                     gathered[name].dtype = accumulator_dtype(roots.uses[name][0].x.dtype)
@@ -110,6 +129,8 @@ class Gathering:
                     before = gathered[name].lost
                     gathered[name].lost = lost if before is None else before | lost
         for name, layer in gathered.items():
+            if layer.spilled is not None:
+                layer.spilled.finish()
             if layer.lost is not None and bool(layer.lost):
                 run.capture.inexact.setdefault(
                     name, "has masked positions on which the outputs that count depend"
@@ -117,9 +138,13 @@ class Gathering:
         return gathered
 
     def _evict(self, data: Iterable[Any]) -> None:
-        """Drops the largest layers' samples until the rest fits."""
+        """Spills or drops the largest layers' samples until the rest fits."""
         while sum(layer.held for layer in self._layers.values()) > self._budget:
             name, largest = max(self._layers.items(), key=lambda item: item[1].held)
+            if self._spill is not None:
+                device = model_device(self._run.model)
+                largest.spill(SpilledSamples(self._spill, device))
+                continue
             if isinstance(data, Iterator):
                 raise once_only(self._budget, f"layer {name!r}")
             largest.drop()

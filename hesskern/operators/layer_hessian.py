@@ -26,6 +26,7 @@ from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.operators.packed_inputs import PackedInputs
 from hesskern.operators.pruning import kept_samples, prune
 from hesskern.operators.samples import SampleRows, join, layer_rows
+from hesskern.operators.spilled import Spill, SpilledSamples, check_spill
 from hesskern.parallel.ranks import Ranks, section_of, telling_of
 from hesskern.parallel.replicas import inner_model
 from hesskern.parallel.samplers import weights_of_part
@@ -76,8 +77,9 @@ class LayerHessian(LayerOperator):
         pruning_error: bound on ‖H - H_t‖_2 for what was left out under ``tolerance``; 0 if nothing.
         pruned_trace: tr(H - H_t).
         num_samples: weighted number of samples.
-        cached: whether the samples are stored; False: every product runs the model again. With
-            ``ranks``, those of this process.
+        cached: whether the samples are stored, on the device or where ``spill`` has put them;
+            False: every product runs the model again. With ``ranks``, those of this process.
+        spilled: whether every product reads them from there.
         ranks: see :class:`hesskern.CurvatureOperator`.
         checked: how it is known which rows belong to which samples: "graph" (proved), "probe"
             (found by backward passes), "not checked" (never two samples in a batch: nothing was
@@ -87,7 +89,7 @@ class LayerHessian(LayerOperator):
     def __init__(
         self,
         spec: LayerSpec,
-        chunks: list[SampleRows] | _Rerun,
+        chunks: list[SampleRows] | SpilledSamples | _Rerun,
         num_samples: float,
         dtype: torch.dtype,
         device: torch.device,
@@ -118,6 +120,10 @@ class LayerHessian(LayerOperator):
         self._packed = PackedInputs()
 
     @property
+    def spilled(self) -> bool:
+        return isinstance(self._chunks, SpilledSamples)
+
+    @property
     def described(self) -> str:
         return f"the Hessian of layer {self.name!r}"
 
@@ -139,8 +145,9 @@ class LayerHessian(LayerOperator):
             for chunk in chunks:
                 m, d = chunk.s.shape[2], chunk.x.shape[1]
                 rows = block.reshape(len(block), m, d)
-                # Samples that are made anew are gone before the next product.
-                packed = self._packed.of(chunk.x, len(block) * m) if self.cached else None
+                # Samples that are read or made anew are gone before the next product.
+                stays = isinstance(self._chunks, list)
+                packed = self._packed.of(chunk.x, len(block) * m) if stays else None
                 product = ops.layer_hessian_matmul(chunk.x, chunk.s, rows, alpha, packed)
                 total += product.flatten(1)
             return self._of_ranks(total, block=block)
@@ -322,6 +329,7 @@ def layer_hessians(
     checkpoint_every: float = 60.0,
     exact_resume: bool = True,
     group: Any = None,
+    spill: Spill | None = None,
 ) -> LayerHessians:
     """The layer-wise Hessian of every layer, from one pass over the data.
 
@@ -383,6 +391,7 @@ def layer_hessians(
         check_output(output, mc_samples, seed)
         check_iterable(data)
         model = model if ranks is None else inner_model(model)
+        check_spill(spill, model_device(model), tolerance, checkpoint)
         resolved = resolve_loss(loss, output_root)
         specs, skipped = select_layers(model, layers, bias)
         report, evidence, mask = reporter(progress), Evidence(check), checked_mask(position_mask)
@@ -432,7 +441,7 @@ def layer_hessians(
                 positions=Positions.of(ranks),
                 **rows,
             )
-            gathering = Gathering(run, budget, tolerance, saved)
+            gathering = Gathering(run, budget, tolerance, saved, spill)
             return gathering.layers(), run, budget
 
         if begun is not None:
@@ -547,11 +556,13 @@ def _finish(
 ) -> LayerHessian:
     norm = trace = 0.0
     ranks, name, device = rerun.ranks, layer.spec.name, model_device(rerun.model)
-    cached = layer.chunks is not None
-    chunks: list[SampleRows] | _Rerun = rerun
+    cached = layer.chunks is not None or layer.spilled is not None
+    chunks: list[SampleRows] | SpilledSamples | _Rerun = rerun
     # Where others cannot choose among single rows, whole samples go on all ranks.
     together = ranks is None or tolerance == 0 or all(ranks.gather(cached))
-    if layer.chunks is not None:
+    if layer.spilled is not None:
+        chunks = layer.spilled
+    elif layer.chunks is not None:
         kept = layer.chunks
         if tolerance > 0 and together:
             pruned = prune(kept, layer.shares, tolerance, ranks, device)

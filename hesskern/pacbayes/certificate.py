@@ -21,6 +21,7 @@ from hesskern.pacbayes.posterior import LayerPosterior
 from hesskern.pacbayes.protocol import Protocol
 from hesskern.pacbayes.samples import Samples, collect
 from hesskern.pacbayes.slots import Slot, slots_of
+from hesskern.parallel.ranks import Ranks, section_of
 from hesskern.portable import Portable
 from hesskern.progress import Progress, reporter
 from hesskern.tensor_files import TensorFormat
@@ -185,6 +186,7 @@ class Certificate(Portable):
         passes: int | None = None,
         seed: int | None = None,
         progress: bool | Progress = False,
+        group: Any = None,
     ) -> None:
         """Recomputes everything that can be recomputed; returns nothing if the certificate holds.
 
@@ -201,6 +203,8 @@ class Certificate(Portable):
             passes: passes of the new draws; None: as many as in the certificate.
             seed: of the new draws; None: another one than the certificate's.
             progress: see :func:`hesskern.progress.reporter`.
+            group: ranks of torch.distributed that all call this with the same arguments, and count
+                a part of the new draws' errors each.
 
         Raises:
             CertificateError: the certificate does not hold; says why.
@@ -212,7 +216,13 @@ class Certificate(Portable):
         self._verify_numbers()
         self._verify_prior()
         if data is not None:
-            self._verify_data(collect(data), model, passes, seed, reporter(progress))
+            ranks = Ranks.of(group)
+            with section_of(ranks, "verifying a certificate"):
+                if ranks is not None:
+                    facts = {"digest": self.digest, "passes": passes, "seed": seed}
+                    ranks.agree("verifying a certificate", facts)
+                given = collect(data), model, passes, seed, reporter(progress), ranks
+                self._verify_data(*given)
 
     def _verify_layers(self) -> None:
         if not self.layers or self.layers.keys() != self.indices.keys():
@@ -275,6 +285,7 @@ class Certificate(Portable):
         passes: int | None,
         seed: int | None,
         progress: Progress,
+        ranks: Ranks | None,
     ) -> None:
         if len(samples) != self.n:
             raise CertificateError(f"n is {self.n}, but the data hold {len(samples)} samples")
@@ -285,7 +296,8 @@ class Certificate(Portable):
         seed = self.seeds["draws"] + 1 if seed is None else seed
         device = samples.inputs.device
         layers = {name: layer.to(device) for name, layer in self.layers.items()}
-        drawn = draw_error(network, slots, layers, samples, protocol, seed, progress, "verifying")
+        given = network, slots, layers, samples, protocol, seed, progress, "verifying"
+        drawn = draw_error(*given, ranks)
         # kl(share ‖ .) also bounds from below: 1 - kl^-1(1 - share, .) <= mean of the variables.
         rate = draws_rate(drawn.draws, protocol.delta_draws)
         lowest = (1 - float(kl_inverse(1 - drawn.share, rate))) / drawn.scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from hesskern.pacbayes.posterior import LayerPosterior, draws_of
 from hesskern.pacbayes.protocol import Protocol
 from hesskern.pacbayes.samples import Samples
 from hesskern.pacbayes.slots import Slot, evaluating, replaced
+from hesskern.parallel.ranks import Ranks, section_of
 from hesskern.progress import Progress
 
 __all__ = ["DrawnError", "counted", "draw_error", "wrong"]
@@ -96,16 +98,25 @@ def draw_error(
     seed: int,
     progress: Progress | None = None,
     description: str = "drawing networks",
+    ranks: Ranks | None = None,
 ) -> DrawnError:
     """Counts the errors of networks drawn from the posterior, T passes over all samples.
+
+    What is drawn is keyed by the seed, by the pass, and where examples or groups of them see
+    networks of their own by the place of these among the samples: ranks that share the work out
+    draw what one process would.
 
     Args:
         samples: inputs [N, *shape], targets [N].
         protocol: how many passes, and what a draw is; see :func:`counted`.
         seed: of the draws.
         progress: callback, or None.
+        ranks: that share out the passes; all call this with the same arguments.
+
+    Raises:
+        RankError: another rank has failed.
     """
-    generator = torch.Generator(device=samples.inputs.device).manual_seed(seed)
+    generator = torch.Generator(device=samples.inputs.device)
     whole = protocol.sampling == "networks"
     draws = draws_of(slots, layers, generator, samples.inputs.dtype, whole)
     grouped = not whole and not all(layer.per_example for layer in layers.values())
@@ -114,17 +125,31 @@ def draw_error(
     turns = range(protocol.passes)
     # A network that is drawn for a whole pass meets all chunks before the next one is drawn;
     # otherwise a chunk's passes follow each other, so that what they have in common is kept.
-    order = ((t, i) for t in turns for i in range(len(chunks)))
+    order = [(t, i) for t in turns for i in range(len(chunks))]
     if not whole:
-        order = ((t, i) for i in range(len(chunks)) for t in turns)
-    errors = 0
-    with evaluating(model), replaced(slots, draws):
-        for done, (_, i) in enumerate(order):
-            if not whole or i == 0:
+        order = [(t, i) for i in range(len(chunks)) for t in turns]
+    if ranks is not None:
+        begin, end = (len(order) * r // ranks.size for r in (ranks.rank, ranks.rank + 1))
+        order = order[begin:end]
+    errors, drawn = 0, None
+    with section_of(ranks, description), evaluating(model), replaced(slots, draws):
+        for done, (t, i) in enumerate(order):
+            place = (t,) if whole else (t, i)
+            if place != drawn:
+                generator.manual_seed(_keyed(seed, *place))
                 for draw in draws.values():
                     draw.renew()
+                drawn = place
             inputs, targets = chunks[i]
             errors += int(wrong(model(inputs), targets).sum())
             if progress is not None:
-                progress(description, done + 1, protocol.passes * len(chunks))
+                progress(description, done + 1, len(order))
+    if ranks is not None:
+        errors = int(ranks.totals(errors)[0])
     return counted(protocol, layers, errors, len(samples))
+
+
+def _keyed(seed: int, *place: int) -> int:
+    """The seed of one draw, of 63 bits that have nothing to do with those of another."""
+    digest = hashlib.sha256(f"draw {seed} {place}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -9,13 +9,14 @@ import json
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from hesskern.checkpoints.checkpoint import path_of_rank
 from hesskern.choices import Method
 from hesskern.files import check_writable
 from hesskern.pacbayes.bound import bound_rate, kl_inverse
@@ -33,6 +34,8 @@ from hesskern.pacbayes.settings import CertifySettings, MethodSettings, Start, s
 from hesskern.pacbayes.slots import check_fixed, evaluating, slots_of, state_of
 from hesskern.pacbayes.surrogates import log_loss
 from hesskern.pacbayes.truncated_method import Truncated, TruncatedSettings
+from hesskern.parallel.ranks import Ranks, section_of
+from hesskern.parallel.replicas import checksums, inner_model, model_facts
 from hesskern.progress import Progress, reporter
 from hesskern.version import __version__
 
@@ -61,6 +64,7 @@ def certify(
     checkpoint: str | Path | None = None,
     test: Any = None,
     progress: bool | Progress = False,
+    group: Any = None,
 ) -> Certificate:
     """Optimizes a posterior and draws its certificate, once, with fresh noise.
 
@@ -81,6 +85,11 @@ def certify(
         checkpoint: file from which an interrupted optimization goes on, and to which it is saved.
         test: samples that took no part, for an error beside the certificate, of the same networks.
         progress: see :func:`hesskern.progress.reporter`.
+        group: ranks of torch.distributed that all call this with the same arguments, all of the
+            samples among them. Each optimizes the posterior for itself, alike to the bit; of the
+            networks that the certificate draws each counts a part. All get the same certificate.
+            ``minutes``, at the end of which ranks would stand at different steps, has no place
+            then; a ``checkpoint`` is one file for each.
 
     Returns:
         a verified :class:`Certificate`.
@@ -91,6 +100,8 @@ def certify(
             finite.
         NotImplementedError: tied weights; a network the method cannot handle.
         TypeError: arguments of a wrong type.
+        RankError: with a group, ranks have other arguments or come to other posteriors, or another
+            rank has failed.
     """
     return certify_with(
         CertifySettings(method, epochs, minutes, protocol, settings, start, seed, n, prior_record),
@@ -101,6 +112,7 @@ def certify(
         checkpoint=checkpoint,
         test=test,
         progress=progress,
+        group=group,
     )
 
 
@@ -114,26 +126,45 @@ def certify_with(
     checkpoint: str | Path | None = None,
     test: Any = None,
     progress: bool | Progress = False,
+    group: Any = None,
 ) -> Certificate:
     """:func:`certify`, whose arguments these are, with settings that are made already."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    report = reporter(progress)
-    samples = collect(data, settings.n)
-    # Read before the work: what is wrong with it must not turn up at its end.
-    others = None if test is None else collect(test)
-    if checkpoint is not None:
-        checkpoint = Path(checkpoint)
-        check_writable(checkpoint.parent, "checkpoint: folder")
-    record: dict[str, Any] = _plain(settings.record)
-    if prior_data is not None:
-        record |= _seen(collect(prior_data), samples)
-    case = _checked(settings, model, state_of(prior), samples, record, others)
-    method = _method(case.problem, settings)
-    outcome = _optimized(case, method, settings, checkpoint, report)
-    certificate = _drawn(case, method, settings, outcome, report)
-    certificate.verify()
-    return certificate
+    ranks = Ranks.of(group)
+    with section_of(ranks, "a certificate"):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        report = reporter(progress)
+        if ranks is not None:
+            model, report = inner_model(model), ranks.watching("a certificate", report)
+            checkpoint = path_of_rank(checkpoint, ranks.rank, ranks.size)
+            if settings.minutes is not None:
+                raise ValueError(
+                    "minutes: ranks of a group would stop at different steps; pass epochs"
+                )
+        samples = collect(data, settings.n)
+        # Read before the work: what is wrong with it must not turn up at its end.
+        others = None if test is None else collect(test)
+        if checkpoint is not None:
+            checkpoint = Path(checkpoint)
+            check_writable(checkpoint.parent, "checkpoint: folder")
+        record: dict[str, Any] = _plain(settings.record)
+        if prior_data is not None:
+            record |= _seen(collect(prior_data), samples)
+        case = _checked(settings, model, state_of(prior), samples, record, others)
+        method = _method(case.problem, settings)
+        if ranks is not None:
+            facts = {
+                "settings": _plain({**_on_record(method, settings), **asdict(settings.terms)}),
+                "prior": case.record,
+                "samples": case.fingerprint,
+                "test": None if others is None else others.fingerprint(),
+            }
+            ranks.agree("a certificate", {**facts, **model_facts(model)})
+            ranks.agree("a certificate", {"prior's tensors": _hash(case.problem.prior)})
+        outcome = _optimized(case, method, settings, checkpoint, report)
+        certificate = _drawn(case, method, settings, outcome, report, ranks)
+        certificate.verify()
+        return certificate
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,6 +269,7 @@ def _drawn(
     settings: CertifySettings,
     outcome: Outcome,
     progress: Progress,
+    ranks: Ranks | None,
 ) -> Certificate:
     """Puts the posterior on the grid, draws its networks and counts their errors."""
     problem = case.problem
@@ -245,14 +277,23 @@ def _drawn(
     layers = on_grid(method.drafts(), problem.slots, problem.prior, n, protocol)
     seeds = {name: settings.seed_for(name) for name in ("order", "noise", "draws")}
     started = time.perf_counter()
-    drawn = draw_error(
-        problem.model, problem.slots, layers, samples, protocol, seeds["draws"], progress
-    )
+    if ranks is not None:
+        _agree_on_posteriors(ranks, layers, outcome)
+    given = problem.model, problem.slots, layers, samples, protocol, seeds["draws"], progress
+    drawn = draw_error(*given, ranks=ranks)
     divergence = sum(layer.kl(protocol.grid.variance(layer.index)) for layer in layers.values())
     indices = {name: layer.index for name, layer in layers.items()}
     rate = rate_of(protocol, divergence, n, indices)
     q = drawn.upper(protocol.delta_draws)
     run = {"epochs run": outcome.epochs, "steps run": outcome.steps}
+    times: dict[str, Any] = {
+        "seconds": {"optimization": outcome.seconds, "draws": time.perf_counter() - started},
+        "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "history": outcome.history,
+    }
+    if ranks is not None:
+        # One clock's.
+        times = ranks.told(times)[0]
     return Certificate(
         bound=float(kl_inverse(q, rate)),
         kl=divergence,
@@ -272,13 +313,28 @@ def _drawn(
         fingerprint=case.fingerprint,
         architecture=_plain(describe(problem.model)),
         interrupted=outcome.interrupted,
-        seconds={"optimization": outcome.seconds, "draws": time.perf_counter() - started},
+        seconds=times["seconds"],
         versions=_versions(),
-        created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        history=outcome.history,
-        test=_test_error(case, layers, settings.seed_for("test"), progress),
+        created=times["created"],
+        history=times["history"],
+        test=_test_error(case, layers, settings.seed_for("test"), progress, ranks),
         model=problem.model,
     ).sealed()
+
+
+def _agree_on_posteriors(
+    ranks: Ranks, layers: Mapping[str, LayerPosterior], outcome: Outcome
+) -> None:
+    """Raises RankError on every rank, where one has optimized otherwise."""
+    tensors = {
+        f"{part} of {name}": value
+        for name, layer in layers.items()
+        for part, value in vars(layer).items()
+        if isinstance(value, Tensor)
+    }
+    facts = {"steps": outcome.steps, "interrupted": outcome.interrupted}
+    what = "the posteriors, which all ranks optimize alike (the same number of threads)"
+    ranks.agree(what, {**facts, "checksums": checksums(tensors)})
 
 
 def _estimate(protocol: Protocol, error: float, kl: float, n: int, layers: int) -> float:
@@ -289,14 +345,17 @@ def _estimate(protocol: Protocol, error: float, kl: float, n: int, layers: int) 
 
 
 def _test_error(
-    case: _Case, layers: Mapping[str, LayerPosterior], seed: int, progress: Progress
+    case: _Case,
+    layers: Mapping[str, LayerPosterior],
+    seed: int,
+    progress: Progress,
+    ranks: Ranks | None,
 ) -> dict[str, Any] | None:
     if case.test is None:
         return None
     problem, terms = case.problem, Protocol(passes=_TEST_PASSES)
-    drawn = draw_error(
-        problem.model, problem.slots, layers, case.test, terms, seed, progress, "test samples"
-    )
+    given = problem.model, problem.slots, layers, case.test, terms, seed, progress
+    drawn = draw_error(*given, "test samples", ranks)
     return {
         "error": drawn.mean,
         "n": len(case.test),

@@ -44,7 +44,7 @@ class Statuses:
         rank, size: in the group.
         timeout: seconds after which ranks that have not arrived are called missing.
         done: number of exchanges so far, the same on every rank.
-        judged: the last of them whose verdict is known here.
+        kept: on the first rank, whether the last exchange is still in the store.
     """
 
     store: Store
@@ -52,7 +52,7 @@ class Statuses:
     size: int
     timeout: float
     done: int = 0
-    judged: int = 0
+    kept: bool = False
 
     def exchange(
         self,
@@ -91,14 +91,15 @@ class Statuses:
             if self.rank == 0:
                 verdict = self._judge(what, judge, begin, failure is not None and not wire)
                 if not leave and ("error" in verdict or not more):
-                    self._wait_for_readers(verdict, begin)
+                    read = self._wait_for_readers(verdict, begin)
+                    if read and "error" not in verdict:
+                        self._clear(self.done)
             else:
                 verdict = self._verdict(what, begin)
         except RankError:
             raise
         except RuntimeError as error:
             raise self._no_store(what, error) from error
-        self.judged = self.done
         if "error" not in verdict:
             return verdict["values"]
         if failure is not None and not wire:
@@ -117,9 +118,6 @@ class Statuses:
 
     def _post(self, status: dict[str, Any]) -> None:
         self.store.set(self._key(self.rank), json.dumps(status))
-        if self.judged == self.done - 1:
-            # The first rank has read the status before.
-            self.store.delete_key(self._key(self.rank, self.judged))
         arrived = self.store.add(self._key("arrived"), 1)
         stops = status["failure"] is not None and not status["wire"]
         if stops:
@@ -133,20 +131,27 @@ class Statuses:
         """Waits for all statuses, leaves the verdict, and returns it."""
         there = at_once or self._wait(self._key("full"), begin + self.timeout)
         statuses = self._statuses()
-        present = list(statuses)
-        verdict: dict[str, Any] = {"present": len(present), "missing": not there}
         error = self._error(what, statuses, there)
+        # Whoever has failed tells at once; then more are still to come to read it.
+        stays = there or error is None
+        verdict: dict[str, Any] = {"readers": (self.size if stays else len(statuses)) - 1}
         if error is not None:
             verdict["error"] = error
         else:
             values = [statuses[r]["value"] for r in range(self.size)]
             verdict["values"] = values if judge is None else judge(values)
         self.store.set(self._key("verdict"), json.dumps(verdict))
-        if error is None:
+        if error is None and self.kept:
             # Whoever has come here has read all of the exchange before.
-            for name in ("arrived", "full", "verdict", "read", "all read"):
-                self.store.delete_key(self._key(name, self.done - 1))
+            self._clear(self.done - 1)
+        self.kept = True
         return verdict
+
+    def _clear(self, exchange: int) -> None:
+        """Leaves nothing of an exchange that all have read: the store may serve another group."""
+        for name in (0, "arrived", "full", "verdict", "read", "all read"):
+            self.store.delete_key(self._key(name, exchange))
+        self.kept = False
 
     def _statuses(self) -> dict[int, dict[str, Any]]:
         """Of all ranks that have left one, in one request where the store can and all have."""
@@ -191,26 +196,28 @@ class Statuses:
         # The first rank may have come last, and needs a moment to judge.
         if not self._wait(self._key("verdict"), begin + self.timeout + _GRACE / 5):
             missing = [r for r in range(self.size) if not self.store.check([self._key(r)])]
-            raise RankError(self._missing(what, missing or [0]))
+            text = self._missing(what, missing or [0])
+            # For those who come later.
+            left = {"what": what, "failure": f"it waited in vain: {text}", "wire": False}
+            self.store.set(self._key(self.rank), json.dumps(left))
+            raise RankError(text)
         verdict: dict[str, Any] = json.loads(self.store.get(self._key("verdict")))
-        if self.store.add(self._key("read"), 1) >= verdict["present"] - 1:
+        if "error" not in verdict:
+            # The first rank has read it.
+            self.store.delete_key(self._key(self.rank))
+        if self.store.add(self._key("read"), 1) == verdict["readers"]:
+            # The last that this rank asks of the store.
             self.store.set(self._key("all read"), "1")
         return verdict
 
-    def _wait_for_readers(self, verdict: dict[str, Any], begin: float) -> None:
-        """Stays, as the store may end with this process, until the others know."""
-        failed_early = "error" in verdict and not verdict["missing"]
-        readers = self.size - 1 if failed_early else verdict["present"] - 1
-        until = begin + self.timeout if failed_early else time.monotonic() + _GRACE
-        while self.store.add(self._key("read"), 0) < readers:
-            left = until - time.monotonic()
-            if left <= 0:
-                return
-            if readers == verdict["present"] - 1:
-                self._wait(self._key("all read"), until)
-            else:
-                # More are still to come than have been there for the verdict.
-                time.sleep(min(left, 0.02))
+    def _wait_for_readers(self, verdict: dict[str, Any], begin: float) -> bool:
+        """Stays, as the store may end with this process, until the others know; whether they do."""
+        if not verdict["readers"]:
+            return True
+        # Who has not come until now is not waited for once more.
+        failed = "error" in verdict and verdict["readers"] == self.size - 1
+        until = begin + self.timeout if failed else time.monotonic() + _GRACE
+        return self._wait(self._key("all read"), until)
 
     def _wait(self, key: str, until: float) -> bool:
         """Whether the store has the key before a time.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,6 +28,7 @@ class Wire:
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group = group
         self._tensors = device
+        self._timeout = group._get_backend(group._device_types[0]).options._timeout
         backends = {kind.type: _backend(group, kind) for kind in group._device_types}
         if backends.get(device.type, "gloo") != "gloo":
             self.device = device
@@ -43,21 +46,28 @@ class Wire:
 
     def exchange(self, out: Tensor, given: Tensor) -> None:
         """Part r of ``given`` goes to rank r; ``out`` gets the parts that others give for here."""
-        dist.all_to_all_single(_bytes(out), _bytes(given), group=self._group)
+        given, out = _bytes(given), _bytes(out)
+        self._await(dist.all_to_all_single(out, given, group=self._group, async_op=True))
 
     def gather(self, out: Tensor, given: Tensor) -> None:
         """``out`` gets what all ranks give, in their order."""
-        _all_gather(_bytes(out), _bytes(given), group=self._group)
+        # Renamed in torch 2.13.
+        renamed = hasattr(dist, "all_gather_single")
+        collective = getattr(dist, "all_gather_single" if renamed else "all_gather_into_tensor")
+        self._await(collective(_bytes(out), _bytes(given), group=self._group, async_op=True))
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Every rank gets what rank ``owner`` has in the tensor."""
-        dist.broadcast(_bytes(tensor), group=self._group, group_src=owner)
+        sent = dist.broadcast(_bytes(tensor), group=self._group, group_src=owner, async_op=True)
+        self._await(sent)
 
-
-def _all_gather(out: Tensor, given: Tensor, group: dist.ProcessGroup) -> None:
-    # Renamed in torch 2.13.
-    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    getattr(dist, name)(out, given, group=group)
+    def _await(self, work: Any) -> None:
+        # A backend that works beside the host would leave it waiting for a rank that has ended, in
+        # its next look at a value; with a timeout it waits here, and says so.
+        if self.device.type == "cpu":
+            work.wait()
+        else:
+            work.wait(self._timeout)
 
 
 def _bytes(tensor: Tensor) -> Tensor:

@@ -74,7 +74,8 @@ def _may_be_diagonal(module: nn.Module, owner: str, own: str, parameter: Tensor)
         return False
     if parameter.dim() < 2:
         return True
-    foreign = not type(module).__module__.startswith("torch.nn.")
+    # Attention of torch appends rows [1, 1, d].
+    foreign = not type(module).__module__.startswith("torch.nn.") or own in ("bias_k", "bias_v")
     return foreign and parameter.dim() > 2 and parameter.shape[0] == 1
 
 

@@ -37,6 +37,8 @@ __all__ = [
 
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+# Of attention.
+_APPENDED = ("bias_k", "bias_v")
 _NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _InstanceNorm)
 
 
@@ -143,6 +145,12 @@ def select_layers(
             reason = f"makes the weight of {owner!r}, whose block is that of the weight as it acts"
         if reason is not None and next(module.parameters(recurse=False), None) is not None:
             skipped[name] = reason
+        elif isinstance(module, nn.MultiheadAttention):
+            for own in _APPENDED:
+                if own_parameters(module).get(own) is not None:
+                    skipped[f"{name}.{own}" if name else own] = (
+                        "is a row that is appended for every sample, which multiplies no input"
+                    )
     if chosen is None:
         if not known:
             raise ValueError(_nothing(modules, skipped))
@@ -343,7 +351,7 @@ def left_out(
     complete = dict(skipped)
     present = {id(weight_of(modules, spec.name)[0]) for spec in covered}
     for name, reason in skipped.items():
-        if name not in modules:
+        if name not in modules and name.rpartition(".")[2] not in _APPENDED:
             holder = weight_of(modules, name)[0]
             if id(holder) not in present:
                 complete.setdefault(names[id(holder)], f"has {name!r}, which {reason}")

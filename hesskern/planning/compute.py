@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hesskern.choices import Bias, Output, Precision, check_choice
@@ -18,6 +19,7 @@ from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
 from hesskern.passes.memory import budget_for, check_budget, free_bytes
 from hesskern.passes.roots import check_output
+from hesskern.planning.few_rows import with_few_rows
 from hesskern.planning.layers import (
     BatchRows,
     batch_rows,
@@ -28,7 +30,7 @@ from hesskern.planning.layers import (
 )
 from hesskern.planning.requests import Request, What
 from hesskern.planning.result import LayerPlan, Plan, size
-from hesskern.planning.shape_run import SAMPLES, ShapeRun
+from hesskern.planning.shape_run import ROWS, SAMPLES, ShapeRun
 from hesskern.planning.shaped import (
     ShapedBatches,
     batches_of,
@@ -45,6 +47,8 @@ __all__ = ["plan"]
 _BATCHES = 3
 # Calls of these are one for every part that the root rows of a batch come in, for every use.
 _TAKEN = ("output_hessian_", "eigen_correction_", "conv_eigen_correction_")
+# Root rows that are run on shapes where they go backwards one by one.
+_FEW_ROWS = 8
 # From so many root rows per sample on, drawn targets are worth a word.
 _MANY_ROWS = 1000
 
@@ -215,13 +219,21 @@ def _run(request: Request, example: _Example, batch_size: int, samples: int) -> 
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = shaped_model(run, example.model)
-        with run:
-            result = request.run(model, ShapedBatches(run, *given, few, device), progress=note)
         model = shaped_model(rows_run, example.model)
         with rows_run:
             rows = batch_rows(request, model, ShapedBatches(rows_run, *given, 1, device))
+        most = _enough_rows(request, rows)
+        cut = request
+        if most < rows.count:
+            loss = with_few_rows(resolve_loss(request.loss, request.output_root), most)
+            cut = request.changed(loss=loss, output_root=None)
+        model = shaped_model(run, example.model)
+        with run:
+            result = cut.run(model, ShapedBatches(run, *given, few, device), progress=note)
     peak, at_peak = run.peak()
+    beyond = _held_beyond(request, rows, most, device)
+    if beyond:
+        peak, at_peak = peak + beyond, {**at_peak, ROWS: at_peak.get(ROWS, 0) + beyond}
     held = held_by(request.what, result)
     stored = dict.fromkeys(held, 0)
     anew: set[str] = set()
@@ -259,10 +271,13 @@ def _run(request: Request, example: _Example, batch_size: int, samples: int) -> 
     if request.what == "ekfac":
         # Those of the second pass alone.
         calls = sum(call.name in _TAKEN[1:] for call in run.kernels)
+    calls = calls * rows.count // most if most else calls
     operations = {
         part: n if part == "eigenvectors" else n * batches // few
         for part, n in run.operations.items()
     }
+    if most < rows.count:
+        operations[ROWS] = operations.get(ROWS, 0) * rows.count // most
     return _Found(
         layers,
         dict(result.skipped),
@@ -273,6 +288,27 @@ def _run(request: Request, example: _Example, batch_size: int, samples: int) -> 
         kept,
         operations,
     )
+
+
+def _enough_rows(request: Request, rows: BatchRows) -> int:
+    """Root rows per sample that are run on shapes; what more of them hold is known."""
+    if request.output != "exact" or request.what not in ("factors", "ekfac") or not rows.single:
+        return rows.count
+    return min(rows.count, _FEW_ROWS)
+
+
+def _held_beyond(request: Request, rows: BatchRows, most: int, device: torch.device) -> int:
+    """Bytes of single rows that are kept beside the first ones, until a budget is full."""
+    if most >= rows.count:
+        return 0
+    budget = budget_for(request.memory_budget, device, 2**30, 1 / 16)
+    # What is put together of a layer is held twice meanwhile.
+    joined = budget // 16
+    each = sum(rows.nbytes.values()) // rows.count
+    largest = max(rows.nbytes.values()) // rows.count
+    share = budget - joined if request.what == "factors" else joined
+    kept = min(rows.count, max(most, share // max(1, each)))
+    return (kept - most) * each + min(joined, kept * largest) - min(joined, most * largest)
 
 
 def _above(samples: Mapping[str, int], budget: int) -> set[str]:

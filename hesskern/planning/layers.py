@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hesskern.devices import on_host
 from hesskern.graph.evidence import Evidence
 from hesskern.operators.layer_hessian import LayerHessian
 from hesskern.passes.batches import batches
@@ -35,6 +36,7 @@ class BatchRows:
         uses: calls of all layers.
         nbytes: by layer, of all root rows at the layer's outputs.
         samples: by layer, of what a Hessian stores of the batch.
+        single: whether rows go backwards one by one, through all of the batch.
     """
 
     count: int
@@ -42,6 +44,7 @@ class BatchRows:
     uses: int = 0
     nbytes: Mapping[str, int] = field(default_factory=dict)
     samples: Mapping[str, int] = field(default_factory=dict)
+    single: bool = False
 
 
 def batch_rows(request: Request, model: nn.Module, data: Iterable[Any]) -> BatchRows:
@@ -67,17 +70,25 @@ def batch_rows(request: Request, model: nn.Module, data: Iterable[Any]) -> Batch
     )
     positions, nbytes, samples = {}, {}, {}
     count = calls = 0
+    single = False
     with run:
         for _, roots in run:
-            count = roots.rows
+            count, single = roots.rows, roots.blocks(2**30) is None
             for name, uses in roots.uses.items():
                 positions[name] = sum(positions_of(specs[name], use) for use in uses)
                 calls += len(uses)
                 x = uses[0].x
-                rows = len(x) * positions[name] * specs[name].outputs
-                nbytes[name] = count * rows * x.element_size()
+                rows = sum(_rows_of(specs[name], use) for use in uses)
+                nbytes[name] = count * rows * specs[name].outputs * x.element_size()
                 samples[name] = _stored(specs[name], uses, positions[name], count)
-    return BatchRows(count, positions, calls, nbytes, samples)
+    return BatchRows(count, positions, calls, nbytes, samples, single)
+
+
+def _rows_of(spec: LayerSpec, use: LayerUse) -> int:
+    """Positions of all samples in a use, but those that are masked."""
+    if use.mask is not None and on_host(use.mask.counts):
+        return int(use.mask.counts.sum())
+    return len(use.x) * positions_of(spec, use)
 
 
 def _stored(spec: LayerSpec, uses: list[LayerUse], t: int, rows: int) -> int:

@@ -25,8 +25,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from hesskern.planning.operations import count_operations
 from hesskern.planning.workspaces import workspace_bytes
 
-__all__ = ["SAMPLES", "WORKSPACE", "KernelCall", "ShapeRun"]
+__all__ = ["ROWS", "SAMPLES", "WORKSPACE", "KernelCall", "ShapeRun"]
 
+ROWS = "root rows"
 SAMPLES = "stored samples"
 WORKSPACE = "workspaces"
 _ROOT = Path(__file__).resolve().parent.parent
@@ -36,17 +37,17 @@ _PURPOSES = (
     ("factors/eigenbases", "eigenvectors"),
     ("operators/decompositions", "eigenvectors"),
     ("factors/input_rows", "inputs"),
-    ("factors/batch_sums", "root rows"),
-    ("factors/corrections", "root rows"),
+    ("factors/batch_sums", ROWS),
+    ("factors/corrections", ROWS),
     ("factors/", "factors"),
     ("operators/", SAMPLES),
-    ("graph/", "root rows"),
+    ("graph/", ROWS),
     ("passes/forward_pass", _MODEL),
     ("passes/input_capture", _MODEL),
     ("passes/transformers", _MODEL),
-    ("passes/capture", "root rows"),
-    ("passes/losses", "root rows"),
-    ("passes/roots", "root rows"),
+    ("passes/capture", ROWS),
+    ("passes/losses", ROWS),
+    ("passes/roots", ROWS),
     ("passes/", "inputs"),
     ("zoo/", _MODEL),
 )
@@ -155,7 +156,7 @@ class ShapeRun(TorchDispatchMode):
         shaped = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
         if shaped:
             return self._on_shapes(func, args, kwargs, shaped)
-        if not tensors and _makes_floats(func, kwargs):
+        if not tensors and _makes_floats(func, args, kwargs):
             with self._fake:
                 out = func(*args, **kwargs)
         else:
@@ -276,11 +277,19 @@ def _purpose_of(file: str) -> str | None:
     return next((purpose for start, purpose in _PURPOSES if name.startswith(start)), None)
 
 
-def _makes_floats(func: Any, kwargs: Any) -> bool:
+def _makes_floats(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether an operation without tensors makes floating-point numbers, which have no values."""
-    dtype = kwargs.get("dtype") or torch.get_default_dtype()
-    gives = any("Tensor" in str(given.type) for given in func._schema.returns)
-    return gives and (dtype.is_floating_point or dtype.is_complex)
+    if not any("Tensor" in str(given.type) for given in func._schema.returns):
+        return False
+    dtype = kwargs.get("dtype")
+    if dtype is not None:
+        return bool(dtype.is_floating_point or dtype.is_complex)
+    if func._opname in ("randint", "randperm"):
+        return False
+    if func._opname in ("arange", "full", "scalar_tensor"):
+        # As the numbers they are made of.
+        return any(isinstance(value, (float, complex)) for value in tree_leaves(args))
+    return True
 
 
 def _by_numbers(indices: Any) -> list[Tensor | None]:

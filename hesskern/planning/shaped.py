@@ -154,9 +154,8 @@ def _numbers(tensor: Tensor, device: torch.device) -> Tensor:
     """Integers or truths with values."""
     if not tensor.is_meta:
         return tensor.detach()
-    # Of classes, tokens and masks these are as good as any; a mask of zeros leaves no data.
-    truth = tensor.dtype == torch.bool
-    return torch.full(tensor.shape, truth, dtype=tensor.dtype, device=device)
+    # A class, a token and a truth as good as any; in a mask: data.
+    return torch.ones(tensor.shape, dtype=tensor.dtype, device=device)
 
 
 def batches_of(samples: int, size: int) -> int:

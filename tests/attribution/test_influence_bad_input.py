@@ -86,7 +86,7 @@ class TestCurvature:
 
     def test_with_nan(self) -> None:
         bad = hk.CorrectedOperator(E["0"], torch.full((5, 4), math.nan).double())
-        refuse("layer '0' has eigenvalues that are NaN", E={**E, "0": bad}, damping=1.0)
+        refuse("the eigenvalues of layer '0' hold NaN", E={**E, "0": bad}, damping=1.0)
 
 
 class TestDamping:
@@ -106,7 +106,17 @@ class TestDamping:
         values = E["0"].eigenbases[2][0].clone()
         values[0] = 0
         singular = {**E, "0": hk.CorrectedOperator(E["0"], values)}
-        refuse("damping=0 leaves layer '0' singular", E=singular, damping=0)
+        refuse(
+            "influence needs damping > 0: layer '0' is singular, of rank 16 of 20",
+            E=singular,
+            damping=0,
+        )
+        values = values.clone()
+        values[0] = -0.01
+        below = {**E, "0": hk.CorrectedOperator(E["0"], values)}
+        refuse(
+            "influence needs positive eigenvalues, .* give one above 0.01", E=below, damping=0.005
+        )
         dead = {**E, "0": hk.CorrectedOperator(E["0"], torch.zeros_like(values))}
         refuse("the trace of layer '0' is 0: give a number", E=dead)
         found = hk.influence(singular, MODEL, QUERIES, TRAIN, LOSS, damping={"0": 1e-3, "2": 1e-3})

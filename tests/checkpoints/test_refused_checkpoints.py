@@ -259,22 +259,33 @@ def test_a_link_to_another_file_system(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_a_killed_process_left_is_removed(path: Path) -> None:
     # No process has a number beyond the largest there is.
-    abandoned = path.with_name(f".{path.name}.{2**22 + 1}.tmp")
-    abandoned.write_bytes(b"half")
-    other = path.with_name(f".other.{2**22 + 1}.tmp")
-    other.write_bytes(b"half")
+    nobody = 2**22 + 1
+    abandoned = {f".{path.name}.{nobody}.tmp", f".{path.name}.part3.{nobody}.tmp"}
+    others = {f".other.{nobody}.tmp", f".{path.name}.other.{nobody}.tmp"}
+    # This one is at work.
+    others.add(f".{path.name}.{os.getppid()}.tmp")
+    for name in abandoned | others:
+        (path.parent / name).write_bytes(b"half")
     call(checkpoint=path)
-    assert not abandoned.exists()
-    assert other.exists()
+    assert {found.name for found in path.parent.iterdir()} == others
 
 
 def test_written_and_read(tmp_path: Path) -> None:
-    tensors = {"a": torch.arange(3.0), "empty": torch.zeros(0, 4), "scalar": torch.tensor(True)}
+    numbers = torch.arange(6).view(2, 3)
+    tensors = {"empty": torch.zeros(0, 4), "scalar": torch.tensor(True), "turned": numbers.T}
+    for dtype in (torch.uint8, torch.int32, torch.bfloat16, torch.float16, torch.float64):
+        tensors[str(dtype)] = numbers.to(dtype)
     file.write(tmp_path / "a", tensors, {"call": "x"})
     header, found = file.read(tmp_path / "a")
     assert header == {"call": "x"}
     assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+    with pytest.raises(ValueError, match=r"'c' is of torch.complex64, which files do not hold"):
+        file.write(tmp_path / "a", {"c": torch.zeros(1, dtype=torch.complex64)}, {})
+    assert file.read(tmp_path / "a")[0] == {"call": "x"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_the_model_is_handed_back_as_it_came(path: Path) -> None:

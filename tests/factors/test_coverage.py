@@ -204,3 +204,27 @@ def test_every_kind_of_module_has_its_reason(module: nn.Module, reason: str) -> 
     model = seeded(Model())
     factors = hk.kronecker_factors(model, [(randn(5, D), torch.zeros(5).long())], CE)
     assert reason in factors.skipped["other"]
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_rows_that_attention_appends_are_named(diagonal: bool) -> None:
+    """``add_bias_kv``: parameters of a module whose projections have factors."""
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True, batch_first=True)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+    data = [(randn(5, 3, 4), torch.arange(5) % 3)]
+    K = hk.kronecker_factors(seeded(Attends()), data, nn.CrossEntropyLoss(), diagonal=diagonal)
+    assert {"attention.in_proj", "attention.out_proj", "head"} == set(K)
+    for name in ("attention.bias_k", "attention.bias_v"):
+        assert name in K.skipped
+        assert name not in K.diagonals
+    assert "attention" not in K.skipped
+    E = hk.ekfac(seeded(Attends()), data, nn.CrossEntropyLoss(), bias="joint")
+    assert "is a row that is appended" in E.skipped["attention.bias_k"]

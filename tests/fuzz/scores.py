@@ -172,6 +172,11 @@ class _Scores:
                 judge.add(self.entry, name, "WRONG", "a number where there is no such block")
                 return
             expected[name] = self._layer(name, queries[:, order], train[:, order])
+            # A gradient far below the others' has no digits in float32.
+            faint = float(train[:, order].norm()) < 1e-4 * float(train.norm())
+            if judge.narrow and faint and self.E is not None:
+                judge.add(self.entry, name, "unchecked", "gradients without digits")
+                return
         if self.E is not None and "tied to the embedding" in judge.case.program.features:
             judge.add(self.entry, "*", "unchecked", "the linear use of a weight alone")
             return

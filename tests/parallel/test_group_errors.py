@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import signal
 import warnings
 from collections.abc import Callable, Iterator
@@ -226,3 +228,39 @@ def test_an_accumulator_goes_on_after_its_factors() -> None:
     for several in (False, True):
         for found in run(_streams, 2, several):
             check_same(found, want, 1e-12)
+
+
+def _averages(group: Any, of_group: bool) -> Any:
+    accumulators = [
+        hk.FactorAccumulator(_mlp(), CE, decay=0.8, group=group if of_group else None)
+        for _ in range(group.size())
+    ]
+    for rank, accumulator in enumerate(accumulators):
+        accumulator.consume(part(DATA, rank, group.size()))
+    if of_group:
+        return taken_apart(accumulators[group.rank()].factors())
+    accumulators[0].merge(accumulators[1])
+    return taken_apart(accumulators[0].factors())
+
+
+def test_moving_averages_are_merged() -> None:
+    for found, want in zip(run(_averages, 2, True), run(_averages, 2, False), strict=True):
+        check_same(found, want, 1e-12)
+
+
+def _copied(group: Any) -> list[str]:
+    accumulator = hk.FactorAccumulator(_mlp(), CE, group=group)
+    refused = []
+    for copying in (pickle.dumps, copy.deepcopy):
+        try:
+            copying(accumulator)
+        except (pickle.PicklingError, TypeError) as error:
+            refused.append(str(error))
+    return refused
+
+
+def test_copies_of_an_accumulator_say_what_they_lack() -> None:
+    for refused in run(_copied, 2):
+        assert len(refused) == 2
+        for text, what in zip(refused, ("pickled", "copied"), strict=True):
+            assert f"cannot be {what}: its group, a ProcessGroup, cannot" in text

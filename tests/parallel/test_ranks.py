@@ -18,6 +18,7 @@ import hesskern as hk
 from hesskern.parallel import bucket_sums
 from hesskern.parallel import ranks as ranks_module
 from hesskern.parallel.ranks import RankError, Ranks
+from hesskern.parallel.statuses import Statuses
 
 
 def _ranks(group: Any) -> Ranks:
@@ -225,6 +226,23 @@ def test_several_groups_at_a_time() -> None:
     for rank, (own, everywhere) in enumerate(run(_subgroups, 4)):
         assert own == (0, 0, 1, 1)[rank]
         assert everywhere == [[3.0, 30.0], [3.0, 20.0], [3.0, 20.0], [3.0, 30.0]]
+
+
+def _lives(group: Any) -> list[Any]:
+    """Two groups, one after the other, in the same store."""
+    store, found = dist.PrefixStore("shared", group.get_group_store()), []
+    for life in range(2):
+        statuses = Statuses(store, group.rank(), group.size(), 30.0)
+        for i in range(3):
+            found += statuses.exchange("values", [life, i, group.rank()], more=i < 2)
+        dist.barrier()
+    return found
+
+
+@pytest.mark.parametrize("store", ["file", "tcp"])
+def test_a_store_that_serves_a_second_group(store: Any) -> None:
+    want = [[life, i, rank] for life in range(2) for i in range(3) for rank in range(3)]
+    assert run(_lives, 3, store=store) == [want] * 3
 
 
 def _late(group: Any) -> str:

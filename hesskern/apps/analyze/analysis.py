@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from hesskern.apps.analyze.result import AnalysisResult, PublishedFigures, StepTime
 from hesskern.apps.processes import ONE, Processes
+from hesskern.apps.resume import NOWHERE, Resume
 from hesskern.choices import check_counts
 from hesskern.devices import usable_device
 from hesskern.diagnostics import metrics
@@ -138,6 +139,7 @@ def analyze(
     trained: Callable[[Network], None] | None = None,
     published: PublishedFigures | None = None,
     processes: Processes = ONE,
+    resume: Resume = NOWHERE,
 ) -> Analysis:
     """Trains or loads the models, computes everything the report shows.
 
@@ -149,6 +151,7 @@ def analyze(
             be kept should anything fail later.
         published: figures of the same network and data for the report to put beside.
         processes: share the samples; the first trains, and knows of the training.
+        resume: where the state of training and passes is kept.
 
     Raises:
         ValueError: a setting is wrong; the message names it. Settings, checkpoints and layers are
@@ -170,11 +173,11 @@ def analyze(
     skipped: dict[str, str] = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for network in _networks(settings, data, clock, processes):
+        for network in _networks(settings, data, clock, processes, resume):
             clock.label = network.label
             if trained is not None:
                 trained(network)
-            layers, spectrum, reasons = _look_at(network.model, data, settings, clock, processes)
+            layers, spectrum, reasons = _look_at(network, data, settings, clock, processes, resume)
             skipped.update(reasons)
             networks.append(network)
             spectra.append(spectrum)
@@ -264,12 +267,16 @@ def _rehearse(settings: Settings, data: datasets.Dataset, test: datasets.Dataset
 
 
 def _factors(
-    model: nn.Module, batches: Any, settings: Settings, progress: Progress, group: Any
+    model: nn.Module,
+    batches: Any,
+    settings: Settings,
+    progress: Progress,
+    group: Any,
+    checkpoint: Path | None = None,
 ) -> Factors:
     loss = nn.CrossEntropyLoss()
-    factors = kronecker_factors(
-        model, batches, loss, settings.layers, progress=progress, group=group
-    )
+    how: dict[str, Any] = {"progress": progress, "group": group, "checkpoint": checkpoint}
+    factors = kronecker_factors(model, batches, loss, settings.layers, **how)
     if not factors:
         raise ValueError(f"model {settings.model!r} has no supported layer: {factors.skipped}")
     return factors
@@ -298,7 +305,11 @@ def _keep_common(
 
 
 def _networks(
-    settings: Settings, data: datasets.Dataset, clock: _Clock, processes: Processes
+    settings: Settings,
+    data: datasets.Dataset,
+    clock: _Clock,
+    processes: Processes,
+    resume: Resume,
 ) -> Iterator[Network]:
     """Every model, trained or loaded, one after the other."""
     if settings.checkpoints:
@@ -314,6 +325,7 @@ def _networks(
         clock.label = f"seed {seed}"
         with clock.step("train"):
             train = partial(training.train, model, data, recipe, seed, progress=clock)
+            train = partial(train, checkpoint=resume.file(f"{clock.label} training"))
             history = processes.weights(model, "training", train)
         yield Network(f"seed {seed}", model, seed, history=history)
 
@@ -334,16 +346,19 @@ def _describe(network: Network, data: datasets.Dataset, test: datasets.Dataset) 
 
 
 def _look_at(
-    model: nn.Module,
+    network: Network,
     data: datasets.Dataset,
     settings: Settings,
     clock: _Clock,
     processes: Processes,
+    resume: Resume,
 ) -> tuple[dict[str, Any], dict[str, _Spectrum], dict[str, str]]:
     """One model: its layers' numbers, what the comparison needs, and the layers left out."""
+    model = network.model
     batches, loss = processes.batches(data, settings.batch_size), nn.CrossEntropyLoss()
     with clock.step("Kronecker factors"):
-        factors = _factors(model, batches, settings, clock, processes.group)
+        file = resume.file(f"{network.label} factors")
+        factors = _factors(model, batches, settings, clock, processes.group, file)
     with clock.step("exact layer-wise Hessians"):
         hessians = layer_hessians(
             model,
@@ -353,6 +368,7 @@ def _look_at(
             settings.tolerance,
             progress=clock,
             group=processes.group,
+            checkpoint=resume.file(f"{network.label} Hessians"),
         )
     entries, spectra, skipped = {}, {}, dict(factors.skipped)
     for name, layer_factors in factors.items():

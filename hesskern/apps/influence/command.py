@@ -24,6 +24,7 @@ from hesskern.apps.command_line import (
 )
 from hesskern.apps.influence.report import summary, write_report
 from hesskern.apps.influence.study import Settings, study
+from hesskern.apps.resume import Resume, resume_option
 from hesskern.files import check_writable, write_files
 from hesskern.tensor_files import savable
 from hesskern.text import number
@@ -79,6 +80,7 @@ __all__ = ["influence_command"]
     "hesskern-influence",
     "Folder for report.html, influence.json, all scores and the trained weights.",
 )
+@resume_option
 @json_option()
 @click.pass_context
 def influence_command(
@@ -87,6 +89,7 @@ def influence_command(
     model: str | None,
     layers: str | None,
     output: Path,
+    resume: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -106,8 +109,16 @@ def influence_command(
     with together(context) as (processes, progress):
         processes.on_first("a look at the output folder", lambda: check_writable(output))
         trained: list[nn.Module] = []
+        states = Resume.of(output, resume)
         try:
-            found = study(settings, progress, command_line(context), trained.append, processes)
+            found = study(
+                settings,
+                progress,
+                command_line(context),
+                trained.append,
+                processes,
+                states,
+            )
         except Exception:
             if trained and processes.first:
                 paths = write_files(output, _weights(settings, trained[0]))
@@ -119,6 +130,7 @@ def influence_command(
             return
         weights = _weights(settings, found.model) if found.trained else {}
         paths = write_report(found, output, weights)
+        states.finished()
     console = Console(stderr=as_json, highlight=False)
     _show(console, found.result)
     console.print(f"\n[bold]Report:[/bold] {paths[0]}", soft_wrap=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hesskern.apps.analyze.analysis import plain, versions
 from hesskern.apps.processes import ONE, Processes
+from hesskern.apps.resume import NOWHERE, Resume
 from hesskern.attribution.influence import influence
 from hesskern.attribution.result import Influence
 from hesskern.choices import check_counts
@@ -94,6 +95,7 @@ def study(
     command: str | None = None,
     trained: Callable[[nn.Module], None] | None = None,
     processes: Processes = ONE,
+    resume: Resume = NOWHERE,
 ) -> Study:
     """Trains or loads the model, makes the scores and what the page says of them.
 
@@ -104,6 +106,7 @@ def study(
         trained: called with the model once it is trained, so that its weights can be kept should
             anything fail later.
         processes: share the training samples; the first trains.
+        resume: where the state of training and passes is kept.
 
     Raises:
         ValueError: a setting is wrong; the message names it.
@@ -127,6 +130,7 @@ def study(
         if settings.epochs is not None:
             recipe = replace(recipe, epochs=settings.epochs)
         fit = partial(training.train, model, train, recipe, settings.seed, progress=progress)
+        fit = partial(fit, checkpoint=resume.file("training"))
         history = processes.weights(model, "training", fit)
         if trained is not None:
             trained(model)
@@ -140,6 +144,7 @@ def study(
             settings.layers,
             bias="joint",
             progress=progress,
+            checkpoint=resume.file("curvature"),
             group=processes.group,
         )
         curved = time.perf_counter()
@@ -159,6 +164,7 @@ def study(
             damping="mean" if settings.damping is None else settings.damping,
             per_layer=True,
             progress=progress,
+            checkpoint=resume.file("scores"),
             group=processes.group,
         )
     assert isinstance(found.scores, dict)

@@ -22,7 +22,7 @@ from hesskern.apps.analyze.wording import network_name
 from hesskern.apps.processes import ONE, Processes
 from hesskern.factors.compute import kronecker_factors
 from hesskern.factors.result import Factors, load_factors
-from hesskern.files import keep_if_possible, written_whole
+from hesskern.files import check_writable, keep_if_possible, written_whole
 from hesskern.operators.gauss_newton import GaussNewton
 from hesskern.operators.layer_hessian import LayerHessian, layer_hessians
 from hesskern.progress import Progress, reporter
@@ -356,7 +356,12 @@ class Lab:
         model, group = self.model(network, seed, epochs), self.processes.group
         with self._named(network, seed):
             found = kronecker_factors(
-                model, self._part(network), LOSS, progress=self.progress, group=group
+                model,
+                self._part(network),
+                LOSS,
+                progress=self.progress,
+                group=group,
+                checkpoint=self._state(path),
             )
         self._keep(path, found.save)
         return found
@@ -382,7 +387,18 @@ class Lab:
                 memory_budget=self.memory_budget,
                 progress=self.progress,
                 group=self.processes.group,
+                checkpoint=self._state(self._cached(network, seed, epochs, "hessians")),
             )
+
+    @staticmethod
+    def _state(path: Path) -> Path | None:
+        """Where a pass keeps its state, beside what it gives; None where nothing can be written."""
+        try:
+            check_writable(path.parent)
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (ValueError, OSError):
+            return None
+        return path.with_suffix(".checkpoint")
 
     def full(self, network: Network, seed: int) -> GaussNewton:
         """The Gauss-Newton matrix over all layers, biases included."""

@@ -1,0 +1,1 @@
+"""Passes that are killed -9 at random moments, and made again until one comes to its end."""

@@ -1,0 +1,128 @@
+"""Samples in files: the same Hessians, memory within the budget, files that go."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hesskern as hk
+from hesskern.operators import spilled
+
+CE = nn.CrossEntropyLoss()
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where files go; each of a few samples."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(spilled, "_TOGETHER", 2**12)
+    return tmp_path
+
+
+def problem() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 5), nn.ReLU(), nn.Linear(5, 4)
+    )
+    data = [(torch.randn(n, 2, 6, 6), torch.arange(n) % 4) for n in (5, 3, 1, 6)]
+    return model, data
+
+
+@pytest.mark.parametrize("budget", [0, 4000])
+def test_everything_is_that_of_samples_in_memory(budget: int, folder: Path) -> None:
+    model, data = problem()
+    whole = hk.layer_hessians(model, data, CE, bias="joint")
+    found = hk.layer_hessians(model, data, CE, bias="joint", memory_budget=budget, spill="disk")
+    assert any(H.spilled for H in found.values())
+    assert all(H.spilled for H in found.values()) == (budget == 0)
+    assert list(folder.glob("hesskern-spill-*/*.safetensors"))
+    for name, H in whole.items():
+        spilt = found[name]
+        assert spilt.cached
+        v = torch.randn(H.shape[0], 3)
+        torch.testing.assert_close(spilt @ v, H @ v, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(spilt.to_dense(), H.to_dense(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(spilt.diagonal(), H.diagonal(), rtol=1e-5, atol=1e-6)
+        assert spilt.trace() == pytest.approx(H.trace(), rel=1e-6)
+        top = hk.eigsh(spilt, 3).values
+        torch.testing.assert_close(top, hk.eigsh(H, 3).values, rtol=1e-4, atol=1e-6)
+
+
+def test_several_batches_lie_in_several_files(folder: Path) -> None:
+    model, data = problem()
+    H = hk.layer_hessians(model, data, CE, memory_budget=0, spill="disk")
+    files = list(folder.glob("*/*.safetensors"))
+    assert len(files) > len(H)
+
+
+def test_the_model_does_not_run_again() -> None:
+    model, data = problem()
+    H = hk.layer_hessians(model, data, CE, memory_budget=0, spill="disk")
+    runs: list[Any] = []
+    model.register_forward_hook(lambda *given: runs.append(given))
+    for layer in H.values():
+        layer @ torch.randn(layer.shape[0])
+    assert not runs
+
+
+def test_data_that_can_be_iterated_only_once() -> None:
+    model, data = problem()
+    once = hk.layer_hessians(model, iter(data), CE, memory_budget=0, spill="disk")
+    whole = hk.layer_hessians(model, data, CE)
+    for name, H in whole.items():
+        torch.testing.assert_close(once[name].to_dense(), H.to_dense(), rtol=1e-5, atol=1e-6)
+
+
+def test_files_go_with_the_hessians(folder: Path) -> None:
+    model, data = problem()
+    found = hk.layer_hessians(model, data, CE, memory_budget=0, spill="disk")
+    copy = pickle.loads(pickle.dumps(found))
+    v = {name: torch.randn(H.shape[0]) for name, H in found.items()}
+    expected = {name: H @ v[name] for name, H in found.items()}
+    del found
+    gc.collect()
+    assert not list(folder.iterdir())
+    for name, H in copy.items():
+        torch.testing.assert_close(H @ v[name], expected[name])
+
+
+def test_what_fails_leaves_no_files(folder: Path) -> None:
+    model, data = problem()
+    bad = [*data, (torch.full((2, 2, 6, 6), torch.nan), torch.zeros(2, dtype=torch.long))]
+    with pytest.raises(ValueError, match="NaN"):
+        hk.layer_hessians(model, bad, CE, memory_budget=0, spill="disk")
+    gc.collect()
+    assert not list(folder.iterdir())
+
+
+def test_a_full_disk_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(spilled, "save_file", full)
+    model, data = problem()
+    with pytest.raises(OSError, match=r"spill: samples cannot be written to .*TMPDIR.*No space"):
+        hk.layer_hessians(model, data, CE, memory_budget=0, spill="disk")
+    gc.collect()
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spill": "tape"}, "spill must be None, 'cpu' or 'disk', got 'tape'"),
+        ({"spill": "cpu"}, "spill='cpu' takes samples from a GPU"),
+        ({"spill": "disk", "tolerance": 0.1}, "tolerance=0.1"),
+        ({"spill": "disk", "checkpoint": "file"}, "checkpoint"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    model, data = problem()
+    with pytest.raises(ValueError, match=message):
+        hk.layer_hessians(model, data, CE, **options)

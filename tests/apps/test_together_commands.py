@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typed import Typed, typed
 
 import hesskern as hk
 from hesskern.files import write_files
+from hesskern.pacbayes import load_certificate
 
 REPRODUCE = (
     "reproduce autocorrelation overlap-f200x2 --data digits --model f8x2 --limit 101 --epochs 1 "
@@ -76,6 +78,44 @@ def computed_again(*_: Any, **__: Any) -> Any:
     raise AssertionError("these factors are kept")
 
 
+CERTIFY = "certify --net T-16_10 --epochs 2 --passes 3".split()
+
+
+def test_certify_and_verify(tmp_path: Path) -> None:
+    drawn = {"hesskern.apps.certify.report:write": unpaged}
+    (alone,) = typed([*CERTIFY, "--output", "one"], tmp_path, ranks=1, replaced=drawn)
+    first, second = typed([*CERTIFY, "--output", "two"], tmp_path, replaced=drawn)
+    assert (alone.code, first.code, second.code) == (0, 0, 0), first.err
+    assert first.out.replace("two/", "one/") == alone.out
+    assert (second.out, second.err) == ("", "")
+    # No checkpoint of either process is left.
+    assert files(tmp_path / "two") == files(tmp_path / "one") == {"seed0.safetensors"}
+    one, two = (load_certificate(tmp_path / k / "seed0.safetensors") for k in ("one", "two"))
+    assert (two.bound, two.kl, two.errors, two.test) == (one.bound, one.kl, one.errors, one.test)
+    again = typed(["certify", "--verify", "two/seed0.safetensors", "--passes", 3], tmp_path)
+    assert [process.code for process in again] == [0, 0], again[0].err
+    assert again[0].out.startswith("holds: ")
+    assert again[1].out == ""
+
+
+def unpaged(_: Any, result: Any, certificates: Any, folder: Path) -> list[Path]:
+    return [folder / "certificate.html"]
+
+
+def both_at_once(original: Any, *arguments: Any, **options: Any) -> Any:
+    """Ctrl-C, of which every process hears during the optimization."""
+    os.kill(os.getpid(), signal.SIGINT)
+    raise AssertionError("not interrupted")
+
+
+def test_ctrl_c_ends_a_certificate_of_several_processes(tmp_path: Path) -> None:
+    replaced = {"hesskern.pacbayes.loop:_shown": both_at_once}
+    found = typed([*CERTIFY, "--output", "two"], tmp_path, replaced=replaced)
+    assert [one.code for one in found] == [130, 130], found[0].err
+    assert found[0].err.splitlines()[-1] == "Interrupted; no file was left half-written."
+    assert found[1].err == ""
+
+
 def breaks_on_the_second(original: Any, *arguments: Any, **options: Any) -> Any:
     if os.environ["RANK"] == "1":
         raise KeyError("fc7")
@@ -89,4 +129,4 @@ def test_an_item_that_one_process_cannot_do_ends_all(items: list[str], tmp_path:
     first, second = typed(words, tmp_path, replaced=replaced)
     assert (first.code, second.code) == (1, 1)
     assert "rank 1 of 2 failed in autocorrelation: KeyError: 'fc7'" in first.err
-    assert not list(tmp_path.rglob("result.json"))
+    assert not list(tmp_path.rglob("autocorrelation/result.json"))

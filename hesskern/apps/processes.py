@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hesskern.checkpoints.checkpoint import path_of_rank
 from hesskern.parallel.first import on_first
 from hesskern.parallel.ranks import RankError, Ranks
 from hesskern.zoo.data import Dataset
@@ -164,20 +165,18 @@ class Processes:
         if self.ranks is None:
             yield
             return
-        error: Exception | None = None
         try:
-            yield
-        except Exception as found:
-            error = found
-        own = error is not None and not isinstance(error, RankError)
-        words = f"{type(error).__name__}: {error}" if own else ""
-        told = self.ranks.gather(words)
-        if error is not None and (all(told) or not own):
-            raise error
-        for rank, text in enumerate(told):
-            if text:
-                size = self.ranks.size
-                raise RankError(f"rank {rank} of {size} failed in {what}: {text}") from error
+            with self.ranks.section(what):
+                yield
+        except Exception as error:
+            own = not isinstance(error, RankError)
+            if own and not all(self.ranks.gather(own)):
+                rank, size = self.ranks.rank, self.ranks.size
+                words = f"{type(error).__name__}: {error}"
+                raise RankError(f"rank {rank} of {size} failed in {what}: {words}") from error
+            if not own:
+                self.ranks.gather(own)
+            raise
 
     def same(self, value: _T) -> _T:
         """The first process's value, of what JSON can hold."""
@@ -218,6 +217,12 @@ class Processes:
         for tensor, values in zip(tensors, sent, strict=True):
             if values.data_ptr() != tensor.data_ptr():
                 tensor.copy_(values)
+
+    def own(self, path: Path) -> Path:
+        """The file of this process among those that each writes for itself."""
+        if self.ranks is None:
+            return path
+        return path_of_rank(path, self.ranks.rank, self.ranks.size)
 
     def batches(self, data: Dataset, size: int) -> Any:
         """This process's part of the data in batches, which know their samples' numbers."""

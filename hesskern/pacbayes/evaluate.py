@@ -134,9 +134,9 @@ def draw_error(
     errors, drawn = 0, None
     with section_of(ranks, description), evaluating(model), replaced(slots, draws):
         for done, (t, i) in enumerate(order):
-            place = (t,) if whole else (t, i)
+            place = t if whole else t * len(chunks) + i
             if place != drawn:
-                generator.manual_seed(_keyed(seed, *place))
+                generator.manual_seed(_keyed(seed, place))
                 for draw in draws.values():
                     draw.renew()
                 drawn = place
@@ -149,7 +149,11 @@ def draw_error(
     return counted(protocol, layers, errors, len(samples))
 
 
-def _keyed(seed: int, *place: int) -> int:
-    """The seed of one draw, of 63 bits that have nothing to do with those of another."""
-    digest = hashlib.sha256(f"draw {seed} {place}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+def _keyed(seed: int, place: int) -> int:
+    """The seed of one draw, another one for each of up to 2^32 places.
+
+    Torch's generator on the CPU (MT19937) heeds the lowest 32 bits alone: of hashes two in tens of
+    thousands would share them, and draws that have to be independent would be the same.
+    """
+    digest = hashlib.sha256(f"draws {seed}".encode()).digest()
+    return (int.from_bytes(digest[:4], "little") + place) % 2**32

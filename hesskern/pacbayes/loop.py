@@ -124,6 +124,7 @@ def optimize(
     interval: float = 30.0,
     progress: Progress | None = None,
     estimate: Callable[[float, float], float] | None = None,
+    stops_early: bool = True,
 ) -> Outcome:
     """Runs ``method`` until the budget is spent or Ctrl-C is pressed.
 
@@ -140,6 +141,7 @@ def optimize(
         interval: least seconds between two checkpoints.
         progress: callback.
         estimate: of the bound, from an error and a KL; shown and recorded, and no certificate.
+        stops_early: whether Ctrl-C ends the optimization early; otherwise it goes on to the caller.
 
     Raises:
         NotFiniteError: the objective is not finite, and nothing was kept yet.
@@ -224,6 +226,8 @@ def optimize(
                     kept = copy.deepcopy(state)
                 last_saved = time.perf_counter()
     except KeyboardInterrupt:
+        if not stops_early:
+            raise
         interrupts.handled()
         interrupted = True
     except NotFiniteError as error:

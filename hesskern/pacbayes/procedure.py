@@ -161,7 +161,7 @@ def certify_with(
             }
             ranks.agree("a certificate", {**facts, **model_facts(model)})
             ranks.agree("a certificate", {"prior's tensors": _hash(case.problem.prior)})
-        outcome = _optimized(case, method, settings, checkpoint, report)
+        outcome = _optimized(case, method, settings, checkpoint, report, ranks is None)
         certificate = _drawn(case, method, settings, outcome, report, ranks)
         certificate.verify()
         return certificate
@@ -236,8 +236,9 @@ def _optimized(
     settings: CertifySettings,
     checkpoint: Path | None,
     progress: Progress,
+    stops_early: bool,
 ) -> Outcome:
-    """Runs the method until the budget is spent."""
+    """Runs the method until the budget is spent, or Ctrl-C if that stops it early."""
     problem = case.problem
     n, layers, protocol = len(problem.samples), len(problem.slots), problem.protocol
     identity = {
@@ -260,6 +261,8 @@ def _optimized(
         interval=SAVE_INTERVAL,
         progress=progress,
         estimate=lambda error, kl: _estimate(protocol, error, kl, n, layers),
+        # Ranks that hear of it at different steps would not have one posterior.
+        stops_early=stops_early,
     )
 
 

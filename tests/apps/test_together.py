@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import time
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from alike import differences
 from typed import typed
 
 from hesskern.apps import processes
@@ -23,32 +23,6 @@ from hesskern.zoo import data
 ANALYZE = "analyze --model f8x1 --top 5 --limit 101 --epochs 1 --dtype float64".split()
 # Six digits are written; eigenpairs are those of residuals within 1e-4, so their values' squares.
 CLOSE = 2e-5
-
-
-def numbers(value: Any, place: str = "") -> dict[str, float]:
-    """All numbers of a nested result, by where they stand."""
-    if isinstance(value, dict):
-        return {
-            k: v for key, part in value.items() for k, v in numbers(part, f"{place}/{key}").items()
-        }
-    if isinstance(value, list):
-        return {
-            k: v for i, part in enumerate(value) for k, v in numbers(part, f"{place}/{i}").items()
-        }
-    return {place: float(value)} if isinstance(value, (int, float)) else {}
-
-
-def differences(first: Any, second: Any, but: str) -> list[str]:
-    """Places at which numbers differ; those with a word of ``but`` in their names are let be."""
-    one, two = numbers(first), numbers(second)
-    assert one.keys() == two.keys()
-    left_out = but.split()
-    return [
-        f"{name}: {one[name]} and {two[name]}"
-        for name in one
-        if not any(word in name for word in left_out)
-        and not math.isclose(one[name], two[name], rel_tol=CLOSE, abs_tol=CLOSE)
-    ]
 
 
 def files(folder: Path) -> set[str]:
@@ -83,8 +57,8 @@ class TestAnalyze:
         one, two = (json.loads((folder / k / "result.json").read_text()) for k in ("one", "two"))
         assert two["data"]["samples"] == 101
         # How many products a solver takes hangs on rounding.
-        wrong = differences(one, two, "seconds /times /versions matvecs residuals /command")
-        assert wrong == []
+        but = "seconds /times /versions matvecs residuals /command"
+        assert differences(one, two, but, CLOSE) == []
 
 
 def fails(original: Any, *arguments: Any, **options: Any) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hesskern.pacbayes import LayerPosterior, gaussian_kl
-from hesskern.pacbayes.evaluate import counted, draw_error, wrong
+from hesskern.pacbayes.evaluate import _keyed, counted, draw_error, wrong
 from hesskern.pacbayes.posterior import ExampleDraw, GroupDraw
 from hesskern.pacbayes.protocol import Protocol
 from hesskern.pacbayes.samples import Samples
@@ -304,3 +304,9 @@ def test_only_a_layer_on_the_data_themselves_reads_the_data():
     # Equal values for these samples, but another function of the data.
     behind = nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(6, 3)).double()
     assert not slots_of(behind, inputs)["2"].reads_data
+
+
+def test_no_two_draws_share_the_bits_of_a_seed_that_torch_heeds() -> None:
+    seeds = {_keyed(seed=3, place=place) for place in range(200_000)}
+    assert len(seeds) == 200_000
+    assert all(0 <= seed < 2**32 for seed in seeds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from hesskern.apps.command_line import (
     json_option,
     output_option,
     root_option,
-    running,
     shown_option,
+    together,
 )
+from hesskern.apps.processes import Processes
 from hesskern.devices import usable_device
 from hesskern.files import check_writable, write_files
 from hesskern.pacbayes import (
@@ -141,24 +143,29 @@ def certify_command(
 
     Trains a stochastic network from a random initialization and certifies, without test data, how
     often it errs. Pixels are scaled to [0, 1]. Ctrl-C ends the optimization early and certifies
-    what it has reached; after a kill the same command goes on where the last checkpoint was.
+    what it has reached; after a kill the same command goes on where the last checkpoint was. Under
+    torchrun, where all processes optimize alike (--epochs) and share the draws, it ends as a kill
+    does.
     """
     if verified is not None:
-        with running(context) as progress:
+        with together(context) as (processes, progress):
             there = usable_device(device)
-            train = data.load(data_name, root)
-            certificate = _verify(verified, train, options["passes"], there, progress)
+            with processes.section("reading the data"):
+                train = data.load(data_name, root)
+            passes = options["passes"]
+            certificate = _verify(verified, train, passes, there, progress, processes)
         click.echo(f"holds: {certificate!r}")
         return
-    with running(context) as progress:
-        check_writable(output)
+    with together(context) as (processes, progress):
+        processes.on_first("a look at the output folder", lambda: check_writable(output))
         chosen, there = parse_net(net or _NET[data_name]), usable_device(device)
-        train = data.load(data_name, root)
-        test = None if chosen.random_labels else data.load(data_name, root, train=False)
+        with processes.section("reading the data"):
+            train = data.load(data_name, root)
+            test = None if chosen.random_labels else data.load(data_name, root, train=False)
         certificates: list[Certificate] = []
         for s in range(seed, seed + seeds):
             try:
-                found = _run(chosen, train, test, s, there, output, progress, options)
+                found = _run(chosen, train, test, s, there, output, progress, processes, options)
             except (ValueError, TypeError, NotImplementedError) as error:
                 if not certificates:
                     raise
@@ -166,14 +173,20 @@ def certify_command(
                     f"seed {s}: {error}; the certificates of the seeds before it are in {output}"
                 ) from error
             # Each as soon as it is there: what comes later may fail.
-            write_files(output, {certify_report.file_name(found): found.content()})
+            kept = partial(write_files, output, {certify_report.file_name(found): found.content()})
+            processes.on_first("writing a certificate", kept)
             certificates.append(found)
         result = certify_report.summarize(
             certificates, chosen.name, train.source, command_line(context)
         )
-        paths = certify_report.write(result, certificates, output)
+        paths = processes.on_first(
+            "writing the report", lambda: certify_report.write(result, certificates, output)
+        )
         for certificate in certificates:
-            _checkpoint(output, certificate.settings["seed"]).unlink(missing_ok=True)
+            path = _checkpoint(output, certificate.settings["seed"])
+            processes.own(path).unlink(missing_ok=True)
+        if paths is None:
+            return
     console = Console(stderr=as_json, highlight=False)
     _show(console, chosen, certificates, result)
     console.print(f"\n[bold]Report:[/bold] {paths[0]}", soft_wrap=True)
@@ -184,16 +197,22 @@ def certify_command(
 
 
 def _verify(
-    path: Path, train: data.Dataset, passes: int, device: torch.device, progress: Progress
+    path: Path,
+    train: data.Dataset,
+    passes: int,
+    device: torch.device,
+    progress: Progress,
+    processes: Processes,
 ) -> Certificate:
-    certificate = load_certificate(path)
+    with processes.section(f"reading {path}"):
+        certificate = load_certificate(path)
     name = certificate.prior.get("net")
     if name is None:
         raise ValueError(f"{path} was not made by this command; use Certificate.verify(data)")
     samples = _samples(parse_net(name), train, certificate.settings["seed"])
     if (share := certificate.prior.get("held out")) is not None:
         samples = samples.split(share, certificate.prior["seed"])[1]
-    certificate.verify(samples.to(device), passes=passes, progress=progress)
+    certificate.verify(samples.to(device), passes=passes, progress=progress, group=processes.group)
     return certificate
 
 
@@ -209,6 +228,7 @@ def _run(
     device: torch.device,
     output: Path,
     progress: Progress,
+    processes: Processes,
     options: dict[str, Any],
 ) -> Certificate:
     samples = _samples(net, train, seed).to(device)
@@ -245,10 +265,12 @@ def _run(
         ),
     )
     if seen is not None:
-        train_start(model, seen, options["sgd_epochs"], seed, progress)
+        start = partial(train_start, model, seen, options["sgd_epochs"], seed, progress)
+        processes.weights(model, "training the prior", start)
         prior = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     if not settings.ours:
-        train_start(model, samples, options["sgd_epochs"], seed, progress)
+        start = partial(train_start, model, samples, options["sgd_epochs"], seed, progress)
+        processes.weights(model, "training the start", start)
     return certify_with(
         settings,
         model,
@@ -258,6 +280,7 @@ def _run(
         checkpoint=_checkpoint(output, seed),
         test=None if test is None else _samples(net, test, seed).to(device),
         progress=progress,
+        group=processes.group,
     )
 
 

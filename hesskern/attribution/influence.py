@@ -162,6 +162,7 @@ def influence(
                 "query_rank": query_rank,
                 "batch_size": batch_size,
                 "check": check,
+                "position_mask given": mask is not None,
             }
             agree_on_pass(ranks, "influence", model, curvature.specs, resolved, settings)
             report = ranks.watching("influence", report)

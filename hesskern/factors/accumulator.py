@@ -653,7 +653,11 @@ class FactorAccumulator(Portable):
         """
         if self._ranks is None:
             return
-        settings = {**self._settings, "layers with a diagonal alone": sorted(self._large)}
+        settings = {
+            **self._settings,
+            "layers with a diagonal alone": sorted(self._large),
+            "position_mask given": self._position_mask is not None,
+        }
         given = self._model, self._specs, self._loss, settings
         agree_on_pass(self._ranks, "Kronecker factors", *given)
 

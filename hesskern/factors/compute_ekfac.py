@@ -156,6 +156,7 @@ def ekfac(
                 "mc_samples": mc_samples,
                 "seed": seed,
                 "precision": precision,
+                "position_mask given": mask is not None,
             }
             ranks.agree("EKFAC", asked)
         saved = Checkpoint.of(

@@ -560,7 +560,9 @@ def input_covariances(
         seen = result if ranks is None else InputCovariances()
         if ranks is not None:
             seen._unfit = dict(result._unfit)
-            ranks.agree("input covariances", _facts(model, specs, bias, result))
+            facts = _facts(model, specs, bias, result)
+            facts["position_mask given"] = position_mask is not None
+            ranks.agree("input covariances", facts)
             sample_weight = weights_of_part(ranks, data, sample_weight, 2)
             report = ranks.watching("input covariances", report)
         before = seen._copy() if sample_weight is not None and len(seen) else None

@@ -115,7 +115,8 @@ class GaussNewton(CurvatureOperator):
                 self.skipped[name] = f"shares its weight with {owner!r}, which stands for both"
             resolved, report = resolve_loss(loss, output_root), reporter(progress)
             if self.ranks is not None:
-                settings = {"bias": bias, "check": check}
+                masked = position_mask is not None
+                settings = {"bias": bias, "check": check, "position_mask given": masked}
                 agree_on_pass(self.ranks, self.described, model, specs, resolved, settings)
                 sample_weight = weights_of_part(self.ranks, data, sample_weight, 2)
                 report = self.ranks.watching(self.described, report)

@@ -401,6 +401,7 @@ def layer_hessians(
 
         if ranks is not None:
             settings = {**rows, "tolerance": tolerance, "bias": bias, "check": check}
+            settings["position_mask given"] = mask is not None
             agree_on_pass(ranks, "layer Hessians", model, specs, resolved, settings)
             report = ranks.watching("layer Hessians", report)
         saved = Checkpoint.of(

@@ -47,6 +47,10 @@ def _other_statistics() -> nn.Module:
     return model
 
 
+def _no_mask(inputs: Tensor) -> None:
+    return None
+
+
 def _other_activation() -> nn.Module:
     model = _mlp()
     model[1] = nn.Tanh()
@@ -72,6 +76,11 @@ ODD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         {},
         "modules '1': ['torch.nn.modules.activation.ReLU', ''] on rank 0, "
         "['torch.nn.modules.activation.Tanh', ''] on rank 1",
+    ),
+    "mask": (
+        _mlp,
+        {"position_mask": _no_mask},
+        "settings 'position_mask given': False on rank 0, True on rank 1",
     ),
     "seed": (_mlp, {"seed": 5}, "settings 'seed': 0 on rank 0, 5 on rank 1"),
     "output": (_mlp, {"output": "mc"}, "settings 'output': 'exact' on rank 0, 'mc' on rank 1"),

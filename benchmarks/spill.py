@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import statistics
 import tempfile
@@ -53,10 +52,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="Where files go.  [default: $TMPDIR]")
     options = parser.parse_args()
-    if options.folder is not None:
-        tempfile.tempdir = str(options.folder)
-    folder = Path(tempfile.mkdtemp(prefix="spill-"))
-    tempfile.tempdir = str(folder)
+    with tempfile.TemporaryDirectory(prefix="spill-", dir=options.folder) as folder:
+        tempfile.tempdir = folder
+        measure(options, Path(folder))
+
+
+def measure(options: argparse.Namespace, folder: Path) -> None:
+    """Prints the times."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(options.width, 32), nn.ReLU(), nn.Linear(32, 4))
     data = [
@@ -83,9 +85,6 @@ def main() -> None:
     for how, of in (("medians", statistics.median), ("least", min)):
         slowest = max(of(times["memory"]), of(times["reading"]))
         print(f"ratio of {how}: {of(times['spilled']) / slowest:.2f}")
-    del outside
-    gc.collect()
-    folder.rmdir()
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from hesskern.checkpoints.checkpoint import Checkpoint, path_of_rank
 from hesskern.checkpoints.facts import described
 from hesskern.graph.evidence import Evidence
 from hesskern.parallel.ranks import Ranks, section_of
-from hesskern.parallel.replicas import inner_model
 from hesskern.parallel.samplers import weights_of_part
+from hesskern.parallel.sharded import whole_model
 from hesskern.passes.batches import DataCourse, check_iterable, no_samples
 from hesskern.passes.data_pass import DataPass
 from hesskern.passes.forward_pass import model_device
@@ -138,14 +138,13 @@ def influence(
             :func:`hesskern.kronecker_factors`.
     """
     ranks = Ranks.of(group)
-    with section_of(ranks, "influence"):
+    with section_of(ranks, "influence"), whole_model(ranks, model) as model:
         _check_choices(per_layer, per_token, top, query_rank, batch_size)
         for name, data in (("queries", queries), ("train", train)):
             with _named(name):
                 check_iterable(data)
             if ranks is None or name == "queries":
                 _warn_of_shuffling(name, data)
-        model = model if ranks is None else inner_model(model)
         curvature = curvature_of(E, model, layers, damping)
         resolved = resolve_loss(loss)
         asked = resolved if query_loss is None else resolve_loss(query_loss)

@@ -21,8 +21,9 @@ from hesskern.factors.second_pass import SecondPass, contents
 from hesskern.graph.evidence import Evidence
 from hesskern.operators.corrected import CorrectedOperator
 from hesskern.parallel.ranks import Ranks, section_of
-from hesskern.parallel.replicas import checksums, inner_model
+from hesskern.parallel.replicas import checksums
 from hesskern.parallel.samplers import weights_of_part
+from hesskern.parallel.sharded import whole_model
 from hesskern.passes.batches import check_iterable, no_samples
 from hesskern.passes.data_pass import DataPass
 from hesskern.passes.forward_pass import model_device
@@ -116,13 +117,13 @@ def ekfac(
         UserWarning: naming linear layers and convolutions that were left out, and why.
     """
     ranks = Ranks.of(group)
-    with section_of(ranks, "EKFAC"):
+    with section_of(ranks, "EKFAC"), whole_model(ranks, model) as model:
         check_choice("precision", precision, Precision)
         check_output(output, mc_samples, seed)
         check_iterable(data)
         report, mask = reporter(progress), checked_mask(position_mask)
         if ranks is not None:
-            report, model = ranks.watching("EKFAC", report), inner_model(model)
+            report = ranks.watching("EKFAC", report)
         resolved = resolve_loss(loss, output_root)
         device = model_device(model)
         budget, now = budget_for(memory_budget, device, 2**30, 1 / 16), precisions(model, device)

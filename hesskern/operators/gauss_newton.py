@@ -19,8 +19,8 @@ from hesskern.operators.base import CurvatureOperator, Layout
 from hesskern.operators.samples import SampleRows, added_bytes, layer_rows
 from hesskern.operators.stacked import StackedGaussNewton
 from hesskern.parallel.ranks import Ranks, section_of, telling_of
-from hesskern.parallel.replicas import inner_model
 from hesskern.parallel.samplers import weights_of_part
+from hesskern.parallel.sharded import replica
 from hesskern.passes.batches import check_iterable, no_samples
 from hesskern.passes.data_pass import RepeatedPass, stored_or_anew, with_less_memory
 from hesskern.passes.forward_pass import model_device
@@ -106,7 +106,7 @@ class GaussNewton(CurvatureOperator):
         self.ranks = Ranks.of(group)
         with section_of(self.ranks, "the Gauss-Newton matrix"):
             if self.ranks is not None:
-                model = inner_model(model)
+                model = replica(model)
             check_iterable(data)
             specs, self.skipped = select_layers(model, layers, bias)
             for name, owner in shared_weights(model, specs).items():

@@ -28,8 +28,8 @@ from hesskern.operators.pruning import kept_samples, prune
 from hesskern.operators.samples import SampleRows, join, layer_rows
 from hesskern.operators.spilled import Spill, SpilledSamples, check_spill
 from hesskern.parallel.ranks import Ranks, section_of, telling_of
-from hesskern.parallel.replicas import inner_model
 from hesskern.parallel.samplers import weights_of_part
+from hesskern.parallel.sharded import replica
 from hesskern.passes.batches import check_iterable, no_samples
 from hesskern.passes.checks import Checks
 from hesskern.passes.data_pass import (
@@ -390,7 +390,7 @@ def layer_hessians(
         check_fraction("tolerance", tolerance)
         check_output(output, mc_samples, seed)
         check_iterable(data)
-        model = model if ranks is None else inner_model(model)
+        model = model if ranks is None else replica(model)
         check_spill(spill, model_device(model), tolerance, checkpoint)
         resolved = resolve_loss(loss, output_root)
         specs, skipped = select_layers(model, layers, bias)

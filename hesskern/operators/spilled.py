@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hesskern.devices import sent
 from hesskern.operators.samples import SampleRows, join
 
 __all__ = ["Spill", "SpilledSamples", "check_spill"]
@@ -102,8 +103,10 @@ class SpilledSamples:
         """The pieces, one or two of them on the device at a time."""
         if self._device.type == "cuda":
             yield from self._streamed()
-        else:
+        elif self._device.type == "cpu":
             yield from self._on_host()
+        else:
+            yield from (_moved(piece, self._device) for piece in self._on_host())
 
     def _on_host(self) -> Iterator[SampleRows]:
         for piece, following in zip(self._pieces, [*self._pieces[1:], None], strict=True):
@@ -117,12 +120,7 @@ class SpilledSamples:
         ready: list[tuple[SampleRows, torch.cuda.Event]] = []
         for piece in self._on_host():
             with torch.cuda.stream(beside):
-                moved = SampleRows(
-                    piece.x.to(self._device, non_blocking=True),
-                    piece.s.to(self._device, non_blocking=True),
-                    piece.stored,
-                )
-                ready.append((moved, beside.record_event()))
+                ready.append((_moved(piece, self._device), beside.record_event()))
             if len(ready) > 1:
                 yield self._awaited(*ready.pop(0))
         while ready:
@@ -135,6 +133,11 @@ class SpilledSamples:
             # Its memory is not the other stream's again before this one's work is done.
             tensor.record_stream(current)
         return piece
+
+
+def _moved(piece: SampleRows, device: torch.device) -> SampleRows:
+    """The piece on a device."""
+    return SampleRows(sent(piece.x, device), sent(piece.s, device), piece.stored)
 
 
 def _pinned(piece: SampleRows) -> SampleRows:

@@ -17,7 +17,7 @@ from torch import nn
 from hesskern.parallel.ranks import Ranks
 from hesskern.parallel.replicas import inner_model
 
-__all__ = ["whole_model"]
+__all__ = ["replica", "whole_model"]
 
 
 @contextmanager
@@ -47,6 +47,23 @@ def whole_model(ranks: Ranks | None, model: Any) -> Iterator[Any]:
         for module in sharded.values():
             stack.enter_context(_hooks_at_rest(module))
         yield inner
+
+
+def replica(model: Any) -> Any:
+    """The module inside ``DistributedDataParallel``, for what runs it again later.
+
+    Raises:
+        NotImplementedError: the model is sharded.
+    """
+    inner = inner_model(model)
+    sharded = list(_sharded(inner))
+    if sharded:
+        raise NotImplementedError(
+            f"model: module {sharded[0]!r} is sharded by fully_shard, and products may run the "
+            "model again at any time; pass a replica that is whole on every rank (factors, ekfac "
+            "and influence take sharded models)"
+        )
+    return inner
 
 
 def _sharded(model: Any) -> dict[str, Any]:

@@ -337,8 +337,9 @@ def _advice(
         needed = sum(found.rows.samples[name] for name in found.rows.samples)
         whole = needed * batches_of(samples, batch_size)
         texts.append(
-            f"memory_budget={whole} ({size(whole)}) would store the samples of all layers; as it "
-            f"is the model runs again at every product with {', '.join(anew)}"
+            f"memory_budget={whole} ({size(whole)}) would store the samples of all layers, "
+            "spill='disk' those above the budget in files; as it is the model runs again at every "
+            f"product with {', '.join(anew)}"
         )
     exact = request.output == "exact" and request.what != "inputs"
     fits = room is None or found.peak <= room

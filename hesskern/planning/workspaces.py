@@ -1,7 +1,6 @@
 """Bytes that operators take inside, which no tensor outside shows; those of the host's kernels.
 
-Each is what the kernel named beside it takes. Where that depends on the processor, it is what one
-with AVX-512 takes: the most.
+Each is what the kernel named beside it takes; some depend on the processor's vectors.
 """
 
 from __future__ import annotations
@@ -16,15 +15,17 @@ from hesskern.devices import on_host
 
 __all__ = ["workspace_bytes"]
 
+# Bytes of a vector.
+_VECTOR = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
 # Bytes of a panel's row, its rows, elements that are packed at a time, order up to which threads
 # have sums of their own, rows below which nothing is packed, blocks that are summed apart
 # (csrc/cpu/blas/triangle.h, few_rows.h).
-_LINE, _PANEL_ROWS, _CHUNK, _PRIVATE, _FEW, _LEVEL = 128, 128, 2**20, 256, 32, 64
+_LINE, _PANEL_ROWS, _CHUNK, _PRIVATE, _FEW, _LEVEL = 2 * _VECTOR, 128, 2**20, 256, 32, 64
 # Elements of the signals that a convolution's covariance transforms at a time (csrc/cpu/conv/
 # paths.h), and what it takes of tables beside them.
 _SIGNALS, _TABLES = 2**21, 2**19
-# Channels that oneDNN's convolutions keep together.
-_CHANNELS = 16
+# Channels that oneDNN's convolutions keep together: a vector of float32.
+_CHANNELS = max(8, _VECTOR // 4)
 
 
 def workspace_bytes(func: Any, args: Any, kwargs: Any) -> int:

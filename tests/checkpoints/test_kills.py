@@ -111,16 +111,18 @@ def part(rank: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def together(group: Any, folder: Path, killed: int | None, batch: int) -> tuple[bytes, list[int]]:
-    """Factors of both ranks' parts; a rank may end behind one of its batches."""
+def together(
+    group: Any, folder: Path, killed: int | None, batch: int, bad: bool = False
+) -> tuple[bytes, list[int]]:
+    """Factors of both ranks' parts; a rank may end before one of its batches, or find it bad."""
     rank, seen = group.rank(), []
     inputs = part(rank)
 
     def given() -> Any:
         for i, (x, y) in enumerate(inputs):
-            if rank == killed and i == batch:
+            if rank == killed and i == batch and not bad:
                 ended(signal.SIGKILL)
-            yield x, y
+            yield (x * torch.nan if rank == killed and i == batch else x), y
 
     net = seeded(Between(torch.relu)).float()
     net.register_forward_pre_hook(
@@ -148,3 +150,24 @@ def test_one_of_two_ranks_is_killed(killed: int, batch: int, tmp_path: Path) -> 
     assert again[killed][1] == list(range(batch, 5 - 2 * killed))
     assert again[1 - killed][1] == []
     assert not list(tmp_path.glob("*.checkpoint*"))
+
+
+def test_what_one_of_two_ranks_cannot_go_on_with(tmp_path: Path) -> None:
+    whole = [result for result, _ in run(together, 2, tmp_path, None, -1)]
+    failed = outcomes(together, 2, tmp_path, 1, 2, True, timeout=8.0)
+    assert "NaN" in failed[1].message
+    assert "rank 1 of 2 failed" in failed[0].message
+    files = {path: path.read_bytes() for path in tmp_path.glob("both.rank*")}
+    assert len(files) == 2
+    torn = tmp_path / "both.rank1of2.checkpoint"
+    torn.write_bytes(files[torn][:-1])
+    failed = outcomes(together, 2, tmp_path, None, 2, timeout=8.0)
+    assert f"'{torn}' is not a readable checkpoint" in failed[1].message
+    assert "rank 1 of 2 failed" in failed[0].message
+    assert f"'{torn}' is not a readable checkpoint" in failed[0].message
+    torn.write_bytes(files[torn])
+    # What was there before is there still.
+    assert {path: path.read_bytes() for path in files} == files
+    again = run(together, 2, tmp_path, None, 2)
+    assert [result for result, _ in again] == whole
+    assert [seen for _, seen in again] == [[], [2]]

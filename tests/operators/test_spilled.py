@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from devices import needs_cuda
+from played_device import OnDevice, played
 from torch import Tensor, nn
 
 import hesskern as hk
 from hesskern.operators import spilled
+from hesskern.operators.samples import SampleRows
+from hesskern.operators.spilled import Spill, SpilledSamples
 
 CE = nn.CrossEntropyLoss()
 
@@ -39,6 +43,7 @@ def test_everything_is_that_of_samples_in_memory(budget: int, folder: Path) -> N
     model, data = problem()
     whole = hk.layer_hessians(model, data, CE, bias="joint")
     found = hk.layer_hessians(model, data, CE, bias="joint", memory_budget=budget, spill="disk")
+    factors = hk.kronecker_factors(model, data, CE, bias="joint")
     assert any(H.spilled for H in found.values())
     assert all(H.spilled for H in found.values()) == (budget == 0)
     assert list(folder.glob("hesskern-spill-*/*.safetensors"))
@@ -50,6 +55,12 @@ def test_everything_is_that_of_samples_in_memory(budget: int, folder: Path) -> N
         torch.testing.assert_close(spilt.to_dense(), H.to_dense(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(spilt.diagonal(), H.diagonal(), rtol=1e-5, atol=1e-6)
         assert spilt.trace() == pytest.approx(H.trace(), rel=1e-6)
+        K = factors[name].operator()
+        assert spilt.inner(K) == pytest.approx(H.inner(K), rel=1e-5)
+        torch.testing.assert_close(spilt.diagonal_in(K), H.diagonal_in(K), rtol=1e-4, atol=1e-6)
+        B = factors[name].input_covariance
+        expected = H.contract_inputs(B)
+        torch.testing.assert_close(spilt.contract_inputs(B), expected, rtol=1e-4, atol=1e-5)
         top = hk.eigsh(spilt, 3).values
         torch.testing.assert_close(top, hk.eigsh(H, 3).values, rtol=1e-4, atol=1e-6)
 
@@ -111,6 +122,55 @@ def test_a_full_disk_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
         hk.layer_hessians(model, data, CE, memory_budget=0, spill="disk")
     gc.collect()
     assert not list(folder.iterdir())
+
+
+def pieces() -> list[SampleRows]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        SampleRows(
+            torch.randn(n, 3, generator=generator), torch.randn(n, 2, 4, generator=generator)
+        )
+        for n in (300, 5, 700, 2)
+    ]
+
+
+def assert_samples(found: list[SampleRows], given: list[SampleRows]) -> None:
+    for name in ("x", "s"):
+        whole = torch.cat([getattr(piece, name) for piece in found])
+        assert torch.equal(whole, torch.cat([getattr(piece, name) for piece in given]))
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_pieces_come_back_to_a_device(place: Spill) -> None:
+    played()
+    given, device = pieces(), OnDevice(torch.zeros(1)).device
+    samples = SpilledSamples(place, device)
+    for piece in given:
+        samples.add(SampleRows(OnDevice(piece.x), OnDevice(piece.s)))
+    samples.finish()
+    for _ in range(2):
+        found = list(samples())
+        assert len(found) > 1
+        assert all(piece.x.device == piece.s.device == device for piece in found)
+        host = [SampleRows(fetched(piece.x), fetched(piece.s)) for piece in found]
+        assert_samples(host, given)
+
+
+def fetched(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, OnDevice)
+    return tensor.inner
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_on_a_gpu(place: Spill, device: str) -> None:
+    model, data = problem()
+    whole = hk.layer_hessians(model, data, CE)
+    found = hk.layer_hessians(model.to(device), data, CE, memory_budget=0, spill=place)
+    for name, H in found.items():
+        assert H.spilled
+        v = torch.randn(H.shape[0], 3)
+        torch.testing.assert_close((H @ v.to(device)).cpu(), whole[name] @ v, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

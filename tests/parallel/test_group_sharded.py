@@ -127,3 +127,24 @@ def _refused(group: Any, what: str) -> None:
 def test_what_is_refused(what: str) -> None:
     for outcome in outcomes(_refused, 2, what):
         assert outcome.message.startswith(f"NotImplementedError: {REFUSED[what]}"), outcome.trace
+
+
+def _second_passes(group: Any) -> Any:
+    model = _sharded("blocks") if group else seeded(Net())
+    mine = part(DATA, group.rank(), group.size()) if group else DATA
+    factors = hk.kronecker_factors(seeded(Net()), DATA, CE)
+    # Bases that are the same however the sums were rounded.
+    E = hk.ekfac(model, mine, CE, factors=factors, output="exact", group=group)
+    scores = hk.influence(E, model, DATA[:1], mine, CE, group=group)
+    if group:
+        assert _is_sharded(model)
+        with pytest.raises(NotImplementedError, match="sharded by fully_shard, and products may"):
+            hk.layer_hessians(model, mine, CE, group=group)
+    assert isinstance(scores.scores, Tensor)
+    return {"scores": scores.scores, **{name: E[name].values for name in E}}
+
+
+def test_ekfac_and_influence_of_a_sharded_model() -> None:
+    want = _second_passes(None)
+    for found in run(_second_passes, 2, store="tcp"):
+        check_same(found, want, 1e-12)

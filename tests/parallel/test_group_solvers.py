@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 
 import pytest
@@ -135,3 +137,24 @@ def test_an_argument_that_one_rank_alone_refuses() -> None:
     first, second = outcomes(_arguments, 2, "k", store="tcp")
     assert second.message == "ValueError: k must be an integer with 1 <= k <= P = 300, got 1000000"
     assert first.message == f"RankError: rank 1 of 2 failed in eigsh: {second.message}"
+
+
+def _killed(group: Any) -> None:
+    H = _hessian(group)
+    if group.rank() == 1:
+        product, left = H._matmul, [5]
+
+        def fatal(block: Tensor) -> Tensor:
+            left[0] -= 1
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return product(block)
+
+        H._matmul = fatal  # type: ignore[method-assign]
+    hk.eigsh(H, 5)
+
+
+def test_a_rank_that_is_killed_in_a_search_is_named() -> None:
+    first, second = outcomes(_killed, 2, timeout=10.0, store="tcp")
+    assert second.exitcode == -signal.SIGKILL
+    assert first.message.startswith("RankError: rank 1 of 2 did not get to a product with the")

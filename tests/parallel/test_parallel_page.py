@@ -23,13 +23,15 @@ from torch.utils.data.distributed import DistributedSampler
 torch.manual_seed(0)
 model, loss = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)), nn.CrossEntropyLoss()
 dataset = TensorDataset(torch.randn(101, 5), torch.randint(0, 3, (101,)))
+queries = [dataset[:3]]
 """
 
 
 def test_its_script_gives_what_one_process_gives(here: Path) -> None:
-    (script,) = re.findall(
+    script, more = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "parallel.md").read_text(), re.S
     )
+    script = script.replace("dist.destroy", more + "dist.destroy")
     (here / "script.py").write_text(BEFORE + script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))

@@ -101,7 +101,7 @@ def rows_kept(budget: int | None, fails_above: int, data: Any) -> Callable[[Any]
     """A call of a pass that stores samples, on a device that fails beyond so many bytes."""
 
     def call(function: Any) -> Any:
-        from hesskern.operators import gauss_newton, layer_hessian, position_mean, samples
+        from hesskern.operators import gathering, gauss_newton, position_mean, samples
 
         def rows(specs: Any, roots: Any, allowed: int, keep_positions: bool = False) -> Any:
             if allowed > fails_above:
@@ -109,7 +109,7 @@ def rows_kept(budget: int | None, fails_above: int, data: Any) -> Callable[[Any]
             return samples.layer_rows(specs, roots, allowed, keep_positions)
 
         with pytest.MonkeyPatch.context() as patch:
-            for module in (layer_hessian, gauss_newton, position_mean):
+            for module in (gathering, gauss_newton, position_mean):
                 patch.setattr(module, "layer_rows", rows)
             return function(model(), data, CE, memory_budget=budget)
 

@@ -391,9 +391,9 @@ def layer_hessians(
         check_output(output, mc_samples, seed)
         check_iterable(data)
         model = model if ranks is None else replica(model)
-        check_spill(spill, model_device(model), tolerance, checkpoint)
         resolved = resolve_loss(loss, output_root)
         specs, skipped = select_layers(model, layers, bias)
+        check_spill(spill, model_device(model), tolerance, checkpoint)
         report, evidence, mask = reporter(progress), Evidence(check), checked_mask(position_mask)
 
         rows: dict[str, Any] = {"output": output, "mc_samples": mc_samples, "seed": seed}

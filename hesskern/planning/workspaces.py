@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hesskern.devices import on_host
+from hesskern.planning.corrections import conv_correction_bytes, correction_bytes
 
 __all__ = ["workspace_bytes"]
 
@@ -126,8 +127,10 @@ _TAKEN: dict[str, Callable[..., int]] = {
     "linalg_eigh": _eigenpairs,
     "input_covariance_": _input_covariance,
     "output_hessian_": _output_hessian,
+    "conv_eigen_correction_": conv_correction_bytes,
     "conv_input_covariance_": _conv_input_covariance,
     "conv_input_gradient_": _conv_input_gradient,
     "max_pool_input_gradient_": _max_pool_input_gradient,
     "convolution": _convolution,
+    "eigen_correction_": correction_bytes,
 }

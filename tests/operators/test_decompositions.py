@@ -41,7 +41,7 @@ def test_nan_in_float32_is_decomposed_in_float64(
 
 def test_nan_in_both_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.linalg, "eigh", without_result(None))
-    with pytest.raises(ValueError, match="no eigendecomposition of A .*NaN"):
+    with pytest.raises(ValueError, match=r"no eigendecomposition of A .*NaN"):
         eigenpairs([torch.eye(40)], ["A"], "float32")
 
 

@@ -56,6 +56,47 @@ def test_peaks(network: str, what: str) -> None:
     assert sum(plan.at_peak.values()) == plan.peak
 
 
+@pytest.mark.parametrize("bias", ["none", "joint"])
+@pytest.mark.parametrize("network", ["signals", "tokens", "groups"])
+def test_peaks_of_corrections_of_many_rows(network: str, bias: Any) -> None:
+    # What the kernels hold inside counts most where all root rows go together.
+    model, shape = {
+        "signals": (
+            nn.Sequential(
+                nn.Conv1d(2, 16, 9, stride=4),
+                nn.Tanh(),
+                nn.Conv1d(16, 32, 5, stride=2),
+                nn.Tanh(),
+                nn.Conv1d(32, 32, 3, stride=3),
+                nn.Flatten(),
+                nn.Linear(32 * 15, 10),
+            ),
+            (2, 400),
+        ),
+        "tokens": (
+            nn.Sequential(nn.Linear(32, 96), nn.Tanh(), nn.Linear(96, 8), nn.Flatten(), nn.Tanh()),
+            (40, 32),
+        ),
+        "groups": (
+            nn.Sequential(
+                nn.Conv2d(8, 32, 3, groups=8), nn.Tanh(), nn.Flatten(), nn.Linear(32 * 36, 10)
+            ),
+            (8, 8, 8),
+        ),
+    }[network]
+    if network == "tokens":
+        model.append(nn.Linear(320, 10))
+    batch = torch.randn(16, *shape), torch.arange(16) % 10
+
+    def call(model: nn.Module, data: Iterable[Any]) -> Any:
+        return hk.ekfac(model, data, CE, output="exact", bias=bias)
+
+    plan = hk.plan(
+        model, batch, CE, what="ekfac", output="exact", bias=bias, num_samples=32, timing=False
+    )
+    assert plan.peak == pytest.approx(measured(call, model, Loaded(batch, 2)), rel=0.1)
+
+
 def test_one_sample_is_enough() -> None:
     model, (inputs, targets) = batch_of("lenet5")
     one = inputs[:1], targets[:1]

@@ -19,7 +19,11 @@ _UNFOLDING = 1.5
 
 @dataclass(frozen=True)
 class _Call:
-    """Sizes of a call: outputs m and inputs d of one group, with the column of ones."""
+    """Sizes of a call: outputs m and inputs d of one group, with the column of ones.
+
+    Attributes:
+        converted: numbers of a sample that are brought into the accumulator's dtype.
+    """
 
     n: int
     r: int
@@ -28,6 +32,7 @@ class _Call:
     m: int
     d: int
     ones: bool
+    converted: int
 
     @property
     def matrix(self) -> int:
@@ -60,7 +65,8 @@ class _Call:
             samples: numbers of a sample's image and gradients.
         """
         count = self.together(4 * (3 * self.groups * self.matrix + samples))
-        return (self.groups + 2) * count * self.matrix + self.groups * self.m * self.d
+        held = (self.groups + 2) * self.matrix + self.converted
+        return count * held + self.groups * self.m * self.d
 
     def by_rows(self, patches: bool, packed: bool, rows_last: bool) -> int:
         """Numbers held at most where rows are rotated as they come.
@@ -74,7 +80,8 @@ class _Call:
         formed = t > 1 and not (self.outputs_first and self.inputs_first)
         numbers = t * (3 * d + 2 * r * m) + (3 * self.matrix if formed else 0)
         count = self.together(self.groups * numbers)
-        whole = self.groups * m * d + (count * self.groups * t * d if patches else 0)
+        unfolded = self.groups * t * d if patches else 0
+        whole = self.groups * m * d + count * (unfolded + self.converted)
         rows, inputs, matrices = count * r * t * m, count * t * d, count * self.matrix
         if t == 1:
             turned = 2 * rows if self.groups > 1 else rows
@@ -90,6 +97,11 @@ class _Call:
         plain = not self.outputs_first and packed and self.groups == 1
         product_of = matrices + (0 if plain else rows)
         return whole + max(begin, left + right + max(product_of, 2 * matrices))
+
+
+def _converted(acc: Tensor, *given: Tensor) -> int:
+    """Numbers of a sample in tensors [N, ...] of another dtype than acc's."""
+    return sum(t.numel() // len(t) for t in given if t.dtype != acc.dtype)
 
 
 def _order(g: Tensor) -> tuple[bool, bool]:
@@ -112,7 +124,7 @@ def correction_bytes(
     (n, r, outputs), t = g.shape[:3], product(g.shape[3:])
     if not acc.numel() or not g.numel():
         return 0
-    call = _Call(n, r, t, groups, outputs // groups, acc.shape[1], ones)
+    call = _Call(n, r, t, groups, outputs // groups, acc.shape[1], ones, _converted(acc, g, x))
     return acc.element_size() * call.by_rows(False, *_order(g))
 
 
@@ -134,7 +146,7 @@ def conv_correction_bytes(
     (n, r, outputs), t = g.shape[:3], product(g.shape[3:])
     if not acc.numel() or not g.numel():
         return 0
-    call = _Call(n, r, t, groups, outputs // groups, acc.shape[1], ones)
+    call = _Call(n, r, t, groups, outputs // groups, acc.shape[1], ones, _converted(acc, g, x))
     if call.sums_pay():
         return acc.element_size() * call.by_sums((x.numel() + g.numel()) // n)
     return acc.element_size() * call.by_rows(True, *_order(g))

@@ -97,6 +97,40 @@ def test_peaks_of_corrections_of_many_rows(network: str, bias: Any) -> None:
     assert plan.peak == pytest.approx(measured(call, model, Loaded(batch, 2)), rel=0.1)
 
 
+class Attention(nn.Module):
+    """A head behind attention: its root rows go backwards one by one."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unsqueeze(1) for part in self.qkv(x).chunk(3, -1))
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1)
+        x = x + self.down(nn.functional.gelu(self.up(x)))
+        out: torch.Tensor = self.head(x.mean(1))
+        return out
+
+
+@pytest.mark.parametrize("what", ["factors", "ekfac"])
+@pytest.mark.parametrize("classes", [30, 100])
+def test_peaks_of_many_single_rows(what: str, classes: int) -> None:
+    model = Attention(32, classes)
+    batch = torch.randn(16, 40, 32), torch.arange(16) % classes
+    function: Any = hk.ekfac if what == "ekfac" else hk.kronecker_factors
+
+    def call(model: nn.Module, data: Iterable[Any]) -> Any:
+        return function(model, data, CE, output="exact")
+
+    given: Any = {"what": what, "output": "exact", "num_samples": 32}
+    plan = hk.plan(model, batch, CE, timing=False, **given)
+    assert plan.blocks == 0
+    assert plan.peak == pytest.approx(measured(call, model, Loaded(batch, 2)), rel=0.1)
+
+
 def test_one_sample_is_enough() -> None:
     model, (inputs, targets) = batch_of("lenet5")
     one = inputs[:1], targets[:1]

@@ -563,7 +563,9 @@ def _finish(
     cached = layer.chunks is not None or layer.spilled is not None
     chunks: list[SampleRows] | SpilledSamples | _Rerun = rerun
     # Where others cannot choose among single rows, whole samples go on all ranks.
-    together = ranks is None or tolerance == 0 or all(ranks.gather(cached))
+    together = (
+        ranks is None or tolerance == 0 or all(ranks.gather("whether samples are kept", cached))
+    )
     if layer.spilled is not None:
         chunks = layer.spilled
     elif layer.chunks is not None:

@@ -369,6 +369,10 @@ def layer_hessians(
             (``memory_budget`` is that of a rank), the Hessians are those of all data: whatever
             they are asked for then is asked on all ranks, with the same vectors, and they get the
             same bits. :func:`hesskern.eigsh` and the like know that by themselves.
+        spill: where samples of layers above the budget go instead, to be read at every product:
+            "disk" for files below $TMPDIR, which go with the Hessians; "cpu" for pinned memory of
+            the host, from a GPU. None: they are made anew. Neither with ``tolerance`` nor with
+            ``checkpoint``.
 
     Returns:
         :class:`LayerHessians`, {name: :class:`LayerHessian`} in the model's order. Each is the

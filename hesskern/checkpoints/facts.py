@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hesskern.digests import digest, tensor_digest
+from hesskern.digests import digest, module_facts, tensor_digest
 from hesskern.ops.extension import build_info
 from hesskern.version import __version__
 
@@ -18,7 +18,11 @@ __all__ = ["described", "differences", "environment", "model_facts", "other_mode
 
 
 def model_facts(model: nn.Module) -> list[list[Any]]:
-    """[name, shape, dtype, digest] of every parameter and buffer; reads all of them once."""
+    """[name, shape, dtype, digest] of every parameter and buffer; reads all of them once.
+
+    Behind these comes [name, type, words, ""] of every module, as what has no weights, such as an
+    activation, makes another model, too.
+    """
     named = chain(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     )
@@ -29,6 +33,10 @@ def model_facts(model: nn.Module) -> list[list[Any]]:
         if key not in seen:
             seen[key] = tensor_digest(tensor)
         found.append([name, list(tensor.shape), str(tensor.dtype), seen[key]])
+    found += [
+        [f"module {name}" if name else "the model", *facts, ""]
+        for name, facts in module_facts(model).items()
+    ]
     return found
 
 
@@ -41,7 +49,10 @@ def other_model(found: Iterable[list[Any]], own: Iterable[list[Any]]) -> str | N
             return f"of {there} model alone is {name!r}"
     for name, (shape, dtype, bits) in now.items():
         if before[name][:2] != [shape, dtype]:
-            return f"{name!r} is {before[name][0]} {before[name][1]} there and {shape} {dtype} here"
+            there, here = (
+                f"{one} {other}".strip() for one, other in (before[name][:2], (shape, dtype))
+            )
+            return f"{name!r} is {there} there and {here} here"
         if before[name][2] != bits:
             return f"{name!r} has other values"
     return None
@@ -63,6 +74,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "device": str(device),
         "default dtype": str(torch.get_default_dtype()),
+        "autocast": _autocast(device),
         "float32 precision": torch.get_float32_matmul_precision(),
         "mkldnn": bool(torch.backends.mkldnn.enabled),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -77,6 +89,13 @@ def environment(device: torch.device) -> dict[str, Any]:
             torch.backends.cudnn.allow_tf32,
         ]
     return found
+
+
+def _autocast(device: torch.device) -> str | None:
+    """The dtype that autocast computes in; None where it is off."""
+    if not torch.is_autocast_enabled(device.type):
+        return None
+    return str(torch.get_autocast_dtype(device.type))
 
 
 def differences(found: Mapping[str, Any], own: Mapping[str, Any]) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hesskern.digests import module_facts
+
 __all__ = ["checksums", "inner_model", "model_facts"]
 
 # Words that are summed at a time.
@@ -40,6 +42,7 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
         "dtypes": {name: str(tensor.dtype) for name, tensor in named.items()},
         "shapes": {name: list(tensor.shape) for name, tensor in named.items()},
         "checksums of values": checksums(named),
+        "modules": module_facts(model),
     }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import CE, Between, classes, randn, seeded
+from networks import CE, Attention, Between, classes, randn, seeded
 from resumed import bits, broken_off
 from torch import Tensor, nn
 
@@ -53,10 +53,29 @@ def swapped(net: nn.Module) -> nn.Module:
     return net
 
 
+def activated(activation: nn.Module) -> nn.Module:
+    return seeded(nn.Sequential(nn.Linear(4, 5), activation, nn.Linear(5, 3))).float()
+
+
+def otherwise(net: nn.Module) -> nn.Module:
+    """The same weights under another ``forward``."""
+
+    class Between(type(net)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x)))
+
+    net.__class__ = Between
+    return net
+
+
 OTHERS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "weights": (lambda: {"net": swapped(model())}, "of another model: 'b.bias' has other values"),
     "shape": (lambda: {"net": model(hidden=7)}, "of another call: geometry is"),
     "dtype": (lambda: {"net": model().double()}, "of another model: 'a.weight' is "),
+    "forward": (
+        lambda: {"net": otherwise(model())},
+        "of another model: 'the model' is .* with forward",
+    ),
     "output": (lambda: {"output": "mc"}, "of another call: output is 'exact' there and 'mc' here"),
     "seed": (lambda: {"seed": 1}, "seed is 0 there and 1 here"),
     "layers": (lambda: {"layers": "a"}, r"layers is \['a', 'b'\] there and \['a'\] here"),
@@ -81,6 +100,37 @@ def test_of_something_else(other: str, path: Path, tmp_path: Path) -> None:
     assert path.read_bytes() == before
     # Nothing is lost: the call that it belongs to goes on.
     assert bits(call(checkpoint=path), tmp_path) == bits(call(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "other", [nn.Tanh(), nn.LeakyReLU(0.2)], ids=["activation", "its settings"]
+)
+def test_of_another_activation(other: nn.Module, tmp_path: Path) -> None:
+    path, first = tmp_path / "pass.checkpoint", activated(nn.LeakyReLU(0.1))
+    broken_off(partial(call, first), path, 3)
+    with pytest.raises(ValueError, match=r"of another model: 'module 1' is .*LeakyReLU"):
+        call(activated(other), checkpoint=path)
+
+
+def kept(inputs: Tensor, limit: float) -> Tensor:
+    return (inputs[..., 0] > limit).float()
+
+
+def test_of_another_mask_of_arguments(tmp_path: Path) -> None:
+    path, net = tmp_path / "pass.checkpoint", seeded(Attention()).float()
+    data = [(randn(3, 4, 4, seed=i, dtype=torch.float32), classes(3, c=3)) for i in range(3)]
+    given = [partial(kept, limit=limit) for limit in (-1.0, -0.5)]
+    broken_off(partial(call, net, data, position_mask=given[0]), path, 2)
+    with pytest.raises(ValueError, match="of another call: position_mask is"):
+        call(net, data, position_mask=given[1], checkpoint=path)
+
+
+def test_under_autocast(path: Path) -> None:
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match=r"autocast is None there and 'torch.bfloat16' here"),
+    ):
+        call(checkpoint=path)
 
 
 def test_data_that_end_too_early(tmp_path: Path) -> None:

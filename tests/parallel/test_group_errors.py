@@ -47,6 +47,12 @@ def _other_statistics() -> nn.Module:
     return model
 
 
+def _other_activation() -> nn.Module:
+    model = _mlp()
+    model[1] = nn.Tanh()
+    return model
+
+
 ODD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "width": (
         lambda: _mlp(7),
@@ -61,6 +67,12 @@ ODD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     ),
     "weights": (_one_bit, {}, "checksums of values '3.weight': "),
     "statistics": (_other_statistics, {}, "checksums of values '2.running_mean': "),
+    "activation": (
+        _other_activation,
+        {},
+        "modules '1': ['torch.nn.modules.activation.ReLU', ''] on rank 0, "
+        "['torch.nn.modules.activation.Tanh', ''] on rank 1",
+    ),
     "seed": (_mlp, {"seed": 5}, "settings 'seed': 0 on rank 0, 5 on rank 1"),
     "output": (_mlp, {"output": "mc"}, "settings 'output': 'exact' on rank 0, 'mc' on rank 1"),
     "layers": (_mlp, {"layers": "0"}, "layers: ['0', '3'] on rank 0, ['0'] on rank 1"),

@@ -51,9 +51,6 @@ class _Store:
 
     def add(self, key: str, amount: int) -> int:
         self.calls["add"] += 1
-        if key.endswith("/read"):
-            # All others have read what the first has just written.
-            return self._size - 1
         self._values[key] = self._values.get(key, 0) + amount * self._size
         return self._values[key]
 
@@ -62,7 +59,8 @@ class _Store:
 
     def check(self, keys: list[str]) -> bool:
         self.calls["check"] += 1
-        return all(self._own(key) in self._values for key in keys)
+        # All others have read what the first has just written.
+        return all(key.endswith("/all read") or self._own(key) in self._values for key in keys)
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         self.calls["wait"] += 1

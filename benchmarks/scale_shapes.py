@@ -172,16 +172,14 @@ def _grams(milliseconds: dict[int, float]) -> tuple[tuple[int, float], ...]:
     return tuple((n, 65_536 * n * (n + 1) / ms * 1e3) for n, ms in milliseconds.items())
 
 
-# benchmarks/README.md, "GPU": input covariances as of commit c4fe906 (rebuilt since, and not
-# measured), torch.mm in float32 41.4 ms. The prototype of the same day (NOTES.md) measured torch.mm
-# in bfloat16 with the card under load: 3.06 ms; and torch.mm in TF32, .081 ms for
-# [60000, 784] x [784, 200].
+# benchmarks/README.md, "GPU", as of commit c4fe906: input covariances (rebuilt since, and not
+# measured), torch.mm in float32 41.4 ms, three products in TF32 25.7, torch.mm in bfloat16 2.68.
 _SQUARE = 2 * 65_536 * 4096**2
 RATES = {
     4: Rates(_SQUARE / 41.4e-3, _grams({512: 0.404, 2048: 4.89, 4096: 18.6})),
-    2: Rates(_SQUARE / 3.06e-3, _grams({512: 0.119, 2048: 1.27, 4096: 4.60})),
+    2: Rates(_SQUARE / 2.68e-3, _grams({512: 0.119, 2048: 1.27, 4096: 4.60})),
 }
-TF32 = 2 * 60_000 * 784 * 200 / 0.081e-3
+TF32 = 3 * _SQUARE / 25.7e-3
 
 
 def shares(costs: Sequence[float], ranks: int) -> list[float]:

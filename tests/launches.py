@@ -80,7 +80,15 @@ class Reads(TorchFunctionMode):
 def playing_device() -> Iterator[None]:
     """The CPU as a device: no value is looked at, and rows go backwards by torch's operations."""
     with ExitStack() as stack:
-        for module in ("checks", "roots", "losses", "transformers", "masks", "position_mask"):
+        for module in (
+            "checks",
+            "draws",
+            "roots",
+            "losses",
+            "transformers",
+            "masks",
+            "position_mask",
+        ):
             stack.enter_context(mock.patch(f"hesskern.passes.{module}.on_host", return_value=False))
         rows = mock.patch("hesskern.graph.propagation._by_kernels", return_value=False)
         stack.enter_context(rows)

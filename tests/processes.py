@@ -15,6 +15,7 @@ import functools
 import io
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -164,6 +165,8 @@ def _collect(pipes: list[Connection], processes: list[Any], limit: float) -> lis
 def _child(
     pipe: Connection, rank: int, ranks: int, place: str, store: Store, timeout: float, given: bytes
 ) -> None:
+    # Whoever runs the tests in the background may have it ignored, which children inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     # As pytest has them in the tests' own process.
     warnings.simplefilter("error")

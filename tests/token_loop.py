@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from drawn_rows import uniform_numbers
 from torch import Tensor, nn
 from transformer_models import transformers
 
@@ -82,7 +83,7 @@ class Loop:
         self.positions = dict.fromkeys(self.layers, 0.0)
         self.products: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         self.weight = 0.0
-        self.generator = torch.Generator().manual_seed(SEED)
+        self.seen = 0
 
     @contextmanager
     def calls(self) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
@@ -104,9 +105,7 @@ class Loop:
             handle.remove()
 
     def add(self, batch: dict[str, Tensor]) -> None:
-        n = len(batch["labels"])
-        uniform: Any = None
-        for i in range(n):
+        for i in range(len(batch["labels"])):
             sample = {key: value[i : i + 1] for key, value in batch.items()}
             labels = sample.pop("labels")
             with self.calls() as calls:
@@ -119,15 +118,15 @@ class Loop:
             terms = labels.reshape(-1)
             if self.place == "next":
                 terms = torch.cat([terms[1:], torch.tensor([-100])])
-            if uniform is None:
-                # One per token, and for every draw.
-                uniform = torch.rand(
-                    n * len(terms), SAMPLES, generator=self.generator, dtype=torch.float64
-                ).reshape(n, len(terms), SAMPLES)
             labelled = (terms != -100).nonzero().flatten().tolist()
             weight = float(len(labelled)) if self.by_token else float(len(labelled) > 0)
             self.weight += weight
-            rows = self.rows(logits.detach().double(), terms, labelled, uniform[i])
+            # One per labelled token, and for every draw.
+            numbers = uniform_numbers(SEED, self.seen, len(labelled) * SAMPLES)
+            uniform = torch.zeros(len(terms), SAMPLES, dtype=torch.float64)
+            uniform[labelled] = torch.tensor(numbers, dtype=torch.float64).reshape(-1, SAMPLES)
+            self.seen += 1
+            rows = self.rows(logits.detach().double(), terms, labelled, uniform)
             for name, uses in calls.items():
                 for x, _ in uses:
                     self.inputs[name] += weight * x.T @ x

@@ -170,21 +170,25 @@ class Processes:
                 yield
         except Exception as error:
             own = not isinstance(error, RankError)
-            if own and not all(self.ranks.gather(own)):
+            if own and not all(self.ranks.gather("whose error it is", own)):
                 rank, size = self.ranks.rank, self.ranks.size
                 words = f"{type(error).__name__}: {error}"
                 raise RankError(f"rank {rank} of {size} failed in {what}: {words}") from error
             if not own:
-                self.ranks.gather(own)
+                self.ranks.gather("whose error it is", own)
             raise
 
     def same(self, value: _T) -> _T:
         """The first process's value, of what JSON can hold."""
-        return value if self.ranks is None else self.ranks.gather(value if self.first else None)[0]
+        return (
+            value
+            if self.ranks is None
+            else self.ranks.gather("the first value", value if self.first else None)[0]
+        )
 
     def all(self, value: bool) -> bool:
         """Whether the value is true on every process."""
-        return value if self.ranks is None else all(self.ranks.gather(value))
+        return value if self.ranks is None else all(self.ranks.gather("yes or no", value))
 
     def see(self, path: Path) -> bool:
         """Whether the first process has the file, and the others see it, too."""

@@ -90,7 +90,9 @@ def scores_of_all(
     flat = torch.cat(numbers)
     counting = (flat >= 0).nonzero()[:, 0]
     own = flat[counting]
-    by_number = all(ranks.gather(kept.known)) and len(own.unique()) == len(own)
+    by_number = all(ranks.gather("samples with numbers", kept.known)) and len(own.unique()) == len(
+        own
+    )
     if by_number:
         counting = counting[own.argsort()]
     columns = torch.full_like(flat, -1)
@@ -108,7 +110,11 @@ def scores_of_all(
         found = {"": found}
     longest = 0
     if per_token:
-        longest = max(ranks.gather(max((s.shape[2] for s in found.values()), default=0)))
+        longest = max(
+            ranks.gather(
+                "positions of samples", max((s.shape[2] for s in found.values()), default=0)
+            )
+        )
     gathered = {}
     for name, queries in named.items():
         scores = queries.zeros(0, longest) if per_token else queries.zeros(0)

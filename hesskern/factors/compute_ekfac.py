@@ -186,7 +186,7 @@ def ekfac(
         )
         if ranks is not None:
             sample_weight = weights_of_part(ranks, data, sample_weight, 2)
-            stages = ranks.gather(None if saved is None else saved.stage)
+            stages = ranks.gather("stages of checkpoints", None if saved is None else saved.stage)
             if len(set(stages)) > 1:
                 told = ", ".join(
                     f"{stage or 'the factors'} on rank {r}" for r, stage in enumerate(stages)

@@ -56,7 +56,7 @@ def whole_inputs(
         name: [numbers.setdefault(id(sums), len(numbers)), str(sums.inputs.dtype)]
         for name, sums in own.sums.by_layer.items()
     }
-    found = ranks.told([places, own.unfit, own.precisions])
+    found = ranks.told("what the sums of inputs are of", [places, own.unfit, own.precisions])
     unfit: dict[str, str] = {}
     precisions: dict[str, None] = {}
     for _, reasons, words in found:

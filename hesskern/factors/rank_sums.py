@@ -99,7 +99,7 @@ def whole_sums(
     """
     layouts = {name: _layout(sums) for name, sums in layers.items()}
     kinds = {name: str(total.dtype) for name, total in diagonals.items()}
-    found = ranks.told([vars(told), layouts, kinds])
+    found = ranks.told("what the sums are of", [vars(told), layouts, kinds])
     whole = Told.merged(Told(**one[0]) for one in found)
     layer_layouts = _alike("layer", [one[1] for one in found], whole.unfit)
     dtypes = _alike("parameter", [one[2] for one in found], whole.unfit_diagonals)

@@ -119,7 +119,7 @@ class CurvatureOperator(ABC):
 
     def _number_of_ranks(self, part: float) -> float:
         """The sum over the ranks of what each has of its samples."""
-        return part if self.ranks is None else self.ranks.totals(part)[0]
+        return part if self.ranks is None else self.ranks.totals("a number of an operator", part)[0]
 
     def _layout(self) -> Layout | None:
         """What flat vectors consist of; None where only their length is known."""

@@ -66,7 +66,9 @@ def _decomposed(
 ) -> tuple[Tensor, Tensor]:
     """Eigenvalues [k, n] and eigenvectors [k, n, n] of matrices of one size."""
     narrow = precision == "float32" and all(m.dtype != torch.float64 for m in matrices)
-    # What does not converge in float32 may do so in float64.
+    # What does not converge in float32 may do so in float64. LAPACK does not always say so: of
+    # finite matrices of rank one it gives NaN at times.
+    error: Exception
     for dtype in (torch.float32, torch.float64) if narrow else (torch.float64,):
         wide = [matrix.to(dtype) for matrix in matrices]
         together = wide[0].unsqueeze(0) if len(wide) == 1 else torch.stack(wide)
@@ -74,6 +76,9 @@ def _decomposed(
             values, vectors = torch.linalg.eigh(together)
         except torch.linalg.LinAlgError as found:  # type: ignore[attr-defined]
             error = found
-        else:
+            continue
+        flags, _ = foreach.are_finite([values, vectors])
+        if bool(torch.cat(flags).all()):
             return values, vectors
+        error = ValueError("linalg.eigh gave NaN or Inf")
     raise ValueError(f"no eigendecomposition of {', '.join(names)} ({error})") from error

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hesskern.checkpoints.checkpoint import Checkpoint
 from hesskern.operators.samples import SampleRows, added_bytes, layer_rows
-from hesskern.operators.spilled import Spill, SpilledSamples
+from hesskern.operators.spilled import Spill, SpilledSamples, keep_few_waiting
 from hesskern.passes.data_pass import DataPass, once_only
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec
@@ -148,6 +148,9 @@ class Gathering:
             if isinstance(data, Iterator):
                 raise once_only(self._budget, f"layer {name!r}")
             largest.drop()
+        if self._spill is not None:
+            spilled = [layer.spilled for layer in self._layers.values() if layer.spilled]
+            keep_few_waiting(spilled, self._budget)
 
     def _go_on(self, checkpoint: Checkpoint) -> None:
         """Begins where the checkpoint is, and has the pass keep it."""

@@ -174,7 +174,9 @@ class GaussNewton(CurvatureOperator):
     def _means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """[d] by layer, E[x] of all data, for the layers that have one input vector per sample."""
         if self.ranks is not None:
-            found = self.ranks.told({name: [len(t), str(t.dtype)] for name, t in sums.items()})
+            found = self.ranks.told(
+                "layers of sums", {name: [len(t), str(t.dtype)] for name, t in sums.items()}
+            )
             known = {name: facts for part in found for name, facts in part.items()}
             for name, (size, dtype) in known.items():
                 if name not in sums:

@@ -369,6 +369,10 @@ def layer_hessians(
             (``memory_budget`` is that of a rank), the Hessians are those of all data: whatever
             they are asked for then is asked on all ranks, with the same vectors, and they get the
             same bits. :func:`hesskern.eigsh` and the like know that by themselves.
+        spill: where samples of layers above the budget go instead, to be read at every product:
+            "disk" for files below $TMPDIR, which go with the Hessians; "cpu" for pinned memory of
+            the host, from a GPU. None: they are made anew. Neither with ``tolerance`` nor with
+            ``checkpoint``.
 
     Returns:
         :class:`LayerHessians`, {name: :class:`LayerHessian`} in the model's order. Each is the
@@ -391,9 +395,9 @@ def layer_hessians(
         check_output(output, mc_samples, seed)
         check_iterable(data)
         model = model if ranks is None else replica(model)
-        check_spill(spill, model_device(model), tolerance, checkpoint)
         resolved = resolve_loss(loss, output_root)
         specs, skipped = select_layers(model, layers, bias)
+        check_spill(spill, model_device(model), tolerance, checkpoint)
         report, evidence, mask = reporter(progress), Evidence(check), checked_mask(position_mask)
 
         rows: dict[str, Any] = {"output": output, "mc_samples": mc_samples, "seed": seed}
@@ -560,7 +564,9 @@ def _finish(
     cached = layer.chunks is not None or layer.spilled is not None
     chunks: list[SampleRows] | SpilledSamples | _Rerun = rerun
     # Where others cannot choose among single rows, whole samples go on all ranks.
-    together = ranks is None or tolerance == 0 or all(ranks.gather(cached))
+    together = (
+        ranks is None or tolerance == 0 or all(ranks.gather("whether samples are kept", cached))
+    )
     if layer.spilled is not None:
         chunks = layer.spilled
     elif layer.chunks is not None:

@@ -140,7 +140,7 @@ def prune(
     single = not any(chunk.stored or chunk.x.dim() > 2 for chunk in chunks)
     order = chunks[0].s.shape[2] if chunks else 0
     if ranks is not None:
-        found = ranks.gather([total, stored, single, order])
+        found = ranks.gather("shares of the trace", [total, stored, single, order])
         total = math.fsum(each[0] for each in found)
         stored, single = (all(each[i] for each in found) for i in (1, 2))
         order = max(each[3] for each in found)
@@ -160,7 +160,7 @@ def prune(
         row_shares.append(kept[i].row_shares())
     remaining = sum(float(s.sum()) for s in row_shares)
     if ranks is not None:
-        (remaining,) = ranks.totals(remaining)
+        (remaining,) = ranks.totals("the remaining trace", remaining)
     allowance = (tolerance * total - dropped) / remaining if remaining > 0 else 0.0
     rows, more = kept_samples(row_shares, max(0.0, allowance), ranks)
     pieces: dict[int, list[SampleRows]] = {}
@@ -250,7 +250,7 @@ def _prune_spread(
     candidates = _Candidates.within(shares, tolerance, tolerance * m, ranks)
     total = float(torch.stack([s.sum() for s in shares]).sum()) if shares else 0.0
     if ranks is not None:
-        (total,) = ranks.totals(total)
+        (total,) = ranks.totals("the trace", total)
     allowed = tolerance * total
     lengths = [chunk.x.norm(dim=1) for chunk in chunks]
     traces = candidates.traces
@@ -267,7 +267,7 @@ def _prune_spread(
         bound = float(norm_bound_of(more)) or traces[tried]
         if ranks is not None:
             # What follows is the same on processors that round otherwise.
-            bound = ranks.gather(bound)[0]
+            bound = ranks.gather("a bound of shares", bound)[0]
         if bound <= allowed:
             chosen, seen, gram = tried, tried, more
             norm = min(bound, traces[tried])

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from hesskern.devices import sent
 from hesskern.operators.samples import SampleRows, join
 
-__all__ = ["Spill", "SpilledSamples", "check_spill"]
+__all__ = ["Spill", "SpilledSamples", "check_spill", "keep_few_waiting"]
 
 Spill = Literal["cpu", "disk"]
 """Where samples go: to pinned memory of the host, or to files."""
@@ -78,6 +78,11 @@ class SpilledSamples:
         if self._bytes >= _TOGETHER:
             self.finish()
 
+    @property
+    def waiting(self) -> int:
+        """Bytes that have not gone yet."""
+        return self._bytes
+
     def finish(self) -> None:
         """Lets go of what has not gone yet."""
         together, self._waiting, self._bytes = self._waiting, [], 0
@@ -133,6 +138,12 @@ class SpilledSamples:
             # Its memory is not the other stream's again before this one's work is done.
             tensor.record_stream(current)
         return piece
+
+
+def keep_few_waiting(layers: Sequence[SpilledSamples], budget: int) -> None:
+    """Has the fullest let go until all together hold what one may, or a quarter of a budget."""
+    while layers and sum(layer.waiting for layer in layers) > max(_TOGETHER, budget // 4):
+        max(layers, key=lambda layer: layer.waiting).finish()
 
 
 def _moved(piece: SampleRows, device: torch.device) -> SampleRows:

@@ -145,7 +145,7 @@ def draw_error(
             if progress is not None:
                 progress(description, done + 1, len(order))
     if ranks is not None:
-        errors = int(ranks.totals(errors)[0])
+        errors = int(ranks.totals("errors of draws", errors)[0])
     return counted(protocol, layers, errors, len(samples))
 
 

@@ -296,7 +296,7 @@ def _drawn(
     }
     if ranks is not None:
         # One clock's.
-        times = ranks.told(times)[0]
+        times = ranks.told("times", times)[0]
     return Certificate(
         bound=float(kl_inverse(q, rate)),
         kl=divergence,

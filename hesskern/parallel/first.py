@@ -37,7 +37,7 @@ def on_first(
         what ``work`` gave; None on the others.
     """
     store = ranks.group.get_group_store()
-    turn = ranks.gather(None if ranks.rank else time.time_ns())[0]
+    turn = ranks.gather("the first rank's turn", None if ranks.rank else time.time_ns())[0]
     key = f"hesskern/first/{turn}"
     result = None
     with ranks.section(what):

@@ -193,24 +193,28 @@ class Ranks:
             for each in sums:
                 each.run()
 
-    def totals(self, *numbers: float) -> tuple[float, ...]:
-        """The sums of numbers over the ranks, correctly rounded."""
-        found = self.gather(list(numbers))
+    def totals(self, what: str, *numbers: float) -> tuple[float, ...]:
+        """The sums of numbers over the ranks, correctly rounded; ``what`` as in :meth:`gather`."""
+        found = self.gather(what, list(numbers))
         return tuple(math.fsum(column) for column in zip(*found, strict=True))
 
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all ranks, small and of what JSON can hold."""
-        found: list[Any] = self._statuses.exchange("a gathering of values", value)
+    def gather(self, what: str, value: Any) -> list[Any]:
+        """The values of all ranks.
+
+        Args:
+            what: the value is, for messages, and so that no rank takes another value for it.
+            value: small, of what JSON can hold.
+        """
+        found: list[Any] = self._statuses.exchange(what, value)
         return found
 
-    def told(self, value: Any) -> list[Any]:
+    def told(self, what: str, value: Any) -> list[Any]:
         """:meth:`gather`, of what is large and mostly the same on all ranks."""
-        what = "a gathering of values"
         text = json.dumps(value)
         digest = hashlib.sha256(text.encode()).hexdigest()
         if self._statuses.exchange(what, digest, judge=_are_one):
             return [json.loads(text)] * self.size
-        return self.gather(value)
+        return self.gather(what, value)
 
     def gather_tensors(self, tensor: Tensor) -> list[Tensor]:
         """The tensors [n_r, ...] of all ranks r, on this rank's device.
@@ -221,7 +225,7 @@ class Ranks:
         what = "a gathering of tensors"
         shape = list(tensor.shape[1:])
         self.agree(what, {"dtype": str(tensor.dtype), "shape [n, ...]": shape})
-        lengths = self.gather(len(tensor))
+        lengths = self.gather("lengths of tensors", len(tensor))
         if self.size == 1 or not any(lengths) or 0 in shape:
             return [tensor.new_empty(n, *shape) for n in lengths] if self.size > 1 else [tensor]
         with self._sending(what):

@@ -44,7 +44,7 @@ def weights_of_part(
     ranks.agree("the samplers of the data", {"sampler": facts and facts[:-1]})
     if sampler is None or facts is None:
         return sample_weight
-    taken = ranks.gather(facts[-1])
+    taken = ranks.gather("parts of samplers", facts[-1])
     if sampler.num_replicas != ranks.size or len(set(taken)) < ranks.size:
         raise ValueError(
             f"data: its DistributedSampler makes parts {taken} of {sampler.num_replicas}, for "

@@ -104,8 +104,8 @@ class PassKnowledge:
             return self
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         own["dtypes"] = {name: str(dtype) for name, dtype in self.dtypes.items()}
-        (count,) = ranks.totals(own.pop("count"))
-        parts = ranks.told(own)
+        (count,) = ranks.totals("the number of samples", own.pop("count"))
+        parts = ranks.told("what the passes have found", own)
         unfit, inexact, dtypes = (
             _first(part[name] for part in parts) for name in ("unfit", "inexact", "dtypes")
         )

@@ -271,7 +271,6 @@ def _run(request: Request, example: _Example, batch_size: int, samples: int) -> 
     if request.what == "ekfac":
         # Those of the second pass alone.
         calls = sum(call.name in _TAKEN[1:] for call in run.kernels)
-    calls = calls * rows.count // most if most else calls
     operations = {
         part: n if part == "eigenvectors" else n * batches // few
         for part, n in run.operations.items()
@@ -282,7 +281,7 @@ def _run(request: Request, example: _Example, batch_size: int, samples: int) -> 
         layers,
         dict(result.skipped),
         rows,
-        calls // max(1, rows.uses * few),
+        0 if rows.single else calls // max(1, rows.uses * few),
         peak,
         at_peak,
         kept,
@@ -305,10 +304,26 @@ def _held_beyond(request: Request, rows: BatchRows, most: int, device: torch.dev
     # What is put together of a layer is held twice meanwhile.
     joined = budget // 16
     each = sum(rows.nbytes.values()) // rows.count
-    largest = max(rows.nbytes.values()) // rows.count
-    share = budget - joined if request.what == "factors" else joined
-    kept = min(rows.count, max(most, share // max(1, each)))
-    return (kept - most) * each + min(joined, kept * largest) - min(joined, most * largest)
+    # The first pass of EKFAC is that of the factors.
+    kept = min(rows.count, max(most, (budget - joined) // max(1, each)))
+    return _put_together(rows, kept, joined) - _put_together(rows, most, joined)
+
+
+def _put_together(rows: BatchRows, kept: int, limit: int) -> int:
+    """Bytes of rows while layer after layer is put together, and its own are let go of.
+
+    Args:
+        rows: of a batch.
+        kept: root rows that are there.
+        limit: bytes of a layer that are put together at a time.
+    """
+    left = sum(rows.nbytes.values()) // rows.count
+    most = 0
+    for nbytes in rows.nbytes.values():
+        own = nbytes // rows.count
+        most = max(most, kept * left + min(limit, kept * own))
+        left -= own
+    return most
 
 
 def _above(samples: Mapping[str, int], budget: int) -> set[str]:

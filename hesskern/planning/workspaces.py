@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hesskern.devices import on_host
+from hesskern.planning.corrections import conv_correction_bytes, correction_bytes
 
 __all__ = ["workspace_bytes"]
 
@@ -21,6 +22,9 @@ _VECTOR = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability()
 # have sums of their own, rows below which nothing is packed, blocks that are summed apart
 # (csrc/cpu/blas/triangle.h, few_rows.h).
 _LINE, _PANEL_ROWS, _CHUNK, _PRIVATE, _FEW, _LEVEL = 2 * _VECTOR, 128, 2**20, 256, 32, 64
+# Numbers, and rows at least, that are brought into the accumulator's dtype at a time
+# (csrc/cpu/output_hessian.cpp, input_covariance.cpp).
+_CONVERTED, _CONVERTED_ROWS = 2**20, 256
 # Elements of the signals that a convolution's covariance transforms at a time (csrc/cpu/conv/
 # paths.h), and what it takes of tables beside them.
 _SIGNALS, _TABLES = 2**21, 2**19
@@ -61,12 +65,33 @@ def _gram(rows: int, d: int, size: int) -> int:
 
 
 def _input_covariance(acc: Tensor, x: Tensor, *_: Any, **__: Any) -> int:
-    return _gram(len(x), acc.shape[-1], acc.element_size())
+    (n, d), size = x.shape, acc.element_size()
+    if x.dtype == acc.dtype or not x.numel():
+        return _gram(n, acc.shape[-1], size)
+    rows = min(n, max(_CONVERTED_ROWS, _CONVERTED // d))
+    return rows * d * size + _gram(rows, acc.shape[-1], size)
 
 
 def _output_hessian(acc: Tensor, jacobian: Tensor, *_: Any, **__: Any) -> int:
-    m = acc.shape[-1]
-    return _gram(jacobian.numel() // max(1, m), m, acc.element_size())
+    m, n, size = acc.shape[-1], len(jacobian), acc.element_size()
+    laid_out, same = _laid_out(jacobian), jacobian.dtype == acc.dtype
+    if (same and laid_out) or not jacobian.numel():
+        return _gram(jacobian.numel() // max(1, m), m, size)
+    each = jacobian.numel() // n
+    numbers = each * min(n, max(1, _CONVERTED // each))
+    # In another dtype, and then in another order.
+    copies = (not same) + (not laid_out)
+    return copies * numbers * size + _gram(numbers // m, m, size)
+
+
+def _laid_out(jacobian: Tensor) -> bool:
+    """Whether a kernel takes [N, c, m(, t)] as it lies in memory."""
+    if jacobian.shape[2] == 1 or jacobian.stride(2) == 1:
+        return True
+    if jacobian.dim() == 3:
+        return False
+    t = jacobian.shape[3]
+    return (t == 1 or jacobian.stride(3) == 1) and jacobian.stride(2) == t
 
 
 def _conv_input_covariance(acc: Tensor, x: Tensor, kernel_size: list[int], *_: Any) -> int:
@@ -126,8 +151,10 @@ _TAKEN: dict[str, Callable[..., int]] = {
     "linalg_eigh": _eigenpairs,
     "input_covariance_": _input_covariance,
     "output_hessian_": _output_hessian,
+    "conv_eigen_correction_": conv_correction_bytes,
     "conv_input_covariance_": _conv_input_covariance,
     "conv_input_gradient_": _conv_input_gradient,
     "max_pool_input_gradient_": _max_pool_input_gradient,
     "convolution": _convolution,
+    "eigen_correction_": correction_bytes,
 }

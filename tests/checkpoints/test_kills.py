@@ -84,7 +84,7 @@ def test_killed(way: str, tmp_path: Path) -> None:
     process.join()
     assert process.exitcode == 0
     assert (tmp_path / RESULT).read_bytes() == whole
-    assert {path.name for path in tmp_path.iterdir()} <= {RESULT, "result.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} <= {RESULT, "result-file"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["term", "ctrl-c"])

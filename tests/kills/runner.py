@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import signal
 import tempfile
 import time
 import warnings
@@ -59,6 +60,8 @@ def child(
         before: called first, with ``args``: it may set what kills this process.
         args: for that.
     """
+    # Whoever runs the tests in the background may have it ignored, which children inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     how: dict[str, Any] = {"checkpoint": folder / CHECKPOINT, "checkpoint_every": every}

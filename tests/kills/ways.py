@@ -94,6 +94,8 @@ WAYS: dict[str, Callable[..., bytes]] = {
 
 
 def _saved(result: Any, folder: Path) -> bytes:
-    path = folder / "result.safetensors"
+    # The library that writes it may leave a file when it is killed: not one of the pass.
+    path = folder / "result-file" / "result.safetensors"
+    path.parent.mkdir(exist_ok=True)
     result.save(path)
     return path.read_bytes()

@@ -72,6 +72,27 @@ def test_several_batches_lie_in_several_files(folder: Path) -> None:
     assert len(files) > len(H)
 
 
+def test_layers_together_hold_what_one_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(12)))
+    data = [(torch.randn(2, 6), torch.arange(2)) for _ in range(8)]
+    alive: list[SpilledSamples] = []
+    most = 0
+    add = SpilledSamples.add
+
+    def watched(self: SpilledSamples, piece: SampleRows) -> None:
+        nonlocal most
+        if not any(self is other for other in alive):
+            alive.append(self)
+        most = max(most, sum(other.waiting for other in alive))
+        add(self, piece)
+
+    monkeypatch.setattr(SpilledSamples, "add", watched)
+    found = hk.layer_hessians(model, data, CE, memory_budget=0, spill="disk")
+    assert 0 < most <= 2**12
+    for name, H in hk.layer_hessians(model, data, CE).items():
+        torch.testing.assert_close(found[name].to_dense(), H.to_dense(), rtol=1e-5, atol=1e-6)
+
+
 def test_the_model_does_not_run_again() -> None:
     model, data = problem()
     H = hk.layer_hessians(model, data, CE, memory_budget=0, spill="disk")

@@ -84,8 +84,8 @@ def _gathered(group: Any) -> Any:
     mine = torch.arange(ranks.rank * 2 * 3, dtype=torch.bfloat16).view(-1, 3)
     given = torch.full((4, 2), float(ranks.rank))
     ranks.broadcast_([given], 1)
-    values = ranks.gather({"rank": ranks.rank})
-    return ranks.totals(0.1, ranks.rank), values, ranks.gather_tensors(mine), given
+    values = ranks.gather("ranks", {"rank": ranks.rank})
+    return ranks.totals("numbers", 0.1, ranks.rank), values, ranks.gather_tensors(mine), given
 
 
 def test_values_and_tensors_are_gathered() -> None:
@@ -113,11 +113,11 @@ def test_facts_that_differ_are_named_on_every_rank() -> None:
 def _section(ranks: Ranks, where: int, how: str) -> None:
     with ranks.section("Kronecker factors"):
         if how == "before":
-            ranks.totals(1.0)
+            ranks.totals("numbers", 1.0)
         if ranks.rank == where:
             raise ValueError("NaN in layer 'fc1'")
         if how == "inside":
-            ranks.totals(1.0)
+            ranks.totals("numbers", 1.0)
 
 
 def _failing(group: Any, where: int, how: str) -> str:
@@ -125,7 +125,7 @@ def _failing(group: Any, where: int, how: str) -> str:
     with pytest.raises((RankError, ValueError)) as caught:
         _section(ranks, where, how)
     # They are in step: the group goes on.
-    ranks.totals(2.0)
+    ranks.totals("numbers", 2.0)
     return f"{type(caught.value).__name__}: {caught.value}"
 
 
@@ -146,7 +146,7 @@ def test_all_ranks_learn_that_one_has_failed(store: Any, where: int, how: str) -
 
 def _killed(group: Any, where: int) -> None:
     ranks = _ranks(group)
-    ranks.totals(1.0)
+    ranks.totals("numbers", 1.0)
     if ranks.rank == where:
         os.kill(os.getpid(), signal.SIGKILL)
     with ranks.section("Kronecker factors"):
@@ -181,7 +181,7 @@ def _nested(group: Any) -> str:
         _product(ranks)
     # Nobody has waited for the group's timeout.
     assert time.monotonic() - begin < 60
-    ranks.totals(2.0)
+    ranks.totals("numbers", 2.0)
     return str(caught.value)
 
 
@@ -218,7 +218,7 @@ def _subgroups(group: Any) -> tuple[float, list[Any]]:
     tensor = torch.tensor([float(group.rank())])
     mine.sum_([tensor])
     mine.broadcast_([sent := torch.tensor([10.0 * group.rank()])], 1)
-    everywhere = _ranks(group).gather([tensor.item(), sent.item()])
+    everywhere = _ranks(group).gather("sums", [tensor.item(), sent.item()])
     return mine.rank, everywhere
 
 
@@ -252,7 +252,7 @@ def _late(group: Any) -> str:
         # They say when.
         group.get_group_store().wait(["gone"], timedelta(seconds=60))
     with pytest.raises(RankError) as caught:
-        ranks.totals(1.0)
+        ranks.totals("numbers", 1.0)
     if ranks.rank == 0:
         group.get_group_store().set("gone", "1")
     return str(caught.value)
@@ -260,7 +260,7 @@ def _late(group: Any) -> str:
 
 def test_a_rank_that_comes_too_late_is_told() -> None:
     for text in run(_late, 3, timeout=2.0):
-        assert text.startswith("rank 2 of 3 did not get to a gathering of values within")
+        assert text.startswith("rank 2 of 3 did not get to numbers within")
 
 
 def _out_of_step(group: Any) -> None:
@@ -268,12 +268,12 @@ def _out_of_step(group: Any) -> None:
     if ranks.rank:
         ranks.agree("Kronecker factors", {})
     else:
-        ranks.totals(1.0)
+        ranks.totals("numbers", 1.0)
 
 
 def test_ranks_that_do_different_things() -> None:
     for outcome in outcomes(_out_of_step, 2):
         assert outcome.message == (
             "RankError: the ranks do not do the same: rank 1 of 2 is at Kronecker factors, rank 0 "
-            "at a gathering of values"
+            "at numbers"
         )

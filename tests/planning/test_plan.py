@@ -56,6 +56,81 @@ def test_peaks(network: str, what: str) -> None:
     assert sum(plan.at_peak.values()) == plan.peak
 
 
+@pytest.mark.parametrize("bias", ["none", "joint"])
+@pytest.mark.parametrize("network", ["signals", "tokens", "groups"])
+def test_peaks_of_corrections_of_many_rows(network: str, bias: Any) -> None:
+    # What the kernels hold inside counts most where all root rows go together.
+    model, shape = {
+        "signals": (
+            nn.Sequential(
+                nn.Conv1d(2, 16, 9, stride=4),
+                nn.Tanh(),
+                nn.Conv1d(16, 32, 5, stride=2),
+                nn.Tanh(),
+                nn.Conv1d(32, 32, 3, stride=3),
+                nn.Flatten(),
+                nn.Linear(32 * 15, 10),
+            ),
+            (2, 400),
+        ),
+        "tokens": (
+            nn.Sequential(nn.Linear(32, 96), nn.Tanh(), nn.Linear(96, 8), nn.Flatten(), nn.Tanh()),
+            (40, 32),
+        ),
+        "groups": (
+            nn.Sequential(
+                nn.Conv2d(8, 32, 3, groups=8), nn.Tanh(), nn.Flatten(), nn.Linear(32 * 36, 10)
+            ),
+            (8, 8, 8),
+        ),
+    }[network]
+    if network == "tokens":
+        model.append(nn.Linear(320, 10))
+    batch = torch.randn(16, *shape), torch.arange(16) % 10
+
+    def call(model: nn.Module, data: Iterable[Any]) -> Any:
+        return hk.ekfac(model, data, CE, output="exact", bias=bias)
+
+    plan = hk.plan(
+        model, batch, CE, what="ekfac", output="exact", bias=bias, num_samples=32, timing=False
+    )
+    assert plan.peak == pytest.approx(measured(call, model, Loaded(batch, 2)), rel=0.1)
+
+
+class Attention(nn.Module):
+    """A head behind attention: its root rows go backwards one by one."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (part.unsqueeze(1) for part in self.qkv(x).chunk(3, -1))
+        x = x + nn.functional.scaled_dot_product_attention(q, k, v).squeeze(1)
+        x = x + self.down(nn.functional.gelu(self.up(x)))
+        out: torch.Tensor = self.head(x.mean(1))
+        return out
+
+
+@pytest.mark.parametrize("what", ["factors", "ekfac"])
+@pytest.mark.parametrize("classes", [30, 100])
+def test_peaks_of_many_single_rows(what: str, classes: int) -> None:
+    model = Attention(32, classes)
+    batch = torch.randn(16, 40, 32), torch.arange(16) % classes
+    function: Any = hk.ekfac if what == "ekfac" else hk.kronecker_factors
+
+    def call(model: nn.Module, data: Iterable[Any]) -> Any:
+        return function(model, data, CE, output="exact")
+
+    given: Any = {"what": what, "output": "exact", "num_samples": 32}
+    plan = hk.plan(model, batch, CE, timing=False, **given)
+    assert plan.blocks == 0
+    assert plan.peak == pytest.approx(measured(call, model, Loaded(batch, 2)), rel=0.1)
+
+
 def test_one_sample_is_enough() -> None:
     model, (inputs, targets) = batch_of("lenet5")
     one = inputs[:1], targets[:1]

@@ -78,7 +78,7 @@ def _decomposed(
             error = found
             continue
         flags, _ = foreach.are_finite([values, vectors])
-        if bool(torch.cat(flags).all()):
+        if bool(torch.cat(flags).cpu().all()):
             return values, vectors
         error = ValueError("linalg.eigh gave NaN or Inf")
     raise ValueError(f"no eigendecomposition of {', '.join(names)} ({error})") from error

@@ -224,9 +224,8 @@ class Processes:
 
     def own(self, path: Path) -> Path:
         """The file of this process among those that each writes for itself."""
-        if self.ranks is None:
-            return path
-        return path_of_rank(path, self.ranks.rank, self.ranks.size)
+        own: Path = path_of_rank(path, self.ranks)
+        return own
 
     def batches(self, data: Dataset, size: int) -> Any:
         """This process's part of the data in batches, which know their samples' numbers."""

@@ -22,7 +22,7 @@ from hesskern.attribution.result import Influence
 from hesskern.attribution.resumed import Asked, curvature_facts
 from hesskern.attribution.sample_gradients import LayerRows, layer_rows, matrices
 from hesskern.attribution.sample_loss import SampleLoss
-from hesskern.checkpoints.checkpoint import Checkpoint, path_of_rank
+from hesskern.checkpoints.checkpoint import Checkpoint
 from hesskern.checkpoints.facts import described
 from hesskern.graph.evidence import Evidence
 from hesskern.parallel.ranks import Ranks, section_of
@@ -169,27 +169,28 @@ def influence(
             with _named("train"):
                 stay = weights_of_part(ranks, train, None, 2)
         saved = Checkpoint.of(
-            checkpoint if ranks is None else path_of_rank(checkpoint, ranks.rank, ranks.size),
+            checkpoint,
             checkpoint_every,
             exact_resume,
             "influence",
             model,
             device,
             {
-                "E": described(curvature_facts(E)),
-                "loss": described(loss),
-                "damping": described(damping),
+                "E": curvature_facts(E),
+                "loss": loss,
+                "damping": damping,
                 "layers": list(curvature.specs),
-                "geometry": described(curvature.specs),
+                "geometry": curvature.specs,
                 "per_layer": per_layer,
                 "per_token": per_token,
                 "top": top,
                 "query_rank": query_rank,
-                "query_loss": described(query_loss),
+                "query_loss": query_loss,
                 "batch_size": batch_size,
                 "check": check,
-                "position_mask": described(position_mask),
+                "position_mask": position_mask,
             },
+            ranks,
         )
 
         def walk(

@@ -16,10 +16,17 @@ import torch
 from torch import nn
 
 from hesskern.checkpoints.course import Course
-from hesskern.checkpoints.facts import differences, environment, model_facts, other_model
+from hesskern.checkpoints.facts import (
+    described,
+    differences,
+    environment,
+    model_facts,
+    other_model,
+)
 from hesskern.checkpoints.file import read, write
 from hesskern.checkpoints.packing import packed, unpacked
 from hesskern.files import check_writable, remove_abandoned
+from hesskern.parallel.ranks import Ranks
 
 __all__ = ["Checkpoint", "path_of_rank"]
 
@@ -49,7 +56,8 @@ class Checkpoint:
     ) -> None:
         self._path, self._every = _checked(path, every, exact)
         self._device, self._call = device, call
-        self._settings = json.loads(json.dumps(dict(settings)))
+        told = {name: described(value) for name, value in settings.items()}
+        self._settings = json.loads(json.dumps(told))
         self._model = model_facts(model)
         self._environment = json.loads(json.dumps(environment(device)))
         self.stage: str | None = None
@@ -74,6 +82,7 @@ class Checkpoint:
         model: nn.Module,
         device: torch.device,
         settings: Mapping[str, Any],
+        ranks: Ranks | None = None,
     ) -> Checkpoint | None:
         """The checkpoint that a call's arguments ask for.
 
@@ -84,7 +93,8 @@ class Checkpoint:
             call: the function that makes the pass.
             model: whose pass it is, on ``device``.
             device: of the model.
-            settings: what else the result depends on, as JSON has it.
+            settings: what else the result depends on; looked at where there is a checkpoint.
+            ranks: each of which keeps a file of its own; None for one process.
 
         Raises:
             TypeError, ValueError: bad arguments; the file is no checkpoint, is damaged or is that
@@ -97,7 +107,7 @@ class Checkpoint:
         if path is None:
             _check_every(every, exact)
             return None
-        return cls(path, every, exact, call, model, device, settings)
+        return cls(path_of_rank(path, ranks), every, exact, call, model, device, settings)
 
     def begin(self, stage: str, data: Iterable[Any]) -> Course:
         """The way through the data of a stage, the one to go on with or another that begins.
@@ -253,9 +263,9 @@ def _check_every(every: Any, exact: Any) -> None:
         raise TypeError(f"exact_resume must be True or False, got {exact!r}")
 
 
-def path_of_rank(path: Any, rank: int, size: int) -> Any:
+def path_of_rank(path: Any, ranks: Ranks | None) -> Any:
     """The file of one of several ranks: "factors.rank0of2.checkpoint"; what is none as it is."""
-    if not isinstance(path, (str, os.PathLike)):
+    if ranks is None or not isinstance(path, (str, os.PathLike)):
         return path
     found = Path(path)
-    return found.with_name(f"{found.stem}.rank{rank}of{size}{found.suffix}")
+    return found.with_name(f"{found.stem}.rank{ranks.rank}of{ranks.size}{found.suffix}")

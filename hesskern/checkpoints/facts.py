@@ -105,7 +105,9 @@ def differences(found: Mapping[str, Any], own: Mapping[str, Any]) -> str:
 
 
 def described(value: Any) -> Any:
-    """A setting as JSON has it: plain ones as they are, all else by type and digest."""
+    """A setting as JSON has it: plain ones and lists of such as they are, else type and digest."""
     if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if type(value) is list and all(isinstance(part, (bool, int, float, str)) for part in value):
         return value
     return f"{type(value).__qualname__} {digest(value)}"

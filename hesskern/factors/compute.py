@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hesskern.checkpoints.checkpoint import Checkpoint, path_of_rank
-from hesskern.checkpoints.facts import described
+from hesskern.checkpoints.checkpoint import Checkpoint
 from hesskern.choices import Bias, Output
 from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.result import Factors
@@ -149,28 +148,29 @@ def kronecker_factors(
         if ranks is not None:
             accumulator.agree()
         saved = Checkpoint.of(
-            checkpoint if ranks is None else path_of_rank(checkpoint, ranks.rank, ranks.size),
+            checkpoint,
             checkpoint_every,
             exact_resume,
             "kronecker_factors",
             inner,
             model_device(inner),
             {
-                "loss": described(loss),
+                "loss": loss,
                 "layers": list(accumulator.specs),
-                "geometry": described(dict(accumulator.specs)),
+                "geometry": dict(accumulator.specs),
                 "output": output,
                 "bias": bias,
                 "mc_samples": mc_samples,
                 "seed": seed,
-                "sample_weight": described(sample_weight),
-                "output_root": described(output_root),
+                "sample_weight": sample_weight,
+                "output_root": output_root,
                 "memory_budget": memory_budget,
                 "check": check,
                 "max_outputs": max_outputs,
-                "position_mask": described(position_mask),
+                "position_mask": position_mask,
                 "diagonal": diagonal,
             },
+            ranks,
         )
         if ranks is not None:
             sample_weight = weights_of_part(ranks, data, sample_weight, 2)

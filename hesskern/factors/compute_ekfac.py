@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesskern.checkpoints.checkpoint import Checkpoint, path_of_rank
-from hesskern.checkpoints.facts import described
+from hesskern.checkpoints.checkpoint import Checkpoint
 from hesskern.choices import Bias, Output, Precision, check_choice
 from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.corrections import Corrections
@@ -160,29 +159,30 @@ def ekfac(
             }
             ranks.agree("EKFAC", asked)
         saved = Checkpoint.of(
-            checkpoint if ranks is None else path_of_rank(checkpoint, ranks.rank, ranks.size),
+            checkpoint,
             checkpoint_every,
             exact_resume,
             "ekfac",
             model,
             device,
             {
-                "loss": described(loss),
-                "layers": described(layers if accumulator is None else list(accumulator.specs)),
-                "geometry": described(None if accumulator is None else dict(accumulator.specs)),
+                "loss": loss,
+                "layers": layers if accumulator is None else list(accumulator.specs),
+                "geometry": None if accumulator is None else dict(accumulator.specs),
                 "output": output,
-                "factors": None if factors is None else described(contents(factors)),
+                "factors": contents(factors),
                 "bias": bias,
                 "mc_samples": mc_samples,
                 "seed": seed,
-                "sample_weight": described(sample_weight),
-                "output_root": described(output_root),
+                "sample_weight": sample_weight,
+                "output_root": output_root,
                 "memory_budget": memory_budget,
                 "check": check,
                 "max_outputs": max_outputs,
-                "position_mask": described(position_mask),
+                "position_mask": position_mask,
                 "precision": precision,
             },
+            ranks,
         )
         if ranks is not None:
             sample_weight = weights_of_part(ranks, data, sample_weight, 2)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.checkpoints.checkpoint import Checkpoint, path_of_rank
-from hesskern.checkpoints.facts import described
+from hesskern.checkpoints.checkpoint import Checkpoint
 from hesskern.choices import Bias, Order, Output, check_choice
 from hesskern.graph.evidence import Evidence
 from hesskern.operators.base import LayerOperator
@@ -409,27 +408,28 @@ def layer_hessians(
             agree_on_pass(ranks, "layer Hessians", model, specs, resolved, settings)
             report = ranks.watching("layer Hessians", report)
         saved = Checkpoint.of(
-            checkpoint if ranks is None else path_of_rank(checkpoint, ranks.rank, ranks.size),
+            checkpoint,
             checkpoint_every,
             exact_resume,
             "layer_hessians",
             model,
             model_device(model),
             {
-                "loss": described(loss),
+                "loss": loss,
                 "layers": list(specs),
-                "geometry": described(specs),
+                "geometry": specs,
                 "tolerance": tolerance,
                 "output": output,
                 "bias": bias,
                 "mc_samples": mc_samples,
                 "seed": seed,
-                "sample_weight": described(sample_weight),
-                "output_root": described(output_root),
+                "sample_weight": sample_weight,
+                "output_root": output_root,
                 "memory_budget": memory_budget,
                 "check": check,
-                "position_mask": described(position_mask),
+                "position_mask": position_mask,
             },
+            ranks,
         )
         if ranks is not None:
             sample_weight = weights_of_part(ranks, data, sample_weight, 2)

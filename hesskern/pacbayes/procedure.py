@@ -136,7 +136,7 @@ def certify_with(
         report = reporter(progress)
         if ranks is not None:
             model, report = inner_model(model), ranks.watching("a certificate", report)
-            checkpoint = path_of_rank(checkpoint, ranks.rank, ranks.size)
+            checkpoint = path_of_rank(checkpoint, ranks)
             if settings.minutes is not None:
                 raise ValueError(
                     "minutes: ranks of a group would stop at different steps; pass epochs"

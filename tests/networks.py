@@ -449,3 +449,16 @@ def tanh_problem(
     """A network whose first layer has a functional term, one batch and a loss."""
     model = seeded(nn.Sequential(nn.Linear(4, 5), activation(), nn.Linear(5, 3)))
     return model, [(randn(15, 4), classes(15, c=3))], nn.CrossEntropyLoss()
+
+
+class Small(nn.Module):
+    """A model on a device with room for so many samples at a time."""
+
+    def __init__(self, inner: nn.Module, room: int) -> None:
+        super().__init__()
+        self.inner, self.room = inner, room
+
+    def forward(self, x: Tensor) -> Any:
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError(f"no room for {len(x)} samples")
+        return self.inner(x)

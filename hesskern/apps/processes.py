@@ -119,6 +119,7 @@ def _ended(here: Place, words: str) -> None:
     sys.stderr.flush()
     try:
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # Not among the names that torch declares.
         store = dist.TCPStore(*address, timeout=_CONNECT)  # type: ignore[attr-defined]
         if here.rank == 0:
             store.set(_ENDED, "")

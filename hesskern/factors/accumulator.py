@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesskern import ops
 from hesskern.checkpoints.checkpoint import Checkpoint
 from hesskern.choices import Bias, Output
+from hesskern.factors.accumulator_state import (
+    FORMAT,
+    check_state,
+    diagonals_of_state,
+    layers_of_state,
+)
 from hesskern.factors.batch_sums import BatchSums
-from hesskern.factors.large_layers import LargeLayerFactors
 from hesskern.factors.layer_sums import (
     BatchSum,
     Counted,
@@ -23,12 +27,13 @@ from hesskern.factors.layer_sums import (
     SumMemory,
     add_diagonals,
     add_sums,
-    bordered,
     scale_sums,
 )
+from hesskern.factors.means import large_layer_means, layer_means
 from hesskern.factors.precision import precisions
 from hesskern.factors.rank_sums import Told, whole_sums
-from hesskern.factors.result import Factors, LayerFactors
+from hesskern.factors.result import Factors
+from hesskern.factors.running_counts import DrawsUsed, HeldCounts
 from hesskern.graph.evidence import Evidence
 from hesskern.ops import foreach
 from hesskern.parallel.ranks import Ranks, section_of
@@ -58,35 +63,8 @@ from hesskern.progress import Progress, reporter
 
 __all__ = ["FactorAccumulator"]
 
-_STATE = ("format", "count", "batches", "reasons", "unfit", "draws", "settings", "layers")
-
-# Of states: 2 since output Hessians are summed over positions as well, 3 since draws are keyed by
-# samples' numbers.
-_FORMAT = 3
-
 # Stands for targets that the batch itself holds; None may be what a loss takes.
 _IN_INPUTS: Any = object()
-
-
-@dataclass
-class _Drawn:
-    """Which random numbers have been used, so that no two batches get the same.
-
-    Attributes:
-        streams: number of those begun: one for all of the data that is consumed together, one for
-            batches that come one by one.
-        updating: whether the last one is of batches that come one by one.
-        position: in that one, of the next sample.
-    """
-
-    streams: int = 0
-    updating: bool = False
-    position: int = 0
-
-    def begin(self, update: bool) -> None:
-        """Goes on with single batches, or begins a stream."""
-        if not (update and self.updating):
-            self.streams, self.updating, self.position = self.streams + 1, update, 0
 
 
 @dataclass(frozen=True)
@@ -101,65 +79,6 @@ class _Before:
     precisions: dict[str, None]
     diagonals: frozenset[str]
     unfit_diagonals: dict[str, str]
-
-
-class _Held:
-    """Weighted numbers of samples and positions that the device holds until the pass ends."""
-
-    def __init__(self) -> None:
-        self._shrunk: Tensor | None = None
-        self._counts: dict[tuple[bool, tuple[tuple[str, int], ...]], Tensor] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._counts)
-
-    def zero(self, counts: list[float | Tensor]) -> Tensor:
-        """0-dim float64 zero where these counts, or those held, lie."""
-        tensors = [count for count in counts if isinstance(count, Tensor)]
-        return (*tensors, *self._counts.values())[0].new_zeros(())
-
-    def add(self, number: Tensor, counted: Counted) -> None:
-        """Adds the 0-dim float64 number of what was counted."""
-        key = counted.samples, tuple(counted.positions.items())
-        self._counts[key] = self._counts[key] + number if key in self._counts else number
-
-    def scale(self, factor: Tensor) -> None:
-        """Multiplies everything that was counted, by the host as well, by a 0-dim number."""
-        self._shrunk = factor if self._shrunk is None else self._shrunk * factor
-        self._counts = {key: count * factor for key, count in self._counts.items()}
-
-    def state(self) -> dict[str, Any]:
-        """What is held, as it is, for a checkpoint."""
-        return {
-            "shrunk": self._shrunk,
-            "counts": [
-                [samples, list(map(list, positions)), number]
-                for (samples, positions), number in self._counts.items()
-            ],
-        }
-
-    @classmethod
-    def of_state(cls, state: Mapping[str, Any], device: torch.device) -> _Held:
-        """The same again, on a device."""
-        held = cls()
-        if state["shrunk"] is not None:
-            held._shrunk = state["shrunk"].to(device)
-        for samples, positions, number in state["counts"]:
-            key = samples, tuple((name, times) for name, times in positions)
-            held._counts[key] = number.to(device)
-        return held
-
-    def read(self) -> tuple[float, list[Counted]]:
-        """What the host has counted is to be multiplied by, and what is to be added; waits once."""
-        if not self._counts:
-            return 1.0, []
-        counts = list(self._counts.values())
-        shrunk = counts[0].new_ones(()) if self._shrunk is None else self._shrunk
-        factor, *numbers = torch.stack([shrunk, *(c.to(shrunk.device) for c in counts)]).tolist()
-        return factor, [
-            Counted(n, dict(positions), samples)
-            for n, (samples, positions) in zip(numbers, self._counts, strict=True)
-        ]
 
 
 class FactorAccumulator(Portable):
@@ -245,14 +164,14 @@ class FactorAccumulator(Portable):
         }
         if diagonal:
             self._settings["diagonal"] = True
-        self._drawn = _Drawn()
+        self._drawn = DrawsUsed()
         self.evidence = Evidence(check)
         self._sums: dict[str, LayerSums] = {}
         self._reasons: dict[str, str] = {}
         self._unfit: dict[str, str] = {}
         self._tied: dict[str, str] = {}
         self._count = 0.0
-        self._held = _Held()
+        self._held = HeldCounts()
         self._batches = 0
         self._precisions: dict[str, None] = {}
 
@@ -358,7 +277,7 @@ class FactorAccumulator(Portable):
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.load_state_dict(state["accumulated"])
-        self._held = _Held.of_state(state["held"], model_device(self._model))
+        self._held = HeldCounts.of_state(state["held"], model_device(self._model))
         # That of the free memory may be another now, and with it the order of the sums.
         self._batch_sums = replace(self._batch_sums, memory_budget=state["budget"])
 
@@ -508,7 +427,7 @@ class FactorAccumulator(Portable):
     def _to_host(self) -> None:
         """Numbers that the device held in the meantime."""
         factor, counts = self._held.read()
-        self._held = _Held()
+        self._held = HeldCounts()
         if factor != 1.0:
             self._count *= factor
             for sums in self._sums.values():
@@ -697,13 +616,16 @@ class FactorAccumulator(Portable):
         if not self.num_samples > 0:
             raise no_samples(", so there are no factors")
         refuse_missing(self._specs, self._reasons)
+        count = self.num_samples
         layers = {
-            name: self._layer(self._specs[name], self._sums[name])
+            name: layer_means(self._specs[name], self._sums[name], count, self._tied.get(name))
             for name in self._specs
             if name in self._sums and name not in self._large
         }
         large = {
-            name: self._large_layer(self._specs[name], self._sums[name])
+            name: large_layer_means(
+                self._specs[name], self._sums[name], count, self._tied.get(name)
+            )
             for name in self._specs
             if name in self._sums and name in self._large
         }
@@ -722,15 +644,6 @@ class FactorAccumulator(Portable):
         }
         return Factors(layers, self.num_samples, skipped, settings, diagonals, large)
 
-    def _large_layer(self, spec: LayerSpec, sums: LayerSums) -> LargeLayerFactors:
-        count, positions = self.num_samples, float(sums.positions) / self.num_samples
-        inputs = ops.mirror_(sums.inputs / count)
-        if spec.joint:
-            inputs = bordered(inputs, sums.column / count, positions)
-        diagonal = sums.outputs / (float(sums.positions) or 1.0)
-        tied = self._tied.get(spec.name)
-        return LargeLayerFactors(spec, inputs, diagonal, count, positions, tied)
-
     def _missing(self) -> dict[str, str]:
         """Why parameters have no diagonal block, where they were asked for."""
         reasons = {**self._diagonal_reasons, **self._unfit_diagonals}
@@ -748,17 +661,6 @@ class FactorAccumulator(Portable):
             return bool(own) and all(owners.get(id(p)) in self._diagonals for p in own)
 
         return {name: reason for name, reason in self._skipped.items() if not whole(name)}
-
-    def _layer(self, spec: LayerSpec, sums: LayerSums) -> LayerFactors:
-        count, positions = self.num_samples, float(sums.positions) / self.num_samples
-        inputs = ops.mirror_(sums.inputs / count)
-        # Samples without a position in this layer have none to be averaged over.
-        outputs = ops.mirror_(sums.outputs / (float(sums.positions) or 1.0))
-        images = None if sums.images is None else tuple(image / count for image in sums.images)
-        if spec.joint:
-            inputs = bordered(inputs, sums.column / count, positions)
-        tied = self._tied.get(spec.name)
-        return LayerFactors(spec, inputs, outputs, count, positions, images, tied)
 
     def merge(self, other: FactorAccumulator) -> None:
         """Adds what another accumulator of the same model and settings has seen.
@@ -812,7 +714,7 @@ class FactorAccumulator(Portable):
     def state_dict(self) -> dict[str, Any]:
         """Everything accumulated, as tensors and plain numbers: to stop and go on later."""
         return {
-            "format": _FORMAT,
+            "format": FORMAT,
             "count": self.num_samples,
             "batches": self._batches,
             "reasons": dict(self._reasons),
@@ -835,43 +737,11 @@ class FactorAccumulator(Portable):
             ValueError: the state is none, or belongs to other settings or other layers; what was
                 accumulated here then stays.
         """
-        if state.get("format", _FORMAT) != _FORMAT:
-            raise ValueError(f"state has format {state['format']!r}, this version {_FORMAT}")
-        missing = [key for key in _STATE if key not in state]
-        if missing:
-            raise ValueError(f"state must come from state_dict(); it lacks {', '.join(missing)}")
-        if state["settings"] != self._settings:
-            raise ValueError(
-                f"state was made with settings {state['settings']}, this one with {self._settings}"
-            )
+        check_state(state, self._settings)
         device = model_device(self._model)
-        loaded = {name: LayerSums(**sums).copy(device) for name, sums in state["layers"].items()}
-        for name, sums in loaded.items():
-            spec = self._specs.get(name)
-            if spec is None:
-                raise ValueError(f"state has a layer {name!r} that this accumulator lacks")
-            if (sums.outputs.dim() == 1) != (name in self._large):
-                raise ValueError(
-                    f"state has another output factor of layer {name!r} than this accumulator, "
-                    "whose max_outputs differs"
-                )
-            found = (sums.outputs.shape[0], sums.inputs.shape[-1])
-            if found != (spec.outputs, spec.weight_inputs):
-                raise ValueError(
-                    f"state has layer {name!r} with (m, d) = {found}, the model has "
-                    f"{(spec.outputs, spec.weight_inputs)}"
-                )
-        diagonals = {
-            name: total.to(device, copy=True) for name, total in state.get("diagonals", {}).items()
-        }
-        for name, total in diagonals.items():
-            own = None if self._parameters is None else self._parameters.get(name)
-            if own is None or own.shape != total.shape:
-                raise ValueError(
-                    f"state has a diagonal {list(total.shape)} of a parameter {name!r}; the "
-                    f"model has {'no such one' if own is None else list(own.shape)}"
-                )
-        self._drawn = _Drawn(**state["draws"])
+        loaded = layers_of_state(state, self._specs, self._large, device)
+        diagonals = diagonals_of_state(state, self._parameters, device)
+        self._drawn = DrawsUsed(**state["draws"])
         self._diagonals = diagonals
         self._unfit_diagonals = dict(state.get("unfit_diagonals", {}))
         self._diagonal_reasons = dict(state.get("diagonal_reasons", {}))

@@ -156,6 +156,7 @@ class Statuses:
     def _statuses(self) -> dict[int, dict[str, Any]]:
         """Of all ranks that have left one, in one request where the store can and all have."""
         keys = [self._key(r) for r in range(self.size)]
+        # Not among the methods that torch declares.
         together: bool = self.store.has_extended_api()  # type: ignore[attr-defined]
         if together and self.store.check(keys):
             return dict(enumerate(map(json.loads, self.store.multi_get(keys))))

@@ -20,6 +20,7 @@ def with_few_rows(loss: Loss, most: int) -> Loss:
     """
     kind: Any = type(loss)
 
+    # Derived from whatever the loss is, which no checker can know.
     class FewRows(kind):  # type: ignore[misc]
         def exact(self, outputs: Any, targets: Any) -> Rows:
             rows: Rows = super().exact(outputs, targets)

@@ -98,6 +98,7 @@ class ShapeRun(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device) -> None:
+        # torch's own has no types.
         super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         mode: Any = FakeTensorMode

@@ -60,7 +60,7 @@ def activated(activation: nn.Module) -> nn.Module:
 def otherwise(net: nn.Module) -> nn.Module:
     """The same weights under another ``forward``."""
 
-    class Between(type(net)):  # type: ignore[misc]
+    class Between(type(net)):
         def forward(self, x: Tensor) -> Tensor:
             return self.b(torch.tanh(self.a(x)))
 

@@ -25,7 +25,7 @@ def behind_zero() -> nn.Sequential:
 def preconditioner(model: nn.Module) -> hk.optim.KFAC:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     options = {"output": "exact", "damping": "mean", "kl_clip": None, "inverse_every": 100}
-    return hk.optim.KFAC(model, optimizer, CE, **options)  # type: ignore[arg-type]
+    return hk.optim.KFAC(model, optimizer, CE, **options)
 
 
 def random_gradients(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:

@@ -164,7 +164,7 @@ def _failing(group: Any, kind: str) -> None:
         if group.rank() == 1:
             given["factors"]["0"].output_hessian[0, 0] += 1.0
     elif kind == "second pass" and group.rank() == 1:
-        data = _Worse(data)  # type: ignore[assignment]
+        data = _Worse(data)
     hk.ekfac(model, data, CE, group=group, seed=int(kind == "seed" and group.rank() == 1), **given)
 
 

@@ -167,7 +167,7 @@ def _failing(group: Any, kind: str) -> None:
     H = hk.layer_hessians(model, batches, CE, "2", group=group, **given)["2"]
     if kind == "changed" and bad:
         # On this rank alone.
-        H._chunks = None  # type: ignore[assignment]
+        H._chunks = None
     if kind == "vectors":
         H @ randn(H.shape[0], seed=group.rank())
     elif kind == "length":

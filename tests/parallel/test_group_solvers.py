@@ -150,7 +150,7 @@ def _killed(group: Any) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             return product(block)
 
-        H._matmul = fatal  # type: ignore[method-assign]
+        H._matmul = fatal
     hk.eigsh(H, 5)
 
 

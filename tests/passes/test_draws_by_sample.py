@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from loss_cases import LOSSES, softmax_root
-from networks import CE, Shaped, classes, randn, seeded
+from networks import CE, Shaped, Small, classes, randn, seeded
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -240,25 +240,12 @@ class TestStreams:
         assert_same(acc.factors(), hk.kronecker_factors(model(), [(X, Y)], CE, **MC))
 
 
-class Small(nn.Module):
-    """A model with room for so many samples at a time."""
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.inner, self.room = model(), room
-
-    def forward(self, x: Tensor) -> Any:
-        if len(x) > self.room:
-            raise torch.OutOfMemoryError(f"no room for {len(x)} samples")
-        return self.inner(x)
-
-
 @pytest.mark.parametrize("arranged", ["other batches", "shuffled", "list"])
 def test_halves_of_a_batch_draw_as_the_whole(arranged: str) -> None:
-    expected = hk.kronecker_factors(Small(99), ORDERED, CE, **MC)
-    assert_same(hk.kronecker_factors(Small(4), ARRANGED[arranged](), CE, **MC), expected)
-    corrected = hk.ekfac(Small(99), ORDERED, CE, **MC)
-    found = hk.ekfac(Small(4), ARRANGED[arranged](), CE, **MC)
+    expected = hk.kronecker_factors(Small(model(), 99), ORDERED, CE, **MC)
+    assert_same(hk.kronecker_factors(Small(model(), 4), ARRANGED[arranged](), CE, **MC), expected)
+    corrected = hk.ekfac(Small(model(), 99), ORDERED, CE, **MC)
+    found = hk.ekfac(Small(model(), 4), ARRANGED[arranged](), CE, **MC)
     for name in corrected:
         close(found[name].to_dense(), corrected[name].to_dense())
 

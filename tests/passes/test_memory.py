@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import peak_bytes
-from networks import CE, classes, randn, seeded
+from networks import CE, Small, classes, randn, seeded
 from torch import Tensor, nn
 
 import hesskern as hk
@@ -23,19 +23,6 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return [(randn(n, 3, seed=n), classes(n, c=4, seed=n)) for n in (4, 7, 5)]
 
 
-class Small(nn.Module):
-    """A model on a device with room for so many samples at a time."""
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.inner, self.room = model(), room
-
-    def forward(self, x: Tensor) -> Any:
-        if len(x) > self.room:
-            raise torch.OutOfMemoryError(f"no room for {len(x)} samples")
-        return self.inner(x)
-
-
 def assert_same(a: hk.Factors, b: hk.Factors) -> None:
     for name, layer in b.items():
         found = a[f"inner.{name}"]
@@ -48,7 +35,7 @@ def assert_same(a: hk.Factors, b: hk.Factors) -> None:
 @pytest.mark.parametrize("decay", [None, 0.7])
 def test_a_batch_in_two_halves(output: str, decay: float | None) -> None:
     given: dict[str, Any] = {"output": output, "decay": decay, "seed": 2}
-    streams = [hk.FactorAccumulator(m, CE, **given) for m in (Small(4), model())]
+    streams = [hk.FactorAccumulator(m, CE, **given) for m in (Small(model(), 4), model())]
     weights = randn(16).abs()
     for stream in streams:
         stream.consume(batches(), sample_weight=weights)
@@ -58,7 +45,7 @@ def test_a_batch_in_two_halves(output: str, decay: float | None) -> None:
 
 
 def test_a_half_that_is_too_large_as_well() -> None:
-    stream = hk.FactorAccumulator(Small(2), CE)
+    stream = hk.FactorAccumulator(Small(model(), 2), CE)
     with pytest.raises(
         torch.OutOfMemoryError, match=r"smaller batches(.|\n)*no room for 3 samples"
     ):
@@ -76,7 +63,7 @@ def test_halves_keep_what_was_found_of_their_targets(
         monkeypatch.setattr(f"hesskern.passes.{module}.on_host", lambda tensor: False)
     data = batches()
     data[1][1][5] = 4
-    stream = hk.FactorAccumulator(Small(4), CE, output=output)
+    stream = hk.FactorAccumulator(Small(model(), 4), CE, output=output)
     with pytest.raises(ValueError, match="found 4"):
         stream.consume(data)
     assert_same(stream.factors(), hk.kronecker_factors(model(), batches()[:1], CE, output=output))
@@ -89,12 +76,12 @@ def test_a_batch_that_cannot_be_cut() -> None:
 
     x, y = batches()[1]
     with pytest.raises(torch.OutOfMemoryError, match="smaller batches"):
-        hk.kronecker_factors(Masked(4), [((x, torch.zeros(7, 7, dtype=x.dtype)), y)], CE)
+        hk.kronecker_factors(Masked(model(), 4), [((x, torch.zeros(7, 7, dtype=x.dtype)), y)], CE)
 
 
 def test_one_sample_cannot_be_halved() -> None:
     with pytest.raises(torch.OutOfMemoryError, match="smaller batches"):
-        hk.kronecker_factors(Small(0), [(randn(1, 3), classes(1, c=4))], CE)
+        hk.kronecker_factors(Small(model(), 0), [(randn(1, 3), classes(1, c=4))], CE)
 
 
 def rows_kept(budget: int | None, fails_above: int, data: Any) -> Callable[[Any], Any]:

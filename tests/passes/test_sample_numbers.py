@@ -106,7 +106,7 @@ class TestOfALoader:
 
     def test_of_subsets(self) -> None:
         inner = Subset(Own(), [5, 3, 8, 1, 20])
-        loader = DataLoader(Subset(inner, torch.tensor([4, 0, -2])), batch_size=2, shuffle=True)  # type: ignore[arg-type]
+        loader = DataLoader(Subset(inner, torch.tensor([4, 0, -2])), batch_size=2, shuffle=True)
         found = []
         for element, numbers in numbered(loader):
             assert numbers is not None
@@ -124,7 +124,7 @@ class TestOfALoader:
             for walk in (iter, lambda data: (element for element, _ in numbered(data))):
                 torch.manual_seed(2)
                 own.manual_seed(4)
-                found = [e.tolist() for it in (loader, of_its_own) for e in walk(it)]  # type: ignore[operator]
+                found = [e.tolist() for it in (loader, of_its_own) for e in walk(it)]
                 states.append((found, torch.get_rng_state().tolist(), own.get_state().tolist()))
             assert states[0] == states[1]
 
@@ -133,7 +133,7 @@ class TestOfALoader:
 
         def workers() -> list[int]:
             assert loader._iterator is not None
-            return [process.pid for process in loader._iterator._workers]  # type: ignore[attr-defined]
+            return [process.pid for process in loader._iterator._workers]
 
         def walk() -> None:
             for element, numbers in numbered(loader):
@@ -149,7 +149,7 @@ class TestOfALoader:
         walk()
         assert workers() == first
         assert loader._iterator is not None
-        assert loader._iterator._index_sampler is loader.batch_sampler  # type: ignore[attr-defined]
+        assert loader._iterator._index_sampler is loader.batch_sampler
 
     @pytest.mark.parametrize(
         "data",
@@ -159,7 +159,7 @@ class TestOfALoader:
             Wrapped(Own(), batch_size=4),
             DataLoader(Own(), batch_size=None),
             DataLoader(Own(), batch_size=4, num_workers=1, in_order=False),
-            DataLoader({"a": torch.zeros(1)}, sampler=["a"]),  # type: ignore[arg-type]
+            DataLoader({"a": torch.zeros(1)}, sampler=["a"]),
         ],
         ids=["list", "stream", "own iteration", "single", "any order", "keys"],
     )

@@ -22,12 +22,14 @@ std::string_view cheapest(const ConvCall& call) {
   const double lanes = static_cast<double>(
       call.acc.scalar_type() == at::kDouble ? simd_lanes<double>() : simd_lanes<float>());
   const double patches = patches_cost(x, g, lanes);
+  const double bands = bands_cost(x, g, lanes);
+  const std::string_view unplanned = patches <= bands ? "patches" : "bands";
   // Small calls are done before the lags are planned.
-  if (patches <= least_planned_cost(g)) return "patches";
+  if (std::min(patches, bands) <= least_planned_cost(g)) return unplanned;
   const ConvAxis h = call.axis_h(), w = call.axis_w();
   const double lags = lags_cost(x, g, h, w, lanes);
   const double spectral = spectral_cost(x, g, h, w, lanes);
-  if (patches <= std::min(lags, spectral)) return "patches";
+  if (std::min(patches, bands) <= std::min(lags, spectral)) return unplanned;
   return lags <= spectral ? "lags" : "spectral";
 }
 
@@ -47,13 +49,16 @@ void accumulate(at::Tensor& acc, const at::Tensor& x, at::IntArrayRef kernel_siz
     conv_spectral(call);
   } else if (path == "lags") {
     conv_lags(call);
+  } else if (path == "bands") {
+    conv_bands(call);
   } else if (path == "pointwise" && pointwise_fits(call)) {
     conv_pointwise(call);
   } else {
-    TORCH_CHECK_VALUE(path == "patches",
-                      "conv_input_covariance_by_: path must be patches, lags, spectral or, where "
-                      "it fits, pointwise, got ",
-                      path);
+    TORCH_CHECK_VALUE(
+        path == "patches",
+        "conv_input_covariance_by_: path must be patches, bands, lags, spectral or, where "
+        "it fits, pointwise, got ",
+        path);
     conv_patches(call);
   }
   if (!direct) blocks.add_(call.acc);

@@ -9,7 +9,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
+#include "band_plan.h"
 #include "checks.h"
 #include "conv_plan.h"
 #include "cpu/blas/triangle.h"
@@ -26,6 +28,7 @@ namespace cost {
 
 constexpr double kPack = 0.5;         // per patch element packed, unit stride
 constexpr double kPackStrided = 1.5;  // with gaps between pixels
+constexpr double kPackLine = 8;       // per line of positions and patch element
 constexpr double kUpdate = 0.3;       // per element of the triangle and chunk
 constexpr double kPixel = 6;          // per vector of pixels brought into lanes
 constexpr double kFft = 8;            // per complex vector and factor of the length
@@ -36,6 +39,14 @@ constexpr double kSingleDot = 2.5;    // the same where a tile has one channel
 constexpr double kDotSum = 12;        // per dot product: its reduction and bookkeeping
 constexpr double kLagPair = 400;      // per pair of taps: planning and bookkeeping
 constexpr double kSpectralPair = 1000;
+constexpr double kBandProduct = 0.55;  // per vector product of the register tiles
+constexpr double kBandCopy = 4.5;      // per window of a channel copied
+constexpr double kBandLine = 15;       // per image row of a channel brought in
+constexpr double kBandTable = 15;      // per vector of sums added to a table
+constexpr double kBandAssemble = 35;   // per vector of a table added to the covariance
+constexpr double kBandCall = 5e3;      // memory and plan
+// Beyond so many elements the tables outgrow the caches.
+constexpr double kBandTables = 1 << 18;
 
 }  // namespace cost
 
@@ -52,8 +63,10 @@ inline double patches_cost(const ConvSizes& x, const ConvGeometry& g, double lan
   const double products = d <= lanes ? d : (panels * (panels + 1) / 2 - panels / 4) * width * 2;
   const double pack = g.stride_w == 1 ? cost::kPack : cost::kPackStrided;
   const double chunks = std::ceil(rows * panels * width / static_cast<double>(kChunk));
+  const double lines = static_cast<double>(x.samples * g.out_h);
   return static_cast<double>(g.groups) *
-         (rows * (products + pack * d) + chunks * d * d / 2 * cost::kUpdate);
+         (rows * (products + pack * d) + lines * d * cost::kPackLine +
+          chunks * d * d / 2 * cost::kUpdate);
 }
 
 // What the other ways cost at least: their planning alone, pair of taps by pair.
@@ -141,6 +154,36 @@ inline double lags_cost(const ConvSizes& x, const ConvGeometry& g, const ConvAxi
                           taps * taps * cost::kLagPair;
   const double idle = idle_factor(static_cast<double>(g.groups));
   return static_cast<double>(g.groups) * (total + idle * assembly);
+}
+
+inline double bands_cost(const ConvSizes& x, const ConvGeometry& g, double lanes) {
+  const BandPlan plan(g, x.height);
+  const double channels = static_cast<double>(x.channels / g.groups);
+  const double columns = channels * static_cast<double>(g.kernel_w);
+  const double vectors = columns * std::ceil(columns / lanes);
+  if (static_cast<double>(plan.tables) * vectors * lanes > cost::kBandTables) {
+    return std::numeric_limits<double>::infinity();
+  }
+  const double n = static_cast<double>(x.samples), height = static_cast<double>(x.height);
+  const double positions = static_cast<double>(g.out_w);
+  const double kept = positions * std::ceil(columns / lanes) * lanes;
+  const double samples = std::clamp(static_cast<double>(kBandElements) / (height * kept), 1.0, n);
+  double pairs = 0, flushed = 0, assembled = 0;
+  for (const BandClass& rows : plan.classes) {
+    const double count = static_cast<double>(rows.rows), lags = static_cast<double>(rows.lags);
+    pairs += count * lags;
+    flushed += lags * std::ceil(count * samples * positions / static_cast<double>(kBandSum));
+    assembled += lags * static_cast<double>(rows.taps.size());
+  }
+  const double lines = n * height * channels;
+  const double copies =
+      lines * positions * (g.dilation_w == 1 ? 1 : static_cast<double>(g.kernel_w));
+  const double work = n * positions * pairs * vectors * cost::kBandProduct +
+                      copies * cost::kBandCopy + lines * cost::kBandLine +
+                      n / samples * flushed * vectors * cost::kBandTable;
+  const double groups = static_cast<double>(g.groups);
+  return groups * (work * idle_factor(groups * n) + assembled * vectors * cost::kBandAssemble) +
+         cost::kBandCall;
 }
 
 }  // namespace hesskern::cpu

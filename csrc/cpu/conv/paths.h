@@ -12,6 +12,9 @@ namespace hesskern::cpu {
 
 // Elements of one float32 sum of a register tile in conv_lags and conv_pointwise.
 constexpr int64_t kRun = 4096;
+// Elements of the unfolded rows that conv_bands keeps at a time, within a core's own cache, and
+// positions that one of its registers sums.
+constexpr int64_t kBandElements = 1 << 16, kBandSum = 512;
 // Elements of the signals that conv_spectral keeps at a time: 8 MB of float32; but below so many
 // pairs of samples the inverse transforms outweigh the products.
 constexpr int64_t kSignals = 1 << 21, kFewestPairs = 16;
@@ -50,6 +53,8 @@ void conv_pointwise(const ConvCall& call);
 void conv_patches(const ConvCall& call);
 // Correlations at the lags between patch offsets, for few channels per group. Any geometry.
 void conv_lags(const ConvCall& call);
+// Products of image rows unfolded along the width, for few channels per group. Any geometry.
+void conv_bands(const ConvCall& call);
 // The same correlations from spectral densities. Any geometry.
 void conv_spectral(const ConvCall& call);
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hesskern import ops
 
-PATHS = ("patches", "lags", "spectral")
+PATHS = ("patches", "bands", "lags", "spectral")
 # Takes 1 x 1 kernels with at most that many channels per group.
 _POINTWISE, _POINTWISE_CHANNELS = "pointwise", 16
 SHOWN = (*PATHS, _POINTWISE)

@@ -59,8 +59,8 @@ TORCH_LIBRARY(hesskern, m) {
 
 // What the package itself, tests and benchmarks need beside the contract.
 TORCH_LIBRARY(hesskern_internal, m) {
-  // hesskern::conv_input_covariance_ by one named way, "patches", "lags", "spectral" or, for
-  // 1 x 1 kernels and few channels, "pointwise", instead of the one the cost model picks
+  // hesskern::conv_input_covariance_ by one named way, "patches", "bands", "lags", "spectral"
+  // or, for 1 x 1 kernels and few channels, "pointwise", instead of the one the cost model picks
   m.def(
       "conv_input_covariance_by_(Tensor(a!) acc, Tensor x, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation, int groups, float alpha, str path) -> ()");

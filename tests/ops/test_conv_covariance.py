@@ -14,7 +14,7 @@ from torch import Tensor
 from hesskern import ops
 from hesskern.ops import reference
 
-PATHS = ("patches", "lags", "spectral")
+PATHS = ("patches", "bands", "lags", "spectral")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 by_path = torch.ops.hesskern_internal.conv_input_covariance_by_
@@ -255,6 +255,6 @@ def test_choice(geometry: Geometry, seed: int) -> None:
 
 
 def test_unknown_path() -> None:
-    with pytest.raises(ValueError, match=r"path must be patches, lags, spectral or, .*, got fast"):
+    with pytest.raises(ValueError, match=r"path must be patches, bands, lags, spectral or, .*, got fast"):
         by_path(torch.zeros(4, 4), torch.zeros(1, 4, 2, 2), [1, 1], [1, 1], [0, 0], [1, 1], 1, 1.0,
                 "fast")  # fmt: skip

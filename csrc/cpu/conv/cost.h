@@ -62,7 +62,10 @@ inline double patches_cost(const ConvSizes& x, const ConvGeometry& g, double lan
   const double width = 2 * lanes, panels = std::ceil(d / width);
   const double products = d <= lanes ? d : (panels * (panels + 1) / 2 - panels / 4) * width * 2;
   const double pack = g.stride_w == 1 ? cost::kPack : cost::kPackStrided;
-  const double chunks = std::ceil(rows * panels * width / static_cast<double>(kChunk));
+  const double together = d <= static_cast<double>(kPrivateOrder)
+                              ? static_cast<double>(kPanelRows * kLevel)
+                              : static_cast<double>(kPanelRows * kSlabs);
+  const double chunks = std::ceil(rows / together);
   const double lines = static_cast<double>(x.samples * g.out_h);
   return static_cast<double>(g.groups) *
          (rows * (products + pack * d) + lines * d * cost::kPackLine +

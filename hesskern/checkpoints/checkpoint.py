@@ -22,6 +22,7 @@ from hesskern.checkpoints.facts import (
     environment,
     model_facts,
     other_model,
+    unread,
 )
 from hesskern.checkpoints.file import read, write
 from hesskern.checkpoints.packing import packed, unpacked
@@ -214,10 +215,18 @@ class Checkpoint:
         header, tensors = read(self._path)
         if header["call"] != self._call:
             raise self._refused(f"of another call, {header['call']}")
-        if difference := differences(header["settings"], self._settings):
+        # Where there is no source, functions can be compared under one version of Python only.
+        blind = header["environment"].get("python") != self._environment["python"]
+        unknown = unread(header["settings"], self._settings) if blind else []
+        if difference := differences(header["settings"], self._settings, unknown):
             raise self._refused(f"of another call: {difference}")
-        if other := other_model(header["model"], self._model):
+        if other := other_model(header["model"], self._model, blind):
             raise self._refused(f"of another model: {other}")
+        if blind:
+            words, own = (
+                {name: kind for name, kind, *_ in m} for m in (header["model"], self._model)
+            )
+            unknown += unread(words, own)
         if difference := differences(header["environment"], self._environment):
             if exact:
                 raise ValueError(
@@ -226,7 +235,9 @@ class Checkpoint:
                 )
             warnings.warn(
                 f"{self._where} was written elsewhere, so that the result may differ by rounding "
-                f"from that of an uninterrupted pass: {difference}",
+                f"from that of an uninterrupted pass: {difference}"
+                + f"; the functions of {', '.join(unknown)} cannot be compared"
+                * bool(unknown),
                 stacklevel=5,
             )
         content = unpacked(tensors, header["content"])

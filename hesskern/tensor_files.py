@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -14,11 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from hesskern.digests import tensor_digest
 from hesskern.files import written_whole
 
-__all__ = ["OpenedFile", "TensorFormat", "savable"]
+__all__ = ["OpenedFile", "TensorFormat", "savable", "sealed"]
 
 _KEY = "hesskern"
+# In a header that is sealed: digests of tensors, and of all else.
+_SUMS, _SEAL = "checksums", "header"
 
 
 def savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -46,6 +50,7 @@ class OpenedFile:
 
     header: dict[str, Any]
     _file: Any
+    _where: str = ""
 
     @property
     def names(self) -> list[str]:
@@ -56,6 +61,42 @@ class OpenedFile:
         """One tensor, read now, on the CPU."""
         found: Tensor = self._file.get_tensor(name)
         return found
+
+    def unsealed(self) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+        """The header that :func:`sealed` was given, all tensors, and the digest of both.
+
+        Raises:
+            ValueError: any bit of them is another one than was written.
+        """
+        content = dict(self.header)
+        own = content.pop(_SEAL)
+        if own != _digest(content):
+            raise self.damaged("its header is not what was written")
+        sums = content.pop(_SUMS)
+        if sorted(sums) != sorted(self.names):
+            raise self.damaged("its tensors are not those that its header names")
+        tensors = {}
+        for name in self.names:
+            tensors[name] = self.tensor(name)
+            if tensor_digest(tensors[name]) != sums[name]:
+                raise self.damaged(f"tensor {name!r} holds other bits than were written")
+        return content, tensors, own
+
+    def damaged(self, how: str) -> ValueError:
+        """The error of a file that is not as it was written."""
+        return ValueError(f"{self._where} is damaged: {how}")
+
+
+def sealed(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> dict[str, Any]:
+    """The header with digests of the tensors, and one of all that is in it."""
+    sums = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    # As it will be read.
+    content = json.loads(json.dumps({**header, _SUMS: sums}))
+    return {**content, _SEAL: _digest(content)}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -134,7 +175,7 @@ class TensorFormat:
                 found = header.pop("format", None) if isinstance(header, dict) else None
                 if found != self.name:
                     raise ValueError(f"{self.argument}: {str(path)!r} {self._other(found)}")
-                yield OpenedFile(header, file)
+                yield OpenedFile(header, file, f"{self.argument}: {str(path)!r}")
         except (
             SafetensorError,
             KeyError,

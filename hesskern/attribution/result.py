@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesskern.tensor_files import TensorFormat
+from hesskern.tensor_files import TensorFormat, sealed
 
 __all__ = ["Influence", "load_influence"]
 
@@ -58,16 +58,19 @@ class Influence:
         """Writes one safetensors file, which appears whole or not at all.
 
         :func:`hesskern.load_influence` reads it. Its tensors are "scores" (or "scores.LAYER") and,
-        where they are there, "indices" and "rank_errors"; the rest stands as JSON in its header.
+        where they are there, "indices" and "rank_errors"; the rest stands as JSON in its header,
+        with checksums of all.
 
         Raises:
             FileNotFoundError: the folder does not exist.
         """
-        _FILE.write(path, self._tensors(), self._header())
+        tensors = self._tensors()
+        _FILE.write(path, tensors, sealed(tensors, self._header()))
 
     def packed(self) -> bytes:
         """The bytes of that file."""
-        return _FILE.packed(self._tensors(), self._header())
+        tensors = self._tensors()
+        return _FILE.packed(tensors, sealed(tensors, self._header()))
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = (
@@ -104,22 +107,14 @@ def load_influence(path: str | os.PathLike[str], device: str | torch.device = "c
         ValueError: the file is not one of these, of a newer version, or damaged.
     """
     with _FILE.opened(path) as file:
-        header = file.header
-        parts = {name: file.tensor(name).to(device) for name in file.names}
+        header, tensors, _ = file.unsealed()
+        parts = {name: tensor.to(device) for name, tensor in tensors.items()}
         indices, errors = parts.pop("indices", None), parts.pop("rank_errors", None)
-        queries, train = header["num_queries"], header["num_train"]
-        columns = train if indices is None else indices.shape[1]
-        for name, scores in parts.items():
-            if scores.shape[:2] != (queries, columns):
-                raise ValueError(
-                    f"path: {str(path)!r} is damaged: {name!r} is {list(scores.shape)}, not "
-                    f"[{queries}, {columns}]"
-                )
         return Influence(
             _read_scores(parts, header["layers"]),
             indices,
-            queries,
-            train,
+            header["num_queries"],
+            header["num_train"],
             tuple(header["layers"]),
             header["skipped"],
             header["damping"],

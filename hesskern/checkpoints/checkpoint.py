@@ -29,7 +29,7 @@ from hesskern.checkpoints.packing import packed, unpacked
 from hesskern.files import check_writable, remove_abandoned
 from hesskern.parallel.ranks import Ranks
 
-__all__ = ["Checkpoint", "path_of_rank"]
+__all__ = ["Checkpoint", "check_every", "path_of_rank"]
 
 
 class Checkpoint:
@@ -106,7 +106,7 @@ class Checkpoint:
             UserWarning: the file was written in another environment, and ``exact`` is False.
         """
         if path is None:
-            _check_every(every, exact)
+            check_every(every, exact)
             return None
         return cls(path_of_rank(path, ranks), every, exact, call, model, device, settings)
 
@@ -252,7 +252,7 @@ class Checkpoint:
 
 
 def _checked(path: Any, every: Any, exact: Any) -> tuple[Path, float]:
-    _check_every(every, exact)
+    check_every(every, exact)
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"checkpoint must be the path of a file, got {type(path).__name__}")
     # What is renamed must lie where a link leads.
@@ -265,7 +265,8 @@ def _checked(path: Any, every: Any, exact: Any) -> tuple[Path, float]:
     return found, float(every)
 
 
-def _check_every(every: Any, exact: Any) -> None:
+def check_every(every: Any, exact: Any) -> None:
+    """Raises TypeError or ValueError where these two arguments of a call are none."""
     if isinstance(every, bool) or not isinstance(every, (int, float)):
         raise TypeError(f"checkpoint_every must be a number of seconds, got {every!r}")
     if not 0 <= every < math.inf:

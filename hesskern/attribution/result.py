@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesskern.tensor_files import TensorFormat, sealed
+from hesskern.tensor_files import TensorFormat
 
 __all__ = ["Influence", "load_influence"]
 
@@ -64,13 +64,11 @@ class Influence:
         Raises:
             FileNotFoundError: the folder does not exist.
         """
-        tensors = self._tensors()
-        _FILE.write(path, tensors, sealed(tensors, self._header()))
+        _FILE.write(path, self._tensors(), self._header())
 
     def packed(self) -> bytes:
         """The bytes of that file."""
-        tensors = self._tensors()
-        return _FILE.packed(tensors, sealed(tensors, self._header()))
+        return _FILE.packed(self._tensors(), self._header())
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = (
@@ -107,8 +105,8 @@ def load_influence(path: str | os.PathLike[str], device: str | torch.device = "c
         ValueError: the file is not one of these, of a newer version, or damaged.
     """
     with _FILE.opened(path) as file:
-        header, tensors, _ = file.unsealed()
-        parts = {name: tensor.to(device) for name, tensor in tensors.items()}
+        header = file.header
+        parts = {name: file.tensor(name).to(device) for name in file.names}
         indices, errors = parts.pop("indices", None), parts.pop("rank_errors", None)
         return Influence(
             _read_scores(parts, header["layers"]),

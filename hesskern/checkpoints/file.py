@@ -47,7 +47,8 @@ def read(path: Path, expected: str | None = None) -> tuple[dict[str, Any], dict[
         ValueError: the file is none, is of a newer version, or is damaged.
     """
     with _FILE.opened(path) as file:
-        content, tensors, own = file.unsealed()
-        if expected not in (None, own):
+        if file.seal is None:
+            raise file.damaged("it has no checksums")
+        if expected not in (None, file.seal):
             raise file.damaged("it is not the one that was written beside its checkpoint")
-    return content, tensors
+        return file.header, {name: file.tensor(name) for name in file.names}

@@ -29,7 +29,7 @@ from hesskern.zoo import models
 
 __all__ = ["Certificate", "CertificateError", "check_prior", "load_certificate"]
 
-_FILE = TensorFormat("hesskern.certificate/1", "a certificate", "certificate")
+_FILE = TensorFormat("hesskern.certificate/1", "a certificate", "certificate", seals=False)
 _ORTHOGONALITY = 1e-8
 _AGREEMENT = 1e-9
 _TENSORS = ("mean", "prior_mean", "variance", "U", "V")

@@ -118,7 +118,7 @@ class RawFile:
             OSError: the file cannot be read, or is shorter than it was.
         """
         nbytes = self.nbytes
-        view = memoryview(memory.numpy())
+        view: memoryview = memory.numpy().data
         try:
             with _Source(self.path) as source:
                 done = 0

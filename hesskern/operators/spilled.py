@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -13,11 +13,9 @@ from hesskern.devices import sent
 from hesskern.operators.samples import SampleRows, join
 from hesskern.spill.raw_files import RawFile, own_folder, write_raw
 from hesskern.spill.read_ahead import read_ahead
+from hesskern.spill.rooms import Spill, check_place
 
-__all__ = ["Spill", "SpilledSamples", "check_spill", "keep_few_waiting"]
-
-Spill = Literal["cpu", "disk"]
-"""Where samples go: to pinned memory of the host, or to files."""
+__all__ = ["SpilledSamples", "check_spill", "keep_few_waiting"]
 
 # Bytes that wait, of all layers together, before they go.
 _WAITING = 2**25
@@ -30,13 +28,7 @@ def check_spill(spill: Any, device: torch.device, tolerance: float, checkpoint: 
     """Raises ValueError where samples cannot be put there, or not with the other arguments."""
     if spill is None:
         return
-    if spill not in ("cpu", "disk"):
-        raise ValueError(f"spill must be None, 'cpu' or 'disk', got {spill!r}")
-    if spill == "cpu" and device.type == "cpu":
-        raise ValueError(
-            "spill='cpu' takes samples from a GPU to the host, where the model is already; "
-            "spill='disk' takes them to files"
-        )
+    check_place(spill, device, "samples")
     if tolerance > 0:
         raise ValueError(f"spill must be None where samples are left out: tolerance={tolerance}")
     if checkpoint is not None:

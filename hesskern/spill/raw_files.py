@@ -94,23 +94,6 @@ class RawFile:
             for (begin, end), shape, dtype in zip(self.spans, self.shapes, self.dtypes, strict=True)
         ]
 
-    def mapped(self) -> list[Tensor]:
-        """The tensors, whose memory is the file's; what is written to them stays out of it.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
-        nbytes = self.nbytes
-        try:
-            self._check_size(os.stat(self.path).st_size)
-            # A mapping of nothing is refused.
-            if nbytes == 0:
-                return self.tensors(torch.empty(0, dtype=torch.uint8))
-            path = str(self.path)
-            return self.tensors(torch.from_file(path, False, nbytes, dtype=torch.uint8))
-        except (OSError, RuntimeError) as error:
-            raise self._unreadable(error) from error
-
     def read(self, memory: Tensor) -> list[Tensor]:
         """The tensors in memory that :func:`aligned_memory` gave, read now.
 

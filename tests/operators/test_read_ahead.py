@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import hesskern as hk
 from hesskern.spill import raw_files
-from hesskern.spill.raw_files import RawFile, aligned_memory, own_folder, write_raw
+from hesskern.spill.raw_files import RawFile, own_folder, write_raw
 from hesskern.spill.read_ahead import RING, read_ahead, ring_bytes
 
 
@@ -145,8 +145,6 @@ def test_a_file_that_cannot_be_read_is_named(
     with pytest.raises(OSError, match=f"spill: {given[4].path} cannot be read: .*{message}"):
         next(reading)
     assert not readers()
-    with pytest.raises(OSError, match=message):
-        given[4].mapped()
 
 
 def test_whoever_stops_ends_the_thread(tmp_path: Path) -> None:
@@ -184,15 +182,6 @@ def test_ctrl_c_while_a_file_is_waited_for(tmp_path: Path, monkeypatch: pytest.M
     for thread in readers():
         thread.join(60)
     assert not readers()
-
-
-def test_mapped_tensors_are_those_of_the_file_and_do_not_change_it(tmp_path: Path) -> None:
-    (file,) = files(tmp_path, 5)[4:]
-    found = file.mapped()
-    assert equal(found, tensors(4))
-    found[0].zero_()
-    assert equal(file.mapped(), tensors(4))
-    assert equal(file.read(aligned_memory(file.nbytes)), tensors(4))
 
 
 class Keeper:

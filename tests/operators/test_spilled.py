@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import hesskern as hk
 from hesskern.operators import spilled
 from hesskern.operators.samples import SampleRows
-from hesskern.operators.spilled import Spill, SpilledSamples
+from hesskern.operators.spilled import SpilledSamples
+from hesskern.spill.rooms import Spill
 
 CE = nn.CrossEntropyLoss()
 

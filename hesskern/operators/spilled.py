@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hesskern.devices import sent
 from hesskern.operators.samples import SampleRows, join
 from hesskern.spill.raw_files import RawFile, own_folder, write_raw
-from hesskern.spill.read_ahead import read_ahead
-from hesskern.spill.rooms import Spill, check_place
+from hesskern.spill.read_ahead import RING, read_ahead
+from hesskern.spill.rooms import Spill, check_place, paper
 
-__all__ = ["SpilledSamples", "check_spill", "keep_few_waiting"]
+__all__ = [
+    "SpilledSamples",
+    "check_spill",
+    "keep_few_waiting",
+    "piece_bytes",
+    "read_ahead_bytes",
+    "waiting_bytes",
+]
 
 # Bytes that wait, of all layers together, before they go.
 _WAITING = 2**25
@@ -50,12 +58,14 @@ class SpilledSamples:
         self._device = device
         self._waiting: list[SampleRows] = []
         self._bytes = 0
-        self._piece = _PIECE.get(device.type, _PIECE["cpu"])
+        self._piece = piece_bytes(device)
         self._pinned: list[SampleRows] = []
         self._files: list[RawFile] = []
         # Whether the rows of a file are stored themselves.
         self._stored: list[bool] = []
-        self._folder: Path | None = own_folder(self) if place == "disk" else None
+        self._on_paper: list[Tensor] = []
+        files = place == "disk" and paper() is None
+        self._folder: Path | None = own_folder(self) if files else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, ([piece.alone() for piece in self()],)
@@ -81,7 +91,10 @@ class SpilledSamples:
         together, self._waiting, self._bytes = self._waiting, [], 0
         for joined in join(together, self._piece):
             for piece in _cut(joined, self._piece):
-                if self._folder is None:
+                make = paper()
+                if make is not None:
+                    self._on_paper.append(make([piece.nbytes], torch.uint8))
+                elif self._folder is None:
                     self._pinned.append(_pinned(piece))
                 else:
                     path = self._folder / f"{len(self._files)}.samples"
@@ -132,10 +145,30 @@ class SpilledSamples:
         return piece
 
 
+def piece_bytes(device: torch.device) -> int:
+    """Bytes of a device's samples that are put together."""
+    return _PIECE.get(device.type, _PIECE["cpu"])
+
+
+def waiting_bytes(budget: int, layers: int) -> int:
+    """Bytes of so many layers that may wait beside a budget: what one may, or a quarter of it."""
+    return min(max(_WAITING, budget // 4), layers * _WAITING)
+
+
 def keep_few_waiting(layers: Sequence[SpilledSamples], budget: int) -> None:
-    """Has the fullest let go until all together hold what one may, or a quarter of a budget."""
-    while layers and sum(layer.waiting for layer in layers) > max(_WAITING, budget // 4):
+    """Has the fullest let go until all together hold what may wait."""
+    while layers and sum(layer.waiting for layer in layers) > waiting_bytes(budget, len(layers)):
         max(layers, key=lambda layer: layer.waiting).finish()
+
+
+def read_ahead_bytes(nbytes: int, device: torch.device) -> int:
+    """About the bytes of the host's memory that a product with a layer's files reads into.
+
+    Args:
+        nbytes: of the layer's samples.
+        device: that the product is made on.
+    """
+    return min(nbytes, RING * piece_bytes(device))
 
 
 def _moved(piece: SampleRows, device: torch.device) -> SampleRows:

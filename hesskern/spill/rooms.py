@@ -32,10 +32,10 @@ _PAPER: ContextVar[Make | None] = ContextVar("_PAPER", default=None)
 
 @contextmanager
 def on_paper(make: Make) -> Iterator[None]:
-    """Inside, no file is made.
+    """Inside, nothing is put anywhere.
 
     Args:
-        make: gives, for its shape and dtype, what stands for a tensor that would lie in one.
+        make: gives, for its shape and dtype, what stands for a tensor that would lie elsewhere.
     """
     token = _PAPER.set(make)
     try:
@@ -45,7 +45,7 @@ def on_paper(make: Make) -> Iterator[None]:
 
 
 def paper() -> Make | None:
-    """What :func:`on_paper` was given; None: files are made."""
+    """What :func:`on_paper` was given; None outside it."""
     return _PAPER.get()
 
 
@@ -91,6 +91,9 @@ class Room:
         """
         if self.place is None:
             return torch.zeros(tuple(shape), dtype=dtype, device=self.device)
+        make = paper()
+        if make is not None:
+            return make(shape, dtype)
         if self.place == "cpu":
             return torch.zeros(tuple(shape), dtype=dtype, pin_memory=self.device.type == "cuda")
         return _mapped(shape, dtype)
@@ -116,9 +119,6 @@ class Room:
 
 def _mapped(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     nbytes = math.prod(shape) * dtype.itemsize
-    make = paper()
-    if make is not None:
-        return make(shape, dtype)
     if nbytes == 0:
         # A mapping of nothing is refused.
         return torch.zeros(tuple(shape), dtype=dtype)

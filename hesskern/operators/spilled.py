@@ -161,14 +161,12 @@ def keep_few_waiting(layers: Sequence[SpilledSamples], budget: int) -> None:
         max(layers, key=lambda layer: layer.waiting).finish()
 
 
-def read_ahead_bytes(nbytes: int, device: torch.device) -> int:
-    """About the bytes of the host's memory that a product with a layer's files reads into.
+def read_ahead_bytes(device: torch.device) -> int:
+    """Bytes of the host's memory that a product on a device reads a layer's files into, at most.
 
-    Args:
-        nbytes: of the layer's samples.
-        device: that the product is made on.
+    A sample that is larger than a piece takes more.
     """
-    return min(nbytes, RING * piece_bytes(device))
+    return RING * piece_bytes(device)
 
 
 def _moved(piece: SampleRows, device: torch.device) -> SampleRows:

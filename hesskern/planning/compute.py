@@ -270,9 +270,8 @@ def _run(request: Request, example: _Example, batch_size: int, samples: int) -> 
             at_peak[SAMPLES] = peak - sum(at_peak.values())
         kept = sum(stored.values())
         if request.spill:
-            files = [whole[name] for name in beyond_budget]
-            elsewhere = sum(files)
-            read_ahead = max((read_ahead_bytes(n, device) for n in files), default=0)
+            elsewhere = sum(whole[name] for name in beyond_budget)
+            read_ahead = read_ahead_bytes(device) if beyond_budget else 0
             stored = whole
     specs, _ = select_layers(example.model, request.layers, request.bias)
     layers = tuple(

@@ -81,7 +81,8 @@ class Plan:
         advice: what could be changed, and what it would take then.
         spill: as it was given; None: all is on the device.
         elsewhere: the most bytes at a time in files, or in the host's memory beside a GPU's.
-        read_ahead: bytes of the host's memory that a product with a spilled Hessian reads into.
+        read_ahead: bytes of the host's memory that a product with a spilled Hessian reads into, at
+            most.
     """
 
     what: str

@@ -100,8 +100,7 @@ def test_samples(problem: Any, budget: int, batches: int, folder: Path) -> None:
         assert plan.elsewhere == pytest.approx(there, rel=0.1)
     assert plan.kept == sum(layer.samples for layer in plan.layers if not layer.spilled)
     assert plan.kept <= budget
-    largest = max(layer.samples for layer in plan.layers if layer.spilled)
-    assert plan.read_ahead == min(3 * 2**18, largest)
+    assert plan.read_ahead == 3 * 2**18
     rings = [ring_bytes(H._chunks._files) for H in found[0].values() if H.spilled]
     # Files are smaller where layers take turns in waiting.
     assert 0 < max(rings) <= 1.01 * plan.read_ahead
@@ -120,7 +119,7 @@ def test_budgets_advise_it() -> None:
     again = hk.plan(model, batch, CE, output="mc", spill="disk", available=2**10, timing=False)
     assert not any("spill" in text for text in again.advice)
     hessians = hk.plan(
-        model, batch, CE, what="hessians", num_samples=400, available=2**20, timing=False
+        model, batch, CE, what="hessians", num_samples=160, available=2**20, timing=False
     )
     assert any("spill='disk'" in text for text in hessians.advice)
 
@@ -131,7 +130,7 @@ def test_it_is_printed(folder: Path) -> None:
     assert "KiB spilled" in text
     assert "In files: " in text
     given: dict[str, Any] = {"memory_budget": 0, "spill": "disk", "timing": False}
-    plan = hk.plan(model, batch, CE, what="hessians", num_samples=800, **given)
+    plan = hk.plan(model, batch, CE, what="hessians", num_samples=80, **given)
     assert "a product reads into 768 KiB" in str(plan)
     assert plan.to_dict()["elsewhere"] == plan.elsewhere
 

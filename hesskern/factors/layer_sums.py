@@ -269,11 +269,18 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
     return [product(shape[i + 1 :]) for i in range(len(shape))]
 
 
-def bordered(matrix: Tensor, column: Tensor, corner: float) -> Tensor:
-    """[(g,) d + 1, d + 1]: the matrix with E[sum_t x_t] [g d] and the number of positions added."""
+def bordered(matrix: Tensor, column: Tensor, corner: float, out: Tensor | None = None) -> Tensor:
+    """[(g,) d + 1, d + 1]: the matrix with E[sum_t x_t] [g d] and the number of positions added.
+
+    Args:
+        matrix: [(g,) d, d].
+        column: [g d].
+        corner: the last entry.
+        out: where the result goes; None: in memory of its own.
+    """
     blocks = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
     g, d, _ = blocks.shape
-    out = blocks.new_empty(g, d + 1, d + 1)
+    out = blocks.new_empty(g, d + 1, d + 1) if out is None else out.view(g, d + 1, d + 1)
     out[:, :d, :d] = blocks
     out[:, :d, d] = out[:, d, :d] = column.reshape(g, d)
     out[:, d, d] = corner

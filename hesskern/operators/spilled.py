@@ -27,9 +27,9 @@ __all__ = [
 
 # Bytes that wait, of all layers together, before they go.
 _WAITING = 2**25
-# Bytes of a piece: what is read ahead is a few of them, in the host's memory, and kernels of a GPU
-# want more samples at a time.
-_PIECE = {"cpu": 2**24, "cuda": 2**25}
+# Bytes of a piece: what is read ahead is a few of them, in the host's memory. With smaller ones
+# the threads of a product wait for one another, and for the reader, more often.
+_PIECE = 2**25
 
 
 def check_spill(spill: Any, device: torch.device, tolerance: float, checkpoint: Any) -> None:
@@ -58,7 +58,6 @@ class SpilledSamples:
         self._device = device
         self._waiting: list[SampleRows] = []
         self._bytes = 0
-        self._piece = piece_bytes(device)
         self._pinned: list[SampleRows] = []
         self._files: list[RawFile] = []
         # Whether the rows of a file are stored themselves.
@@ -89,8 +88,8 @@ class SpilledSamples:
     def finish(self) -> None:
         """Lets go of what has not gone yet."""
         together, self._waiting, self._bytes = self._waiting, [], 0
-        for joined in join(together, self._piece):
-            for piece in _cut(joined, self._piece):
+        for joined in join(together, _PIECE):
+            for piece in _cut(joined, _PIECE):
                 make = paper()
                 if make is not None:
                     self._on_paper.append(make([piece.nbytes], torch.uint8))
@@ -145,9 +144,9 @@ class SpilledSamples:
         return piece
 
 
-def piece_bytes(device: torch.device) -> int:
-    """Bytes of a device's samples that are put together."""
-    return _PIECE.get(device.type, _PIECE["cpu"])
+def piece_bytes() -> int:
+    """Bytes of samples that are put together, and lie in a file."""
+    return _PIECE
 
 
 def waiting_bytes(budget: int, layers: int) -> int:
@@ -161,12 +160,12 @@ def keep_few_waiting(layers: Sequence[SpilledSamples], budget: int) -> None:
         max(layers, key=lambda layer: layer.waiting).finish()
 
 
-def read_ahead_bytes(device: torch.device) -> int:
-    """Bytes of the host's memory that a product on a device reads a layer's files into, at most.
+def read_ahead_bytes() -> int:
+    """Bytes of the host's memory that a product reads a layer's files into, at most.
 
     A sample that is larger than a piece takes more.
     """
-    return RING * piece_bytes(device)
+    return RING * _PIECE
 
 
 def _moved(piece: SampleRows, device: torch.device) -> SampleRows:

@@ -233,7 +233,7 @@ def _run(request: Request, example: _Example, batch_size: int, samples: int) -> 
             rows = batch_rows(request, model, ShapedBatches(rows_run, *given, 1, device))
         if request.what == "hessians" and request.spill:
             budget = budget_for(request.memory_budget, device, 4 * 2**30, 1 / 4)
-            few = batches_until_spilling(rows, batches, budget, device) or few
+            few = batches_until_spilling(rows, batches, budget) or few
         most = enough_rows(request, rows)
         cut = request
         if most < rows.count:
@@ -261,7 +261,7 @@ def _run(request: Request, example: _Example, batch_size: int, samples: int) -> 
             beside = run.peak(passed)[0] - min(budget, sum(sums.values()))
             there = min(budget, sum(whole.values()))
             if request.spill:
-                of = rows, beyond_budget, budget, device
+                of = rows, beyond_budget, budget
                 beside = run.peak(passed)[0] - held_while_spilling(few, *of)
                 there = max(held_while_spilling(n, *of) for n in (few, batches))
             joining = min(joined_bytes(device, budget // 8), max(stored.values(), default=0))
@@ -271,7 +271,7 @@ def _run(request: Request, example: _Example, batch_size: int, samples: int) -> 
         kept = sum(stored.values())
         if request.spill:
             elsewhere = sum(whole[name] for name in beyond_budget)
-            read_ahead = read_ahead_bytes(device) if beyond_budget else 0
+            read_ahead = read_ahead_bytes() if beyond_budget else 0
             stored = whole
     specs, _ = select_layers(example.model, request.layers, request.bias)
     layers = tuple(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
-
 from hesskern.operators.spilled import piece_bytes, waiting_bytes
 from hesskern.planning.layers import BatchRows
 
@@ -16,27 +14,22 @@ __all__ = ["batches_until_spilling", "held_while_spilling"]
 _MOST = 24
 
 
-def batches_until_spilling(
-    rows: BatchRows, batches: int, budget: int, device: torch.device
-) -> int | None:
+def batches_until_spilling(rows: BatchRows, batches: int, budget: int) -> int | None:
     """How many batches it takes until samples go as fast as they come; None where it is many.
 
     Args:
         rows: of a batch.
         batches: of the pass.
         budget: of the call.
-        device: of the model.
     """
     each = max(1, sum(rows.samples.values()))
-    filled = (
-        budget + 2 * waiting_bytes(budget, len(rows.samples)) + piece_bytes(device)
-    ) // each + 3
+    filled = (budget + 2 * waiting_bytes(budget, len(rows.samples)) + piece_bytes()) // each + 3
     found = min(batches, filled)
     return found if found <= _MOST else None
 
 
 def held_while_spilling(
-    batches: int, rows: BatchRows, spilled: Collection[str], budget: int, device: torch.device
+    batches: int, rows: BatchRows, spilled: Collection[str], budget: int
 ) -> int:
     """The most bytes of samples held at a time, of all layers.
 
@@ -48,7 +41,6 @@ def held_while_spilling(
         rows: of a batch.
         spilled: the layers that are spilled in the end.
         budget: of the call.
-        device: of the model.
     """
     each = sum(rows.samples.values())
     if not spilled:
@@ -60,6 +52,6 @@ def held_while_spilling(
     gone = batches * sum(rows.samples[name] for name in spilled)
     waiting = min(gone, waiting_bytes(budget, len(spilled)) * each // max(1, counted))
     # What is put together of the fullest layer, more than the others on the average, is held twice.
-    together = min(piece_bytes(device), 2 * waiting // len(spilled))
+    together = min(piece_bytes(), 2 * waiting // len(spilled))
     held = min(each * batches, budget + waiting)
     return held + together * (each * batches > budget)

@@ -27,7 +27,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where files go; each of a few samples."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(spilled, "_WAITING", 2**12)
-    monkeypatch.setattr(spilled, "_PIECE", {"cpu": 2**11, "cuda": 2**11})
+    monkeypatch.setattr(spilled, "_PIECE", 2**11)
     return tmp_path
 
 

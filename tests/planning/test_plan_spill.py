@@ -25,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where files go; what waits and what goes together is little."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(spilled, "_WAITING", 2**19)
-    monkeypatch.setattr(spilled, "_PIECE", {"cpu": 2**18, "cuda": 2**18})
+    monkeypatch.setattr(spilled, "_PIECE", 2**18)
     return tmp_path
 
 
@@ -62,8 +62,9 @@ def test_factors(problem: Any, options: dict[str, Any], folder: Path) -> None:
         for t in (f.input_covariance, f.output_hessian, *(f.input_images or ()))
     )
     assert plan.kept == 0
-    # Running sums, and beside them those of a batch or the factors.
-    assert 1.9 * held < plan.elsewhere < 2.1 * held
+    # Running sums, and beside them those of a batch or the factors; with a joint bias one layer's
+    # covariance twice.
+    assert 1.9 * held < plan.elsewhere < 2.7 * held
     plain = hk.plan(model, batch, CE, **more)
     assert plain.elsewhere == 0
     assert plain.kept == held

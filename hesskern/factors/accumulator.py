@@ -135,13 +135,13 @@ class FactorAccumulator(Portable):
         if self._ranks is not None:
             model = inner_model(model)
         refuse_sharded(model)
-        check_place(spill, model_device(model), "sums")
-        self._room = Room(spill, model_device(model))
         check_output(output, mc_samples, seed)
         if decay is not None:
             check_fraction("decay", decay)
         self._loss = resolve_loss(loss, output_root)
         known, self._skipped = select_layers(model, layers, bias)
+        check_place(spill, model_device(model), "sums")
+        self._room = Room(spill, model_device(model))
         if not isinstance(diagonal, bool):
             raise TypeError(f"diagonal must be True or False, got {type(diagonal).__name__}")
         self._large: frozenset[str] = frozenset()

@@ -14,6 +14,7 @@ from hesskern.choices import Bias, Output
 from hesskern.devices import usable_device
 from hesskern.planning.compute import plan
 from hesskern.planning.requests import What
+from hesskern.spill.rooms import Spill
 from hesskern.zoo.models import build
 
 __all__ = ["plan_command"]
@@ -67,6 +68,11 @@ class _Bytes(click.ParamType):  # type: ignore[type-arg]
 @click.option("--diagonal", is_flag=True, help="With diagonal blocks of norms and biases.")
 @click.option(
     "--memory-budget", type=_Bytes(), help="As in the function, such as 4GiB.  [default: its own]"
+)
+@click.option(
+    "--spill",
+    type=click.Choice(get_args(Spill)),
+    help="Where factors, or samples above the budget, go instead.  [default: nowhere]",
 )
 @click.option(
     "--available", type=_Bytes(), help="Memory that may be used.  [default: what is free]"

@@ -60,6 +60,7 @@ from hesskern.passes.sample_numbers import Positions
 from hesskern.passes.whole_pass import agree_on_pass
 from hesskern.portable import Portable
 from hesskern.progress import Progress, reporter
+from hesskern.spill.rooms import Room, Spill, check_place
 
 __all__ = ["FactorAccumulator"]
 
@@ -100,6 +101,8 @@ class FactorAccumulator(Portable):
         memory_budget: bytes for root rows kept at a time beyond one row per layer; None for 1 GiB,
             on a GPU for a sixteenth of its free memory. A batch for which a GPU's memory does not
             suffice is taken in two halves.
+        spill: where the sums lie, as in :func:`hesskern.kronecker_factors`; :meth:`state_dict`
+            gives copies in memory all the same.
         group: ranks of torch.distributed, each with its own part of the data, as in
             :func:`hesskern.kronecker_factors`: :meth:`factors` is then called by all of them, and
             gives the factors of all data. Everything else is a rank's own.
@@ -126,6 +129,7 @@ class FactorAccumulator(Portable):
         position_mask: Callable[[Any], Any] | None = None,
         diagonal: bool = False,
         group: Any = None,
+        spill: Spill | None = None,
     ) -> None:
         self._ranks = Ranks.of(group)
         if self._ranks is not None:
@@ -136,6 +140,8 @@ class FactorAccumulator(Portable):
             check_fraction("decay", decay)
         self._loss = resolve_loss(loss, output_root)
         known, self._skipped = select_layers(model, layers, bias)
+        check_place(spill, model_device(model), "sums")
+        self._room = Room(spill, model_device(model))
         if not isinstance(diagonal, bool):
             raise TypeError(f"diagonal must be True or False, got {type(diagonal).__name__}")
         self._large: frozenset[str] = frozenset()
@@ -235,7 +241,7 @@ class FactorAccumulator(Portable):
             ValueError: as :meth:`update`, or ``sample_weight`` has another length than the data.
         """
         report = reporter(progress)
-        before = None if sample_weight is None else self.state_dict()
+        before = None if sample_weight is None else self._state(self._room.copied)
         try:
             self._pass(data, sample_weight, report)
         except BaseException:
@@ -269,7 +275,7 @@ class FactorAccumulator(Portable):
     def _snapshot(self, run: DataPass) -> dict[str, Any]:
         """All that the rest of a pass depends on, between two batches."""
         return {
-            "accumulated": self.state_dict(),
+            "accumulated": self._state(),
             "held": self._held.state(),
             "run": run.state(),
             "budget": self._batch_sums.memory_budget,
@@ -309,7 +315,7 @@ class FactorAccumulator(Portable):
         checkpoint: Checkpoint | None,
     ) -> None:
         """:meth:`_pass`, with random numbers of the stream that has been begun."""
-        memory = SumMemory()
+        memory = SumMemory(self._room.place)
         # Before the capture, which switches autocast off for all but the model.
         now = precisions(self._model, model_device(self._model))
         given = self._model, data, self._loss, self._specs, sample_weight, self.evidence
@@ -410,7 +416,7 @@ class FactorAccumulator(Portable):
             memory.let_go()
 
         def attempt(part: Batch, whole: bool) -> BatchSum:
-            return self._sums_of(run, part, memory if whole else SumMemory())
+            return self._sums_of(run, part, memory if whole else SumMemory(self._room.place))
 
         fresh, *others = whole_or_halves(batch, attempt, undo)
         for other in others:
@@ -459,7 +465,7 @@ class FactorAccumulator(Portable):
         add_sums((self._sums[name], sums) for name, sums in known.items())
         for name, sums in fresh.layers.items():
             if name not in known:
-                self._sums[name] = sums.copy() if known else sums
+                self._sums[name] = sums.copy(self._room.copied) if known else sums
         add_diagonals(self._diagonals, fresh.diagonals)
         if not known:
             # It holds the running sums from now on.
@@ -599,8 +605,7 @@ class FactorAccumulator(Portable):
             self._diagonal_reasons,
         )
         given = self._count, self._sums, self._diagonals, told, self._parameters or {}
-        device = model_device(self._model)
-        found = whole_sums(self._ranks, self._specs, *given, device, last=last)
+        found = whole_sums(self._ranks, self._specs, *given, self._room, last=last)
         whole = copy(self)
         whole._count, whole._sums, whole._diagonals = found.count, found.layers, found.diagonals
         whole._unfit, whole._tied = found.told.unfit, found.told.tied
@@ -618,13 +623,15 @@ class FactorAccumulator(Portable):
         refuse_missing(self._specs, self._reasons)
         count = self.num_samples
         layers = {
-            name: layer_means(self._specs[name], self._sums[name], count, self._tied.get(name))
+            name: layer_means(
+                self._specs[name], self._sums[name], count, self._tied.get(name), self._room
+            )
             for name in self._specs
             if name in self._sums and name not in self._large
         }
         large = {
             name: large_layer_means(
-                self._specs[name], self._sums[name], count, self._tied.get(name)
+                self._specs[name], self._sums[name], count, self._tied.get(name), self._room
             )
             for name in self._specs
             if name in self._sums and name in self._large
@@ -695,7 +702,7 @@ class FactorAccumulator(Portable):
         add_sums(shared)
         for name, sums in other._sums.items():
             if name not in self._sums:
-                self._sums[name] = sums.copy()
+                self._sums[name] = sums.copy(self._room.copied)
         add_diagonals(
             self._diagonals,
             {n: d if n in self._diagonals else d.clone() for n, d in other._diagonals.items()},
@@ -713,6 +720,14 @@ class FactorAccumulator(Portable):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything accumulated, as tensors and plain numbers: to stop and go on later."""
+        return self._state(torch.clone)
+
+    def _state(self, clone: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any]:
+        """:meth:`state_dict` with copies of the sums; without ``clone`` with themselves."""
+
+        def own(sums: LayerSums) -> LayerSums:
+            return sums if clone is None else sums.copy(clone)
+
         return {
             "format": FORMAT,
             "count": self.num_samples,
@@ -724,7 +739,7 @@ class FactorAccumulator(Portable):
             "settings": dict(self._settings),
             "checked": dict(self.evidence.found),
             "precisions": list(self._precisions),
-            "layers": {name: vars(sums.copy()) for name, sums in self._sums.items()},
+            "layers": {name: vars(own(sums)).copy() for name, sums in self._sums.items()},
             "diagonals": {name: total.clone() for name, total in self._diagonals.items()},
             "unfit_diagonals": dict(self._unfit_diagonals),
             "diagonal_reasons": dict(self._diagonal_reasons),
@@ -739,7 +754,7 @@ class FactorAccumulator(Portable):
         """
         check_state(state, self._settings)
         device = model_device(self._model)
-        loaded = layers_of_state(state, self._specs, self._large, device)
+        loaded = layers_of_state(state, self._specs, self._large, self._room)
         diagonals = diagonals_of_state(state, self._parameters, device)
         self._drawn = DrawsUsed(**state["draws"])
         self._diagonals = diagonals

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hesskern.factors.layer_sums import LayerSums
 from hesskern.passes.layers import LayerSpec
+from hesskern.spill.rooms import Room
 
 __all__ = ["FORMAT", "check_state", "diagonals_of_state", "layers_of_state"]
 
@@ -37,7 +38,7 @@ def layers_of_state(
     state: Mapping[str, Any],
     specs: Mapping[str, LayerSpec],
     large: Collection[str],
-    device: torch.device,
+    room: Room,
 ) -> dict[str, LayerSums]:
     """The sums of every layer, copied.
 
@@ -45,12 +46,12 @@ def layers_of_state(
         state: of an accumulator.
         specs: of the layers that there may be.
         large: those of them with the diagonal of E[M] alone.
-        device: where the sums go.
+        room: where the sums go.
 
     Raises:
         ValueError: a layer is unknown or has another shape.
     """
-    loaded = {name: LayerSums(**sums).copy(device) for name, sums in state["layers"].items()}
+    loaded = {name: LayerSums(**sums).copy(room.taken) for name, sums in state["layers"].items()}
     for name, sums in loaded.items():
         spec = specs.get(name)
         if spec is None:

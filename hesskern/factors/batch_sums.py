@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hesskern import ops
+from hesskern.factors.at_work import AtWork
 from hesskern.factors.diagonal_sums import DiagonalSums
 from hesskern.factors.layer_sums import BatchSum, Counted, LayerSums, Layout, SumMemory
 from hesskern.passes.layer_uses import LayerUse, positions_of
@@ -54,19 +56,23 @@ class BatchSums:
             name: _layout(self.specs[name], roots.uses[name], name in self.large) for name in names
         }
         found: BatchSum | None = None
+        at_work = AtWork()
         diagonals = DiagonalSums(roots.diagonal_uses, roots.outputs)
         for name, rows in self._output_rows(roots, names, diagonals):
             # Not before the first rows are there: on their way backwards the model's activations
             # are given back, whose memory the sums then take.
             found = memory.zeros(layouts) if found is None else found
+            outputs = at_work.of(found.layers[name].outputs, layouts[name].device)
             if name in self.large:
-                _add_squares(found.layers[name].outputs, rows)
+                _add_squares(outputs, rows)
             else:
-                ops.output_hessian_(found.layers[name].outputs, rows)
+                ops.output_hessian_(outputs, rows)
+        at_work.put_back()
         found = memory.zeros(layouts) if found is None else found
         found.counts += self._counted(roots, names)
         for name, sums in found.layers.items():
-            self._add_inputs(self.specs[name], roots, sums)
+            add = partial(self._add_inputs, self.specs[name], roots)
+            at_work.on_inputs(sums, layouts[name].device, add)
         for name, sums in found.layers.items():
             roots.check_sums(name, sums.inputs, sums.outputs)
         for name, diagonal in diagonals.finished().items():

@@ -18,6 +18,7 @@ from hesskern.parallel.sharded import whole_model
 from hesskern.passes.batches import check_iterable
 from hesskern.passes.forward_pass import model_device
 from hesskern.progress import Progress, reporter
+from hesskern.spill.rooms import Spill
 
 __all__ = ["kronecker_factors"]
 
@@ -44,6 +45,7 @@ def kronecker_factors(
     checkpoint_every: float = 60.0,
     exact_resume: bool = True,
     group: Any = None,
+    spill: Spill | None = None,
 ) -> Factors:
     """Kronecker factors E[x x^T] and E[M] of every layer, in one pass over the data.
 
@@ -113,6 +115,11 @@ def kronecker_factors(
             these left out; ``progress`` is told on the first rank. Parameters that ``fully_shard``
             has sharded are whole on every rank while the pass lasts. The group's timeout has to
             cover what one rank's part takes longer than another's.
+        spill: where the sums lie, but for the layer's that is added to, and the factors after them:
+            "disk" for memory-mapped files below $TMPDIR, which the system reads and writes as they
+            are needed and which go with the tensors; "cpu" for pinned memory of the host, from a
+            GPU. None: on the model's device. The factors are then tensors of the host, and the
+            numbers the same. Diagonals stay on the device.
 
     Returns:
         :class:`Factors`, keyed by layer name, in float32 (float64 for a float64 model).
@@ -125,7 +132,8 @@ def kronecker_factors(
         NotImplementedError: unsupported layers asked for by name, unsupported loss options.
         RankError: with a group, ranks have other models, weights or settings, or another rank has
             failed (its own error goes on there) or ended: within the group's timeout.
-        OSError: ``checkpoint`` cannot be written; the one before stays.
+        OSError: ``checkpoint`` cannot be written; the one before stays; or there is no room for the
+            files of ``spill``.
     """
     ranks = Ranks.of(group)
     with section_of(ranks, "Kronecker factors"), whole_model(ranks, model) as inner:
@@ -144,6 +152,7 @@ def kronecker_factors(
             position_mask=position_mask,
             diagonal=diagonal,
             group=group,
+            spill=spill,
         )
         if ranks is not None:
             accumulator.agree()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from torch import Tensor
 from hesskern.devices import on_host
 from hesskern.graph.nodes import product
 from hesskern.ops import foreach
+from hesskern.spill.rooms import Room, Spill
 
 __all__ = [
     "BatchSum",
@@ -53,10 +54,12 @@ class LayerSums:
     images: list[Tensor] | None = field(default_factory=list)
     positions: float = 0.0
 
-    def copy(self, device: torch.device | None = None) -> LayerSums:
-        def clone(tensor: Tensor) -> Tensor:
-            return tensor.to(device, copy=True)
+    def copy(self, clone: Callable[[Tensor], Tensor] = torch.clone) -> LayerSums:
+        """The same in memory of its own.
 
+        Args:
+            clone: copies a tensor.
+        """
         images = None if self.images is None else [clone(image) for image in self.images]
         return LayerSums(
             clone(self.inputs),
@@ -198,9 +201,13 @@ class SumMemory:
     from the second batch on: the next batch's activations take their place, and give it back when
     rows have gone backwards. The first ones stay as the running sums, in one piece, so that they
     leave no holes.
+
+    Args:
+        place: where the memory lies; None: on the layers' device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, place: Spill | None = None) -> None:
+        self._place = place
         self._layouts: dict[str, Layout] = {}
         self._sum: BatchSum | None = None
         self._begun = False
@@ -210,7 +217,7 @@ class SumMemory:
         if self._sum is None or layouts != self._layouts:
             # The ones before are let go first.
             self._sum = None
-            self._sum, self._layouts = _zeros(layouts, self._begun), dict(layouts)
+            self._sum, self._layouts = _zeros(layouts, self._begun, self._place), dict(layouts)
             self._begun = True
         else:
             for piece in self._sum.pieces:
@@ -229,7 +236,7 @@ class SumMemory:
         self._sum = None
 
 
-def _zeros(layouts: dict[str, Layout], scattered: bool) -> BatchSum:
+def _zeros(layouts: dict[str, Layout], scattered: bool, place: Spill | None) -> BatchSum:
     scattered = scattered and sum(layout.nbytes for layout in layouts.values()) > _LARGE
     groups: dict[tuple[torch.dtype, torch.device, str], list[str]] = {}
     for name, layout in layouts.items():
@@ -241,7 +248,7 @@ def _zeros(layouts: dict[str, Layout], scattered: bool) -> BatchSum:
     for (dtype, device, _), names in groups.items():
         shapes = [shape for name in names for shape in layouts[name].shapes]
         room = [-(-product(shape) // _ALIGNED) * _ALIGNED for shape in shapes]
-        piece = torch.zeros(sum(room), dtype=dtype, device=device)
+        piece = Room(place, device).zeros([sum(room)], dtype)
         pieces.append(piece)
         begins = accumulate([0, *room])
         parts = iter(
@@ -262,11 +269,18 @@ def _strides(shape: tuple[int, ...]) -> list[int]:
     return [product(shape[i + 1 :]) for i in range(len(shape))]
 
 
-def bordered(matrix: Tensor, column: Tensor, corner: float) -> Tensor:
-    """[(g,) d + 1, d + 1]: the matrix with E[sum_t x_t] [g d] and the number of positions added."""
+def bordered(matrix: Tensor, column: Tensor, corner: float, out: Tensor | None = None) -> Tensor:
+    """[(g,) d + 1, d + 1]: the matrix with E[sum_t x_t] [g d] and the number of positions added.
+
+    Args:
+        matrix: [(g,) d, d].
+        column: [g d].
+        corner: the last entry.
+        out: where the result goes; None: in memory of its own.
+    """
     blocks = matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
     g, d, _ = blocks.shape
-    out = blocks.new_empty(g, d + 1, d + 1)
+    out = blocks.new_empty(g, d + 1, d + 1) if out is None else out.view(g, d + 1, d + 1)
     out[:, :d, :d] = blocks
     out[:, :d, d] = out[:, d, :d] = column.reshape(g, d)
     out[:, d, d] = corner

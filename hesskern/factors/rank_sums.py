@@ -13,6 +13,7 @@ from hesskern.factors.layer_sums import LayerSums
 from hesskern.graph.evidence import Evidence
 from hesskern.parallel.ranks import RankError, Ranks
 from hesskern.passes.layers import LayerSpec
+from hesskern.spill.rooms import Room
 
 __all__ = ["Told", "WholeSums", "whole_sums"]
 
@@ -78,7 +79,7 @@ def whole_sums(
     diagonals: dict[str, Tensor],
     told: Told,
     parameters: Mapping[str, Any],
-    device: torch.device,
+    room: Room,
     *,
     last: bool,
 ) -> WholeSums:
@@ -91,7 +92,7 @@ def whole_sums(
         layers, diagonals: this rank's sums.
         told: what is known here besides.
         parameters: with ``shape``, by name, of which there may be diagonals.
-        device: of the sums.
+        room: where the layers' sums are.
         last: whether this rank's sums are not needed any more: they become those of all.
 
     Raises:
@@ -104,12 +105,13 @@ def whole_sums(
     layer_layouts = _alike("layer", [one[1] for one in found], whole.unfit)
     dtypes = _alike("parameter", [one[2] for one in found], whole.unfit_diagonals)
     summed = {
-        name: _own(layers.get(name), layer_layouts[name], device, last)
+        name: _own(layers.get(name), layer_layouts[name], room, last)
         for name in specs
         if name in layer_layouts
     }
+    own = Room(None, room.device)
     blocks = {
-        name: _tensor(diagonals.get(name), parameters[name].shape, dtypes[name], device, last)
+        name: _tensor(diagonals.get(name), parameters[name].shape, dtypes[name], own, last)
         for name in parameters
         if name in dtypes
     }
@@ -166,9 +168,7 @@ def _words(layout: Any) -> str:
     return f"{layout['dtype']} {layout['inputs']} and {layout['outputs']}"
 
 
-def _own(
-    sums: LayerSums | None, layout: dict[str, Any], device: torch.device, last: bool
-) -> LayerSums:
+def _own(sums: LayerSums | None, layout: dict[str, Any], room: Room, last: bool) -> LayerSums:
     """This rank's sums of a layer, zero where it was never reached here."""
     shapes = layout["images"]
     images: list[Any] = [None] * len(shapes or ())
@@ -176,7 +176,7 @@ def _own(
         images = list(sums.images)
 
     def tensor(own: Tensor | None, shape: list[int]) -> Tensor:
-        return _tensor(own, shape, layout["dtype"], device, last)
+        return _tensor(own, shape, layout["dtype"], room, last)
 
     return LayerSums(
         tensor(None if sums is None else sums.inputs, layout["inputs"]),
@@ -187,11 +187,7 @@ def _own(
     )
 
 
-def _tensor(
-    own: Tensor | None, shape: Iterable[int], dtype: str, device: torch.device, last: bool
-) -> Tensor:
+def _tensor(own: Tensor | None, shape: Iterable[int], dtype: str, room: Room, last: bool) -> Tensor:
     if own is None:
-        return torch.zeros(
-            *shape, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device
-        )
-    return own if last else own.clone()
+        return room.zeros([*shape], getattr(torch, dtype.removeprefix("torch.")))
+    return own if last else room.copied(own)

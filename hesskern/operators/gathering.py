@@ -11,11 +11,12 @@ from torch import Tensor
 
 from hesskern.checkpoints.checkpoint import Checkpoint
 from hesskern.operators.samples import SampleRows, added_bytes, layer_rows
-from hesskern.operators.spilled import Spill, SpilledSamples, keep_few_waiting
+from hesskern.operators.spilled import SpilledSamples, keep_few_waiting
 from hesskern.passes.data_pass import DataPass, once_only
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec
 from hesskern.passes.roots import accumulator_dtype
+from hesskern.spill.rooms import Spill
 
 __all__ = ["GatheredLayer", "Gathering"]
 

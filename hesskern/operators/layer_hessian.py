@@ -25,7 +25,7 @@ from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.operators.packed_inputs import PackedInputs
 from hesskern.operators.pruning import kept_samples, prune
 from hesskern.operators.samples import SampleRows, join, layer_rows
-from hesskern.operators.spilled import Spill, SpilledSamples, check_spill
+from hesskern.operators.spilled import SpilledSamples, check_spill
 from hesskern.parallel.ranks import Ranks, section_of, telling_of
 from hesskern.parallel.samplers import weights_of_part
 from hesskern.parallel.sharded import replica
@@ -45,6 +45,7 @@ from hesskern.passes.roots import check_fraction, check_output
 from hesskern.passes.sample_numbers import Positions
 from hesskern.passes.whole_pass import PassKnowledge, agree_on_pass
 from hesskern.progress import Progress, reporter
+from hesskern.spill.rooms import Spill
 
 __all__ = ["LayerHessian", "LayerHessians", "layer_hessians"]
 

@@ -53,6 +53,10 @@ class SampleRows:
         # A part of a larger tensor, such as a batch, would take all of that along when pickled.
         return SampleRows, (_alone(self.x), _alone(self.s), self.stored)
 
+    def alone(self) -> SampleRows:
+        """The same in memory of its own."""
+        return replace(self, x=self.x.clone(), s=self.s.clone())
+
     def rotated(self) -> SampleRows:
         """The same R^T R with every sample's rows in their principal axes, largest first."""
         gram = torch.matmul(self.s, self.s.transpose(1, 2))

@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-import weakref
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
 from hesskern.devices import sent
 from hesskern.operators.samples import SampleRows, join
+from hesskern.spill.raw_files import RawFile, own_folder, write_raw
+from hesskern.spill.read_ahead import RING, read_ahead
+from hesskern.spill.rooms import Spill, check_place, paper
 
-__all__ = ["Spill", "SpilledSamples", "check_spill", "keep_few_waiting"]
+__all__ = [
+    "SpilledSamples",
+    "check_spill",
+    "keep_few_waiting",
+    "piece_bytes",
+    "read_ahead_bytes",
+    "waiting_bytes",
+]
 
-Spill = Literal["cpu", "disk"]
-"""Where samples go: to pinned memory of the host, or to files."""
-
-# Pieces are put together up to so many bytes before they go.
-_TOGETHER = 2**25
+# Bytes that wait, of all layers together, before they go.
+_WAITING = 2**25
+# Bytes of a piece: what is read ahead is a few of them, in the host's memory. With smaller ones
+# the threads of a product wait for one another, and for the reader, more often.
+_PIECE = 2**25
 
 
 def check_spill(spill: Any, device: torch.device, tolerance: float, checkpoint: Any) -> None:
     """Raises ValueError where samples cannot be put there, or not with the other arguments."""
     if spill is None:
         return
-    if spill not in ("cpu", "disk"):
-        raise ValueError(f"spill must be None, 'cpu' or 'disk', got {spill!r}")
-    if spill == "cpu" and device.type == "cpu":
-        raise ValueError(
-            "spill='cpu' takes samples from a GPU to the host, where the model is already; "
-            "spill='disk' takes them to files"
-        )
+    check_place(spill, device, "samples")
     if tolerance > 0:
         raise ValueError(f"spill must be None where samples are left out: tolerance={tolerance}")
     if checkpoint is not None:
@@ -58,14 +58,16 @@ class SpilledSamples:
         self._device = device
         self._waiting: list[SampleRows] = []
         self._bytes = 0
-        self._pieces: list[SampleRows | Path] = []
-        self._folder: Path | None = None
-        if place == "disk":
-            self._folder = Path(tempfile.mkdtemp(prefix="hesskern-spill-"))
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._pinned: list[SampleRows] = []
+        self._files: list[RawFile] = []
+        # Whether the rows of a file are stored themselves.
+        self._stored: list[bool] = []
+        self._on_paper: list[Tensor] = []
+        files = place == "disk" and paper() is None
+        self._folder: Path | None = own_folder(self) if files else None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return list, (list(self()),)
+        return list, ([piece.alone() for piece in self()],)
 
     def add(self, piece: SampleRows) -> None:
         """Takes a piece.
@@ -75,7 +77,7 @@ class SpilledSamples:
         """
         self._waiting.append(piece)
         self._bytes += piece.nbytes
-        if self._bytes >= _TOGETHER:
+        if self._bytes >= _WAITING:
             self.finish()
 
     @property
@@ -86,50 +88,52 @@ class SpilledSamples:
     def finish(self) -> None:
         """Lets go of what has not gone yet."""
         together, self._waiting, self._bytes = self._waiting, [], 0
-        for piece in join(together, _TOGETHER):
-            if self._folder is None:
-                self._pieces.append(_pinned(piece))
-            else:
-                self._pieces.append(self._written(piece, self._folder))
-
-    def _written(self, piece: SampleRows, folder: Path) -> Path:
-        path = folder / f"{len(self._pieces)}.safetensors"
-        tensors = {"x": piece.x.cpu().contiguous(), "s": piece.s.cpu().contiguous()}
-        try:
-            save_file(tensors, path, metadata={"stored": str(int(piece.stored))})
-        except (SafetensorError, OSError) as error:
-            raise OSError(
-                f"spill: samples cannot be written to {folder} (set TMPDIR to a folder with room): "
-                f"{error}"
-            ) from error
-        return path
+        for joined in join(together, _PIECE):
+            for piece in _cut(joined, _PIECE):
+                make = paper()
+                if make is not None:
+                    self._on_paper.append(make([piece.nbytes], torch.uint8))
+                elif self._folder is None:
+                    self._pinned.append(_pinned(piece))
+                else:
+                    path = self._folder / f"{len(self._files)}.samples"
+                    self._files.append(write_raw(path, [piece.x, piece.s], "samples"))
+                    self._stored.append(piece.stored)
 
     def __call__(self) -> Generator[SampleRows, None, None]:
-        """The pieces, one or two of them on the device at a time."""
+        """The pieces, one or two of them on the device at a time; each until the next one comes."""
         if self._device.type == "cuda":
             yield from self._streamed()
         elif self._device.type == "cpu":
             yield from self._on_host()
         else:
-            yield from (_moved(piece, self._device) for piece in self._on_host())
+            for piece in self._on_host():
+                # Memory that is read into again must not be on its way still.
+                yield SampleRows(piece.x.to(self._device), piece.s.to(self._device), piece.stored)
 
-    def _on_host(self) -> Iterator[SampleRows]:
-        for piece, following in zip(self._pieces, [*self._pieces[1:], None], strict=True):
-            if isinstance(following, Path):
-                _read_ahead(following)
-            yield _mapped_file(piece) if isinstance(piece, Path) else piece
+    def _on_host(self) -> Generator[SampleRows, None, None]:
+        if self._folder is None:
+            yield from self._pinned
+            return
+        with closing(read_ahead(self._files, self._device.type == "cuda")) as read:
+            for (x, s), stored in zip(read, self._stored, strict=True):
+                yield SampleRows(x, s, stored)
 
     def _streamed(self) -> Iterator[SampleRows]:
         """Pieces copied to the device beside the work on those before."""
         beside = torch.cuda.Stream(self._device)
-        ready: list[tuple[SampleRows, torch.cuda.Event]] = []
+        before: tuple[SampleRows, torch.cuda.Event] | None = None
         for piece in self._on_host():
             with torch.cuda.stream(beside):
-                ready.append((_moved(piece, self._device), beside.record_event()))
-            if len(ready) > 1:
-                yield self._awaited(*ready.pop(0))
-        while ready:
-            yield self._awaited(*ready.pop(0))
+                copied = _moved(piece, self._device), beside.record_event()
+            if before is not None:
+                yield self._awaited(*before)
+            if self._folder is not None:
+                # The memory that it was copied from is read into again.
+                copied[1].synchronize()
+            before = copied
+        if before is not None:
+            yield self._awaited(*before)
 
     def _awaited(self, piece: SampleRows, event: torch.cuda.Event) -> SampleRows:
         current = torch.cuda.current_stream(self._device)
@@ -140,10 +144,28 @@ class SpilledSamples:
         return piece
 
 
+def piece_bytes() -> int:
+    """Bytes of samples that are put together, and lie in a file."""
+    return _PIECE
+
+
+def waiting_bytes(budget: int, layers: int) -> int:
+    """Bytes of so many layers that may wait beside a budget: what one may, or a quarter of it."""
+    return min(max(_WAITING, budget // 4), layers * _WAITING)
+
+
 def keep_few_waiting(layers: Sequence[SpilledSamples], budget: int) -> None:
-    """Has the fullest let go until all together hold what one may, or a quarter of a budget."""
-    while layers and sum(layer.waiting for layer in layers) > max(_TOGETHER, budget // 4):
+    """Has the fullest let go until all together hold what may wait."""
+    while layers and sum(layer.waiting for layer in layers) > waiting_bytes(budget, len(layers)):
         max(layers, key=lambda layer: layer.waiting).finish()
+
+
+def read_ahead_bytes() -> int:
+    """Bytes of the host's memory that a product reads a layer's files into, at most.
+
+    A sample that is larger than a piece takes more.
+    """
+    return RING * _PIECE
 
 
 def _moved(piece: SampleRows, device: torch.device) -> SampleRows:
@@ -160,20 +182,9 @@ def _pinned(piece: SampleRows) -> SampleRows:
     return SampleRows(moved[0], moved[1], piece.stored)
 
 
-def _mapped_file(path: Path) -> SampleRows:
-    """A piece whose memory is the file's."""
-    with safe_open(path, framework="pt") as file:
-        stored = (file.metadata() or {}).get("stored") == "1"
-        return SampleRows(file.get_tensor("x"), file.get_tensor("s"), stored)
-
-
-def _read_ahead(path: Path) -> None:
-    """Asks the system to read a file that is wanted next; where it does not, the time is lost."""
-    advise = getattr(os, "posix_fadvise", None)
-    if advise is None:
-        return
-    file = os.open(path, os.O_RDONLY)
-    try:
-        advise(file, 0, 0, os.POSIX_FADV_WILLNEED)
-    finally:
-        os.close(file)
+def _cut(piece: SampleRows, limit: int) -> Iterator[SampleRows]:
+    """A piece in parts of so many bytes, or of one sample."""
+    step = max(1, limit * len(piece.x) // max(1, piece.nbytes))
+    for begin in range(0, len(piece.x), step):
+        part = slice(begin, begin + step)
+        yield SampleRows(piece.x[part], piece.s[part], piece.stored)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hesskern.choices import Bias, Output, Precision, check_choice
 from hesskern.operators.samples import joined_bytes
+from hesskern.operators.spilled import read_ahead_bytes
 from hesskern.passes.batches import Batch, sample_count
 from hesskern.passes.input_batches import inputs_alone
 from hesskern.passes.layers import select_layers
@@ -19,7 +19,7 @@ from hesskern.passes.losses import resolve_loss
 from hesskern.passes.masks import checked_mask
 from hesskern.passes.memory import budget_for, check_budget, free_bytes
 from hesskern.passes.roots import check_output
-from hesskern.planning.few_rows import with_few_rows
+from hesskern.planning.few_rows import enough_rows, held_beyond, with_few_rows
 from hesskern.planning.layers import (
     BatchRows,
     batch_rows,
@@ -39,7 +39,9 @@ from hesskern.planning.shaped import (
     repeated,
     shaped_model,
 )
+from hesskern.planning.spilled_samples import batches_until_spilling, held_while_spilling
 from hesskern.planning.timing import timed
+from hesskern.spill.rooms import Spill, on_paper
 
 __all__ = ["plan"]
 
@@ -47,8 +49,6 @@ __all__ = ["plan"]
 _BATCHES = 3
 # Calls of these are one for every part that the root rows of a batch come in, for every use.
 _TAKEN = ("output_hessian_", "eigen_correction_", "conv_eigen_correction_")
-# Root rows that are run on shapes where they go backwards one by one.
-_FEW_ROWS = 8
 # From so many root rows per sample on, drawn targets are worth a word.
 _MANY_ROWS = 1000
 
@@ -72,6 +72,7 @@ def plan(
     position_mask: Callable[[Any], Any] | None = None,
     diagonal: bool = False,
     precision: Precision = "float32",
+    spill: Spill | None = None,
     available: int | None = None,
     timing: bool = True,
 ) -> Plan:
@@ -89,8 +90,8 @@ def plan(
             apart; for ``what="inputs"`` inputs alone will do. One sample is enough where
             ``batch_size`` is given. Tensors may be on the meta device.
         loss, layers, bias, mc_samples, output_root, memory_budget, check, max_outputs,
-            position_mask, diagonal, precision: as in the function that is planned; those that it
-            lacks are not used.
+            position_mask, diagonal, precision, spill: as in the function that is planned; those
+            that it lacks are not used, but for ``spill``.
         what: "factors" (:func:`hesskern.kronecker_factors`), "ekfac" (:func:`hesskern.ekfac`),
             "hessians" (:func:`hesskern.layer_hessians`) or "inputs"
             (:func:`hesskern.input_covariances`).
@@ -117,6 +118,8 @@ def plan(
             raise TypeError(f"{name} must be an int or None, got {type(value).__name__}")
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if spill is not None and what not in ("factors", "hessians"):
+        raise ValueError(f"spill must be None for what={what!r}, which keeps all on its device")
     if available is not None:
         available = check_budget(available)
     request = Request(
@@ -133,6 +136,7 @@ def plan(
         position_mask,
         diagonal,
         precision,
+        spill,
     )
     given = _samples(request, model, example_inputs)
     size_of_batch = batch_size or given
@@ -166,6 +170,9 @@ def plan(
         found.operations,
         times,
         tuple(_advice(request, example, size_of_batch, samples, found, room)),
+        spill,
+        found.elsewhere,
+        found.read_ahead,
     )
 
 
@@ -190,6 +197,8 @@ class _Found:
     at_peak: Mapping[str, int]
     kept: int
     operations: Mapping[str, int]
+    elsewhere: int
+    read_ahead: int
 
 
 def _samples(request: Request, model: nn.Module, element: Any) -> int:
@@ -222,36 +231,48 @@ def _run(request: Request, example: _Example, batch_size: int, samples: int) -> 
         model = shaped_model(rows_run, example.model)
         with rows_run:
             rows = batch_rows(request, model, ShapedBatches(rows_run, *given, 1, device))
-        most = _enough_rows(request, rows)
+        if request.what == "hessians" and request.spill:
+            budget = budget_for(request.memory_budget, device, 4 * 2**30, 1 / 4)
+            few = batches_until_spilling(rows, batches, budget) or few
+        most = enough_rows(request, rows)
         cut = request
         if most < rows.count:
             loss = with_few_rows(resolve_loss(request.loss, request.output_root), most)
             cut = request.changed(loss=loss, output_root=None)
         model = shaped_model(run, example.model)
-        with run:
+        with run, on_paper(run.put_elsewhere):
             result = cut.run(model, ShapedBatches(run, *given, few, device), progress=note)
     peak, at_peak = run.peak()
-    beyond = _held_beyond(request, rows, most, device)
+    beyond = held_beyond(request, rows, most, device)
     if beyond:
         peak, at_peak = peak + beyond, {**at_peak, ROWS: at_peak.get(ROWS, 0) + beyond}
     held = held_by(request.what, result)
     stored = dict.fromkeys(held, 0)
-    anew: set[str] = set()
-    kept = sum(map(total, held.values()))
+    beyond_budget: set[str] = set()
+    elsewhere, read_ahead = run.elsewhere(), 0
+    kept = total([t for own in held.values() for t in own if not run.lies_elsewhere(t)])
     if request.what == "hessians":
         budget = budget_for(request.memory_budget, device, 4 * 2**30, 1 / 4)
         whole = {name: rows.samples[name] * batches for name in held}
-        anew = _above(whole, budget)
-        stored = {name: 0 if name in anew else whole[name] for name in held}
+        beyond_budget = _above(whole, budget)
+        stored = {name: 0 if name in beyond_budget else whole[name] for name in held}
         if batches > few:
             sums = {name: rows.samples[name] * few for name in held}
             beside = run.peak(passed)[0] - min(budget, sum(sums.values()))
             there = min(budget, sum(whole.values()))
+            if request.spill:
+                of = rows, beyond_budget, budget
+                beside = run.peak(passed)[0] - held_while_spilling(few, *of)
+                there = max(held_while_spilling(n, *of) for n in (few, batches))
             joining = min(joined_bytes(device, budget // 8), max(stored.values(), default=0))
             peak = max(there + beside, sum(stored.values()) + joining)
             at_peak = {**at_peak, SAMPLES: 0}
             at_peak[SAMPLES] = peak - sum(at_peak.values())
         kept = sum(stored.values())
+        if request.spill:
+            elsewhere = sum(whole[name] for name in beyond_budget)
+            read_ahead = read_ahead_bytes() if beyond_budget else 0
+            stored = whole
     specs, _ = select_layers(example.model, request.layers, request.bias)
     layers = tuple(
         LayerPlan(
@@ -263,7 +284,8 @@ def _run(request: Request, example: _Example, batch_size: int, samples: int) -> 
             rows.nbytes.get(name, 0),
             stored[name],
             workspace_of(specs[name], run.kernels),
-            name in anew,
+            name in beyond_budget and request.spill is None,
+            name in beyond_budget or any(map(run.lies_elsewhere, held[name])),
         )
         for name in held
     )
@@ -286,44 +308,9 @@ def _run(request: Request, example: _Example, batch_size: int, samples: int) -> 
         at_peak,
         kept,
         operations,
+        elsewhere,
+        read_ahead,
     )
-
-
-def _enough_rows(request: Request, rows: BatchRows) -> int:
-    """Root rows per sample that are run on shapes; what more of them hold is known."""
-    if request.output != "exact" or request.what not in ("factors", "ekfac") or not rows.single:
-        return rows.count
-    return min(rows.count, _FEW_ROWS)
-
-
-def _held_beyond(request: Request, rows: BatchRows, most: int, device: torch.device) -> int:
-    """Bytes of single rows that are kept beside the first ones, until a budget is full."""
-    if most >= rows.count:
-        return 0
-    budget = budget_for(request.memory_budget, device, 2**30, 1 / 16)
-    # What is put together of a layer is held twice meanwhile.
-    joined = budget // 16
-    each = sum(rows.nbytes.values()) // rows.count
-    # The first pass of EKFAC is that of the factors.
-    kept = min(rows.count, max(most, (budget - joined) // max(1, each)))
-    return _put_together(rows, kept, joined) - _put_together(rows, most, joined)
-
-
-def _put_together(rows: BatchRows, kept: int, limit: int) -> int:
-    """Bytes of rows while layer after layer is put together, and its own are let go of.
-
-    Args:
-        rows: of a batch.
-        kept: root rows that are there.
-        limit: bytes of a layer that are put together at a time.
-    """
-    left = sum(rows.nbytes.values()) // rows.count
-    most = 0
-    for nbytes in rows.nbytes.values():
-        own = nbytes // rows.count
-        most = max(most, kept * left + min(limit, kept * own))
-        left -= own
-    return most
 
 
 def _above(samples: Mapping[str, int], budget: int) -> set[str]:
@@ -366,6 +353,13 @@ def _advice(
         )
     if fits or room is None:
         return texts
+    if request.spill is None and request.what == "factors":
+        spilled = _run(request.changed(spill="disk"), example, batch_size, samples)
+        if spilled.peak < found.peak:
+            texts.append(
+                f"spill='disk' has a peak of {size(spilled.peak)}, with {size(spilled.elsewhere)} "
+                "in files"
+            )
     smaller = batch_size
     while smaller > 1:
         smaller = (smaller + 1) // 2
@@ -379,6 +373,7 @@ def _advice(
         texts.append(
             f"memory_budget={budget} ({size(budget)}) has a peak of {size(less.peak)}: layers "
             "above it run the model again at every product"
+            + ("" if request.spill else ", or are read from files with spill='disk'")
         )
     elif found.kept > room:
         largest = max(found.layers, key=lambda layer: layer.factors)

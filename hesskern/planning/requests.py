@@ -14,6 +14,7 @@ from hesskern.factors.compute_ekfac import ekfac
 from hesskern.factors.input_covariances import input_covariances
 from hesskern.operators.layer_hessian import layer_hessians
 from hesskern.progress import Progress
+from hesskern.spill.rooms import Spill
 
 __all__ = ["Request", "What"]
 
@@ -28,8 +29,8 @@ class Request:
     Attributes:
         what: which function.
         loss, layers, output, bias, mc_samples, output_root, memory_budget, check, max_outputs,
-            position_mask, diagonal, precision: as in the function; those that it lacks are not
-            used.
+            position_mask, diagonal, precision, spill: as in the function; those that it lacks are
+            not used.
     """
 
     what: What
@@ -45,6 +46,7 @@ class Request:
     position_mask: Callable[[Any], Any] | None = None
     diagonal: bool = False
     precision: Precision = "float32"
+    spill: Spill | None = None
 
     def changed(self, **options: Any) -> Request:
         """The same with other options."""
@@ -70,7 +72,7 @@ class Request:
 
 
 _FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "factors": (kronecker_factors, ("max_outputs", "diagonal")),
+    "factors": (kronecker_factors, ("max_outputs", "diagonal", "spill")),
     "ekfac": (ekfac, ("max_outputs", "precision")),
-    "hessians": (layer_hessians, ()),
+    "hessians": (layer_hessians, ("spill",)),
 }

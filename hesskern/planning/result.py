@@ -37,6 +37,7 @@ class LayerPlan:
         samples: of all samples stored, for Hessians; 0 where the budget has them made anew.
         workspaces: that a kernel takes inside at most.
         recomputed: whether the model runs again for every product with the layer's Hessian.
+        spilled: whether the result's tensors of the layer lie where ``spill`` puts them.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LayerPlan:
     samples: int
     workspaces: int
     recomputed: bool = False
+    spilled: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,10 @@ class Plan:
         seconds: of all of the pass by its parts, as two batches took here; empty where none was
             timed.
         advice: what could be changed, and what it would take then.
+        spill: as it was given; None: all is on the device.
+        elsewhere: the most bytes at a time in files, or in the host's memory beside a GPU's.
+        read_ahead: bytes of the host's memory that a product with a spilled Hessian reads into, at
+            most.
     """
 
     what: str
@@ -99,6 +105,9 @@ class Plan:
     operations: Mapping[str, int]
     seconds: Mapping[str, float]
     advice: tuple[str, ...]
+    spill: str | None = None
+    elsewhere: int = 0
+    read_ahead: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in lists, dicts, words and numbers, as JSON has them."""
@@ -122,6 +131,12 @@ class Plan:
             + ("" if self.available is None else f"; {size(self.available)} may be used")
             + ("" if self.fits else ": it does NOT fit"),
         ]
+        if self.elsewhere:
+            where = "files" if self.spill == "disk" else "pinned memory of the host"
+            lines.append(
+                f"In {where}: {size(self.elsewhere)}"
+                + (f"; a product reads into {size(self.read_ahead)}" if self.read_ahead else "")
+            )
         if self.blocks:
             lines.append(f"Root rows of a batch go backwards in {counted(self.blocks, 'block')}")
         total = sum(self.operations.values())
@@ -141,6 +156,8 @@ class Plan:
         for layer in self.layers:
             m, d = layer.shape
             cells = [size(getattr(layer, name)) for name in names]
+            if layer.spilled:
+                cells[names.index("factors" if layer.factors else "samples")] += " spilled"
             if layer.recomputed:
                 cells[-1] += ", made anew"
             found.append([layer.name, f"{m} x {d}", str(layer.positions), *cells])

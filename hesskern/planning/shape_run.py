@@ -18,18 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from hesskern.planning.operations import count_operations
 from hesskern.planning.workspaces import workspace_bytes
 
-__all__ = ["ROWS", "SAMPLES", "WORKSPACE", "KernelCall", "ShapeRun"]
+__all__ = ["ELSEWHERE", "ROWS", "SAMPLES", "WORKSPACE", "KernelCall", "ShapeRun"]
 
 ROWS = "root rows"
 SAMPLES = "stored samples"
 WORKSPACE = "workspaces"
+# What spill= puts somewhere else: no memory of the device.
+ELSEWHERE = "elsewhere"
 _ROOT = Path(__file__).resolve().parent.parent
 _MODEL = "activations"
 # The innermost file of this package that asks for memory says what it is for.
@@ -140,14 +142,39 @@ class ShapeRun(TorchDispatchMode):
             until: so many events are looked at; None: all.
         """
         held = most = place = 0
-        for i, (nbytes, _) in enumerate(self.events[:until]):
-            held += nbytes
+        for i, (nbytes, purpose) in enumerate(self.events[:until]):
+            held += nbytes * (purpose != ELSEWHERE)
             if held > most:
                 most, place = held, i + 1
         parts: dict[str, int] = {}
         for nbytes, purpose in self.events[:place]:
-            parts[purpose] = parts.get(purpose, 0) + nbytes
+            if purpose != ELSEWHERE:
+                parts[purpose] = parts.get(purpose, 0) + nbytes
         return most, {purpose: nbytes for purpose, nbytes in parts.items() if nbytes}
+
+    def elsewhere(self) -> int:
+        """The most bytes that lie elsewhere at a time."""
+        held = most = 0
+        for nbytes, purpose in self.events:
+            held += nbytes * (purpose == ELSEWHERE)
+            most = max(most, held)
+        return most
+
+    def put_elsewhere(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor on the host that takes none of the memory that is counted."""
+        # Unseen by the run itself, which would count it.
+        with _disable_current_modes(), self._fake:
+            found = torch.empty(tuple(shape), dtype=dtype)
+        storage = found.untyped_storage()
+        key, nbytes = storage._cdata, storage.nbytes()
+        self._live[key] = nbytes, ELSEWHERE, weakref.ref(storage, self._giver(key))
+        self._change(nbytes, ELSEWHERE)
+        return found
+
+    def lies_elsewhere(self, tensor: Tensor) -> bool:
+        """Whether :meth:`put_elsewhere` gave it."""
+        live = self._live.get(tensor.untyped_storage()._cdata)
+        return live is not None and live[1] == ELSEWHERE
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -252,7 +279,7 @@ class ShapeRun(TorchDispatchMode):
 
     def _change(self, nbytes: int, purpose: str) -> None:
         if nbytes:
-            self.held += nbytes
+            self.held += nbytes * (purpose != ELSEWHERE)
             self.events.append((nbytes, purpose))
 
     def _purpose(self) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import hesskern as hk
 from hesskern.operators import spilled
 from hesskern.operators.samples import SampleRows
-from hesskern.operators.spilled import Spill, SpilledSamples
+from hesskern.operators.spilled import SpilledSamples
+from hesskern.spill.rooms import Spill
 
 CE = nn.CrossEntropyLoss()
 
@@ -25,7 +26,8 @@ CE = nn.CrossEntropyLoss()
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where files go; each of a few samples."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(spilled, "_TOGETHER", 2**12)
+    monkeypatch.setattr(spilled, "_WAITING", 2**12)
+    monkeypatch.setattr(spilled, "_PIECE", 2**11)
     return tmp_path
 
 
@@ -46,7 +48,7 @@ def test_everything_is_that_of_samples_in_memory(budget: int, folder: Path) -> N
     factors = hk.kronecker_factors(model, data, CE, bias="joint")
     assert any(H.spilled for H in found.values())
     assert all(H.spilled for H in found.values()) == (budget == 0)
-    assert list(folder.glob("hesskern-spill-*/*.safetensors"))
+    assert list(folder.glob("hesskern-spill-*/*.samples"))
     for name, H in whole.items():
         spilt = found[name]
         assert spilt.cached
@@ -68,7 +70,7 @@ def test_everything_is_that_of_samples_in_memory(budget: int, folder: Path) -> N
 def test_several_batches_lie_in_several_files(folder: Path) -> None:
     model, data = problem()
     H = hk.layer_hessians(model, data, CE, memory_budget=0, spill="disk")
-    files = list(folder.glob("*/*.safetensors"))
+    files = list(folder.glob("*/*.samples"))
     assert len(files) > len(H)
 
 
@@ -119,7 +121,7 @@ def test_files_go_with_the_hessians(folder: Path) -> None:
     expected = {name: H @ v[name] for name, H in found.items()}
     del found
     gc.collect()
-    assert not list(folder.iterdir())
+    assert not list(folder.glob("hesskern-spill-*"))
     for name, H in copy.items():
         torch.testing.assert_close(H @ v[name], expected[name])
 
@@ -130,19 +132,32 @@ def test_what_fails_leaves_no_files(folder: Path) -> None:
     with pytest.raises(ValueError, match="NaN"):
         hk.layer_hessians(model, bad, CE, memory_budget=0, spill="disk")
     gc.collect()
-    assert not list(folder.iterdir())
+    assert not list(folder.glob("hesskern-spill-*"))
 
 
 def test_a_full_disk_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
+    class Full:
+        def __init__(self, *_: Any) -> None:
+            pass
 
-    monkeypatch.setattr(spilled, "save_file", full)
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+        def tell(self) -> int:
+            return 0
+
+        def write(self, _: Any) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", Full)
     model, data = problem()
     with pytest.raises(OSError, match=r"spill: samples cannot be written to .*TMPDIR.*No space"):
         hk.layer_hessians(model, data, CE, memory_budget=0, spill="disk")
     gc.collect()
-    assert not list(folder.iterdir())
+    assert not list(folder.glob("hesskern-spill-*"))
 
 
 def pieces() -> list[SampleRows]:

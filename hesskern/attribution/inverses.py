@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.factors.result import LayerFactors
+from hesskern.factors.result import Factors, LayerFactors
 from hesskern.operators.damping import check_damping, resolved
 from hesskern.operators.eigenbasis import EigenbasisOperator
 from hesskern.passes.forward_pass import model_device
@@ -61,9 +61,9 @@ def curvature_of(
     Raises:
         TypeError: E is no mapping, or holds something else than operators with an eigenbasis and
             factors; ``damping`` is none of these.
-        ValueError: E is empty, has a layer that the model has not, of another shape or on another
-            device; ``damping`` is negative or not finite, lacks a layer, or leaves a layer's
-            curvature singular.
+        ValueError: E is empty or a part alone, has a layer that the model has not, of another shape
+            or on another device; ``damping`` is negative or not finite, lacks a layer, or leaves a
+            layer's curvature singular.
     """
     if E is None:
         specs, skipped = select_layers(model, layers, "none")
@@ -75,6 +75,9 @@ def curvature_of(
             "E must be a mapping from layers to operators or factors (hk.ekfac, "
             f"hk.kronecker_factors), or None; got {type(E).__name__}"
         )
+    if (part := getattr(E, "part", None)) is not None:
+        load = "load_factors" if isinstance(E, Factors) else "load_ekfac"
+        raise ValueError(f"E: {part.refusal('a curvature', load)}")
     if not E:
         raise ValueError("E is empty: it has no layer to go through")
     specs, skipped = _chosen(E, model, layers)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hesskern.checkpoints.checkpoint import Checkpoint
 from hesskern.choices import Bias, Output
 from hesskern.factors.accumulator import FactorAccumulator
+from hesskern.factors.parts import check_sharded
 from hesskern.factors.result import Factors
 from hesskern.parallel.ranks import Ranks, section_of
 from hesskern.parallel.samplers import weights_of_part
@@ -44,6 +45,7 @@ def kronecker_factors(
     checkpoint_every: float = 60.0,
     exact_resume: bool = True,
     group: Any = None,
+    sharded: bool = False,
 ) -> Factors:
     """Kronecker factors E[x x^T] and E[M] of every layer, in one pass over the data.
 
@@ -113,6 +115,9 @@ def kronecker_factors(
             these left out; ``progress`` is told on the first rank. Parameters that ``fully_shard``
             has sharded are whole on every rank while the pass lasts. The group's timeout has to
             cover what one rank's part takes longer than another's.
+        sharded: with a group, whether every rank keeps the factors of some layers alone, by their
+            bytes, behind a pass that sums those of all: ``factors.part`` says which,
+            ``factors.save`` writes one part per rank, and :func:`hesskern.load_factors` reads them.
 
     Returns:
         :class:`Factors`, keyed by layer name, in float32 (float64 for a float64 model).
@@ -129,6 +134,7 @@ def kronecker_factors(
     """
     ranks = Ranks.of(group)
     with section_of(ranks, "Kronecker factors"), whole_model(ranks, model) as inner:
+        check_sharded(sharded, ranks)
         accumulator = FactorAccumulator(
             inner,
             loss,
@@ -177,10 +183,13 @@ def kronecker_factors(
             progress = ranks.watching("Kronecker factors", reporter(progress))
         if saved is None:
             accumulator.consume(data, sample_weight=sample_weight, progress=progress)
-            return accumulator.finished(2, last=True)
-        check_iterable(data)
-        accumulator.go_on(saved, data, sample_weight=sample_weight, progress=progress)
+        else:
+            check_iterable(data)
+            accumulator.go_on(saved, data, sample_weight=sample_weight, progress=progress)
         found = accumulator.finished(2, last=True)
+        if sharded and ranks is not None:
+            found = found.shard(ranks)
     # When all ranks have it.
-    saved.remove()
+    if saved is not None:
+        saved.remove()
     return found

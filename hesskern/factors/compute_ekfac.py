@@ -14,6 +14,7 @@ from hesskern.choices import Bias, Output, Precision, check_choice
 from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.corrections import Corrections
 from hesskern.factors.ekfac import EKFAC
+from hesskern.factors.parts import check_sharded
 from hesskern.factors.precision import precisions
 from hesskern.factors.result import Factors, LayerFactors
 from hesskern.factors.second_pass import SecondPass, contents
@@ -66,6 +67,7 @@ def ekfac(
     checkpoint_every: float = 60.0,
     exact_resume: bool = True,
     group: Any = None,
+    sharded: bool = False,
 ) -> EKFAC:
     """EKFAC of every layer (George et al. 2018, arXiv 1806.03884), in two passes over the data.
 
@@ -99,6 +101,9 @@ def ekfac(
         group: ranks of torch.distributed that all call this, each with its own part of the data,
             as in :func:`hesskern.kronecker_factors`. They share the eigendecompositions out among
             them, the largest first, and all get the whole result, the same bits.
+        sharded: with a group, whether every rank keeps some layers alone, by their bytes:
+            eigenvectors and S, which all ranks hold while the second pass lasts. ``E.part`` says
+            which, ``E.save`` writes one part per rank, and :func:`hesskern.load_ekfac` reads them.
 
     Returns:
         :class:`EKFAC`, keyed by layer name, in float32 (float64 for a float64 model).
@@ -117,6 +122,7 @@ def ekfac(
     """
     ranks = Ranks.of(group)
     with section_of(ranks, "EKFAC"), whole_model(ranks, model) as model:
+        check_sharded(sharded, ranks)
         check_choice("precision", precision, Precision)
         check_output(output, mc_samples, seed)
         check_iterable(data)
@@ -155,9 +161,10 @@ def ekfac(
                 "mc_samples": mc_samples,
                 "seed": seed,
                 "precision": precision,
+                "sharded": sharded,
                 "position_mask given": mask is not None,
             }
-            ranks.agree("EKFAC", asked)
+            ranks.agree("EKFAC", {"settings": asked})
         saved = Checkpoint.of(
             checkpoint,
             checkpoint_every,
@@ -266,6 +273,8 @@ def ekfac(
         covered = [specs[name] for name in result]
         skipped = left_out(model, {**begun.skipped, **reasons}, covered, None)
         made_here = EKFAC(result, specs, count, skipped, own)
+        if sharded and ranks is not None:
+            made_here = made_here.shard(ranks)
     # When all ranks have it.
     if saved is not None:
         saved.remove()

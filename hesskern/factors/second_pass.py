@@ -62,9 +62,8 @@ class SecondPass:
         return cls(specs, dict(factors.skipped), skipped, dict(factors.settings), chosen)
 
     @classmethod
-    def of_part(cls, kept: Mapping[str, Any], model: nn.Module, evidence: Evidence) -> SecondPass:
-        """What :meth:`part` has kept; gives the evidence back what was found then."""
-        evidence.restore(kept["evidence"])
+    def of_part(cls, kept: Mapping[str, Any], model: nn.Module) -> SecondPass:
+        """What :meth:`part` has kept."""
         known, _ = select_layers(model, None, kept["settings"].get("bias", "none"))
         specs = {
             name: replace(known[name], required=required)

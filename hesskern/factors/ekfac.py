@@ -36,7 +36,7 @@ class EKFAC(ByLayer[CorrectedOperator]):
         settings: how S was made (``output``, ``bias``, ``mc_samples``, ``seed``, ``precision``,
             ``checked``, as in :class:`hesskern.Factors`), ``eigenvectors``: in which precision the
             factors were decomposed, and ``factors``: their settings.
-        specs: the layers' geometry, by name.
+        specs: the layers' geometry, by name; of a part those of the whole.
         part: with ``sharded=True``, which part is here: other ranks keep the other layers, and what
             needs all of them is refused. None for a whole EKFAC.
     """
@@ -54,7 +54,8 @@ class EKFAC(ByLayer[CorrectedOperator]):
     ) -> None:
         self.part = part
         self._layers = dict(layers)
-        self.specs = {name: specs[name] for name in self._layers}
+        names = self._layers if part is None else part.owners
+        self.specs = {name: specs[name] for name in names}
         self.num_samples = num_samples
         self.skipped = dict(skipped)
         self.settings = dict(settings)
@@ -129,7 +130,8 @@ class EKFAC(ByLayer[CorrectedOperator]):
         return self.operator().diagonal()
 
     def __repr__(self) -> str:
-        rows = [f"  {n}: {spec.kind} {spec.shape}" for n, spec in self.specs.items()]
+        specs = {n: self.specs[n] for n in self._layers}
+        rows = [f"  {n}: {spec.kind} {spec.shape}" for n, spec in specs.items()]
         some = "" if self.part is None else f", the part of {self.part.described}"
         return "\n".join([f"EKFAC of {self.num_samples:g} samples{some}:", *rows])
 
@@ -150,12 +152,15 @@ class EKFAC(ByLayer[CorrectedOperator]):
             for group, (u, v) in enumerate(zip(left, right, strict=True)):
                 tensors[f"{name}.left.{group}"] = u
                 tensors[f"{name}.right.{group}"] = v
-        header = {
+        header: dict[str, Any] = {
             "num_samples": self.num_samples,
             "skipped": self.skipped,
             "settings": self.settings,
-            "layers": [asdict(spec) for spec in self.specs.values()],
+            "layers": [asdict(self.specs[name]) for name in self._layers],
         }
+        if self.part is not None:
+            others = [spec for name, spec in self.specs.items() if name not in self._layers]
+            header["elsewhere"] = [asdict(spec) for spec in others]
         write_part(_FILE, path, tensors, header, self.part)
 
 
@@ -188,6 +193,7 @@ def _read(path: str | os.PathLike[str], device: str | torch.device) -> EKFAC:
         if part is not None:
             part.check_complete([spec.name for spec in specs], path)
         layers = {spec.name: _read_layer(file, spec, device, path) for spec in specs}
+        specs += [read_spec(entry) for entry in header.get("elsewhere", ())]
         return EKFAC(
             layers,
             {spec.name: spec for spec in specs},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from group_cases import GROUP_CASES, part
 from networks import CE
 from processes import outcomes, run
+from torch import nn
 
 import hesskern as hk
 
@@ -143,3 +145,73 @@ def test_all_ranks_or_none() -> None:
     for outcome in outcomes(_only_one, 2):
         assert outcome.message.startswith("RankError: "), outcome.trace
         assert "settings 'sharded': False on rank 0, True on rank 1" in outcome.message
+
+
+def _scores(group: Any, folder: Path, name: str, how: dict[str, Any]) -> list[torch.Tensor]:
+    """Scores by the parts, as they were made and as they are read, and by the whole."""
+    case = GROUP_CASES[name]
+    data, mine = case.data(), part(case.data(), group.rank(), group.size())
+    whole, own = (_made("ekfac", name, group, sharded=sharded) for sharded in (False, True))
+    own.save(folder / "E")
+    again = hk.load_ekfac(folder / f"E.rank{group.rank()}of{group.size()}")
+    found = []
+    for E in (whole, own, again):
+        result = hk.influence(E, case.model(), data[:2], mine, CE, group=group, **how)
+        scores = result.scores
+        found.append(torch.stack([*scores.values()]) if isinstance(scores, dict) else scores)
+        assert list(result.damping) == list(whole)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("size", "name", "how"),
+    [
+        # Of four ranks one has no layer, and one no data.
+        (4, "mlp", {"per_layer": True}),
+        (2, "conv groups", {"damping": 0.3, "query_rank": 1}),
+        (2, "joint", {}),
+    ],
+)
+def test_influence_by_parts(size: int, name: str, how: dict[str, Any], tmp_path: Path) -> None:
+    for whole, *others in run(_scores, size, tmp_path, name, how):
+        assert whole.any()
+        for other in others:
+            assert torch.equal(other, whole)
+
+
+def _refused(group: Any, folder: Path, what: str) -> None:
+    case, rank = GROUP_CASES["mlp"], group.rank()
+    data = case.data()
+    E = _made("ekfac", "mlp", group, sharded=True)
+    queries, how = data[:2], {}
+    if what == "other part":
+        E.save(folder / "E")
+        group.barrier().wait()
+        E = hk.load_ekfac(folder / f"E.rank{1 - rank}of2")
+    elif what == "other call" and rank == 1:
+        E.part = replace(E.part, whole="another")
+    elif what == "queries" and rank == 1:
+        queries = [(x + 1, y) for x, y in queries]
+    elif what == "checkpoint":
+        how["checkpoint"] = folder / "pass.checkpoint"
+    elif what == "model":
+        model = case.model()
+        model[0] = nn.Linear(5, 71).double()
+        model[2] = nn.Linear(71, 6).double()
+        hk.influence(E, model, queries, data, CE, group=group)
+    hk.influence(E, case.model(), queries, data, CE, group=group, **how)
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("other part", "must have its own part of a sharded EKFAC, got that of rank"),
+        ("other call", "the parts of E: the ranks differ. digest of the whole"),
+        ("queries", "queries: all ranks must have the same"),
+        ("checkpoint", "checkpoint must be None where E is a part"),
+        ("model", "in the model: E belongs to another model"),
+    ],
+)
+def test_parts_that_influence_refuses(what: str, words: str, tmp_path: Path) -> None:
+    for outcome in outcomes(_refused, 2, tmp_path, what):
+        assert words in outcome.message, outcome.trace

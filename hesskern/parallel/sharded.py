@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from hesskern.parallel.ranks import Ranks
@@ -49,7 +50,9 @@ def whole_model(ranks: Ranks | None, model: Any) -> Iterator[Any]:
         for name, module in sharded.items():
             _refuse_precision(name, module)
         for module in sharded.values():
-            module.unshard()
+            # FSDP keeps the tensors that it makes here, for training as well.
+            with torch.inference_mode(False):
+                module.unshard()
             stack.callback(module.reshard)
         for module in sharded.values():
             stack.enter_context(_hooks_at_rest(module))

@@ -225,3 +225,17 @@ def test_a_product_that_fails_leaves_the_model_sharded() -> None:
     assert "NaN" in second.message
     for outcome in outcomes(_used_later, 2, "changed"):
         assert "the model changed since the Hessian of layer 'head' was made" in outcome.message
+
+
+def _under_inference(group: Any) -> None:
+    model = _sharded("blocks")
+    with torch.inference_mode():
+        hk.kronecker_factors(model, DATA, CE, group=group)
+        H = hk.layer_hessians(model, DATA, CE, "head", group=group, memory_budget=0)["head"]
+        assert (H @ torch.ones(H.shape[0], dtype=torch.float64)).any()
+    _step(model)
+    _step(model)
+
+
+def test_a_caller_in_inference_mode_may_train_later() -> None:
+    run(_under_inference, 2)

@@ -9,8 +9,20 @@ from typing import Any
 import pytest
 from console import run
 
+from hesskern.files import write_files
+
 INFLUENCE = ["influence", "--model", "f8x1", "--epochs", 2, "--limit", 200, "--queries", 3]
 ANALYZE = ["analyze", "--model", "f8x1", "--epochs", 1, "--limit", 700, "--seeds", 1, "--top", 2]
+
+
+@pytest.fixture(autouse=True)
+def _numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pages, which take most of the time, and are of no interest here."""
+    for command in ("analyze", "influence"):
+        monkeypatch.setattr(
+            f"hesskern.apps.{command}.report.drawn_or_kept",
+            lambda folder, numbers, draw: write_files(folder, numbers),
+        )
 
 
 def told(monkeypatch: pytest.MonkeyPatch, stop: str | None = None) -> list[str]:

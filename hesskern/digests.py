@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import linecache
 import pickle
+import random
 import re
 from collections.abc import Iterator, Mapping, Set
-from functools import partial
+from functools import lru_cache, partial
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -14,7 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["digest", "module_facts", "tensor_digest"]
+__all__ = ["BYTECODE", "digest", "function_parts", "marked_digest", "module_facts", "tensor_digest"]
+
+# Behind a digest that another version of Python would not come to.
+BYTECODE = " (bytecode)"
 
 # Of the hexadecimal digits of a SHA-256: enough to tell any two things apart that come by chance.
 _DIGITS = 32
@@ -22,9 +28,9 @@ _DIGITS = 32
 
 def tensor_digest(tensor: Tensor) -> str:
     """Of a tensor's dtype, shape and bits, wherever it lies; waits for its device."""
-    found = hashlib.sha256()
+    found = _Sum()
     _add_tensor(found, tensor)
-    return found.hexdigest()[:_DIGITS]
+    return found.digits
 
 
 def digest(value: Any, before: str = "") -> str:
@@ -32,15 +38,38 @@ def digest(value: Any, before: str = "") -> str:
 
     Of a function counts its name, its code, its defaults, what it encloses, and of its module the
     values and functions that it names; of another object its type and its attributes, or what it
-    pickles as.
+    pickles as. Code is what stands in its file, and bytecode where there is none to be read.
 
     Args:
         value: anything.
         before: a digest that this one goes on from, so that it speaks of all before as well.
     """
-    found = hashlib.sha256(before.encode())
+    found = _Sum(before)
     _add(found, value, set())
-    return found.hexdigest()[:_DIGITS]
+    return found.digits
+
+
+def marked_digest(value: Any) -> str:
+    """The same, and behind it :data:`BYTECODE` where it hangs on the version of Python."""
+    found = _Sum()
+    _add(found, value, set())
+    return found.digits + BYTECODE * found.bytecode
+
+
+class _Sum:
+    """A digest on its way.
+
+    Attributes:
+        bytecode: whether some of it is of no other version of Python.
+    """
+
+    def __init__(self, before: str = "") -> None:
+        self._sum, self.bytecode = hashlib.sha256(before.encode()), False
+        self.update = self._sum.update
+
+    @property
+    def digits(self) -> str:
+        return self._sum.hexdigest()[:_DIGITS]
 
 
 def module_facts(model: nn.Module) -> dict[str, list[str]]:
@@ -64,7 +93,8 @@ def _forward(kind: type) -> str:
     forward = getattr(kind, "forward", None)
     if kind.__module__.split(".")[0] == "torch" or not isinstance(forward, FunctionType):
         return ""
-    return f" with forward() {digest(forward.__code__)[:8]}"
+    found = marked_digest(forward.__code__)
+    return f" with forward() {found[:8]}" + BYTECODE * found.endswith(BYTECODE)
 
 
 def _said(module: nn.Module) -> str:
@@ -75,7 +105,7 @@ def _said(module: nn.Module) -> str:
         return ""
 
 
-def _add_tensor(found: Any, tensor: Tensor) -> None:
+def _add_tensor(found: _Sum, tensor: Tensor) -> None:
     found.update(f"tensor {tensor.dtype} {list(tensor.shape)};".encode())
     plain = tensor.detach()
     if plain.layout != torch.strided:
@@ -85,7 +115,7 @@ def _add_tensor(found: Any, tensor: Tensor) -> None:
     found.update(plain.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _add(found: Any, value: Any, above: set[int]) -> None:
+def _add(found: _Sum, value: Any, above: set[int]) -> None:
     if isinstance(value, Tensor):
         _add_tensor(found, value)
     elif value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
@@ -100,7 +130,7 @@ def _add(found: Any, value: Any, above: set[int]) -> None:
         _add_parts(found, value, above | {id(value)})
 
 
-def _add_parts(found: Any, value: Any, above: set[int]) -> None:
+def _add_parts(found: _Sum, value: Any, above: set[int]) -> None:
     name = _qualified(type(value))
     parts: Any
     if isinstance(value, (tuple, list)):
@@ -108,16 +138,19 @@ def _add_parts(found: Any, value: Any, above: set[int]) -> None:
     elif isinstance(value, Mapping):
         parts = [part for item in value.items() for part in item]
     elif isinstance(value, Set):
-        parts = sorted(digest(part) for part in value)
+        parts = sorted(marked_digest(part) for part in value)
+        found.bytecode |= any(part.endswith(BYTECODE) for part in parts)
     elif isinstance(value, partial):
         # What it holds is no attribute.
         parts = [value.func, value.args, value.keywords]
     elif isinstance(value, MethodType):
         parts = [value.__func__, value.__self__]
     elif isinstance(value, FunctionType):
-        parts = _of_function(value)
+        parts = function_parts(value)
     elif isinstance(value, CodeType):
-        parts = [value.co_code, value.co_names, value.co_consts]
+        source = _source_of(value)
+        parts = [value.co_code, value.co_names, value.co_consts] if source is None else [source]
+        found.bytecode |= source is None
     elif isinstance(value, type):
         parts = [value.__module__, value.__qualname__]
     elif hasattr(value, "__dict__"):
@@ -129,7 +162,13 @@ def _add_parts(found: Any, value: Any, above: set[int]) -> None:
         _add(found, part, above)
 
 
-def _of_function(function: FunctionType) -> list[Any]:
+def function_parts(function: FunctionType, all_values: bool = False) -> list[Any]:
+    """What a function may depend on besides what it is called with.
+
+    Args:
+        function: with or without a module.
+        all_values: containers and generators of the module as well, which may change.
+    """
     cells = []
     for cell in function.__closure__ or ():
         try:
@@ -138,16 +177,22 @@ def _of_function(function: FunctionType) -> list[Any]:
             # A name that has no value yet.
             cells.append(None)
     own = function.__defaults__, function.__kwdefaults__
-    named = [part for item in _of_module(function) for part in item]
+    named = [part for item in _of_module(function, all_values) for part in item]
     return [function.__module__, function.__qualname__, function.__code__, *own, *cells, *named]
 
 
-def _of_module(function: FunctionType) -> Iterator[tuple[str, Any]]:
+_VALUES = (bool, int, float, complex, str, bytes, Tensor, np.ndarray)
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_CHANGING = (list, dict, set, *_GENERATORS)
+
+
+def _of_module(function: FunctionType, all_values: bool) -> Iterator[tuple[str, Any]]:
     """What of its module a function may depend on: tensors, plain values, other functions there."""
+    kinds = (*_VALUES, *_CHANGING) if all_values else _VALUES
     for name in sorted(_names(function.__code__)):
         value = function.__globals__.get(name)
         beside = isinstance(value, FunctionType) and value.__module__ == function.__module__
-        if beside or isinstance(value, (bool, int, float, complex, str, bytes, Tensor, np.ndarray)):
+        if beside or isinstance(value, kinds):
             yield name, value
 
 
@@ -173,3 +218,62 @@ def _pickled(value: Any) -> bytes:
         return pickle.dumps(value, protocol=4)
     except Exception:  # an object's own code may raise anything
         return b"unknown"
+
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+
+
+def _source_of(code: CodeType) -> str | None:
+    """What stands in the file that a function's code comes from, without layout and comments.
+
+    Returns:
+        None where there is no file, or it is no longer, or not for sure, that of the code.
+    """
+    linecache.checkcache(code.co_filename)
+    text = "".join(linecache.getlines(code.co_filename))
+    try:
+        codes, nodes = _functions(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    place = code.co_name, code.co_firstlineno
+    # The file may have changed since it was imported: what runs is the code.
+    if codes.get(place) != [code] or len(nodes.get(place, [])) != 1:
+        return None
+    return _words(nodes[place][0])
+
+
+@lru_cache(maxsize=8)
+def _functions(
+    text: str,
+) -> tuple[dict[tuple[str, int], list[CodeType]], dict[tuple[str, int], list[_Function]]]:
+    """All functions of a file by name and first line: as code, and as nodes of its tree."""
+    codes: dict[tuple[str, int], list[CodeType]] = {}
+    nodes: dict[tuple[str, int], list[_Function]] = {}
+    tree = ast.parse(text)
+    for found in _codes(compile(text, "", "exec", dont_inherit=True)):
+        codes.setdefault((found.co_name, found.co_firstlineno), []).append(found)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Lambda):
+            nodes.setdefault(("<lambda>", node.lineno), []).append(node)
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = min([node.lineno, *(mark.lineno for mark in node.decorator_list)])
+            nodes.setdefault((node.name, first), []).append(node)
+    return codes, nodes
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield part
+            yield from _codes(part)
+
+
+def _words(value: Any) -> str:
+    """A tree in words; fields that hold nothing are those that some versions do not have."""
+    if isinstance(value, ast.AST):
+        held = ((name, getattr(value, name, None)) for name in value._fields)
+        words = (f"{name}={_words(part)}" for name, part in held if part is not None and part != [])
+        return f"{type(value).__name__}({' '.join(words)})"
+    if isinstance(value, list):
+        return f"[{' '.join(_words(part) for part in value)}]"
+    return repr(value)

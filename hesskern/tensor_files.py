@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -14,11 +15,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from hesskern.digests import tensor_digest
 from hesskern.files import written_whole
 
-__all__ = ["OpenedFile", "TensorFormat", "savable"]
+__all__ = ["OpenedFile", "TensorFormat", "savable", "sealed"]
 
 _KEY = "hesskern"
+# In a header that is sealed: digests of tensors, and of all else.
+_SUMS, _SEAL = "checksums", "header"
 
 
 def savable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -42,10 +46,15 @@ class OpenedFile:
 
     Attributes:
         header: what was given to :meth:`TensorFormat.write`, without the format's name.
+        seal: digest of the header and of all tensors' digests; None in files of earlier versions,
+            which have none of these.
     """
 
     header: dict[str, Any]
+    seal: str | None
     _file: Any
+    _where: str
+    _sums: Mapping[str, str] | None
 
     @property
     def names(self) -> list[str]:
@@ -53,9 +62,40 @@ class OpenedFile:
         return list(self._file.keys())
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, read now, on the CPU."""
+        """One tensor, read now, on the CPU.
+
+        Raises:
+            ValueError: it holds other bits than were written.
+        """
         found: Tensor = self._file.get_tensor(name)
+        if self._sums is not None and tensor_digest(found) != self._sums[name]:
+            raise self.damaged(f"tensor {name!r} holds other bits than were written")
         return found
+
+    def check(self) -> None:
+        """Raises ValueError where the header, or the tensors' names, are not what was written."""
+        if self._sums is None:
+            return
+        if self.seal != _digest({**self.header, _SUMS: self._sums}):
+            raise self.damaged("its header is not what was written")
+        if sorted(self._sums) != sorted(self.names):
+            raise self.damaged("its tensors are not those that its header names")
+
+    def damaged(self, how: str) -> ValueError:
+        """The error of a file that is not as it was written."""
+        return ValueError(f"{self._where} is damaged: {how}")
+
+
+def sealed(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> dict[str, Any]:
+    """The header with digests of the tensors, and one of all that is in it."""
+    sums = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
+    # As it will be read.
+    content = json.loads(json.dumps({**header, _SUMS: sums}))
+    return {**content, _SEAL: _digest(content)}
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -67,16 +107,19 @@ class TensorFormat:
         content: what such a file holds, for messages.
         kind: what such a file is, for messages.
         argument: that the path is given as, for messages.
+        seals: whether a file gets checksums; not what has a digest of its own.
     """
 
     name: str
     content: str
     kind: str
     argument: str = "path"
+    seals: bool = True
 
     def packed(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> bytes:
         """A file's bytes."""
-        return save(savable(tensors), metadata=self.metadata(header))
+        ready = savable(tensors)
+        return save(ready, metadata=self.metadata(self._whole(ready, header)))
 
     def write(
         self,
@@ -97,8 +140,13 @@ class TensorFormat:
         target = Path(path)
         if not target.parent.is_dir():
             raise FileNotFoundError(f"{self.argument}: there is no folder {str(target.parent)!r}")
+        ready = savable(tensors)
+        metadata = self.metadata(self._whole(ready, header))
         with written_whole(target) as temporary:
-            save_file(savable(tensors), temporary, metadata=self.metadata(header))
+            save_file(ready, temporary, metadata=metadata)
+
+    def _whole(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Mapping[str, Any]:
+        return sealed(tensors, header) if self.seals else header
 
     def metadata(self, header: Mapping[str, Any]) -> dict[str, str]:
         """The header with the format's name, as the file keeps it."""
@@ -134,7 +182,11 @@ class TensorFormat:
                 found = header.pop("format", None) if isinstance(header, dict) else None
                 if found != self.name:
                     raise ValueError(f"{self.argument}: {str(path)!r} {self._other(found)}")
-                yield OpenedFile(header, file)
+                where = f"{self.argument}: {str(path)!r}"
+                seal, sums = header.pop(_SEAL, None), header.pop(_SUMS, None)
+                opened = OpenedFile(header, seal, file, where, sums)
+                opened.check()
+                yield opened
         except (
             SafetensorError,
             KeyError,

@@ -58,7 +58,8 @@ class Influence:
         """Writes one safetensors file, which appears whole or not at all.
 
         :func:`hesskern.load_influence` reads it. Its tensors are "scores" (or "scores.LAYER") and,
-        where they are there, "indices" and "rank_errors"; the rest stands as JSON in its header.
+        where they are there, "indices" and "rank_errors"; the rest stands as JSON in its header,
+        with checksums of all.
 
         Raises:
             FileNotFoundError: the folder does not exist.
@@ -107,19 +108,11 @@ def load_influence(path: str | os.PathLike[str], device: str | torch.device = "c
         header = file.header
         parts = {name: file.tensor(name).to(device) for name in file.names}
         indices, errors = parts.pop("indices", None), parts.pop("rank_errors", None)
-        queries, train = header["num_queries"], header["num_train"]
-        columns = train if indices is None else indices.shape[1]
-        for name, scores in parts.items():
-            if scores.shape[:2] != (queries, columns):
-                raise ValueError(
-                    f"path: {str(path)!r} is damaged: {name!r} is {list(scores.shape)}, not "
-                    f"[{queries}, {columns}]"
-                )
         return Influence(
             _read_scores(parts, header["layers"]),
             indices,
-            queries,
-            train,
+            header["num_queries"],
+            header["num_train"],
             tuple(header["layers"]),
             header["skipped"],
             header["damping"],

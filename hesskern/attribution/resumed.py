@@ -14,6 +14,7 @@ from hesskern.checkpoints.checkpoint import Checkpoint
 from hesskern.factors.result import LayerFactors
 from hesskern.graph.evidence import Evidence
 from hesskern.operators.kronecker import KroneckerOperator
+from hesskern.passes.sample_numbers import NumberedData
 
 __all__ = ["Asked", "curvature_facts"]
 
@@ -63,7 +64,7 @@ class Asked:
             ValueError: they are others.
         """
         way = saved.way(queries, part["way"])
-        for index, _ in way.elements((element, None) for element in queries):
+        for index, _ in way.elements(NumberedData(queries)):
             raise way.other(f"there are more than {index} batches")
         evidence.restore(part["evidence"])
 

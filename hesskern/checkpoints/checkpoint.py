@@ -23,13 +23,14 @@ from hesskern.checkpoints.facts import (
     environment,
     model_facts,
     other_model,
+    unread,
 )
 from hesskern.checkpoints.file import read, write
 from hesskern.checkpoints.packing import packed, unpacked
 from hesskern.files import check_writable, remove_abandoned
 from hesskern.parallel.ranks import Ranks
 
-__all__ = ["Checkpoint", "path_of_rank"]
+__all__ = ["Checkpoint", "check_every", "path_of_rank"]
 
 
 class Checkpoint:
@@ -106,7 +107,7 @@ class Checkpoint:
             UserWarning: the file was written in another environment, and ``exact`` is False.
         """
         if path is None:
-            _check_every(every, exact)
+            check_every(every, exact)
             return None
         return cls(path_of_rank(path, ranks), every, exact, call, model, device, settings)
 
@@ -215,10 +216,18 @@ class Checkpoint:
         header, tensors = read(self._path)
         if header["call"] != self._call:
             raise self._refused(f"of another call, {header['call']}")
-        if difference := differences(header["settings"], self._settings):
+        # Where there is no source, functions can be compared under one version of Python only.
+        blind = header["environment"].get("python") != self._environment["python"]
+        unknown = unread(header["settings"], self._settings) if blind else []
+        if difference := differences(header["settings"], self._settings, unknown):
             raise self._refused(f"of another call: {difference}")
-        if other := other_model(header["model"], self._model):
+        if other := other_model(header["model"], self._model, blind):
             raise self._refused(f"of another model: {other}")
+        if blind:
+            words, own = (
+                {name: kind for name, kind, *_ in m} for m in (header["model"], self._model)
+            )
+            unknown += unread(words, own)
         if difference := differences(header["environment"], self._environment):
             if exact:
                 raise ValueError(
@@ -227,7 +236,9 @@ class Checkpoint:
                 )
             warnings.warn(
                 f"{self._where} was written elsewhere, so that the result may differ by rounding "
-                f"from that of an uninterrupted pass: {difference}",
+                f"from that of an uninterrupted pass: {difference}"
+                + f"; the functions of {', '.join(unknown)} cannot be compared"
+                * bool(unknown),
                 stacklevel=5,
             )
         content = unpacked(tensors, header["content"])
@@ -242,7 +253,7 @@ class Checkpoint:
 
 
 def _checked(path: Any, every: Any, exact: Any) -> tuple[Path, float]:
-    _check_every(every, exact)
+    check_every(every, exact)
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"checkpoint must be the path of a file, got {type(path).__name__}")
     # What is renamed must lie where a link leads.
@@ -255,7 +266,8 @@ def _checked(path: Any, every: Any, exact: Any) -> tuple[Path, float]:
     return found, float(every)
 
 
-def _check_every(every: Any, exact: Any) -> None:
+def check_every(every: Any, exact: Any) -> None:
+    """Raises TypeError or ValueError where these two arguments of a call are none."""
     if isinstance(every, bool) or not isinstance(every, (int, float)):
         raise TypeError(f"checkpoint_every must be a number of seconds, got {every!r}")
     if not 0 <= every < math.inf:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hesskern.digests import digest, module_facts, tensor_digest
+from hesskern.digests import BYTECODE, marked_digest, module_facts, tensor_digest
 from hesskern.ops.extension import build_info
 from hesskern.version import __version__
 
-__all__ = ["described", "differences", "environment", "model_facts", "other_model"]
+__all__ = ["described", "differences", "environment", "model_facts", "other_model", "unread"]
 
 
 def model_facts(model: nn.Module) -> list[list[Any]]:
@@ -40,15 +41,23 @@ def model_facts(model: nn.Module) -> list[list[Any]]:
     return found
 
 
-def other_model(found: Iterable[list[Any]], own: Iterable[list[Any]]) -> str | None:
-    """How a model differs from that of a file; None where it is the same."""
+def other_model(
+    found: Iterable[list[Any]], own: Iterable[list[Any]], blind: bool = False
+) -> str | None:
+    """How a model differs from that of a file; None where it is the same.
+
+    Args:
+        found: facts of the file's model.
+        own: of this one.
+        blind: whether bytecode does not count, as it is another Python's.
+    """
     before, now = ({name: rest for name, *rest in facts} for facts in (found, own))
     for name in before.keys() | now.keys():
         if name not in before or name not in now:
             there = "the file's" if name in before else "this"
             return f"of {there} model alone is {name!r}"
     for name, (shape, dtype, bits) in now.items():
-        if before[name][:2] != [shape, dtype]:
+        if before[name][1] != dtype or not _alike(before[name][0], shape, blind):
             there, here = (
                 f"{one} {other}".strip() for one, other in (before[name][:2], (shape, dtype))
             )
@@ -70,6 +79,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "operators": build["sources"],
         "simd": build.get("simd"),
         "torch": torch.__version__,
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "threads": torch.get_num_threads(),
         "cpu": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "device": str(device),
@@ -98,9 +108,25 @@ def _autocast(device: torch.device) -> str | None:
     return str(torch.get_autocast_dtype(device.type))
 
 
-def differences(found: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """``threads is 2 there and 1 here; ...``, or nothing."""
-    names = [name for name in {**own, **found} if found.get(name) != own.get(name)]
+def unread(found: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """Names of what differs by another Python's bytecode, of which nobody knows whether it does."""
+    names = [name for name in own if found.get(name) != own[name]]
+    return [name for name in names if _alike(found.get(name), own[name], True)]
+
+
+def _alike(there: Any, here: Any, blind: bool) -> bool:
+    if there == here or not blind:
+        return bool(there == here)
+    if not isinstance(there, str) or not isinstance(here, str):
+        return False
+    return BYTECODE in there + here and there.split(" ")[0] == here.split(" ")[0]
+
+
+def differences(
+    found: Mapping[str, Any], own: Mapping[str, Any], besides: Iterable[str] = ()
+) -> str:
+    """``threads is 2 there and 1 here; ...``, or nothing; of other names than ``besides``."""
+    names = [n for n in {**own, **found} if found.get(n) != own.get(n) and n not in besides]
     return "; ".join(f"{n} is {found.get(n)!r} there and {own.get(n)!r} here" for n in names)
 
 
@@ -110,4 +136,4 @@ def described(value: Any) -> Any:
         return value
     if type(value) is list and all(isinstance(part, (bool, int, float, str)) for part in value):
         return value
-    return f"{type(value).__qualname__} {digest(value)}"
+    return f"{type(value).__qualname__} {marked_digest(value)}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from hesskern.checkpoints.streamed import write_tensors
-from hesskern.digests import tensor_digest
 from hesskern.files import written_whole
-from hesskern.tensor_files import TensorFormat
+from hesskern.tensor_files import TensorFormat, sealed
 
 __all__ = ["read", "write"]
 
@@ -31,11 +28,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) 
     Raises:
         OSError: it cannot be written; the one before is there as it was.
     """
-    sums = {name: tensor_digest(tensor) for name, tensor in tensors.items()}
-    content = {**header, "checksums": sums}
-    own = _digest(content)
+    content = sealed(tensors, header)
     with written_whole(path, durable=True) as temporary:
-        write_tensors(temporary, tensors, _FILE.metadata({**content, "header": own}))
+        write_tensors(temporary, tensors, _FILE.metadata(content))
+    own: str = content["header"]
     return own
 
 
@@ -51,26 +47,8 @@ def read(path: Path, expected: str | None = None) -> tuple[dict[str, Any], dict[
         ValueError: the file is none, is of a newer version, or is damaged.
     """
     with _FILE.opened(path) as file:
-        content = dict(file.header)
-        own = content.pop("header")
-        if own != _digest(content):
-            raise _damaged(path, "its header is not what was written")
-        if expected not in (None, own):
-            raise _damaged(path, "it is not the one that was written beside its checkpoint")
-        sums = content.pop("checksums")
-        if sorted(sums) != sorted(file.names):
-            raise _damaged(path, "its tensors are not those that its header names")
-        tensors = {}
-        for name in file.names:
-            tensors[name] = file.tensor(name)
-            if tensor_digest(tensors[name]) != sums[name]:
-                raise _damaged(path, f"tensor {name!r} holds other bits than were written")
-    return content, tensors
-
-
-def _damaged(path: Path, how: str) -> ValueError:
-    return ValueError(f"checkpoint: {str(path)!r} is damaged: {how}")
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        if file.seal is None:
+            raise file.damaged("it has no checksums")
+        if expected not in (None, file.seal):
+            raise file.damaged("it is not the one that was written beside its checkpoint")
+        return file.header, {name: file.tensor(name) for name in file.names}

@@ -102,7 +102,7 @@ def kronecker_factors(
         progress: True for a bar with the time left, or a callback (description, done, total).
         checkpoint: a file that the pass keeps its state in. The same call goes on from there after
             an interruption, and gives the same bits as a pass that was never interrupted; batches
-            that were seen are loaded and compared, and not run through the model. None: none is
+            that were seen are compared, as far as they are loaded, and do not run. None: none is
             kept. It is removed when the pass is done. With a group every rank has its own, with
             ".rank0of2" before the suffix. README, "Resume", says what it covers.
         checkpoint_every: seconds between two writings of it; 0: behind every batch.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hesskern.pacbayes.bound import PriorGrid, bound_rate, draws_rate, kl_inverse
 from hesskern.pacbayes.description import rebuild
-from hesskern.pacbayes.evaluate import counted, draw_error
+from hesskern.pacbayes.evaluate import checkpoint_of_draws, counted, draw_error
 from hesskern.pacbayes.posterior import LayerPosterior
 from hesskern.pacbayes.protocol import Protocol
 from hesskern.pacbayes.samples import Samples, collect
@@ -29,7 +29,7 @@ from hesskern.zoo import models
 
 __all__ = ["Certificate", "CertificateError", "check_prior", "load_certificate"]
 
-_FILE = TensorFormat("hesskern.certificate/1", "a certificate", "certificate")
+_FILE = TensorFormat("hesskern.certificate/1", "a certificate", "certificate", seals=False)
 _ORTHOGONALITY = 1e-8
 _AGREEMENT = 1e-9
 _TENSORS = ("mean", "prior_mean", "variance", "U", "V")
@@ -186,6 +186,9 @@ class Certificate(Portable):
         passes: int | None = None,
         seed: int | None = None,
         progress: bool | Progress = False,
+        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint_every: float = 60.0,
+        exact_resume: bool = True,
         group: Any = None,
     ) -> None:
         """Recomputes everything that can be recomputed; returns nothing if the certificate holds.
@@ -203,6 +206,8 @@ class Certificate(Portable):
             passes: passes of the new draws; None: as many as in the certificate.
             seed: of the new draws; None: another one than the certificate's.
             progress: see :func:`hesskern.progress.reporter`.
+            checkpoint, checkpoint_every, exact_resume: of the new draws, as in
+                :func:`hesskern.kronecker_factors`; every draw counts as a batch.
             group: ranks of torch.distributed that all call this with the same arguments, and count
                 a part of the new draws' errors each.
 
@@ -222,7 +227,7 @@ class Certificate(Portable):
                     facts = {"digest": self.digest, "passes": passes, "seed": seed}
                     ranks.agree("verifying a certificate", facts)
                 given = collect(data), model, passes, seed, reporter(progress), ranks
-                self._verify_data(*given)
+                self._verify_data(*given, (checkpoint, checkpoint_every, exact_resume))
 
     def _verify_layers(self) -> None:
         if not self.layers or self.layers.keys() != self.indices.keys():
@@ -286,6 +291,7 @@ class Certificate(Portable):
         seed: int | None,
         progress: Progress,
         ranks: Ranks | None,
+        kept: tuple[Any, float, bool],
     ) -> None:
         if len(samples) != self.n:
             raise CertificateError(f"n is {self.n}, but the data hold {len(samples)} samples")
@@ -297,7 +303,11 @@ class Certificate(Portable):
         device = samples.inputs.device
         layers = {name: layer.to(device) for name, layer in self.layers.items()}
         given = network, slots, layers, samples, protocol, seed, progress, "verifying"
-        drawn = draw_error(*given, ranks)
+        asked = network, layers, samples, protocol, seed, ranks
+        saved = checkpoint_of_draws(kept, "Certificate.verify", *asked)
+        drawn = draw_error(*given, ranks, saved)
+        if saved is not None:
+            saved.remove()
         # kl(share ‖ .) also bounds from below: 1 - kl^-1(1 - share, .) <= mean of the variables.
         rate = draws_rate(drawn.draws, protocol.delta_draws)
         lowest = (1 - float(kl_inverse(1 - drawn.share, rate))) / drawn.scale

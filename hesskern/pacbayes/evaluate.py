@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hesskern.checkpoints.checkpoint import Checkpoint
+from hesskern.digests import module_facts
 from hesskern.pacbayes.bound import draws_rate, kl_inverse
 from hesskern.pacbayes.posterior import LayerPosterior, draws_of
 from hesskern.pacbayes.protocol import Protocol
@@ -17,7 +21,7 @@ from hesskern.pacbayes.slots import Slot, evaluating, replaced
 from hesskern.parallel.ranks import Ranks, section_of
 from hesskern.progress import Progress
 
-__all__ = ["DrawnError", "counted", "draw_error", "wrong"]
+__all__ = ["DrawnError", "checkpoint_of_draws", "counted", "draw_error", "wrong"]
 
 _CHUNK = 2000
 
@@ -99,6 +103,7 @@ def draw_error(
     progress: Progress | None = None,
     description: str = "drawing networks",
     ranks: Ranks | None = None,
+    saved: Checkpoint | None = None,
 ) -> DrawnError:
     """Counts the errors of networks drawn from the posterior, T passes over all samples.
 
@@ -112,9 +117,13 @@ def draw_error(
         seed: of the draws.
         progress: callback, or None.
         ranks: that share out the passes; all call this with the same arguments.
+        saved: of these draws, which go on from there and are kept there.
 
     Raises:
         RankError: another rank has failed.
+
+    Warns:
+        RuntimeWarning: the checkpoint cannot be written, which ends nothing.
     """
     generator = torch.Generator(device=samples.inputs.device)
     whole = protocol.sampling == "networks"
@@ -131,9 +140,13 @@ def draw_error(
     if ranks is not None:
         begin, end = (len(order) * r // ranks.size for r in (ranks.rank, ranks.rank + 1))
         order = order[begin:end]
-    errors, drawn = 0, None
+    begin, errors, drawn = 0, 0, None
+    if saved is not None:
+        saved.begin(description, order)
+        if saved.state is not None:
+            begin, errors = saved.state["done"], saved.state["errors"]
     with section_of(ranks, description), evaluating(model), replaced(slots, draws):
-        for done, (t, i) in enumerate(order):
+        for done, (t, i) in enumerate(order[begin:], begin + 1):
             place = t if whole else t * len(chunks) + i
             if place != drawn:
                 generator.manual_seed(_keyed(seed, place))
@@ -142,11 +155,55 @@ def draw_error(
                 drawn = place
             inputs, targets = chunks[i]
             errors += int(wrong(model(inputs), targets).sum())
+            if saved is not None and saved.due:
+                saved = _kept(saved, done, errors)
             if progress is not None:
-                progress(description, done + 1, len(order))
+                progress(description, done, len(order))
     if ranks is not None:
         errors = int(ranks.totals("errors of draws", errors)[0])
     return counted(protocol, layers, errors, len(samples))
+
+
+def checkpoint_of_draws(
+    kept: tuple[Any, float, bool],
+    call: str,
+    model: nn.Module,
+    layers: Mapping[str, LayerPosterior],
+    samples: Samples,
+    protocol: Protocol,
+    seed: int,
+    ranks: Ranks | None = None,
+) -> Checkpoint | None:
+    """What :func:`draw_error` takes for ``saved``, of the same draws.
+
+    Args:
+        kept: the file or None, seconds between two writings, and whether they must be exact.
+        call: who asks.
+        model: whose tensors in ``layers`` are replaced, so that their values are nothing to it.
+        layers, samples, protocol, seed, ranks: as there.
+    """
+    drawn = [f"{name}.{part}".lstrip(".") for name in layers for part in ("weight", "bias")]
+    fixed = {n: t for n, t in model.state_dict().items() if n not in drawn}
+    asked = {
+        "network": module_facts(model),
+        "fixed tensors": fixed,
+        "layers": layers,
+        "inputs": samples.inputs,
+        "targets": samples.targets,
+        "protocol": protocol,
+        "seed": seed,
+    }
+    return Checkpoint.of(*kept, call, nn.Module(), samples.inputs.device, asked, ranks)
+
+
+def _kept(saved: Checkpoint, done: int, errors: int) -> Checkpoint | None:
+    """Writes how far the draws are; None where that cannot be."""
+    try:
+        saved.keep({"done": done, "errors": errors})
+    except OSError as error:
+        warnings.warn(f"{error}: these draws are not kept", RuntimeWarning, stacklevel=3)
+        return None
+    return saved
 
 
 def _keyed(seed: int, place: int) -> int:

@@ -104,13 +104,22 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the optimization ended."""
+    """How the optimization ended.
+
+    Attributes:
+        epochs, steps: in all.
+        seconds: of them.
+        interrupted: whether it ended early.
+        history: what was measured, by epoch.
+        moved: whether this call has taken any of the steps.
+    """
 
     epochs: int
     steps: int
     seconds: float
     interrupted: bool
     history: list[dict[str, float]]
+    moved: bool = True
 
 
 def optimize(
@@ -121,7 +130,8 @@ def optimize(
     *,
     checkpoint: Path | None = None,
     identity: dict[str, Any] | None = None,
-    interval: float = 30.0,
+    interval: float = 60.0,
+    exact: bool = True,
     progress: Progress | None = None,
     estimate: Callable[[float, float], float] | None = None,
     stops_early: bool = True,
@@ -139,6 +149,7 @@ def optimize(
         checkpoint: file to go on from, if it is there, and to write after epochs.
         identity: what a checkpoint must have been made with.
         interval: least seconds between two checkpoints.
+        exact: whether a checkpoint of another environment is refused.
         progress: callback.
         estimate: of the bound, from an error and a KL; shown and recorded, and no certificate.
         stops_early: whether Ctrl-C ends the optimization early; otherwise it goes on to the caller.
@@ -154,14 +165,14 @@ def optimize(
     identity = identity or {}
     epoch, steps, before = 0, 0, 0.0
     history: list[dict[str, float]] = []
-    saved = read_checkpoint(checkpoint, identity) if checkpoint else None
+    saved = read_checkpoint(checkpoint, identity, exact) if checkpoint else None
     if saved is not None:
         method.load_state(saved["method"])
         order.set_state(saved["order"])
         epoch, steps, before = saved["epoch"], saved["steps"], saved["seconds"]
         history = saved["history"]
         saved = copy.deepcopy(saved)
-    kept = saved
+    kept, known = saved, steps
     started = time.perf_counter() - before
     last_saved = time.perf_counter()
     per_epoch = -(-n // method.batch_size)
@@ -242,7 +253,8 @@ def optimize(
             RuntimeWarning,
             stacklevel=2,
         )
-    return Outcome(epoch, steps, time.perf_counter() - started, interrupted, history)
+    moved = interrupted or steps != known
+    return Outcome(epoch, steps, time.perf_counter() - started, interrupted, history, moved)
 
 
 def _added(total: float, taken: list[tuple[Tensor, int]], epoch: int, last: int) -> float:

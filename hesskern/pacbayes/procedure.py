@@ -6,6 +6,7 @@ import copy
 import datetime
 import hashlib
 import json
+import os
 import platform
 import time
 from collections.abc import Mapping
@@ -16,13 +17,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hesskern.checkpoints.checkpoint import path_of_rank
+from hesskern.checkpoints.checkpoint import check_every, path_of_rank
+from hesskern.checkpoints.facts import environment
 from hesskern.choices import Method
 from hesskern.files import check_writable
 from hesskern.pacbayes.bound import bound_rate, kl_inverse
 from hesskern.pacbayes.certificate import Certificate, check_prior, rate_of
+from hesskern.pacbayes.checkpoint import ENVIRONMENT
 from hesskern.pacbayes.description import describe
-from hesskern.pacbayes.evaluate import draw_error
+from hesskern.pacbayes.evaluate import checkpoint_of_draws, draw_error
 from hesskern.pacbayes.grid import on_grid
 from hesskern.pacbayes.loop import Outcome, optimize
 from hesskern.pacbayes.posterior import LayerPosterior
@@ -42,8 +45,6 @@ from hesskern.version import __version__
 __all__ = ["certify", "certify_with", "train_start"]
 
 _TEST_PASSES = 20
-SAVE_INTERVAL = 30.0
-"""Least seconds between two checkpoints."""
 
 
 def certify(
@@ -61,7 +62,9 @@ def certify(
     n: int | None = None,
     prior_record: Mapping[str, Any] | None = None,
     prior_data: Any = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
+    exact_resume: bool = True,
     test: Any = None,
     progress: bool | Progress = False,
     group: Any = None,
@@ -82,7 +85,14 @@ def certify(
             :class:`~hesskern.pacbayes.settings.CertifySettings`, whose fields they are.
         prior_data: the samples that the prior was trained on, if it was: a data-dependent prior.
             None of them may be among ``data``, which alone count as n.
-        checkpoint: file from which an interrupted optimization goes on, and to which it is saved.
+        checkpoint: file from which an interrupted optimization goes on, and to which it is saved
+            after epochs; a file beside it, with ".draws" behind its name, is that of the error's
+            draws, and removed when they are done. The same call ends at the same certificate,
+            whatever interrupted it, up to times and dates; where it cannot be written a warning
+            says so.
+        checkpoint_every: least seconds between two writings of it; 0: after every epoch or draw.
+        exact_resume: whether a checkpoint is refused that was written with another version,
+            device or number of threads; False goes on with a warning, and may round differently.
         test: samples that took no part, for an error beside the certificate, of the same networks.
         progress: see :func:`hesskern.progress.reporter`.
         group: ranks of torch.distributed that all call this with the same arguments, all of the
@@ -110,6 +120,8 @@ def certify(
         data,
         prior_data=prior_data,
         checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        exact_resume=exact_resume,
         test=test,
         progress=progress,
         group=group,
@@ -123,7 +135,9 @@ def certify_with(
     data: Any,
     *,
     prior_data: Any = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
+    exact_resume: bool = True,
     test: Any = None,
     progress: bool | Progress = False,
     group: Any = None,
@@ -144,9 +158,11 @@ def certify_with(
         samples = collect(data, settings.n)
         # Read before the work: what is wrong with it must not turn up at its end.
         others = None if test is None else collect(test)
+        check_every(checkpoint_every, exact_resume)
+        kept = None
         if checkpoint is not None:
-            checkpoint = Path(checkpoint)
-            check_writable(checkpoint.parent, "checkpoint: folder")
+            kept = _Kept(Path(checkpoint), float(checkpoint_every), exact_resume)
+            check_writable(kept.path.parent, "checkpoint: folder")
         record: dict[str, Any] = _plain(settings.record)
         if prior_data is not None:
             record |= _seen(collect(prior_data), samples)
@@ -161,10 +177,32 @@ def certify_with(
             }
             ranks.agree("a certificate", {**facts, **model_facts(model)})
             ranks.agree("a certificate", {"prior's tensors": _hash(case.problem.prior)})
-        outcome = _optimized(case, method, settings, checkpoint, report, ranks is None)
-        certificate = _drawn(case, method, settings, outcome, report, ranks)
+        outcome = _optimized(case, method, settings, kept, report, ranks is None)
+        certificate = _drawn(case, method, settings, outcome, kept, report, ranks)
         certificate.verify()
+        if kept is not None:
+            kept.draws.unlink(missing_ok=True)
         return certificate
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Where an unfinished run is kept.
+
+    Attributes:
+        path: of the optimization.
+        every: least seconds between two writings.
+        exact: whether a file of another environment is refused.
+    """
+
+    path: Path
+    every: float
+    exact: bool
+
+    @property
+    def draws(self) -> Path:
+        """The file of the draws."""
+        return self.path.with_name(f"{self.path.name}.draws")
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,7 +272,7 @@ def _optimized(
     case: _Case,
     method: Truncated | Published,
     settings: CertifySettings,
-    checkpoint: Path | None,
+    kept: _Kept | None,
     progress: Progress,
     stops_early: bool,
 ) -> Outcome:
@@ -246,6 +284,7 @@ def _optimized(
         **_on_record(method, settings),
         "data": case.fingerprint,
         "prior": _hash(problem.prior),
+        ENVIRONMENT: environment(problem.samples.inputs.device),
     }
     device = problem.samples.inputs.device.type
     if device != "cpu":
@@ -256,9 +295,10 @@ def _optimized(
         n,
         settings.budget,
         torch.Generator().manual_seed(settings.seed_for("order")),
-        checkpoint=checkpoint,
+        checkpoint=None if kept is None else kept.path,
         identity=_plain(identity),
-        interval=SAVE_INTERVAL,
+        interval=60.0 if kept is None else kept.every,
+        exact=kept is None or kept.exact,
         progress=progress,
         estimate=lambda error, kl: _estimate(protocol, error, kl, n, layers),
         # Ranks that hear of it at different steps would not have one posterior.
@@ -271,6 +311,7 @@ def _drawn(
     method: Truncated | Published,
     settings: CertifySettings,
     outcome: Outcome,
+    kept: _Kept | None,
     progress: Progress,
     ranks: Ranks | None,
 ) -> Certificate:
@@ -283,7 +324,17 @@ def _drawn(
     if ranks is not None:
         _agree_on_posteriors(ranks, layers, outcome)
     given = problem.model, problem.slots, layers, samples, protocol, seeds["draws"], progress
-    drawn = draw_error(*given, ranks=ranks)
+    saved = None
+    if kept is not None:
+        kept.path.parent.mkdir(parents=True, exist_ok=True)
+        if outcome.moved:
+            # What is there was drawn from what the optimization has left.
+            kept.draws.unlink(missing_ok=True)
+        how = kept.draws, kept.every, kept.exact
+        asked = problem.model, layers, samples, protocol, seeds["draws"]
+        # The path is that of one rank already.
+        saved = checkpoint_of_draws(how, "the draws of certify", *asked)
+    drawn = draw_error(*given, ranks=ranks, saved=saved)
     divergence = sum(layer.kl(protocol.grid.variance(layer.index)) for layer in layers.values())
     indices = {name: layer.index for name, layer in layers.items()}
     rate = rate_of(protocol, divergence, n, indices)

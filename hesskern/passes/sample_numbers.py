@@ -7,18 +7,18 @@ are read here beside the batches. What has none is numbered by its position.
 from __future__ import annotations
 
 import operator
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from hesskern.parallel.ranks import Ranks
+from hesskern.passes.loaders import readable, recorded
 
-__all__ = ["NumberedData", "Numbers", "Positions", "numbered"]
+__all__ = ["NumberedData", "Numbers", "Positions", "numbered", "numbers_of"]
 
 # Added to the part of samples that are numbered in another way than those around them.
 _APART = 2**30
@@ -118,22 +118,23 @@ class NumberedData:
         data: iterable.
 
     Attributes:
+        data: as given.
         known: whether the data draws indices that can be read.
     """
 
     def __init__(self, data: Iterable[Any]) -> None:
-        self._data = data
-        self.known = _readable(data)
+        self.data = data
+        self.known = readable(data)
 
     def __iter__(self) -> Iterator[tuple[Any, Numbers | None]]:
         if not self.known:
-            for element in self._data:
+            for element in self.data:
                 yield element, None
             return
-        assert isinstance(self._data, DataLoader)
-        elements, record = _recorded(self._data)
+        assert isinstance(self.data, DataLoader)
+        elements, record = recorded(self.data)
         for element in elements:
-            yield element, _numbers(self._data.dataset, record.drawn.popleft())
+            yield element, numbers_of(self.data.dataset, record.drawn.popleft())
 
 
 def numbered(data: Iterable[Any]) -> Iterator[tuple[Any, Numbers | None]]:
@@ -141,73 +142,7 @@ def numbered(data: Iterable[Any]) -> Iterator[tuple[Any, Numbers | None]]:
     return iter(NumberedData(data))
 
 
-class _Record:
-    """A sampler that remembers what it has drawn.
-
-    Attributes:
-        drawn: what nobody has taken from here yet, the first first.
-    """
-
-    def __init__(self, sampler: Any) -> None:
-        self._sampler = sampler
-        self.drawn: deque[Any] = deque()
-
-    def __iter__(self) -> Iterator[Any]:
-        # Begun at once, as a loader expects of a sampler that draws random numbers then.
-        return self._walk(iter(self._sampler), deque())
-
-    def _walk(self, samples: Iterator[Any], drawn: deque[Any]) -> Iterator[Any]:
-        # A loader with workers begins twice and goes on with the second.
-        self.drawn = drawn
-        for sample in samples:
-            drawn.append(_copied(sample))
-            yield sample
-
-    def __len__(self) -> int:
-        return len(self._sampler)
-
-
-def _readable(data: Any) -> bool:
-    """Whether what a loader draws can be read, and comes in the order of its batches."""
-    if not isinstance(data, DataLoader) or isinstance(data.dataset, IterableDataset):
-        return False
-    usual = all(
-        getattr(type(data), name) is getattr(DataLoader, name, None) and name not in vars(data)
-        for name in ("__iter__", "_get_iterator", "_index_sampler", "_auto_collation")
-    )
-    return usual and (not data.num_workers or getattr(data, "in_order", True))
-
-
-def _recorded(loader: DataLoader[Any]) -> tuple[Iterator[Any], _Record]:
-    """A loader's batches, and the record of what it draws for them."""
-    name = "sampler" if loader.batch_sampler is None else "batch_sampler"
-    own: Any = getattr(loader, name)
-    record, workers = _Record(own), loader.persistent_workers and loader.num_workers > 0
-    running: Any = loader._iterator if workers else None
-    if running is not None:
-        # Its workers are there; they are begun anew.
-        running._index_sampler = record
-        try:
-            return iter(loader), record
-        finally:
-            running._index_sampler = own
-    # The loader itself stays as it is, and refuses another sampler.
-    twin = object.__new__(type(loader))
-    vars(twin).update(vars(loader))
-    vars(twin)[name] = record
-    elements: Any = iter(twin)
-    if workers:
-        elements._index_sampler = own
-        loader._iterator = elements
-    return elements, record
-
-
-def _copied(sample: Any) -> Any:
-    """What was drawn, safe from who may change it."""
-    return list(sample) if isinstance(sample, list) else sample
-
-
-def _numbers(dataset: Any, drawn: Any) -> Numbers | None:
+def numbers_of(dataset: Any, drawn: Any) -> Numbers | None:
     """The numbers of a batch's indices; None where they are none."""
     if isinstance(drawn, (Tensor, np.ndarray)):
         drawn = drawn.tolist()

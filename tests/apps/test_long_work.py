@@ -124,7 +124,13 @@ def test_factors_that_share_memory_are_saved(tmp_path: Path) -> None:
 
 def certified(data: Samples | None = None, **options: Any) -> Any:
     model = NET.build((1, 3, 4), 3)
-    options = {"epochs": 3, "protocol": TERMS, "settings": FAST, **options}
+    options = {
+        "epochs": 3,
+        "protocol": TERMS,
+        "settings": FAST,
+        "checkpoint_every": 0,
+        **options,
+    }
     return certify(model, options.pop("prior", model), data or blobs(), **options)
 
 
@@ -169,7 +175,6 @@ def test_a_checkpoint_without_a_folder_is_seen_before_the_work(
 
 
 def test_a_checkpoint_that_fails_later_ends_nothing(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(procedure, "SAVE_INTERVAL", 0.0)
     monkeypatch.setattr(torch, "save", fails)
     with pytest.warns(RuntimeWarning, match=r"state\.pt could not be written"):
         found = certified(checkpoint=tmp_path / "state.pt")
@@ -216,7 +221,6 @@ def test_an_optimization_that_diverges_late_is_certified_as_it_was(
     method: str, at: int, how: Any, why: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     kind = Truncated if method == "truncated" else Published
-    monkeypatch.setattr(procedure, "SAVE_INTERVAL", 0.0)
     monkeypatch.setattr(kind, "step", diverging(kind, at, how))
     options = {} if method == "truncated" else {"settings": PublishedSettings(batch_size=50)}
     path = tmp_path / "state.pt"
@@ -236,7 +240,6 @@ def test_a_resumed_optimization_falls_back_to_its_checkpoint(
     tmp_path: Path, monkeypatch: Any
 ) -> None:
     path = tmp_path / "state.pt"
-    monkeypatch.setattr(procedure, "SAVE_INTERVAL", 0.0)
     with monkeypatch.context() as patch:
 
         def killed(method: Any) -> None:

@@ -30,7 +30,7 @@ def test_no_bit_of_what_was_given_is_read(call: str) -> None:
     # It would wait for a device, and take seconds for factors of a large network.
     refused = mock.Mock(side_effect=AssertionError("digested"))
     with (
-        mock.patch("hesskern.checkpoints.facts.digest", refused),
+        mock.patch("hesskern.checkpoints.facts.marked_digest", refused),
         mock.patch("hesskern.checkpoints.facts.tensor_digest", refused),
     ):
         CALLS[call]()

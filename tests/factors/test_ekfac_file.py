@@ -72,7 +72,8 @@ def test_saving_that_fails_leaves_the_old_file_and_nothing_else(
 
 
 def _changed(path: Path, **changes: Any) -> bytes:
-    """The file with entries of its hesskern header changed."""
+    """The file with entries of its hesskern header changed, and without the checksums if unsaid."""
+    changes = {"checksums": None, "header": None, **changes}
     raw = path.read_bytes()
     (size,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + size])
@@ -100,6 +101,10 @@ def _with_spec(path: Path, **changes: Any) -> bytes:
             "was written by a newer version of hesskern .*'hesskern.ekfac/2'.*'hesskern.ekfac/1'",
         ),
         (lambda path: _changed(path, format="other/1"), "does not hold an EKFAC, but .* 'other/1'"),
+        (
+            lambda path: _changed(path, header="another", checksums={}),
+            "is damaged: its header is not what was written",
+        ),
         (lambda path: _changed(path, format=None), "does not hold an EKFAC"),
         (lambda path: _changed(path, num_samples=None), "is not a readable EKFAC file"),
         (lambda path: _changed(path, layers=[7]), "is not a readable EKFAC file"),

@@ -85,11 +85,28 @@ def layer_hessians(folder: Path, **how: Any) -> bytes:
     return save(tensors)
 
 
+def certify(folder: Path, **how: Any) -> bytes:
+    """A certificate: its posterior, and the errors of its draws."""
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 10))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 6)
+    terms = hk.pacbayes.Protocol(passes=20, sampling="networks")
+    given = net, net, batches(6, 10)
+    found = hk.pacbayes.certify(*given, epochs=6, protocol=terms, **how)
+    # A user's to keep, or not.
+    how["checkpoint"].unlink(missing_ok=True)
+    numbers = torch.tensor([found.bound, found.kl, found.q, found.errors], dtype=torch.float64)
+    return save({**found.tensors(), "numbers": numbers})
+
+
 WAYS: dict[str, Callable[..., bytes]] = {
     "factors": factors,
     "ekfac": ekfac,
     "influence": influence,
     "layer_hessians": layer_hessians,
+    "certify": certify,
 }
 
 

@@ -106,13 +106,10 @@ def test_a_certificate_is_verified_where_the_data_are() -> None:
         certified(made, epochs=1).verify(blobs().to(torch.device(data)), passes=1)
 
 
-def test_an_unfinished_run_stays_on_its_device(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hesskern.pacbayes.procedure.SAVE_INTERVAL", 0.0)
-    certified("cpu", epochs=1, checkpoint=tmp_path / "run.pt")
+def test_an_unfinished_run_stays_on_its_device(tmp_path: Path) -> None:
+    certified("cpu", epochs=1, checkpoint=tmp_path / "run.pt", checkpoint_every=0)
     with pytest.raises(ValueError, match="belongs to another run: its device is None"):
-        certified("played", epochs=1, checkpoint=tmp_path / "run.pt")
+        certified("played", epochs=1, checkpoint=tmp_path / "run.pt", checkpoint_every=0)
 
 
 def test_recorded_steps_are_the_steps(
@@ -135,7 +132,6 @@ def test_recorded_steps_are_the_steps(
 def test_an_interrupted_run_goes_on(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hesskern.pacbayes.procedure.SAVE_INTERVAL", 0.0)
     whole = certified("played", method)
     path = tmp_path / "unfinished.pt"
     kind: Any = Truncated if method == "truncated" else Published
@@ -150,10 +146,10 @@ def test_an_interrupted_run_goes_on(
 
     monkeypatch.setattr(kind, "step", stop)
     with pytest.raises(SystemExit):
-        certified("played", method, checkpoint=path)
+        certified("played", method, checkpoint=path, checkpoint_every=0)
     monkeypatch.setattr(kind, "step", step)
     assert path.exists()
-    resumed = certified("played", method, checkpoint=path)
+    resumed = certified("played", method, checkpoint=path, checkpoint_every=0)
     assert resumed.bound == whole.bound
     assert resumed.kl == whole.kl
     assert len(resumed.history) == 6

@@ -28,12 +28,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(method, tmp_path, monkeypat
         pass
 
     data = blobs()
-    options = {"epochs": 6, "protocol": SHARED if method == "iter" else TERMS}
+    options = {
+        "epochs": 6,
+        "checkpoint_every": 0,
+        "protocol": SHARED if method == "iter" else TERMS,
+    }
     options["settings"] = PublishedSettings(batch_size=50) if method == "iter" else FAST
     kind = Published if method == "iter" else Truncated
     whole = certify(trained(data), built(), data, method, **options)
     assert same(whole, certify(trained(data), built(), data, method, **options))
-    monkeypatch.setattr("hesskern.pacbayes.procedure.SAVE_INTERVAL", 0.0)
     step, seen = kind.step, []
 
     def dies(self, rows, fraction):
@@ -55,29 +58,27 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(method, tmp_path, monkeypat
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
 
 
-def test_a_checkpoint_of_another_run_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("hesskern.pacbayes.procedure.SAVE_INTERVAL", 0.0)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = tmp_path / "run.pt"
-    run(checkpoint=path)
+    run(checkpoint=path, checkpoint_every=0)
     for change in ({"seed": 1}, {"epochs": 3}, {"data": blobs(seed=2)}):
         with pytest.raises(ValueError, match=r"another run: its (seed|epochs|data) is"):
-            run(checkpoint=path, **change)
+            run(checkpoint=path, checkpoint_every=0, **change)
     path.write_bytes(b"x")
     with pytest.raises(ValueError, match="is damaged"):
-        run(checkpoint=path)
+        run(checkpoint=path, checkpoint_every=0)
 
 
-def test_the_methods_old_name_is_the_same_method(tmp_path, monkeypatch):
-    monkeypatch.setattr("hesskern.pacbayes.procedure.SAVE_INTERVAL", 0.0)
+def test_the_methods_old_name_is_the_same_method(tmp_path):
     assert NaturalSettings is TruncatedSettings
     path = tmp_path / "run.pt"
-    found = run(method="natural", checkpoint=path)
+    found = run(method="natural", checkpoint=path, checkpoint_every=0)
     assert found.method == "truncated"
     # A run that was left unfinished under the old name goes on.
     content = torch.load(path, weights_only=True)
     content["identity"]["method"] = "natural"
     torch.save(content, path)
-    assert same(found, run(checkpoint=path))
+    assert same(found, run(checkpoint=path, checkpoint_every=0))
 
 
 def test_settings_can_be_made_beforehand():

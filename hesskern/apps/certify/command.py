@@ -51,6 +51,8 @@ _NET = {"digits": "T-64_10", "mnist": "T-600_10"}
 _EPOCHS = {"digits": 200}
 _MINUTES = {"mnist": 15.0}
 _SMALL_BATCH = 100
+# Seconds between two writings of an unfinished run.
+_EVERY = 30.0
 
 
 @click.command("certify")
@@ -278,6 +280,8 @@ def _run(
         samples,
         prior_data=seen,
         checkpoint=_checkpoint(output, seed),
+        checkpoint_every=_EVERY,
+        exact_resume=False,
         test=None if test is None else _samples(net, test, seed).to(device),
         progress=progress,
         group=processes.group,

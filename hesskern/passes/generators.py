@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-__all__ = ["generator_states", "go_back"]
+from hesskern.digests import digest
+
+__all__ = ["generator_states", "generators_digest", "global_generators", "go_back"]
 
 # Where a DataLoader keeps a generator of its own.
 _OWN = ("", "sampler", "batch_sampler", "batch_sampler.sampler")
@@ -35,6 +39,19 @@ def generator_states(data: Iterable[Any], device: torch.device) -> dict[str, Any
     if device.type == "cuda":
         found["cuda"] = torch.cuda.get_rng_state(device)
     return found
+
+
+def global_generators() -> tuple[Tensor, bytes, bytes]:
+    """The states of torch's, Python's and numpy's global generators, to be compared quickly."""
+    python, numpy = pickle.dumps(random.getstate()), pickle.dumps(np.random.get_state())
+    return torch.get_rng_state(), python, numpy
+
+
+def generators_digest(data: Iterable[Any], device: torch.device) -> str:
+    """Of what :func:`generator_states` gives."""
+    own = [generator.get_state() for generator in _own(data)]
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return digest([global_generators(), own, cuda])
 
 
 def go_back(states: Mapping[str, Any], data: Iterable[Any], device: torch.device) -> str | None:

@@ -18,6 +18,7 @@ __all__ = [
     "check_writable",
     "drawn_or_kept",
     "keep_if_possible",
+    "path_of_rank",
     "remove_abandoned",
     "write_files",
     "written_whole",
@@ -63,6 +64,12 @@ def _to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def path_of_rank(path: str | os.PathLike[str], rank: int | str, size: int) -> Path:
+    """The file of one of several ranks: "factors.rank0of2.safetensors"."""
+    found = Path(path)
+    return found.with_name(f"{found.stem}.rank{rank}of{size}{found.suffix}")
 
 
 def remove_abandoned(path: Path, beside: str = "") -> None:

@@ -84,7 +84,7 @@ class ModelRun(Portable):
 
     def remember(self) -> None:
         """From now on, a change of the model's tensors is one."""
-        self._versions: list[tuple[int, int]] | None = self._current()
+        self._versions: list[Any] | None = self._current()
 
     def ran(self) -> None:
         """Behind a run of its own: buffers that the model wrote meanwhile are no change.
@@ -100,7 +100,8 @@ class ModelRun(Portable):
         """Whether the model was changed since :meth:`remember`, or before this was copied."""
         return self._versions != self._current()
 
-    def _current(self) -> list[tuple[int, int]]:
+    def _current(self) -> list[Any]:
+        """By parameter, then by buffer, what changes with the tensor."""
         tensors = (*self.model.parameters(), *self.model.buffers())
         return [(tensor.data_ptr(), tensor._version) for tensor in tensors]
 

@@ -22,8 +22,10 @@ from hesskern.attribution.result import Influence
 from hesskern.attribution.resumed import Asked, curvature_facts
 from hesskern.attribution.sample_gradients import LayerRows, layer_rows, matrices
 from hesskern.attribution.sample_loss import SampleLoss
+from hesskern.attribution.shared_inverses import SharedCurvature, curvature_of_parts
 from hesskern.checkpoints.checkpoint import Checkpoint
 from hesskern.checkpoints.facts import described
+from hesskern.factors.ekfac import EKFAC
 from hesskern.graph.evidence import Evidence
 from hesskern.parallel.ranks import Ranks, section_of
 from hesskern.parallel.samplers import weights_of_part
@@ -124,7 +126,8 @@ def influence(
             order of the samples' numbers where the data is a DataLoader that draws indices of its
             data set, each once; otherwise those of the first rank's come first, in their order
             there: ``settings["columns"]`` is "sample numbers" or "ranks". What a
-            DistributedSampler repeats is left out.
+            DistributedSampler repeats is left out. Of ``ekfac(..., sharded=True)`` each rank gives
+            its own part for E.
 
     Returns:
         :class:`Influence`: ``scores`` [q, n] in float32 (float64 for a float64 model).
@@ -145,16 +148,21 @@ def influence(
                 check_iterable(data)
             if ranks is None or name == "queries":
                 _warn_of_shuffling(name, data)
-        curvature = curvature_of(E, model, layers, damping)
+        if isinstance(E, EKFAC) and E.part is not None and ranks is not None:
+            given = E, model, layers, damping, ranks, checkpoint
+            curvature: Curvature = curvature_of_parts(*given)
+        else:
+            curvature = curvature_of(E, model, layers, damping)
         resolved = resolve_loss(loss)
         asked = resolved if query_loss is None else resolve_loss(query_loss)
         report, mask, evidence = reporter(progress), checked_mask(position_mask), Evidence(check)
         size = _size(batch_size)
         device = model_device(model)
         stay = None
+        shared = isinstance(curvature, SharedCurvature)
         if ranks is not None:
             settings = {
-                "E": described(curvature_facts(E)),
+                "E": described(None if shared else curvature_facts(E)),
                 "damping": curvature.damping,
                 "per_layer": per_layer,
                 "per_token": per_token,
@@ -231,6 +239,8 @@ def influence(
                 refuse_missing(curvature.specs, first.run.capture.unfit)
                 if not gradients:
                     raise ValueError("no layer has a gradient here: " + _reasons(skipped))
+                if isinstance(curvature, SharedCurvature):
+                    curvature.agree(gradients, count)
                 prepared, errors = _prepared(curvature, gradients, query_rank)
                 asked_for = Asked(prepared, count, skipped, errors)
         specs = {name: replace(curvature.specs[name], required=True) for name in asked_for.prepared}
@@ -261,7 +271,7 @@ def influence(
             num_train=total,
             layers=tuple(specs),
             skipped=asked_for.skipped,
-            damping={name: curvature.damping[name] for name in specs if curvature.operators},
+            damping={name: curvature.damping[name] for name in specs if curvature.damping},
             rank_errors=asked_for.errors,
             settings={
                 "per_token": per_token,

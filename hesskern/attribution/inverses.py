@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hesskern import ops
-from hesskern.factors.result import LayerFactors
+from hesskern.factors.result import Factors, LayerFactors
 from hesskern.operators.damping import check_damping, resolved
 from hesskern.operators.eigenbasis import EigenbasisOperator
 from hesskern.passes.forward_pass import model_device
 from hesskern.passes.layers import LayerSpec, select_layers
 
-__all__ = ["Curvature", "curvature_of"]
+__all__ = [
+    "Curvature",
+    "check_operators",
+    "chosen",
+    "curvature_of",
+    "damping_of",
+    "other_model",
+]
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,9 @@ def curvature_of(
     Raises:
         TypeError: E is no mapping, or holds something else than operators with an eigenbasis and
             factors; ``damping`` is none of these.
-        ValueError: E is empty, has a layer that the model has not, of another shape or on another
-            device; ``damping`` is negative or not finite, lacks a layer, or leaves a layer's
-            curvature singular.
+        ValueError: E is empty or a part alone, has a layer that the model has not, of another shape
+            or on another device; ``damping`` is negative or not finite, lacks a layer, or leaves a
+            layer's curvature singular.
     """
     if E is None:
         specs, skipped = select_layers(model, layers, "none")
@@ -75,25 +83,45 @@ def curvature_of(
             "E must be a mapping from layers to operators or factors (hk.ekfac, "
             f"hk.kronecker_factors), or None; got {type(E).__name__}"
         )
+    if (part := getattr(E, "part", None)) is not None:
+        load = "load_factors" if isinstance(E, Factors) else "load_ekfac"
+        raise ValueError(f"E: {part.refusal('a curvature', load)}")
     if not E:
         raise ValueError("E is empty: it has no layer to go through")
-    specs, skipped = _chosen(E, model, layers)
+    specs, skipped = chosen(E, model, layers, partial(_matching, E))
     operators = {name: _operator(name, E[name]) for name in specs}
+    sizes = {name: operator.shape[0] for name, operator in operators.items()}
+    numbers = damping_of(damping, sizes, lambda name: operators[name].trace())
+    check_operators(operators, numbers, model)
+    return Curvature(specs, operators, numbers, skipped)
+
+
+def check_operators(
+    operators: Mapping[str, EigenbasisOperator], numbers: Mapping[str, float], model: nn.Module
+) -> None:
+    """Raises ValueError for operators on another device than the model, or singular ones."""
     device = model_device(model)
     for name, operator in operators.items():
         if operator.device != device:
             raise ValueError(
                 f"E: layer {name!r} is on {operator.device}, the model on {device}; move one"
             )
-    numbers = _damping(damping, operators)
-    for name, operator in operators.items():
         operator.require_positive(numbers[name], "influence", name)
-    return Curvature(specs, operators, numbers, skipped)
 
 
-def _chosen(
-    E: Mapping[str, Any], model: nn.Module, layers: str | Iterable[str] | None
+def chosen(
+    E: Collection[str],
+    model: nn.Module,
+    layers: str | Iterable[str] | None,
+    matching: Callable[[str, tuple[LayerSpec, LayerSpec]], LayerSpec],
 ) -> tuple[dict[str, LayerSpec], dict[str, str]]:
+    """The layers that count, and why others do not.
+
+    Args:
+        E: names of its layers.
+        model, layers: as in :func:`curvature_of`.
+        matching: gives a layer with or without its bias, whichever E has, or refuses it.
+    """
     known, skipped = select_layers(model, layers, "none")
     joint, _ = select_layers(model, layers, "joint")
     names = E if layers is None else [name for name in E if name in known]
@@ -107,7 +135,7 @@ def _chosen(
     for name, spec in known.items():
         if name in E:
             # Some have no block with a bias.
-            specs[name] = _matching(name, E, (spec, joint.get(name, spec)))
+            specs[name] = matching(name, (spec, joint.get(name, spec)))
         elif spec.required:
             raise ValueError(f"layers: {name!r} is not in E, which has {', '.join(E)}")
         else:
@@ -117,7 +145,7 @@ def _chosen(
     return specs, skipped
 
 
-def _matching(name: str, E: Mapping[str, Any], specs: tuple[LayerSpec, ...]) -> LayerSpec:
+def _matching(E: Mapping[str, Any], name: str, specs: tuple[LayerSpec, LayerSpec]) -> LayerSpec:
     """The layer with or without its bias, whichever E has."""
     operator = _operator(name, E[name])
     # What E says of the layer's geometry, where it does: strides and padding are in no shape.
@@ -126,10 +154,16 @@ def _matching(name: str, E: Mapping[str, Any], specs: tuple[LayerSpec, ...]) -> 
         same = (operator.layer_shape, operator.groups) == (spec.shape, spec.groups)
         if same and given in (None, spec):
             return spec
-    spec = specs[0]
-    raise ValueError(
-        f"E: layer {name!r} has {_geometry(operator.layer_shape, operator.groups, given)} there, "
-        f"{_geometry(spec.shape, spec.groups, spec)} in the model: E belongs to another model"
+    raise other_model(name, _geometry(operator.layer_shape, operator.groups, given), specs[0])
+
+
+def other_model(name: str, there: str | LayerSpec, here: LayerSpec) -> ValueError:
+    """The error of a layer that has another geometry in E, in words or not."""
+    if isinstance(there, LayerSpec):
+        there = _geometry(there.shape, there.groups, there)
+    return ValueError(
+        f"E: layer {name!r} has {there} there, {_geometry(here.shape, here.groups, here)} in the "
+        "model: E belongs to another model"
     )
 
 
@@ -154,20 +188,32 @@ def _operator(name: str, value: Any) -> EigenbasisOperator:
     return value
 
 
-def _damping(damping: Any, operators: Mapping[str, EigenbasisOperator]) -> dict[str, float]:
+def damping_of(
+    damping: Any, sizes: Mapping[str, int], trace: Callable[[str], float]
+) -> dict[str, float]:
+    """What is added to each layer's eigenvalues.
+
+    Args:
+        damping: "mean", a number, or numbers by layer.
+        sizes: number of eigenvalues by layer.
+        trace: their sum, by a layer's name; asked for where "mean" is.
+
+    Raises:
+        TypeError, ValueError: it is none of these, negative or not finite, or lacks a layer.
+    """
     if isinstance(damping, Mapping):
-        other = [name for name in damping if name not in operators]
-        missing = [name for name in operators if name not in damping]
+        other = [name for name in damping if name not in sizes]
+        missing = [name for name in sizes if name not in damping]
         if other or missing:
             text = f"lacks {', '.join(missing)}" if missing else f"names {', '.join(other)}, too"
             raise ValueError(
-                f"damping must have a number for each of {', '.join(operators)}; it {text}"
+                f"damping must have a number for each of {', '.join(sizes)}; it {text}"
             )
     else:
         check_damping(damping, None)
-        damping = dict.fromkeys(operators, damping)
+        damping = dict.fromkeys(sizes, damping)
     found = {}
-    for name, E in operators.items():
-        trace = E.trace() if damping[name] == "mean" else 0.0
-        found[name] = resolved(damping[name], trace, E.shape[0], name)
+    for name, size in sizes.items():
+        mean = isinstance(damping[name], str) and damping[name] == "mean"
+        found[name] = resolved(damping[name], trace(name) if mean else 0.0, size, name)
     return found

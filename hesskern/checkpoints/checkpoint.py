@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hesskern import files
 from hesskern.checkpoints.course import Course
 from hesskern.checkpoints.facts import (
     described,
@@ -279,5 +280,4 @@ def path_of_rank(path: Any, ranks: Ranks | None) -> Any:
     """The file of one of several ranks: "factors.rank0of2.checkpoint"; what is none as it is."""
     if ranks is None or not isinstance(path, (str, os.PathLike)):
         return path
-    found = Path(path)
-    return found.with_name(f"{found.stem}.rank{ranks.rank}of{ranks.size}{found.suffix}")
+    return files.path_of_rank(path, ranks.rank, ranks.size)

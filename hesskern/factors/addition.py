@@ -43,15 +43,17 @@ def add_factors(*factors: Factors) -> Factors:
 
     Raises:
         TypeError: an argument is no :class:`hesskern.Factors`.
-        ValueError: there is none; they were made with another ``output`` or ``bias``; a layer is
-            missing in one of them, or diagonals are, or it has another shape, dtype,
-            device or tied module there.
+        ValueError: there is none, or a part of some alone; they were made with another ``output``
+            or ``bias``; a layer is missing in one of them, or diagonals are, or it has another
+            shape, dtype, device or tied module there.
     """
     if not factors:
         raise ValueError("factors must hold at least one result of kronecker_factors")
     for given in factors:
         if not isinstance(given, Factors):
             raise TypeError(f"factors must be of Factors, got {type(given).__name__}")
+        if given.part is not None:
+            raise ValueError(f"factors: {given.part.refusal('factors', 'load_factors')}")
     first, *others = factors
     for i, other in enumerate(others, start=2):
         _check_alike(first, other, f"factors {i}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hesskern.checkpoints.checkpoint import Checkpoint
 from hesskern.choices import Bias, Output
 from hesskern.factors.accumulator import FactorAccumulator
+from hesskern.factors.parts import check_sharded
 from hesskern.factors.result import Factors
 from hesskern.parallel.ranks import Ranks, section_of
 from hesskern.parallel.samplers import weights_of_part
@@ -46,6 +47,7 @@ def kronecker_factors(
     exact_resume: bool = True,
     group: Any = None,
     spill: Spill | None = None,
+    sharded: bool = False,
 ) -> Factors:
     """Kronecker factors E[x x^T] and E[M] of every layer, in one pass over the data.
 
@@ -120,6 +122,9 @@ def kronecker_factors(
             are needed and which go with the tensors; "cpu" for pinned memory of the host, from a
             GPU. None: on the model's device. The factors are then tensors of the host, and the
             numbers the same. Diagonals stay on the device.
+        sharded: with a group, whether every rank keeps the factors of some layers alone, by their
+            bytes, behind a pass that sums those of all: ``factors.part`` says which,
+            ``factors.save`` writes one part per rank, and :func:`hesskern.load_factors` reads them.
 
     Returns:
         :class:`Factors`, keyed by layer name, in float32 (float64 for a float64 model).
@@ -137,6 +142,7 @@ def kronecker_factors(
     """
     ranks = Ranks.of(group)
     with section_of(ranks, "Kronecker factors"), whole_model(ranks, model) as inner:
+        check_sharded(sharded, ranks)
         accumulator = FactorAccumulator(
             inner,
             loss,
@@ -186,10 +192,13 @@ def kronecker_factors(
             progress = ranks.watching("Kronecker factors", reporter(progress))
         if saved is None:
             accumulator.consume(data, sample_weight=sample_weight, progress=progress)
-            return accumulator.finished(2, last=True)
-        check_iterable(data)
-        accumulator.go_on(saved, data, sample_weight=sample_weight, progress=progress)
+        else:
+            check_iterable(data)
+            accumulator.go_on(saved, data, sample_weight=sample_weight, progress=progress)
         found = accumulator.finished(2, last=True)
+        if sharded and ranks is not None:
+            found = found.shard(ranks)
     # When all ranks have it.
-    saved.remove()
+    if saved is not None:
+        saved.remove()
     return found

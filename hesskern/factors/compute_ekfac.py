@@ -14,7 +14,9 @@ from hesskern.choices import Bias, Output, Precision, check_choice
 from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.corrections import Corrections
 from hesskern.factors.ekfac import EKFAC
+from hesskern.factors.parts import check_sharded
 from hesskern.factors.precision import precisions
+from hesskern.factors.rank_stages import ranks_ahead, with_bases_of
 from hesskern.factors.result import Factors, LayerFactors
 from hesskern.factors.second_pass import SecondPass, contents
 from hesskern.graph.evidence import Evidence
@@ -66,6 +68,7 @@ def ekfac(
     checkpoint_every: float = 60.0,
     exact_resume: bool = True,
     group: Any = None,
+    sharded: bool = False,
 ) -> EKFAC:
     """EKFAC of every layer (George et al. 2018, arXiv 1806.03884), in two passes over the data.
 
@@ -99,6 +102,9 @@ def ekfac(
         group: ranks of torch.distributed that all call this, each with its own part of the data,
             as in :func:`hesskern.kronecker_factors`. They share the eigendecompositions out among
             them, the largest first, and all get the whole result, the same bits.
+        sharded: with a group, whether every rank keeps some layers alone, by their bytes:
+            eigenvectors and S, which all ranks hold while the second pass lasts. ``E.part`` says
+            which, ``E.save`` writes one part per rank, and :func:`hesskern.load_ekfac` reads them.
 
     Returns:
         :class:`EKFAC`, keyed by layer name, in float32 (float64 for a float64 model).
@@ -117,6 +123,7 @@ def ekfac(
     """
     ranks = Ranks.of(group)
     with section_of(ranks, "EKFAC"), whole_model(ranks, model) as model:
+        check_sharded(sharded, ranks)
         check_choice("precision", precision, Precision)
         check_output(output, mc_samples, seed)
         check_iterable(data)
@@ -155,9 +162,10 @@ def ekfac(
                 "mc_samples": mc_samples,
                 "seed": seed,
                 "precision": precision,
+                "sharded": sharded,
                 "position_mask given": mask is not None,
             }
-            ranks.agree("EKFAC", asked)
+            ranks.agree("EKFAC", {"settings": asked})
         saved = Checkpoint.of(
             checkpoint,
             checkpoint_every,
@@ -186,34 +194,36 @@ def ekfac(
         )
         if ranks is not None:
             sample_weight = weights_of_part(ranks, data, sample_weight, 2)
-            stages = ranks.gather("stages of checkpoints", None if saved is None else saved.stage)
-            if len(set(stages)) > 1:
-                told = ", ".join(
-                    f"{stage or 'the factors'} on rank {r}" for r, stage in enumerate(stages)
-                )
-                raise ValueError(
-                    f"checkpoint: the ranks were interrupted in different passes ({told}), which "
-                    "do not go on together; remove their files and begin anew"
-                )
         evidence = Evidence(check) if accumulator is None else accumulator.evidence
-        if saved is not None and saved.stage == _CORRECTIONS:
+        stage = None if saved is None else saved.stage
+        ahead = [0] if stage == _CORRECTIONS else []
+        if ranks is not None:
+            ahead = ranks_ahead(ranks, stage, _CORRECTIONS, accumulator is not None)
+        kept = None
+        if saved is not None and (0 if ranks is None else ranks.rank) in ahead:
             (kept,) = saved.parts
-            begun = SecondPass.of_part(kept, model, evidence)
-            # The warning of the pass that is over.
-            left_out(model, begun.made, begun.specs.values(), 2 if layers is None else None)
-        else:
-            made = factors
-            if accumulator is not None:
-                if saved is None:
-                    accumulator.consume(data, sample_weight=sample_weight, progress=report)
-                else:
-                    accumulator.go_on(saved, data, sample_weight=sample_weight, progress=report)
-                made = accumulator.finished(2, last=True)
-            begun = SecondPass.of(model, made, layers, accumulator is not None, bias)
-            if ranks is not None and accumulator is None:
+            evidence.restore(kept["evidence"])
+        elif accumulator is not None:
+            if saved is None:
+                accumulator.consume(data, sample_weight=sample_weight, progress=report)
+            else:
+                accumulator.go_on(saved, data, sample_weight=sample_weight, progress=report)
+        if accumulator is None:
+            begun = SecondPass.of(model, factors, layers, False, bias)
+            if ranks is not None:
                 facts = {"factors": _bits(begun.factors)}
                 agree_on_pass(ranks, "EKFAC", model, begun.specs, resolved, facts)
+        if ahead:
+            if ranks is not None:
+                kept = with_bases_of(ranks, ahead, kept, device)
+            assert kept is not None
+            begun, kept = SecondPass.of_part(kept, model), None
+            # The warning of the pass that is over.
+            left_out(model, begun.made, begun.specs.values(), 2 if layers is None else None)
+        elif accumulator is not None:
             # From here on nobody but ``begun`` holds factors that were made here.
+            made = accumulator.finished(2, last=True)
+            begun = SecondPass.of(model, made, layers, True, bias)
             del made
         # Nor their sums.
         del accumulator
@@ -266,6 +276,8 @@ def ekfac(
         covered = [specs[name] for name in result]
         skipped = left_out(model, {**begun.skipped, **reasons}, covered, None)
         made_here = EKFAC(result, specs, count, skipped, own)
+        if sharded and ranks is not None:
+            made_here = made_here.shard(ranks)
     # When all ranks have it.
     if saved is not None:
         saved.remove()

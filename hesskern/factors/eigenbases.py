@@ -15,6 +15,7 @@ from hesskern.choices import Precision
 from hesskern.factors.result import LayerFactors
 from hesskern.operators.decompositions import eigenpairs
 from hesskern.parallel.ranks import Ranks, section_of
+from hesskern.parallel.shares import shared_out
 
 __all__ = ["Bases", "eigenbases", "shares"]
 
@@ -118,8 +119,7 @@ def _shared(
 def shares(sizes: list[int], ranks: int) -> list[int]:
     """Which rank decomposes which matrix, so that the last is done soon.
 
-    The largest first, each to the rank with the least work so far, of which an n by n matrix takes
-    n³ (Graham 1969: at most a third longer than the best sharing).
+    By :func:`shared_out`, of the work that a matrix takes, n³.
 
     Args:
         sizes: n of every matrix.
@@ -128,11 +128,7 @@ def shares(sizes: list[int], ranks: int) -> list[int]:
     Returns:
         a rank for every matrix.
     """
-    owners, work = [0] * len(sizes), [0] * ranks
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        owners[i] = min(range(ranks), key=work.__getitem__)
-        work[owners[i]] += sizes[i] ** 3
-    return owners
+    return shared_out([size**3 for size in sizes], ranks)
 
 
 def _taken_apart(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from hesskern.choices import Order, check_choice
+from hesskern.factors.parts import Part, part_paths, write_part
 from hesskern.factors.result import ByLayer, read_spec
 from hesskern.operators.corrected import CorrectedOperator
 from hesskern.operators.network import LayerDamping, NetworkOperator
+from hesskern.parallel.ranks import Ranks
 from hesskern.passes.layers import LayerSpec
 from hesskern.tensor_files import OpenedFile, TensorFormat
 
@@ -34,7 +36,9 @@ class EKFAC(ByLayer[CorrectedOperator]):
         settings: how S was made (``output``, ``bias``, ``mc_samples``, ``seed``, ``precision``,
             ``checked``, as in :class:`hesskern.Factors`), ``eigenvectors``: in which precision the
             factors were decomposed, and ``factors``: their settings.
-        specs: the layers' geometry, by name.
+        specs: the layers' geometry, by name; of a part those of the whole.
+        part: with ``sharded=True``, which part is here: other ranks keep the other layers, and what
+            needs all of them is refused. None for a whole EKFAC.
     """
 
     _what = "EKFAC of"
@@ -46,13 +50,37 @@ class EKFAC(ByLayer[CorrectedOperator]):
         num_samples: float,
         skipped: Mapping[str, str],
         settings: Mapping[str, Any],
+        part: Part | None = None,
     ) -> None:
+        self.part = part
         self._layers = dict(layers)
-        self.specs = {name: specs[name] for name in self._layers}
+        names = self._layers if part is None else part.owners
+        self.specs = {name: specs[name] for name in names}
         self.num_samples = num_samples
         self.skipped = dict(skipped)
         self.settings = dict(settings)
         self._operators: dict[str, NetworkOperator] = {}
+
+    def shard(self, ranks: Ranks) -> EKFAC:
+        """The part of one of several ranks, all of which call this with the same EKFAC."""
+        tensors = {}
+        for name, layer in self._layers.items():
+            left, right, _ = layer.eigenbases
+            tensors[name] = [*left, *right, layer.values]
+        part = Part.of(ranks, tensors, [self.num_samples, self.skipped, self.settings])
+        return self if part is None else self._of([self], part)
+
+    def _of(self, given: Iterable[EKFAC], part: Part | None) -> EKFAC:
+        """What all of the given have together, as far as a part has it, in its order."""
+        layers, specs = dict(self._layers), dict(self.specs)
+        for other in given:
+            layers.update(other._layers)
+            specs.update(other.specs)
+        order = self.part or part
+        if order is not None:
+            names = [name for name in order.owners if part is None or part.has(name)]
+            layers = {name: layers[name] for name in names}
+        return EKFAC(layers, specs, self.num_samples, self.skipped, self.settings, part)
 
     def operator(self, order: Order = "weight") -> NetworkOperator:
         """Every layer's matrix as one, block diagonal over all weights, with ``solve`` and ``@``.
@@ -62,9 +90,12 @@ class EKFAC(ByLayer[CorrectedOperator]):
                 for the Conv1D of transformers and [m, d] otherwise; "output" for [m, d] always.
 
         Raises:
-            ValueError: ``order`` is another word, or layers are on several devices.
+            ValueError: ``order`` is another word, layers are on several devices, or this is a part
+                alone.
         """
         check_choice("order", order, Order)
+        if self.part is not None:
+            raise ValueError(self.part.refusal("an EKFAC", "load_ekfac"))
         if order not in self._operators:
             layers = {n: _ordered(layer, order) for n, layer in self._layers.items()}
             self._operators[order] = NetworkOperator(layers)
@@ -99,16 +130,20 @@ class EKFAC(ByLayer[CorrectedOperator]):
         return self.operator().diagonal()
 
     def __repr__(self) -> str:
-        rows = [f"  {n}: {spec.kind} {spec.shape}" for n, spec in self.specs.items()]
-        return "\n".join([f"EKFAC of {self.num_samples:g} samples:", *rows])
+        specs = {n: self.specs[n] for n in self._layers}
+        rows = [f"  {n}: {spec.kind} {spec.shape}" for n, spec in specs.items()]
+        some = "" if self.part is None else f", the part of {self.part.described}"
+        return "\n".join([f"EKFAC of {self.num_samples:g} samples{some}:", *rows])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file: the tensors, and everything else as JSON in its header.
 
-        The file appears whole or not at all.
+        The file appears whole or not at all. A part goes to a file of its own, as in
+        :meth:`Factors.save`.
 
         Raises:
             FileNotFoundError: the folder does not exist.
+            FileExistsError: this is a part, and ``path`` itself is a file already.
         """
         tensors: dict[str, Tensor] = {}
         for name, layer in self._layers.items():
@@ -117,36 +152,55 @@ class EKFAC(ByLayer[CorrectedOperator]):
             for group, (u, v) in enumerate(zip(left, right, strict=True)):
                 tensors[f"{name}.left.{group}"] = u
                 tensors[f"{name}.right.{group}"] = v
-        header = {
+        header: dict[str, Any] = {
             "num_samples": self.num_samples,
             "skipped": self.skipped,
             "settings": self.settings,
-            "layers": [asdict(spec) for spec in self.specs.values()],
+            "layers": [asdict(self.specs[name]) for name in self._layers],
         }
-        _FILE.write(path, tensors, header)
+        if self.part is not None:
+            others = [spec for name, spec in self.specs.items() if name not in self._layers]
+            header["elsewhere"] = [asdict(spec) for spec in others]
+        write_part(_FILE, path, tensors, header, self.part)
 
 
-def load_ekfac(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> EKFAC:
-    """Reads a file written by :meth:`EKFAC.save`.
+def load_ekfac(
+    path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    device: str | torch.device = "cpu",
+) -> EKFAC:
+    """Reads what :meth:`EKFAC.save` has written.
 
     Args:
-        path: the file.
+        path: the file; for an EKFAC that was left sharded the name that it was saved under, one of
+            the parts' files, or several, as in :func:`hesskern.load_factors`.
         device: where the tensors go.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not one of these, of a newer version, or damaged.
+        ValueError: a file is not one of these, of a newer version, or damaged; parts are missing,
+            come twice, or are those of different results.
     """
+    paths = part_paths(path)
+    found = [_read(one, device) for one in paths]
+    return found[0]._of(found, Part.joined([E.part for E in found], paths))
+
+
+def _read(path: str | os.PathLike[str], device: str | torch.device) -> EKFAC:
     with _FILE.opened(path) as file:
         header = file.header
         specs = [read_spec(entry) for entry in header["layers"]]
+        part = Part.of_header(header.get("part"))
+        if part is not None:
+            part.check_complete([spec.name for spec in specs], path)
         layers = {spec.name: _read_layer(file, spec, device, path) for spec in specs}
+        specs += [read_spec(entry) for entry in header.get("elsewhere", ())]
         return EKFAC(
             layers,
             {spec.name: spec for spec in specs},
             header["num_samples"],
             header["skipped"],
             header["settings"],
+            part,
         )
 
 

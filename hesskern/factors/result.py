@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from hesskern.choices import Order, check_choice
 from hesskern.factors.large_layers import LargeLayerFactors, OfLayer
+from hesskern.factors.parts import Part, part_paths, write_part
 from hesskern.operators.kronecker import KroneckerOperator
 from hesskern.operators.network import NetworkOperator
+from hesskern.parallel.ranks import Ranks
 from hesskern.passes.layers import LayerSpec, unfolded
 from hesskern.solvers.result import EigenResult
 from hesskern.tensor_files import OpenedFile, TensorFormat
@@ -120,15 +122,18 @@ class ByLayer(Mapping[str, Result]):
 
     Attributes:
         skipped: modules with parameters that have no result here, with the reason.
+        part: which part of a result this is that ranks have left sharded; None for a whole one.
     """
 
     _what: ClassVar[str]
     _layers: dict[str, Result]
     skipped: dict[str, str]
+    part: Part | None = None
 
     def _reason(self, name: str) -> str | None:
         """Why a layer is missing, where that is known."""
-        return self.skipped.get(name)
+        kept = None if self.part is None else self.part.reason(name)
+        return kept or self.skipped.get(name)
 
     def __getitem__(self, name: str) -> Result:
         try:
@@ -166,6 +171,8 @@ class Factors(ByLayer[LayerFactors]):
         large: with ``diagonal=True``, the layers with more than ``max_outputs`` outputs by name,
             with the diagonal of E[M] alone. They are no part of this mapping and of
             :meth:`operator`.
+        part: with ``sharded=True``, which part is here: layers of other ranks are missing in this
+            mapping, in ``large`` and in ``diagonals``. None for whole factors.
     """
 
     _what = "factors for"
@@ -178,7 +185,9 @@ class Factors(ByLayer[LayerFactors]):
         settings: Mapping[str, Any],
         diagonals: Mapping[str, Tensor] | None = None,
         large: Mapping[str, LargeLayerFactors] | None = None,
+        part: Part | None = None,
     ) -> None:
+        self.part = part
         self._layers = dict(layers)
         self.num_samples = num_samples
         self.skipped = dict(skipped)
@@ -191,6 +200,33 @@ class Factors(ByLayer[LayerFactors]):
             return "has too many outputs for E[M]; its diagonal is in .large"
         return super()._reason(name)
 
+    def shard(self, ranks: Ranks) -> Factors:
+        """The part of one of several ranks, all of which call this with the same factors."""
+        tensors = {
+            **{n: [f.output_hessian, f.input_covariance] for n, f in self._layers.items()},
+            **{n: [f.output_diagonal, f.input_covariance] for n, f in self.large.items()},
+            **{f"{_DIAGONAL}{n}": [diagonal] for n, diagonal in self.diagonals.items()},
+        }
+        part = Part.of(ranks, tensors, [self.num_samples, self.skipped, self.settings])
+        return self if part is None else self._of([self], part)
+
+    def _of(self, given: Iterable[Factors], part: Part | None) -> Factors:
+        """What all of the given have together, as far as a part has it, in its order."""
+        layers, large, diagonals = dict(self._layers), dict(self.large), dict(self.diagonals)
+        for other in given:
+            layers.update(other._layers)
+            large.update(other.large)
+            diagonals.update(other.diagonals)
+        order = self.part or part
+        if order is not None:
+            names = [name for name in order.owners if part is None or part.has(name)]
+            layers = {n: layers[n] for n in names if n in layers}
+            large = {n: large[n] for n in names if n in large}
+            plain = [n.removeprefix(_DIAGONAL) for n in names if n.startswith(_DIAGONAL)]
+            diagonals = {n: diagonals[n] for n in plain}
+        about = self.num_samples, self.skipped, self.settings
+        return Factors(layers, *about, diagonals, large, part)
+
     def operator(self, order: Order = "weight") -> NetworkOperator:
         """Every layer's K = E[M] (x) E[x x^T] as one block diagonal matrix over all weights.
 
@@ -198,25 +234,31 @@ class Factors(ByLayer[LayerFactors]):
             order: of flat vectors within a layer, as in :meth:`LayerFactors.operator`.
 
         Raises:
-            ValueError: ``order`` is another word, there is no layer, or the factors are on several
-                devices.
+            ValueError: ``order`` is another word, there is no layer, the factors are on several
+                devices, or these are a part of them alone.
         """
         check_choice("order", order, Order)
+        if self.part is not None:
+            raise ValueError(self.part.refusal("factors", "load_factors"))
         return NetworkOperator({name: f.operator(order) for name, f in self._layers.items()})
 
     def __repr__(self) -> str:
         rows = [f"  {n}: {f.kind} {f.layer_shape}" for n, f in self._layers.items()]
         rows += [f"  {n}: {f.kind} {f.layer_shape}, diagonal E[M]" for n, f in self.large.items()]
         rows += [f"  {n}: diagonal {tuple(d.shape)}" for n, d in self.diagonals.items()]
-        return "\n".join([f"Factors of {self.num_samples:g} samples:", *rows])
+        some = "" if self.part is None else f", the part of {self.part.described}"
+        return "\n".join([f"Factors of {self.num_samples:g} samples{some}:", *rows])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one safetensors file: the tensors, and everything else as JSON in its header.
 
-        The file appears whole or not at all.
+        The file appears whole or not at all. A part goes to a file of its own, beside those of
+        other ranks: "factors.rank0of2.safetensors" for "factors.safetensors", by which name
+        :func:`hesskern.load_factors` finds all of them.
 
         Raises:
             FileNotFoundError: the folder does not exist.
+            FileExistsError: this is a part, and ``path`` itself is a file already.
         """
         tensors: dict[str, Tensor] = {}
         layers = []
@@ -250,22 +292,34 @@ class Factors(ByLayer[LayerFactors]):
         if self.diagonals:
             tensors.update((f"{_DIAGONAL}{name}", d) for name, d in self.diagonals.items())
             header["diagonals"] = list(self.diagonals)
-        _FILE.write(path, tensors, header)
+        write_part(_FILE, path, tensors, header, self.part)
 
 
-def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Factors:
-    """Reads a file written by :meth:`Factors.save`.
+def load_factors(
+    path: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    device: str | torch.device = "cpu",
+) -> Factors:
+    """Reads what :meth:`Factors.save` has written.
 
     Args:
-        path: the file.
+        path: the file; for factors that were left sharded the name that they were saved under,
+            which stands for all parts, or one of the parts' files, or several: these together.
         device: where the tensors go.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not one of these, or is damaged.
+        ValueError: a file is not one of these, or is damaged; parts are missing, come twice, or
+            are those of different factors.
     """
+    paths = part_paths(path)
+    found = [_read(one, device) for one in paths]
+    return found[0]._of(found, Part.joined([factors.part for factors in found], paths))
+
+
+def _read(path: str | os.PathLike[str], device: str | torch.device) -> Factors:
     with _FILE.opened(path) as file:
         header = file.header
+        part = Part.of_header(header.get("part"))
         layers = [_read_layer(file, entry, device) for entry in header["layers"]]
         large = [_read_large(file, entry, device) for entry in header.get("large", ())]
         for one in large:
@@ -284,13 +338,18 @@ def load_factors(path: str | os.PathLike[str], device: str | torch.device = "cpu
                     f"path: {str(path)!r} is damaged: the factors of layer {f.name!r} do not "
                     f"have its shape {f.layer_shape}"
                 )
+        diagonals = list(header.get("diagonals", ()))
+        if part is not None:
+            names = [*(f.name for f in layers), *(one.name for one in large)]
+            part.check_complete([*names, *(f"{_DIAGONAL}{n}" for n in diagonals)], path)
         return Factors(
             {layer.name: layer for layer in layers},
             header["num_samples"],
             header["skipped"],
             header["settings"],
-            {n: file.tensor(f"{_DIAGONAL}{n}").to(device) for n in header.get("diagonals", ())},
+            {n: file.tensor(f"{_DIAGONAL}{n}").to(device) for n in diagonals},
             {one.name: one for one in large},
+            part,
         )
 
 

@@ -62,9 +62,8 @@ class SecondPass:
         return cls(specs, dict(factors.skipped), skipped, dict(factors.settings), chosen)
 
     @classmethod
-    def of_part(cls, kept: Mapping[str, Any], model: nn.Module, evidence: Evidence) -> SecondPass:
-        """What :meth:`part` has kept; gives the evidence back what was found then."""
-        evidence.restore(kept["evidence"])
+    def of_part(cls, kept: Mapping[str, Any], model: nn.Module) -> SecondPass:
+        """What :meth:`part` has kept."""
         known, _ = select_layers(model, None, kept["settings"].get("bias", "none"))
         specs = {
             name: replace(known[name], required=required)
@@ -165,13 +164,15 @@ def _specs(
 
     Raises:
         TypeError: ``factors`` are none.
-        ValueError: there are none of any layer, they are those of other layers, or made with
-            another ``bias``.
+        ValueError: there are none of any layer, they are a part or those of other layers, or made
+            with another ``bias``.
     """
     if not isinstance(factors, Factors):
         raise TypeError(
             f"factors must be Factors, as kronecker_factors gives, got {type(factors).__name__}"
         )
+    if factors.part is not None:
+        raise ValueError(f"factors: {factors.part.refusal('factors', 'load_factors')}")
     if not factors:
         large = f"; those of {', '.join(factors.large)} have no eigenvectors" * bool(factors.large)
         raise ValueError(f"factors must hold at least one layer's E[M] and E[x x^T]{large}")

@@ -20,7 +20,7 @@ from hesskern.operators.samples import SampleRows, added_bytes, layer_rows
 from hesskern.operators.stacked import StackedGaussNewton
 from hesskern.parallel.ranks import Ranks, section_of, telling_of
 from hesskern.parallel.samplers import weights_of_part
-from hesskern.parallel.sharded import replica
+from hesskern.parallel.sharded import whole_again, whole_model
 from hesskern.passes.batches import check_iterable, no_samples
 from hesskern.passes.data_pass import RepeatedPass, stored_or_anew, with_less_memory
 from hesskern.passes.forward_pass import model_device
@@ -104,9 +104,10 @@ class GaussNewton(CurvatureOperator):
         group: Any = None,
     ) -> None:
         self.ranks = Ranks.of(group)
-        with section_of(self.ranks, "the Gauss-Newton matrix"):
-            if self.ranks is not None:
-                model = replica(model)
+        with (
+            section_of(self.ranks, "the Gauss-Newton matrix"),
+            whole_model(self.ranks, model) as model,
+        ):
             check_iterable(data)
             specs, self.skipped = select_layers(model, layers, bias)
             for name, owner in shared_weights(model, specs).items():
@@ -154,6 +155,8 @@ class GaussNewton(CurvatureOperator):
             self.device = model_device(model)
             self.num_samples = known.count
             self.cached = pieces is not None
+            # Around the model, where a rank runs it again.
+            self._whole = whole_again(self.ranks, model, not self.cached)
             self._chunks: list[Piece] | _Pass = source
             if pieces is not None:
                 # Without layers that fit here and on another rank not.
@@ -168,7 +171,11 @@ class GaussNewton(CurvatureOperator):
     @contextmanager
     def _pieces(self) -> Iterator[Iterable[Piece]]:
         """This process's samples; other ranks learn of an error inside the block."""
-        with telling_of(self.ranks, self.described), stored_or_anew(self._chunks) as pieces:
+        with (
+            telling_of(self.ranks, self.described),
+            self._whole(),
+            stored_or_anew(self._chunks) as pieces,
+        ):
             yield pieces
 
     def _means(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ from hesskern.operators.samples import SampleRows, join, layer_rows
 from hesskern.operators.spilled import SpilledSamples, check_spill
 from hesskern.parallel.ranks import Ranks, section_of, telling_of
 from hesskern.parallel.samplers import weights_of_part
-from hesskern.parallel.sharded import replica
+from hesskern.parallel.sharded import whole_again, whole_model
 from hesskern.passes.batches import check_iterable, no_samples
 from hesskern.passes.checks import Checks
 from hesskern.passes.data_pass import (
@@ -100,8 +100,11 @@ class LayerHessian(LayerOperator):
         cached: bool,
         checked: str = "graph",
         ranks: Ranks | None = None,
+        whole: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         self.ranks = ranks
+        # Around the model, where a rank runs it again.
+        self._whole = whole
         self.name = spec.name
         self.layer_shape = spec.shape
         self.groups = spec.groups
@@ -134,6 +137,7 @@ class LayerHessian(LayerOperator):
             torch.inference_mode(False),
             torch.no_grad(),
             telling_of(self.ranks, self.described),
+            self._whole(),
             stored_or_anew(self._chunks) as chunks,
         ):
             yield chunks
@@ -390,11 +394,10 @@ def layer_hessians(
             and convolutions that were left out, and why.
     """
     ranks = Ranks.of(group)
-    with section_of(ranks, "layer Hessians"):
+    with section_of(ranks, "layer Hessians"), whole_model(ranks, model) as model:
         check_fraction("tolerance", tolerance)
         check_output(output, mc_samples, seed)
         check_iterable(data)
-        model = model if ranks is None else replica(model)
         resolved = resolve_loss(loss, output_root)
         specs, skipped = select_layers(model, layers, bias)
         check_spill(spill, model_device(model), tolerance, checkpoint)
@@ -597,4 +600,5 @@ def _finish(
         cached=cached,
         checked=known.checked.get(name, "graph"),
         ranks=ranks,
+        whole=whole_again(ranks, rerun.model, not cached),
     )

@@ -2,22 +2,29 @@
 
 The passes here run a model backwards by other ways than a training step, row by row and layer by
 layer, as often on one rank as that rank has batches. So all parameters are gathered before a pass
-and let go of behind it, and FSDP's own hooks do nothing in between.
+and let go of behind it, and FSDP's own hooks do nothing in between. Products that run the model
+again do the same.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from hesskern.parallel.ranks import Ranks
-from hesskern.parallel.replicas import inner_model
+from hesskern.parallel.replicas import checksums, inner_model
 
-__all__ = ["replica", "whole_model"]
+__all__ = ["gathered_values", "is_sharded", "whole_again", "whole_model"]
+
+# Checksums of parameters that are whole just now, or were when they were last looked at.
+_VALUES: WeakKeyDictionary[nn.Module, dict[str, int]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -37,33 +44,56 @@ def whole_model(ranks: Ranks | None, model: Any) -> Iterator[Any]:
         return
     inner = inner_model(model)
     sharded = _sharded(inner)
+    _VALUES.pop(inner, None)
     ranks.agree("a sharded model", {"sharded modules": list(sharded)})
     with ExitStack() as stack:
         for name, module in sharded.items():
             _refuse_precision(name, module)
         for module in sharded.values():
-            module.unshard()
+            # FSDP keeps the tensors that it makes here, for training as well.
+            with torch.inference_mode(False):
+                module.unshard()
             stack.callback(module.reshard)
         for module in sharded.values():
             stack.enter_context(_hooks_at_rest(module))
         yield inner
 
 
-def replica(model: Any) -> Any:
-    """The module inside ``DistributedDataParallel``, for what runs it again later.
+def whole_again(
+    ranks: Ranks | None, model: Any, runs: bool
+) -> Callable[[], AbstractContextManager[Any]]:
+    """What surrounds every product of an operator that may run a model again.
 
-    Raises:
-        NotImplementedError: the model is sharded.
+    Args:
+        ranks: all of which call this, and make products together.
+        model: of this rank, by :func:`whole_model`.
+        runs: whether this rank runs it again.
+
+    Returns:
+        :func:`whole_model` where the model is sharded and one rank runs it, as then all have to
+        gather its parameters; else nothing.
     """
-    inner = inner_model(model)
-    sharded = list(_sharded(inner))
-    if sharded:
-        raise NotImplementedError(
-            f"model: module {sharded[0]!r} is sharded by fully_shard, and products may run the "
-            "model again at any time; pass a replica that is whole on every rank (factors, ekfac "
-            "and influence take sharded models)"
-        )
-    return inner
+    if ranks is None or not is_sharded(model):
+        return nullcontext
+    if not any(ranks.gather("whether the model runs again", runs)):
+        return nullcontext
+    return partial(whole_model, ranks, model)
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether ``fully_shard`` was applied to a module of the model, whole just now or not."""
+    return bool(_sharded(model))
+
+
+def gathered_values(model: nn.Module) -> list[int]:
+    """Numbers that change with a parameter or buffer of a model that is whole just now.
+
+    Parameters are gathered anew every time, so that neither places nor versions tell anything; as
+    long as they are whole, nobody changes them.
+    """
+    if model not in _VALUES:
+        _VALUES[model] = checksums(dict(model.named_parameters()))
+    return [*_VALUES[model].values(), *checksums(dict(model.named_buffers())).values()]
 
 
 def _sharded(model: Any) -> dict[str, Any]:

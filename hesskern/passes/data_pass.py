@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from hesskern.choices import Output
 from hesskern.graph.evidence import Evidence
 from hesskern.parallel.ranks import Ranks
+from hesskern.parallel.sharded import gathered_values, is_sharded
 from hesskern.passes.batches import Batch, DataCourse, batches, halves
 from hesskern.passes.capture import Capture
 from hesskern.passes.checks import Checks
@@ -223,6 +224,11 @@ class RepeatedPass(ModelRun):
 
     def __post_init__(self) -> None:
         self.remember()
+
+    def _current(self) -> list[Any]:
+        if self.ranks is None or not is_sharded(self.model):
+            return super()._current()
+        return gathered_values(self.model)
 
     def _what(self) -> str:
         """What is made of the passes, for messages."""

@@ -159,9 +159,9 @@ def refuse_sharded(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh"):
             raise NotImplementedError(
-                f"model: parameter {name!r} is a DTensor, a shard of the whole; kronecker_factors "
-                "and input_covariances take models of fully_shard with group=, and have their "
-                "parameters whole on every rank while the pass lasts"
+                f"model: parameter {name!r} is a DTensor, a shard of the whole; with group= models "
+                "of fully_shard are taken, and their parameters are whole on every rank while a "
+                "pass lasts"
             )
 
 

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hesskern.graph.evidence import Evidence
 from hesskern.parallel.ranks import Ranks
-from hesskern.parallel.replicas import checksums, model_facts
+from hesskern.parallel.replicas import model_facts
 from hesskern.passes.data_pass import DataPass
 from hesskern.passes.layers import LayerSpec
+from hesskern.passes.loss_facts import loss_facts
 from hesskern.passes.losses import Loss
 
 __all__ = ["PassKnowledge", "agree_on_pass"]
@@ -37,20 +38,17 @@ def agree_on_pass(
         what: is to be made, for messages.
         model: whose tensors' names, shapes, dtypes and values are compared.
         specs: the layers by name.
-        loss: compared by its class and its tensors, numbers and words.
+        loss: compared by its class, constants, functions, modules and tensors.
         settings: by name, of what JSON can hold.
 
     Raises:
         RankError: on every rank, where one has others; names it and what differs.
     """
-    own = vars(loss)
-    described = {k: v for k, v in own.items() if isinstance(v, (int, float, str))}
-    described.update(checksums({k: v for k, v in own.items() if isinstance(v, Tensor)}))
     facts = {
         "layers": list(specs),
         "geometry": [asdict(spec) for spec in specs.values()],
         "settings": dict(settings),
-        "loss": [type(loss).__name__, described],
+        "loss": loss_facts(loss),
     }
     ranks.agree(what, {**facts, **model_facts(model)})
 

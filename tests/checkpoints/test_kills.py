@@ -139,7 +139,7 @@ def together(
 def test_one_of_two_ranks_is_killed(killed: int, batch: int, tmp_path: Path) -> None:
     whole = [result for result, _ in run(together, 2, tmp_path, None, -1)]
     assert whole[0] == whole[1]
-    failed = outcomes(together, 2, tmp_path, killed, batch, timeout=8.0)
+    failed = outcomes(together, 2, tmp_path, killed, batch, timeout=5.0)
     assert failed[killed].exitcode == -signal.SIGKILL
     assert f"rank {killed} of 2" in failed[1 - killed].message
     names = {path.name for path in tmp_path.glob("*.checkpoint")}
@@ -154,14 +154,14 @@ def test_one_of_two_ranks_is_killed(killed: int, batch: int, tmp_path: Path) -> 
 
 def test_what_one_of_two_ranks_cannot_go_on_with(tmp_path: Path) -> None:
     whole = [result for result, _ in run(together, 2, tmp_path, None, -1)]
-    failed = outcomes(together, 2, tmp_path, 1, 2, True, timeout=8.0)
+    failed = outcomes(together, 2, tmp_path, 1, 2, True, timeout=5.0)
     assert "NaN" in failed[1].message
     assert "rank 1 of 2 failed" in failed[0].message
     files = {path: path.read_bytes() for path in tmp_path.glob("both.rank*")}
     assert len(files) == 2
     torn = tmp_path / "both.rank1of2.checkpoint"
     torn.write_bytes(files[torn][:-1])
-    failed = outcomes(together, 2, tmp_path, None, 2, timeout=8.0)
+    failed = outcomes(together, 2, tmp_path, None, 2, timeout=5.0)
     assert f"'{torn}' is not a readable checkpoint" in failed[1].message
     assert "rank 1 of 2 failed" in failed[0].message
     assert f"'{torn}' is not a readable checkpoint" in failed[0].message

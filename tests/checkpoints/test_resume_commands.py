@@ -9,8 +9,20 @@ from typing import Any
 import pytest
 from console import run
 
+from hesskern.files import write_files
+
 INFLUENCE = ["influence", "--model", "f8x1", "--epochs", 2, "--limit", 200, "--queries", 3]
 ANALYZE = ["analyze", "--model", "f8x1", "--epochs", 1, "--limit", 700, "--seeds", 1, "--top", 2]
+
+
+@pytest.fixture(autouse=True)
+def _numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No pages, which take most of the time, and are of no interest here."""
+    for command in ("analyze", "influence"):
+        monkeypatch.setattr(
+            f"hesskern.apps.{command}.report.drawn_or_kept",
+            lambda folder, numbers, draw: write_files(folder, numbers),
+        )
 
 
 def told(monkeypatch: pytest.MonkeyPatch, stop: str | None = None) -> list[str]:
@@ -50,20 +62,20 @@ def numbers(folder: Path) -> Any:
     return [entry["layers"] for entry in found["models"]]
 
 
-@pytest.mark.parametrize("stop", ["Layer Hessians", "Kronecker factors"])
-def test_analyze(stop: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_analyze(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     due = "hesskern.checkpoints.checkpoint.Checkpoint.due"
     monkeypatch.setattr(due, property(lambda checkpoint: True))
     assert run(*ANALYZE, "--output", "whole").exit_code == 0
-    # Behind the first batch of two; a rehearsal's progress is not told.
-    told(monkeypatch, stop=stop)
-    outcome = run(*ANALYZE, "--resume")
-    assert outcome.exit_code == 130, outcome.output
-    states = {path.name for path in (here / "hesskern-report/resume").glob("*.checkpoint")}
-    assert len(states) == 2
-    heard = told(monkeypatch)
-    outcome = run(*ANALYZE, "--resume")
-    assert outcome.exit_code == 0, outcome.output
-    assert not [what for what in heard if "training" in what]
-    assert numbers(here / "hesskern-report") == numbers(here / "whole")
-    assert not (here / "hesskern-report/resume").exists()
+    for stop in ("Layer Hessians", "Kronecker factors"):
+        # Behind the first batch of two; a rehearsal's progress is not told.
+        told(monkeypatch, stop=stop)
+        outcome = run(*ANALYZE, "--output", stop, "--resume")
+        assert outcome.exit_code == 130, outcome.output
+        states = {path.name for path in (here / stop / "resume").glob("*.checkpoint")}
+        assert len(states) == 2
+        heard = told(monkeypatch)
+        outcome = run(*ANALYZE, "--output", stop, "--resume")
+        assert outcome.exit_code == 0, outcome.output
+        assert not [what for what in heard if "training" in what]
+        assert numbers(here / stop) == numbers(here / "whole")
+        assert not (here / stop / "resume").exists()

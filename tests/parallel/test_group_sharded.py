@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -138,8 +139,6 @@ def _second_passes(group: Any) -> Any:
     scores = hk.influence(E, model, DATA[:1], mine, CE, group=group)
     if group:
         assert _is_sharded(model)
-        with pytest.raises(NotImplementedError, match="sharded by fully_shard, and products may"):
-            hk.layer_hessians(model, mine, CE, group=group)
     assert isinstance(scores.scores, Tensor)
     return {"scores": scores.scores, **{name: E[name].values for name in E}}
 
@@ -148,3 +147,95 @@ def test_ekfac_and_influence_of_a_sharded_model() -> None:
     want = _second_passes(None)
     for found in run(_second_passes, 2, store="tcp"):
         check_same(found, want, 1e-12)
+
+
+def _operators(group: Any, how: str, ours: list[int], budgets: list[int]) -> dict[str, Tensor]:
+    """What Hessians and the Gauss-Newton matrix are asked for; of the batches a rank's own."""
+    model = _sharded(how) if group else seeded(Net())
+    _step(model)
+    mine, budget = DATA, budgets[0]
+    if group:
+        # Numbers of batches differ, down to none.
+        begin = sum(ours[: group.rank()])
+        mine, budget = DATA[begin : begin + ours[group.rank()]], budgets[group.rank()]
+    found = {}
+    with warnings.catch_warnings():
+        # A norm follows some layers.
+        warnings.simplefilter("ignore")
+        H = hk.layer_hessians(model, mine, CE, group=group, memory_budget=budget)
+    G = hk.GaussNewton(model, mine, CE, group=group, memory_budget=budget)
+    for name, operator in (*H.items(), ("G", G)):
+        vectors = randn(operator.shape[0], 2, seed=3)
+        found[f"{name} product"] = operator @ vectors
+        found[f"{name} diagonal"] = operator.diagonal()
+        found[f"{name} trace"] = torch.tensor(operator.trace())
+        found[f"{name} largest"] = hk.eigsh(operator, k=2).values
+        if group:
+            assert _is_sharded(model)
+    assert G.cached == (budget > 0 or not mine)
+    found["dense"] = H["blocks.1.fc2"].to_dense()
+    # FSDP works as before.
+    found.update({f"parameter {i}": p.detach() for i, p in enumerate(_step(model))})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("how", "ours", "budgets"),
+    [
+        ("blocks", [2, 1], [0, 0]),
+        # One rank alone runs the model again, and one has no data.
+        ("together", [1, 0, 2], [2**30, 0, 0]),
+        ("layers", [0, 3], [2**30, 2**30]),
+    ],
+)
+def test_hessians_and_their_eigenvalues(how: str, ours: list[int], budgets: list[int]) -> None:
+    want = _operators(None, how, [3], [2**30])
+    for found in run(_operators, len(ours), how, ours, budgets, store="tcp"):
+        check_same(found, want, 1e-11)
+
+
+def _used_later(group: Any, what: str) -> None:
+    model = _sharded("blocks")
+    mine = part(DATA, group.rank(), group.size())
+    data = _Failing(mine) if what == "data" and group.rank() else mine
+    H = hk.layer_hessians(model, data, CE, "head", group=group, memory_budget=0)["head"]
+    if what == "changed":
+        _step(model)
+    try:
+        H @ torch.ones(H.shape[0], dtype=torch.float64)
+    finally:
+        assert _is_sharded(model)
+        _step(model)
+
+
+class _Failing(list[Any]):
+    """Data that hold NaN from the second time on."""
+
+    passes = 0
+
+    def __iter__(self) -> Any:
+        self.passes += 1
+        for x, y in list.__iter__(self):
+            yield (x if self.passes == 1 else x * torch.nan), y
+
+
+def test_a_product_that_fails_leaves_the_model_sharded() -> None:
+    first, second = outcomes(_used_later, 2, "data")
+    assert first.message.startswith("RankError: rank 1 of 2 failed in the Hessian of layer 'head'")
+    assert "NaN" in second.message
+    for outcome in outcomes(_used_later, 2, "changed"):
+        assert "the model changed since the Hessian of layer 'head' was made" in outcome.message
+
+
+def _under_inference(group: Any) -> None:
+    model = _sharded("blocks")
+    with torch.inference_mode():
+        hk.kronecker_factors(model, DATA, CE, group=group)
+        H = hk.layer_hessians(model, DATA, CE, "head", group=group, memory_budget=0)["head"]
+        assert (H @ torch.ones(H.shape[0], dtype=torch.float64)).any()
+    _step(model)
+    _step(model)
+
+
+def test_a_caller_in_inference_mode_may_train_later() -> None:
+    run(_under_inference, 2)

@@ -155,6 +155,6 @@ def _killed(group: Any) -> None:
 
 
 def test_a_rank_that_is_killed_in_a_search_is_named() -> None:
-    first, second = outcomes(_killed, 2, timeout=10.0, store="tcp")
+    first, second = outcomes(_killed, 2, timeout=5.0, store="tcp")
     assert second.exitcode == -signal.SIGKILL
     assert first.message.startswith("RankError: rank 1 of 2 did not get to a product with the")

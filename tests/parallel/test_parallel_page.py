@@ -28,10 +28,10 @@ queries = [dataset[:3]]
 
 
 def test_its_script_gives_what_one_process_gives(here: Path) -> None:
-    script, more = re.findall(
+    script, more, sharded = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "parallel.md").read_text(), re.S
     )
-    script = script.replace("dist.destroy", more + "dist.destroy")
+    script = script.replace("dist.destroy", more + sharded + "dist.destroy")
     (here / "script.py").write_text(BEFORE + script)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     path = os.pathsep.join((str(ROOT), os.environ.get("PYTHONPATH", "")))

@@ -241,7 +241,7 @@ class FactorAccumulator(Portable):
             ValueError: as :meth:`update`, or ``sample_weight`` has another length than the data.
         """
         report = reporter(progress)
-        before = None if sample_weight is None else self._state(self._room.copied)
+        before = None if sample_weight is None else self._snapshot_of_sums(self._room.copied)
         try:
             self._pass(data, sample_weight, report)
         except BaseException:
@@ -275,7 +275,7 @@ class FactorAccumulator(Portable):
     def _snapshot(self, run: DataPass) -> dict[str, Any]:
         """All that the rest of a pass depends on, between two batches."""
         return {
-            "accumulated": self._state(),
+            "accumulated": self._snapshot_of_sums(),
             "held": self._held.state(),
             "run": run.state(),
             "budget": self._batch_sums.memory_budget,
@@ -720,9 +720,9 @@ class FactorAccumulator(Portable):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything accumulated, as tensors and plain numbers: to stop and go on later."""
-        return self._state(torch.clone)
+        return self._snapshot_of_sums(torch.clone)
 
-    def _state(self, clone: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any]:
+    def _snapshot_of_sums(self, clone: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any]:
         """:meth:`state_dict` with copies of the sums; without ``clone`` with themselves."""
 
         def own(sums: LayerSums) -> LayerSums:

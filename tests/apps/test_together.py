@@ -82,8 +82,10 @@ def interrupts_both(original: Any, *arguments: Any, **options: Any) -> Any:
 
 
 def tells_its_pid(original: Any, *arguments: Any, **options: Any) -> Any:
-    Path("pid.new").write_text(str(os.getpid()))
-    os.replace("pid.new", "pid")
+    # Once: the interrupt must not find a second one half-written.
+    if not Path("pid").exists():
+        Path("pid.new").write_text(str(os.getpid()))
+        os.replace("pid.new", "pid")
     return original(*arguments, **options)
 
 

@@ -1,6 +1,6 @@
 """conv_input_covariance_: each of its ways, and the one it picks, against unfold + GEMM.
 
-    python benchmarks/conv_input_covariance.py [--json FILE] [--repeats 5] [--only TEXT]
+    python benchmarks/conv_input_covariance.py [--json FILE] [--repeats 5] [--only TEXT] [--valid]
 
 The opponent is the fastest of four forms a user would write: F.unfold and one GEMM per sample into
 an accumulator, F.unfold and a batched GEMM summed over samples, F.unfold transposed and one GEMM,
@@ -58,12 +58,14 @@ def grid() -> Iterator[Point]:
     yield from ((32, 64, 28, 3, 1, 64), (32, 128, 14, 3, 1, 32), (32, 128, 28, 5, 2, 128))
 
 
-def forms(x: Tensor, kernel: int, stride: int, groups: int) -> dict[str, Callable[[], Tensor]]:
+def forms(
+    x: Tensor, kernel: int, padding: int, stride: int, groups: int
+) -> dict[str, Callable[[], Tensor]]:
     """What a user would write; [g, d, d]."""
     d = x.shape[1] // groups * kernel**2
 
     def unfolded() -> Tensor:
-        u = F.unfold(x, kernel, padding=kernel // 2, stride=stride)
+        u = F.unfold(x, kernel, padding=padding, stride=stride)
         return u.unflatten(1, (groups, d))
 
     def loop() -> Tensor:
@@ -94,7 +96,9 @@ def forms(x: Tensor, kernel: int, stride: int, groups: int) -> dict[str, Callabl
 
 
 def main() -> None:
-    arguments = options(__doc__.splitlines()[0]).parse_args()
+    parser = options(__doc__.splitlines()[0])
+    parser.add_argument("--valid", action="store_true", help="no padding instead of half a kernel")
+    arguments = parser.parse_args()
     groups, extra = [], []
     print(
         f"{'point':34} {'hesskern ms':>16} {'unfold + GEMM':>16}   over"
@@ -108,7 +112,8 @@ def main() -> None:
             continue
         x = normal(samples, channels, side, side)
         d = channels // count * kernel**2
-        window = ([kernel] * 2, [stride] * 2, [kernel // 2] * 2, [1, 1])
+        padding = 0 if arguments.valid else kernel // 2
+        window = ([kernel] * 2, [stride] * 2, [padding] * 2, [1, 1])
         acc = torch.zeros(count, d, d)
 
         def ours(x: Tensor = x, acc: Tensor = acc, window=window, count: int = count) -> Tensor:
@@ -122,7 +127,7 @@ def main() -> None:
         fits = kernel == 1 and channels // count <= _POINTWISE_CHANNELS
         paths = (*PATHS, _POINTWISE) if fits else PATHS
         calls |= {path: lambda path=path, one=one: one(path) for path in paths}
-        opponents = forms(x, kernel, stride, count)
+        opponents = forms(x, kernel, padding, stride, count)
         group = compare(name, calls | opponents, arguments.repeats)
         rows = {row.name: row for row in group.rows}
         opponent = min((rows[key] for key in opponents), key=lambda row: row.median or 0.0)

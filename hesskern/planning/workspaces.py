@@ -18,10 +18,11 @@ __all__ = ["workspace_bytes"]
 
 # Bytes of a vector.
 _VECTOR = {"AVX512": 64, "AVX2": 32}.get(torch.backends.cpu.get_cpu_capability(), 16)
-# Bytes of a panel's row, its rows, elements that are packed at a time, order up to which threads
-# have sums of their own, rows below which nothing is packed, blocks that are summed apart
-# (csrc/cpu/blas/triangle.h, few_rows.h).
-_LINE, _PANEL_ROWS, _CHUNK, _PRIVATE, _FEW, _LEVEL = 2 * _VECTOR, 128, 2**20, 256, 32, 64
+# Bytes of a panel's row, its rows, elements that are packed at a time, slabs of such rows at least,
+# panels of a block, order up to which threads have sums of their own, rows below which nothing is
+# packed, slabs that are summed apart (csrc/cpu/blas/triangle.h, few_rows.h).
+_LINE, _PANEL_ROWS, _CHUNK, _SLABS, _BLOCK = 2 * _VECTOR, 128, 2**20, 2, 8
+_PRIVATE, _FEW, _LEVEL = 256, 32, 64
 # Numbers, and rows at least, that are brought into the accumulator's dtype at a time
 # (csrc/cpu/output_hessian.cpp, input_covariance.cpp).
 _CONVERTED, _CONVERTED_ROWS = 2**20, 256
@@ -60,7 +61,8 @@ def _gram(rows: int, d: int, size: int) -> int:
     slab = panels * _PANEL_ROWS * width
     threads = max(1, min(rows * d * (d + 32) // 2**20, torch.get_num_threads()))
     if d > _PRIVATE or rows < 8 * threads or 2 * rows < d:
-        return size * slab * min(max(1, _CHUNK // slab), _LEVEL, -(-rows // _PANEL_ROWS))
+        slabs = min(max(_SLABS, _CHUNK // slab), _LEVEL, -(-rows // _PANEL_ROWS))
+        return size * (slab * slabs + threads * (_BLOCK * width) ** 2)
     return size * threads * (panels * (panels + 1) * width * width + slab)
 
 

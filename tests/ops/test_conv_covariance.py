@@ -255,6 +255,8 @@ def test_choice(geometry: Geometry, seed: int) -> None:
 
 
 def test_unknown_path() -> None:
-    with pytest.raises(ValueError, match=r"path must be patches, bands, lags, spectral or, .*, got fast"):
+    with pytest.raises(
+        ValueError, match=r"path must be patches, bands, lags, spectral or, .*, got fast"
+    ):
         by_path(torch.zeros(4, 4), torch.zeros(1, 4, 2, 2), [1, 1], [1, 1], [0, 0], [1, 1], 1, 1.0,
                 "fast")  # fmt: skip

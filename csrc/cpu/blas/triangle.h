@@ -236,9 +236,8 @@ void gram_split_rows(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t 
   });
 }
 
-// Slabs of kPanelRows rows that are summed in a unit before it is added to acc, and panels of a
-// block: the slabs of two blocks and their part of acc, 768 KB of float32, stay in a core's own
-// cache, so that acc is read from farther away only once.
+// Slabs of kPanelRows rows that are multiplied at a time, and panels of a block: the slabs of two
+// blocks and the block's units, 768 KB of float32, stay in a core's own cache.
 constexpr int64_t kSlabs = 2, kBlock = 8;
 // Elements that are packed at a time for all threads: 4 MB of float32, but no less than kSlabs.
 constexpr int64_t kChunk = 1 << 20;
@@ -271,7 +270,7 @@ void gram_split_units(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t
   const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
   const int64_t slab = panels * kPanelRows * W;
   const int64_t slabs =
-      std::min(std::max(kChunk / slab, kSlabs), (K + kPanelRows - 1) / kPanelRows);
+      std::min(std::clamp(kChunk / slab, kSlabs, kLevel), (K + kPanelRows - 1) / kPanelRows);
   Scratch<T> packed(slabs * slab);
   const int64_t units = unit_index(0, panels);
   const auto order = blocked_units(panels);
@@ -288,24 +287,25 @@ void gram_split_units(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t
     });
     at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       const int64_t begin = units * first / threads, end = units * last / threads;
+      const Scratch<T> sums(kBlock * kBlock * W * W);
       with_simd([&](auto isa) HESSKERN_INLINE {
         using Isa = decltype(isa);
-        constexpr int width = kPanel<T, Isa>;
-        alignas(64) T unit[width * width];
         for (int64_t n0 = begin, n1 = n0; n0 < end; n0 = n1) {
           while (n1 < end && order[n1].block == order[n0].block) ++n1;
+          std::fill(sums.data(), sums.data() + (n1 - n0) * W * W, T(0));
           for (int64_t s0 = 0; s0 < used; s0 += kSlabs) {
-            const int64_t s1 = std::min(used, s0 + kSlabs);
             for (int64_t n = n0; n < n1; ++n) {
               const auto [i, j, block] = order[n];
-              std::fill(unit, unit + width * width, T(0));
-              for (int64_t s = s0; s < s1; ++s) {
+              for (int64_t s = s0; s < std::min(used, s0 + kSlabs); ++s) {
                 const Panels<T> p{packed.data() + s * slab, kPanelRows * W, W};
                 gram_unit<T, Isa>(slab_rows(s), p, i, j, std::min(W, d - i * W),
-                                  std::min(W, d - j * W), unit);
+                                  std::min(W, d - j * W), sums.data() + (n - n0) * W * W);
               }
-              add_unit<T>(acc, ld, d, W, i, j, alpha, unit);
             }
+          }
+          for (int64_t n = n0; n < n1; ++n) {
+            const T* unit = sums.data() + (n - n0) * W * W;
+            add_unit<T>(acc, ld, d, W, order[n].i, order[n].j, alpha, unit);
           }
         }
       });

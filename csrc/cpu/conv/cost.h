@@ -62,9 +62,11 @@ inline double patches_cost(const ConvSizes& x, const ConvGeometry& g, double lan
   const double width = 2 * lanes, panels = std::ceil(d / width);
   const double products = d <= lanes ? d : (panels * (panels + 1) / 2 - panels / 4) * width * 2;
   const double pack = g.stride_w == 1 ? cost::kPack : cost::kPackStrided;
-  const double together = d <= static_cast<double>(kPrivateOrder)
-                              ? static_cast<double>(kPanelRows * kLevel)
-                              : static_cast<double>(kPanelRows * kSlabs);
+  const double least = static_cast<double>(kPanelRows * kSlabs);
+  const double most = static_cast<double>(kPanelRows * kLevel);
+  const double fitting = static_cast<double>(kChunk) / (panels * width);
+  const double together =
+      d <= static_cast<double>(kPrivateOrder) ? most : std::clamp(fitting, least, most);
   const double chunks = std::ceil(rows / together);
   const double lines = static_cast<double>(x.samples * g.out_h);
   return static_cast<double>(g.groups) *

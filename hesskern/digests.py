@@ -6,7 +6,6 @@ import ast
 import hashlib
 import linecache
 import pickle
-import random
 import re
 from collections.abc import Iterator, Mapping, Set
 from functools import lru_cache, partial
@@ -162,13 +161,8 @@ def _add_parts(found: _Sum, value: Any, above: set[int]) -> None:
         _add(found, part, above)
 
 
-def function_parts(function: FunctionType, all_values: bool = False) -> list[Any]:
-    """What a function may depend on besides what it is called with.
-
-    Args:
-        function: with or without a module.
-        all_values: containers and generators of the module as well, which may change.
-    """
+def function_parts(function: FunctionType) -> list[Any]:
+    """What a function may depend on besides what it is called with."""
     cells = []
     for cell in function.__closure__ or ():
         try:
@@ -177,22 +171,19 @@ def function_parts(function: FunctionType, all_values: bool = False) -> list[Any
             # A name that has no value yet.
             cells.append(None)
     own = function.__defaults__, function.__kwdefaults__
-    named = [part for item in _of_module(function, all_values) for part in item]
+    named = [part for item in _of_module(function) for part in item]
     return [function.__module__, function.__qualname__, function.__code__, *own, *cells, *named]
 
 
 _VALUES = (bool, int, float, complex, str, bytes, Tensor, np.ndarray)
-_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
-_CHANGING = (list, dict, set, *_GENERATORS)
 
 
-def _of_module(function: FunctionType, all_values: bool) -> Iterator[tuple[str, Any]]:
+def _of_module(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """What of its module a function may depend on: tensors, plain values, other functions there."""
-    kinds = (*_VALUES, *_CHANGING) if all_values else _VALUES
     for name in sorted(_names(function.__code__)):
         value = function.__globals__.get(name)
         beside = isinstance(value, FunctionType) and value.__module__ == function.__module__
-        if beside or isinstance(value, kinds):
+        if beside or isinstance(value, _VALUES):
             yield name, value
 
 

@@ -131,3 +131,16 @@ def test_headers(tmp_path: Path) -> None:
     with KIND.opened(path) as file:
         assert file.header == {"n": 4, "of": {"x": [1, 2]}}
         assert torch.equal(file.tensor("a"), torch.ones(2))
+
+
+@pytest.mark.parametrize("key", ["checksums", "header"])
+def test_a_header_that_has_lost_a_name(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    KIND.write(path, {"a": torch.ones(2)}, {})
+
+    def renamed(own: dict[str, Any]) -> None:
+        own[f"{key[:-1]}~"] = own.pop(key)
+
+    _header(path, renamed)
+    with pytest.raises(ValueError, match="is damaged: its header is not"), KIND.opened(path):
+        pass

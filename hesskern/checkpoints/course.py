@@ -115,7 +115,7 @@ class Course:
         watched, before = self._watched, self._found
         if watched is None or before is None or watched.state != before["state"]:
             return None
-        left_out = watched.most(self._seen)
+        left_out = watched.most(self._seen, int(before.get("sure", 0)))
         if not left_out:
             return None
         rest = watched.behind(left_out)
@@ -176,12 +176,16 @@ class Course:
             "left out": self._left_out(done),
         }
 
-    def _left_out(self, done: int) -> dict[str, str] | None:
+    def _left_out(self, done: int) -> dict[str, Any] | None:
         """What tells that elements can be left out; None where they cannot."""
-        if self._watched is None or not self._watched.pure or not 0 < done <= len(self._traces):
+        if self._watched is None or not 0 < done <= len(self._traces):
+            return None
+        sure = self._watched.sure()
+        if not sure:
             return None
         indices, generators = self._traces[done - 1]
-        return {"state": self._watched.state, "indices": indices, "generators": generators}
+        state = self._watched.state
+        return {"state": state, "indices": indices, "generators": generators, "sure": sure}
 
     def _open(self) -> None:
         length = _length(self._data)

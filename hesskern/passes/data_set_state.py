@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import pickle
 import sys
 import sysconfig
-from collections.abc import Callable
-from types import CodeType, FunctionType
+from collections.abc import Iterator
+from functools import cached_property
+from types import (
+    CodeType,
+    FunctionType,
+    GetSetDescriptorType,
+    MemberDescriptorType,
+    ModuleType,
+)
 from typing import Any
 
 import numpy as np
@@ -25,11 +33,13 @@ _LIBRARIES = tuple(
 )
 
 
-def state_digest(dataset: Any, largest: int = LARGEST_STATE) -> str | None:
-    """Of all that a data set would be pickled with, functions and the code of its classes included.
+def state_digest(held: Any, largest: int = LARGEST_STATE) -> str | None:
+    """Of all that it would be pickled with, functions and the code of its classes included.
+
+    Of functions that counts which they name of their modules, of classes what they hold.
 
     Args:
-        dataset: map-style.
+        held: a map-style data set, and what else makes batches of its samples.
         largest: bytes to look at.
 
     Returns:
@@ -37,7 +47,7 @@ def state_digest(dataset: Any, largest: int = LARGEST_STATE) -> str | None:
     """
     found = _Sum(largest)
     try:
-        _Walk(found).dump(dataset)
+        _Walk(found).dump(held)
     except Exception:  # an object's own code may raise anything
         return None
     return found.digest()
@@ -69,17 +79,25 @@ class _Walk(pickle.Pickler):
     """Pickles what the usual one refuses, or takes by its name alone, as what it is made of."""
 
     def __init__(self, found: _Sum) -> None:
-        super().__init__(found, protocol=4)
+        # Large buffers are looked at where they lie: a copy of them may not fit.
+        super().__init__(found, protocol=5, buffer_callback=self._buffer)
         self._found = found
         self._begun: set[int] = set()
+
+    def _buffer(self, buffer: pickle.PickleBuffer) -> None:
+        self._found.write(buffer.raw())
 
     def reducer_override(self, value: Any) -> Any:
         if isinstance(value, Tensor):
             self._found.room(value.numel() * value.element_size())
             return str, (f"tensor {tensor_digest(value)}",)
         if isinstance(value, np.memmap) and not value.flags.writeable:
-            where = value.filename, value.offset, value.shape, value.strides, value.dtype.str
-            return tuple, (where,)
+            file = value.filename, value.offset, _beginning(value)
+            return tuple, ((*file, value.shape, value.strides, value.dtype.str),)
+        if isinstance(value, np.ndarray):
+            # What does not lie in one piece, or holds objects, would be copied first.
+            self._found.room(0 if value.flags.forc else value.nbytes)
+            return NotImplemented
         if isinstance(value, CodeType):
             return str, (digest(value),)
         if isinstance(value, (FunctionType, type)):
@@ -91,8 +109,16 @@ class _Walk(pickle.Pickler):
             self._begun.add(id(value))
             if isinstance(value, type):
                 return list, (_of_class(value),)
-            return list, (function_parts(value, all_values=True),)
+            return list, ([function_parts(value), *_globals_of(value)],)
         return NotImplemented
+
+
+def _beginning(part: np.memmap[Any, Any]) -> int:
+    """Bytes of what lies in a file before a part of it, which has the whole's offset."""
+    whole: Any = part
+    while isinstance(whole.base, np.ndarray):
+        whole = whole.base
+    return int(part.__array_interface__["data"][0] - whole.__array_interface__["data"][0])
 
 
 def _name(value: Any) -> str:
@@ -100,19 +126,54 @@ def _name(value: Any) -> str:
 
 
 def _of_class(kind: type) -> list[Any]:
-    """Its name, what it derives from, and its functions."""
-    functions: list[tuple[str, Callable[..., Any]]] = []
-    for name, value in sorted(vars(kind).items()):
-        inner = getattr(value, "__func__", getattr(value, "fget", value))
-        if isinstance(inner, FunctionType):
-            functions.append((name, inner))
-    values = [
-        (name, value)
+    """Its name, what it derives from, and all that it holds, functions included."""
+    held = [
+        (name, _inner(value))
         for name, value in sorted(vars(kind).items())
-        if isinstance(value, (bool, int, float, str, bytes, list, dict, set, tuple))
-        and not name.startswith("__")
+        if name != "_abc_impl" and not isinstance(value, _PLACES)
     ]
-    return [_name(kind), list(kind.__bases__), functions, values]
+    kept = [(n, v) for n, v in held if isinstance(v, (FunctionType, list)) or n[:2] != "__"]
+    return [_name(kind), list(kind.__bases__), kept]
+
+
+# Where instances keep attributes.
+_PLACES = (GetSetDescriptorType, MemberDescriptorType)
+
+
+def _inner(value: Any) -> Any:
+    """The functions of a method, a property or what else a class makes of functions."""
+    if isinstance(value, property):
+        return [value.fget, value.fset, value.fdel]
+    if isinstance(value, cached_property):
+        return value.func
+    return getattr(value, "__func__", getattr(value, "__wrapped__", value))
+
+
+def _globals_of(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """What a function names of its module and, of the user's, of others."""
+    globals_: set[str] = set()
+    names: set[str] = set()
+    for code in _codes(function.__code__):
+        names.update(code.co_names)
+        for step in dis.get_instructions(code):
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                globals_.add(step.argval)
+    for name in sorted(globals_ & function.__globals__.keys()):
+        value = function.__globals__[name]
+        if not isinstance(value, ModuleType):
+            yield name, value
+        elif not _of_library(value.__name__):
+            for inner in sorted(names & vars(value).keys()):
+                if not isinstance(vars(value)[inner], ModuleType):
+                    yield f"{name}.{inner}", vars(value)[inner]
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """A function's code and that of functions in it."""
+    yield code
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from _codes(part)
 
 
 def _of_library(module: str | None) -> bool:

@@ -116,7 +116,8 @@ class _TransformersLoss(Loss):
         targets = self._targets(labels, index)
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         check = None if mask is None else partial(_check_mask, inputs, index)
-        return Parts(self._kept(inputs, labels), targets, weight, mask, check, self._of_data)
+        of_data = partial(self._of_data, inputs)
+        return Parts(self._kept(inputs, labels), targets, weight, mask, check, of_data)
 
     _how_to_label = "split=callable(batch) -> (inputs, targets) takes labels of another name"
 
@@ -124,8 +125,8 @@ class _TransformersLoss(Loss):
     def _targets(self, labels: Tensor, index: int) -> Tensor:
         """The targets that the labels of a batch stand for."""
 
-    def _of_data(self, targets: Any, mask: Any) -> Any:
-        """The targets without those that no position of the data predicts."""
+    def _of_data(self, inputs: Any, targets: Any, mask: Any) -> Any:
+        """The targets without those of padding, and those that no position of the data predicts."""
         return targets
 
     def _kept(self, inputs: Any, labels: Tensor) -> Any:
@@ -199,6 +200,11 @@ class _TokenLoss(_TransformersLoss):
                 f"{list(labels.shape)}"
             )
         return labels.long()
+
+    def _of_data(self, inputs: Any, targets: Any, mask: Any) -> Any:
+        if not isinstance(mask, Tensor) or mask.shape != targets.shape:
+            return targets
+        return targets.masked_fill(mask.to(targets.device) == 0, _IGNORED)
 
     def check(self, outputs: Tensor, targets: Any, checks: Checks) -> Any:
         if outputs.dim() != 3:
@@ -320,8 +326,9 @@ class CausalLM(_TokenLoss):
     """Next-token cross-entropy of a decoder: GPT-2, Llama and other ``AutoModelForCausalLM``.
 
     The label of position t + 1 is the target of position t; the last position has none. What
-    padding would predict is no target, whether ``attention_mask`` or ``position_mask`` says that it
-    is padding: with padding on the left the first token has none before it, as in the sample alone.
+    padding would predict is no target, nor is padding itself, whether ``attention_mask`` or
+    ``position_mask`` says that it is padding: with padding on the left the first token has none
+    before it, as in the sample alone.
 
     >>> factors = hk.kronecker_factors(model, loader, hk.CausalLM(), output="mc")
 
@@ -354,10 +361,12 @@ class CausalLM(_TokenLoss):
         labels = super()._targets(labels, index)
         return F.pad(labels, (0, 1), value=_IGNORED)[:, 1:]
 
-    def _of_data(self, targets: Any, mask: Any) -> Any:
-        if not isinstance(mask, Tensor) or mask.shape != targets.shape:
-            return targets
-        return targets.masked_fill(mask.to(targets.device) == 0, _IGNORED)
+    def _of_data(self, inputs: Any, targets: Any, mask: Any) -> Any:
+        targets = super()._of_data(inputs, targets, mask)
+        if isinstance(mask, Tensor) and mask.shape == targets.shape:
+            # The label of position t + 1 is of padding where that position is.
+            mask = F.pad(mask, (0, 1), value=1)[:, 1:]
+        return super()._of_data(inputs, targets, mask)
 
     def run(self, model: nn.Module, inputs: Any) -> Tensor:
         kind = _configured(model, "model_type")
@@ -378,7 +387,8 @@ class CausalLM(_TokenLoss):
 class MaskedLM(_TokenLoss):
     """Cross-entropy at masked tokens: BERT and other ``AutoModelForMaskedLM``.
 
-    Labels [N, T] stand at their positions; those of tokens that are not masked are -100.
+    Labels [N, T] stand at their positions; those of tokens that are not masked are -100, and those
+    of padding count as if they were.
 
     Args:
         reduction, call, split: as in :class:`CausalLM`.
@@ -394,7 +404,8 @@ class MaskedLM(_TokenLoss):
 class TokenClassification(_TokenLoss):
     """Cross-entropy of a class for every token: ``AutoModelForTokenClassification``.
 
-    Labels [N, T] stand at their positions; tokens without one have -100.
+    Labels [N, T] stand at their positions; tokens without one have -100. Labels of padding count as
+    if they were -100.
 
     Args:
         reduction, call, split: as in :class:`CausalLM`.
@@ -411,7 +422,8 @@ class Seq2SeqLM(_TokenLoss):
     Labels [N, T] are the decoder's tokens, at their positions. Where the batch has no
     ``decoder_input_ids``, the model makes them of the labels
     (``prepare_decoder_input_ids_from_labels``), as it does in training. ``attention_mask`` says
-    which positions of the encoder are data, ``decoder_attention_mask`` which of the decoder.
+    which positions of the encoder are data, ``decoder_attention_mask`` which of the decoder; labels
+    elsewhere count as if they were -100.
 
     Args:
         reduction, call, split: as in :class:`CausalLM`.
@@ -419,6 +431,11 @@ class Seq2SeqLM(_TokenLoss):
     Raises:
         TypeError, ValueError: as :class:`CausalLM`.
     """
+
+    def _of_data(self, inputs: Any, targets: Any, mask: Any) -> Any:
+        # The mask that is given is the encoder's.
+        own = inputs.get("decoder_attention_mask") if isinstance(inputs, Mapping) else None
+        return super()._of_data(inputs, targets, own)
 
     def _kept(self, inputs: Any, labels: Tensor) -> Any:
         if not isinstance(inputs, Mapping):

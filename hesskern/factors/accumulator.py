@@ -594,8 +594,11 @@ class FactorAccumulator(Portable):
         """The layers that are accumulated, as far as batches reach them."""
         return MappingProxyType(self._specs)
 
-    def agree(self) -> None:
+    def agree(self, **more: Any) -> None:
         """Makes sure that all ranks of the group, if any, have the same model and settings.
+
+        Args:
+            more: settings of whoever calls, of what JSON can hold.
 
         Raises:
             RankError: on every rank, where one has others.
@@ -604,6 +607,7 @@ class FactorAccumulator(Portable):
             return
         settings = {
             **self._settings,
+            **more,
             "layers with a diagonal alone": sorted(self._large),
             "position_mask given": self._position_mask is not None,
         }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -102,7 +104,8 @@ class FactorAccumulator(Portable):
             on a GPU for a sixteenth of its free memory. A batch for which a GPU's memory does not
             suffice is taken in two halves.
         spill: where the sums lie, as in :func:`hesskern.kronecker_factors`; :meth:`state_dict`
-            gives copies in memory all the same.
+            gives copies in memory all the same. A forked process has the same files: there an
+            accumulator with sums in them is refused.
         group: ranks of torch.distributed, each with its own part of the data, as in
             :func:`hesskern.kronecker_factors`: :meth:`factors` is then called by all of them, and
             gives the factors of all data. Everything else is a rank's own.
@@ -173,6 +176,7 @@ class FactorAccumulator(Portable):
         self._drawn = DrawsUsed()
         self.evidence = Evidence(check)
         self._sums: dict[str, LayerSums] = {}
+        self._process = os.getpid()
         self._reasons: dict[str, str] = {}
         self._unfit: dict[str, str] = {}
         self._tied: dict[str, str] = {}
@@ -188,6 +192,25 @@ class FactorAccumulator(Portable):
         if self._ranks is not None:
             given["group"] = self._ranks.group
         return given
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._process = os.getpid()
+        if self._room.place is not None:
+            # Copies lie in memory.
+            self._sums = {n: sums.copy(self._room.copied) for n, sums in self._sums.items()}
+
+    def _refuse_forked(self) -> None:
+        """Raises RuntimeError where another process has the same files: its sums would change."""
+        if not self._sums:
+            self._process = os.getpid()
+        if self._room.place == "disk" and self._process != os.getpid():
+            raise RuntimeError(
+                "spill='disk': the sums of this accumulator lie in files of process "
+                f"{self._process}, from which this one, {os.getpid()}, was forked, and each would "
+                "change those of the other; load what its state_dict() gave before into an "
+                "accumulator made here"
+            )
 
     def _about(self) -> str:
         return "a FactorAccumulator, which runs its model (state_dict() holds the sums alone),"
@@ -241,7 +264,7 @@ class FactorAccumulator(Portable):
             ValueError: as :meth:`update`, or ``sample_weight`` has another length than the data.
         """
         report = reporter(progress)
-        before = None if sample_weight is None else self._snapshot_of_sums(self._room.copied)
+        before = None if sample_weight is None else self._accumulated(self._room.copied)
         try:
             self._pass(data, sample_weight, report)
         except BaseException:
@@ -275,7 +298,7 @@ class FactorAccumulator(Portable):
     def _snapshot(self, run: DataPass) -> dict[str, Any]:
         """All that the rest of a pass depends on, between two batches."""
         return {
-            "accumulated": self._snapshot_of_sums(),
+            "accumulated": self._accumulated(),
             "held": self._held.state(),
             "run": run.state(),
             "budget": self._batch_sums.memory_budget,
@@ -296,6 +319,7 @@ class FactorAccumulator(Portable):
         checkpoint: Checkpoint | None = None,
     ) -> None:
         """Adds batches until the data ends or one fails; those before it stay."""
+        self._refuse_forked()
         batches, drawn = self._batches, replace(self._drawn)
         if checkpoint is None or checkpoint.state is None:
             self._drawn.begin(update)
@@ -570,8 +594,11 @@ class FactorAccumulator(Portable):
         """The layers that are accumulated, as far as batches reach them."""
         return MappingProxyType(self._specs)
 
-    def agree(self) -> None:
+    def agree(self, **more: Any) -> None:
         """Makes sure that all ranks of the group, if any, have the same model and settings.
+
+        Args:
+            more: settings of whoever calls, of what JSON can hold.
 
         Raises:
             RankError: on every rank, where one has others.
@@ -580,6 +607,7 @@ class FactorAccumulator(Portable):
             return
         settings = {
             **self._settings,
+            **more,
             "layers with a diagonal alone": sorted(self._large),
             "position_mask given": self._position_mask is not None,
         }
@@ -617,6 +645,7 @@ class FactorAccumulator(Portable):
         return whole._finished(stacklevel)
 
     def _finished(self, stacklevel: int | None) -> Factors:
+        self._refuse_forked()
         stacklevel = None if stacklevel is None else stacklevel + 1
         if not self.num_samples > 0:
             raise no_samples(", so there are no factors")
@@ -679,6 +708,8 @@ class FactorAccumulator(Portable):
         """
         if not isinstance(other, FactorAccumulator):
             raise TypeError(f"other must be a FactorAccumulator, got {type(other).__name__}")
+        self._refuse_forked()
+        other._refuse_forked()
         same = {k: v for k, v in self._settings.items() if k != "seed"}
         if same != {k: v for k, v in other._settings.items() if k != "seed"}:
             raise ValueError(
@@ -699,10 +730,15 @@ class FactorAccumulator(Portable):
                     "one of both and has a diagonal in the other (diagonal=False leaves all out)"
                 )
         shared = [(self._sums[n], sums) for n, sums in other._sums.items() if n in self._sums]
-        add_sums(shared)
+        add_sums(pair for pair in shared if pair[0].device == pair[1].device)
+        for mine, sums in shared:
+            if mine.device != sums.device:
+                # One layer's at a time: of two places one may have no room for all.
+                add_sums([(mine, sums.copy(partial(Tensor.to, device=mine.device)))])
+        alike = self._room.place is not None or other._room.place is None
         for name, sums in other._sums.items():
             if name not in self._sums:
-                self._sums[name] = sums.copy(self._room.copied)
+                self._sums[name] = sums.copy(self._room.copied if alike else self._room.taken)
         add_diagonals(
             self._diagonals,
             {n: d if n in self._diagonals else d.clone() for n, d in other._diagonals.items()},
@@ -720,10 +756,12 @@ class FactorAccumulator(Portable):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything accumulated, as tensors and plain numbers: to stop and go on later."""
-        return self._snapshot_of_sums(torch.clone)
+        return self._accumulated(torch.clone)
 
-    def _snapshot_of_sums(self, clone: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any]:
+    def _accumulated(self, clone: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any]:
         """:meth:`state_dict` with copies of the sums; without ``clone`` with themselves."""
+
+        self._refuse_forked()
 
         def own(sums: LayerSums) -> LayerSums:
             return sums if clone is None else sums.copy(clone)
@@ -760,7 +798,7 @@ class FactorAccumulator(Portable):
         self._diagonals = diagonals
         self._unfit_diagonals = dict(state.get("unfit_diagonals", {}))
         self._diagonal_reasons = dict(state.get("diagonal_reasons", {}))
-        self._sums = loaded
+        self._sums, self._process = loaded, os.getpid()
         self._count, self._batches = state["count"], state["batches"]
         self._precisions = dict.fromkeys(state.get("precisions", ()))
         self._reasons, self._unfit = dict(state["reasons"]), dict(state["unfit"])

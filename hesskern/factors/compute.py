@@ -161,7 +161,7 @@ def kronecker_factors(
             spill=spill,
         )
         if ranks is not None:
-            accumulator.agree()
+            accumulator.agree(sharded=sharded)
         saved = Checkpoint.of(
             checkpoint,
             checkpoint_every,

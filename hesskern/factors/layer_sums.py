@@ -54,6 +54,11 @@ class LayerSums:
     images: list[Tensor] | None = field(default_factory=list)
     positions: float = 0.0
 
+    @property
+    def device(self) -> torch.device:
+        """Where all of them lie."""
+        return self.inputs.device
+
     def copy(self, clone: Callable[[Tensor], Tensor] = torch.clone) -> LayerSums:
         """The same in memory of its own.
 

@@ -177,8 +177,9 @@ def _pinned(piece: SampleRows) -> SampleRows:
     """The piece in memory of the host that copies need not wait for."""
     moved = []
     for tensor in (piece.x, piece.s):
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        moved.append(host.copy_(tensor))
+        # Whatever torch's default device is.
+        given: dict[str, Any] = {"device": "cpu", "pin_memory": tensor.is_cuda}
+        moved.append(torch.empty(tensor.shape, dtype=tensor.dtype, **given).copy_(tensor))
     return SampleRows(moved[0], moved[1], piece.stored)
 
 

@@ -73,6 +73,7 @@ def _checksum(tensor: Tensor) -> Tensor:
     if aligned.storage_offset() % 8:
         aligned = aligned.clone()
     for words in (*aligned.view(torch.int64).split(_WORDS), rest.view(torch.int64)):
-        places = torch.arange(1, 2 * len(words), 2, device=tensor.device)
+        # Of tensors below eight bytes there are no whole words.
+        places = 2 * torch.arange(len(words), device=tensor.device) + 1
         total = total * _FACTOR + (words * (places * _FACTOR)).sum()
     return total

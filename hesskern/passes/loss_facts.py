@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Set
 from dataclasses import is_dataclass
+from enum import Enum
 from functools import partial
 from types import FunctionType, MethodType
 from typing import Any
@@ -60,8 +61,10 @@ class _Walk:
         if isinstance(value, Tensor):
             self.tensors[place] = value
             return f"{value.dtype} {list(value.shape)}"
-        if isinstance(value, (complex, bytes, torch.dtype)):
+        if isinstance(value, (complex, bytes, range, torch.dtype, np.generic)):
             return repr(value)
+        if isinstance(value, Enum):
+            return f"{_name(type(value))}.{value.name}"
         if isinstance(value, np.ndarray) and value.dtype != object:
             return f"array {digest(value)}"
         if id(value) in self._above:

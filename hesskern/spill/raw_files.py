@@ -54,7 +54,8 @@ def aligned_memory(nbytes: int, pinned: bool = False) -> Tensor:
         pinned: whether a GPU copies from it.
     """
     size = -(-nbytes // _PAGE) * _PAGE
-    memory = torch.empty(size + _PAGE, dtype=torch.uint8, pin_memory=pinned)
+    # Whatever torch's default device is.
+    memory = torch.empty(size + _PAGE, dtype=torch.uint8, device="cpu", pin_memory=pinned)
     begin = -memory.data_ptr() % _PAGE
     return memory[begin : begin + size]
 

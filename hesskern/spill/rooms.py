@@ -95,7 +95,9 @@ class Room:
         if make is not None:
             return make(shape, dtype)
         if self.place == "cpu":
-            return torch.zeros(tuple(shape), dtype=dtype, pin_memory=self.device.type == "cuda")
+            # Whatever torch's default device is.
+            pinned = self.device.type == "cuda"
+            return torch.zeros(tuple(shape), dtype=dtype, device="cpu", pin_memory=pinned)
         return _mapped(shape, dtype)
 
     def copied(self, tensor: Tensor) -> Tensor:
@@ -121,7 +123,7 @@ def _mapped(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes == 0:
         # A mapping of nothing is refused.
-        return torch.zeros(tuple(shape), dtype=dtype)
+        return torch.zeros(tuple(shape), dtype=dtype, device="cpu")
     try:
         descriptor, name = tempfile.mkstemp(prefix="hesskern-spill-")
         try:

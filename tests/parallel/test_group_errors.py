@@ -84,6 +84,7 @@ ODD: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     ),
     "seed": (_mlp, {"seed": 5}, "settings 'seed': 0 on rank 0, 5 on rank 1"),
     "output": (_mlp, {"output": "mc"}, "settings 'output': 'exact' on rank 0, 'mc' on rank 1"),
+    "sharded": (_mlp, {"sharded": True}, "settings 'sharded': False on rank 0, True on rank 1"),
     "layers": (_mlp, {"layers": "0"}, "layers: ['0', '3'] on rank 0, ['0'] on rank 1"),
     "loss": (_mlp, {"loss": nn.CrossEntropyLoss(reduction="sum")}, "loss 1 'mean'"),
     "ignored class": (_mlp, {"loss": nn.CrossEntropyLoss(ignore_index=1)}, "loss 1 'ignore"),

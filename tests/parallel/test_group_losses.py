@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from group_cases import GROUP_CASES, check_same, part, taken_apart
@@ -24,6 +26,11 @@ RANK = 0
 @dataclass
 class Settings:
     scale: float = 1.0
+
+
+class Way(Enum):
+    ONE = "one"
+    OTHER = "other"
 
 
 class Logger:
@@ -95,6 +102,9 @@ OTHERS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
     "in a list": (lambda: Scaled(all=[1, (2, 3)]), lambda: Scaled(all=[1, (2, 4)]), "4"),
     "in a mapping": (lambda: Scaled(all={"a": 1}), lambda: Scaled(all={"b": 1}), '"b"'),
     "settings": (lambda: Scaled(s=Settings()), lambda: Scaled(s=Settings(3.0)), "3.0"),
+    "number of NumPy": (lambda: Scaled(s=np.float32(1)), lambda: Scaled(s=np.float32(7)), "7.0"),
+    "member of an enum": (lambda: Scaled(s=Way.ONE), lambda: Scaled(s=Way.OTHER), "Way.OTHER"),
+    "range": (lambda: Scaled(s=range(2)), lambda: Scaled(s=range(5)), "range(0, 5)"),
     "parameter": (OfModules, lambda: OfModules(2.0), "inner.0.weight"),
     "module": (OfModules, lambda: OfModules(kind=nn.Tanh), "Tanh"),
     "constant of a module": (OfModules, _warmer, "2.0"),

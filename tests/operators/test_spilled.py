@@ -11,10 +11,10 @@ import pytest
 import torch
 from devices import needs_cuda
 from played_device import OnDevice, played
+from spilled_files import small_files
 from torch import Tensor, nn
 
 import hesskern as hk
-from hesskern.operators import spilled
 from hesskern.operators.samples import SampleRows
 from hesskern.operators.spilled import SpilledSamples
 from hesskern.spill.rooms import Spill
@@ -25,10 +25,7 @@ CE = nn.CrossEntropyLoss()
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where files go; each of a few samples."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(spilled, "_WAITING", 2**12)
-    monkeypatch.setattr(spilled, "_PIECE", 2**11)
-    return tmp_path
+    return small_files(tmp_path, monkeypatch, 2**11)
 
 
 def problem() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:

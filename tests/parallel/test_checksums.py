@@ -46,7 +46,7 @@ def _batches() -> list[tuple[Tensor, Tensor]]:
 
 
 def _factors(group: object) -> list[Tensor]:
-    mine = _batches() if group is None else [_batches()[group.rank()]]  # type: ignore[attr-defined]
+    mine = _batches() if group is None else [_batches()[group.rank()]]
     given = {"diagonal": True, "group": group}
     found = hk.kronecker_factors(_model(), mine, nn.MSELoss(), **given)
     layers = [t for f in found.values() for t in (f.input_covariance, f.output_hessian)]

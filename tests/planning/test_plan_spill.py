@@ -10,10 +10,10 @@ import pytest
 import torch
 from console import run
 from measured_peaks import Loaded, measured
+from spilled_files import small_files
 from torch import Tensor, nn
 
 import hesskern as hk
-from hesskern.operators import spilled
 from hesskern.spill.read_ahead import ring_bytes
 from hesskern.zoo.models import build
 
@@ -23,10 +23,7 @@ CE = nn.CrossEntropyLoss()
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where files go; what waits and what goes together is little."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(spilled, "_WAITING", 2**19)
-    monkeypatch.setattr(spilled, "_PIECE", 2**18)
-    return tmp_path
+    return small_files(tmp_path, monkeypatch, 2**18)
 
 
 def wide() -> tuple[nn.Module, tuple[Tensor, Tensor]]:

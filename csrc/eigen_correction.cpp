@@ -60,11 +60,12 @@ void in_parts(const at::Tensor& acc, const at::Tensor& sum, double alpha, const 
 }
 
 // rows [..., d] V, with ones [rows, 1] V
-at::Tensor rotate_inputs(const at::Tensor& rows, const at::Tensor& V, bool ones) {
+at::Tensor rotate_inputs(const at::Tensor& rows, const at::Tensor& V, bool ones,
+                         const CorrectionKernels& kernels) {
   const int64_t d = rows.size(-1);
   const at::Tensor flat = rows.flatten(0, -2);
-  if (!ones) return at::mm(flat, V);
-  return at::addmm(V.select(0, d), flat, V.narrow(0, 0, d));
+  if (!ones) return kernels.matmul(flat, V);
+  return kernels.matmul(flat, V.narrow(0, 0, d)).add_(V.select(0, d));
 }
 
 // One group: sum [m, columns] += squares; g [n, r, t, m], x [n, t, d] without the ones
@@ -73,19 +74,19 @@ void add_group(const at::Tensor& sum, const at::Tensor& g, const at::Tensor& x, 
   const int64_t n = x.size(0), r = s.roots, t = s.positions, m = s.outputs, d = s.inputs;
   if (t == 1) {
     // (U^T g x^T V)^2 is an outer product of squares.
-    at::Tensor left = at::mm(g.reshape({-1, m}), U);
+    at::Tensor left = kernels.matmul(g.reshape({-1, m}), U);
     left.mul_(left);
     if (r > 1) left = left.view({n, r, m}).sum(1);
-    const at::Tensor right = rotate_inputs(x, V, s.ones);
+    const at::Tensor right = rotate_inputs(x, V, s.ones, kernels);
     right.mul_(right);
     sum.narrow(1, 0, d).addmm_(left.t(), right);
     return;
   }
   const bool outputs_first = s.outputs_first(), inputs_first = s.inputs_first();
   at::Tensor left = g, right = x;
-  if (outputs_first) left = at::mm(g.reshape({-1, m}), U).view({n, r, t, m});
+  if (outputs_first) left = kernels.matmul(g.reshape({-1, m}), U).view({n, r, t, m});
   if (inputs_first) {
-    right = rotate_inputs(x, V, s.ones).view({n, t, d});
+    right = rotate_inputs(x, V, s.ones, kernels).view({n, t, d});
   } else if (s.ones) {
     right = at::cat({x, at::ones({n, t, 1}, x.options())}, 2);
   }
@@ -93,7 +94,7 @@ void add_group(const at::Tensor& sum, const at::Tensor& g, const at::Tensor& x, 
     return kernels.add_squared_products(sum, left, right);
   }
   at::Tensor matrices = at::bmm(left.transpose(2, 3).reshape({n, r * m, t}), right);
-  if (!inputs_first) matrices = at::mm(matrices.view({n * r * m, d}), V);
+  if (!inputs_first) matrices = kernels.matmul(matrices.view({n * r * m, d}), V);
   matrices = matrices.view({n * r, m, d});
   if (!outputs_first) matrices = at::matmul(U.t(), matrices);
   kernels.add_squares(sum, matrices.contiguous());
@@ -140,8 +141,8 @@ void by_sums(const at::Tensor& acc, const at::Tensor& g, const at::Tensor& image
     };
     const at::Tensor sums = kernels.conv_sums(part(images), part(g).flatten(3), geometry, s.ones);
     for (int64_t i = 0; i < s.groups; ++i) {
-      const at::Tensor turned = at::mm(V[i].t(), sums[i].view({d, -1}));
-      const at::Tensor matrices = at::mm(turned.view({-1, m}), U[i]).view({d, -1, m});
+      const at::Tensor turned = kernels.matmul(V[i].t(), sums[i].view({d, -1}));
+      const at::Tensor matrices = kernels.matmul(turned.view({-1, m}), U[i]).view({d, -1, m});
       kernels.add_squares(sum[i], matrices.transpose(0, 1));
     }
   });

@@ -1,5 +1,4 @@
-// Sums of squares in an eigenbasis, in the order with the fewest multiplications. Large matrix
-// products are torch's; what is squared and summed is a backend's own kernels'.
+// Sums of squares in an eigenbasis, in the order with the fewest multiplications.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,6 +19,8 @@ struct CorrectionKernels {
   int64_t products_level;
   // sum has so many columns or, past those that matter, more, up to a multiple.
   int64_t width;
+  // a [rows, inner] b [inner, columns]
+  at::Tensor (*matmul)(const at::Tensor& a, const at::Tensor& b);
   // sum [m, columns] += squares of rows [k, m, d]; rows by any strides with d contiguous
   void (*add_squares)(const at::Tensor& sum, const at::Tensor& rows);
   // sum [m, columns] += squares of left_nr^T right_n; left [n, r, t, m], right [n, t, d]; null:

@@ -10,6 +10,7 @@
 #include <torch/version.h>
 
 #include "build_config.h"
+#include "cpu/amx/amx.h"
 #include "cpu/simd.h"
 
 TORCH_LIBRARY(hesskern, m) {
@@ -78,6 +79,8 @@ TORCH_LIBRARY(hesskern_internal, m) {
       "max_pool_input_gradient_(Tensor(a!) out, Tensor grad, Tensor indices, int[2] kernel_size, "
       "int[2] stride, int[2] padding, int[2] dilation, Tensor? factor=None, Tensor? relu=None) "
       "-> ()");
+  // a [rows, inner] b [inner, columns] on a processor's tile unit where that pays, else torch's mm
+  m.def("matmul(Tensor a, Tensor b) -> Tensor");
 }
 
 namespace {
@@ -132,7 +135,7 @@ pybind11::dict build_info() {
   info["cuda"] = HESSKERN_CUDA_VERSION;
   info["cuda_architectures"] = HESSKERN_CUDA_ARCHITECTURES;
   info["compiler"] = __VERSION__;
-  info["simd"] = hesskern::simd_name();
+  info["simd"] = hesskern::cpu::amx::available() ? "AMX" : hesskern::simd_name();
 #ifdef _OPENMP
   info["openmp"] = true;
 #else

@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kGrain = 1 << 14;
 
 // out [c] := scale (p - e_k), with k the first class at which the sum of p [c] passes uniform; p
-// and out with element strides. Sums are float64.
+// and out with element strides, and out may be p. Sums are float64.
 template <typename T, typename Out>
 void write_row(const T* p, int64_t p_stride, Out* out, int64_t out_stride, int64_t c,
                double uniform, T scale) {
@@ -40,10 +40,10 @@ void write_row(const T* p, int64_t p_stride, Out* out, int64_t out_stride, int64
     if (up_to > threshold) chosen = k;
   }
   if (chosen < 0) chosen = last;
-  for (k = 0; k < c; ++k) out[k * out_stride] = static_cast<Out>(p[k * p_stride] * scale);
   // Not 1: where one class is nearly certain, its p - 1 has no digits left in T.
-  out[chosen * out_stride] =
-      static_cast<Out>(static_cast<T>((p[chosen * p_stride] - total) * scale));
+  const T at_chosen = static_cast<T>((p[chosen * p_stride] - total) * scale);
+  for (k = 0; k < c; ++k) out[k * out_stride] = static_cast<Out>(p[k * p_stride] * scale);
+  out[chosen * out_stride] = static_cast<Out>(at_chosen);
 }
 
 // logits [N, c] or [N, c, t], uniform [N t], targets [N] or [N, t], terms [N]
@@ -52,14 +52,16 @@ at::Tensor sampled_cross_entropy_gradient(const at::Tensor& logits, const at::Te
                                           int64_t ignore_index,
                                           const std::optional<at::Tensor>& terms, double alpha) {
   check_sampled_cross_entropy_gradient(logits, uniform, targets, terms);
-  const at::Tensor out = at::empty_like(logits);
-  if (out.numel() == 0) return out;
+  if (logits.numel() == 0) return at::empty_like(logits);
   const int64_t c = logits.size(1), positions = logits.dim() == 3 ? logits.size(2) : 1;
   const auto position_stride = [](const at::Tensor& t) { return t.dim() == 3 ? t.stride(2) : 0; };
   // Torch's softmax over a last axis takes three times as long where it fills no vector.
   const bool few = logits.dim() == 2 && c < 16;
   const at::Tensor wide = logits.to(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
   const at::Tensor p = at::_softmax(few ? wide.unsqueeze(2) : wide, 1, false);
+  // A vocabulary's probabilities are many: what is made of them takes their place.
+  const bool in_place = !few && p.scalar_type() == logits.scalar_type() && logits.is_contiguous();
+  const at::Tensor out = in_place ? p : at::empty_like(logits);
   const int64_t* target = targets.has_value() ? targets->const_data_ptr<int64_t>() : nullptr;
   const int64_t target_n = target ? targets->stride(0) : 0;
   const int64_t target_t = target && targets->dim() == 2 ? targets->stride(1) : 0;

@@ -331,14 +331,14 @@ def test_groups_mix_large_small_and_empty_layers() -> None:
         assert_near(out, reference.kron_eigen_matmul(*operands))
 
 
-LEVELS = ("baseline", "AVX2", "AVX-512")
+LEVELS = ("baseline", "AVX2", "AVX-512", "AMX")
 
 
 @pytest.mark.skipif("HESSKERN_SIMD" in os.environ, reason="this is the run under a lesser set")
 @pytest.mark.parametrize("level", LEVELS[: LEVELS.index(str(build_info()["simd"]))])
 def test_lesser_instruction_sets(level: str) -> None:
     """This file again with the kernels of machines without this one's widest vectors."""
-    environment = {**os.environ, "HESSKERN_SIMD": level.lower()}
+    environment = {**os.environ, "HESSKERN_SIMD": level.lower().replace("-", "")}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))],
         env=environment,

@@ -12,10 +12,6 @@ namespace hesskern::cpu {
 
 namespace {
 
-// Rows of at most this length are read where they lie: longer ones map to few
-// cache sets when the row length is a power of two.
-constexpr int64_t kDirectOrder = 64;
-
 // rows [K, d] with element strides stride_row, stride_col
 template <typename T>
 void update(T* acc, int64_t ld, const T* rows, int64_t K, int64_t d, int64_t stride_row,
@@ -30,14 +26,13 @@ void update(T* acc, int64_t ld, const T* rows, int64_t K, int64_t d, int64_t str
     pack_panel<T>(dst, W, rows + row * stride_row + panel * W * stride_col, stride_row, stride_col,
                   count, std::min(W, d - panel * W));
   };
-  // Vectors read up to W - 1 elements past the end of a row.
-  const int64_t safe_rows = std::max<int64_t>(0, K - (W + d - 1) / d);
-  const bool direct = d <= kDirectOrder && stride_col == 1 && stride_row >= d;
-  gram<T>(acc, ld, d, K, alpha, threads, pack,
-          [&](T* buffer, int64_t row, int64_t count) -> Panels<T> {
-            if (direct && row + count <= safe_rows) return {rows + row * stride_row, W, stride_row};
-            return packed_panels<T>(buffer, d, row, count, pack);
-          });
+  // Vectors read up to W - 1 elements past the end of a row that does not fill its last panel.
+  const int64_t safe_rows = d % W == 0 ? K : std::max<int64_t>(0, K - (W + d - 1) / d);
+  const bool direct = stride_col == 1 && stride_row >= d;
+  gram<T>(acc, ld, d, K, alpha, threads, pack, [&](int64_t row, int64_t count) -> Panels<T> {
+    if (direct && row + count <= safe_rows) return {rows + row * stride_row, W, stride_row};
+    return {nullptr, 0, 0};
+  });
 }
 
 }  // namespace

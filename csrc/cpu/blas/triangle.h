@@ -10,33 +10,16 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/scratch.h"
 #include "cpu/vector.h"
+#include "panel_rows.h"
+#include "tile_units.h"
 
 namespace hesskern::cpu {
-
-// Columns of a panel.
-template <class T, class Isa>
-constexpr int kPanel = kLanes<T, Isa> * Isa::kVectors;
-
-template <class T>
-inline int64_t panel_width() {
-  return simd_lanes<T>() * 2;
-}
-static_assert(Avx512::kVectors == 2 && Avx2::kVectors == 2 && Baseline::kVectors == 2);
-
-// Rows of P that a panel holds at once: 16 KB of float32, half the first-level cache.
-constexpr int64_t kPanelRows = 128;
-
-// Where the panels of a range of rows are: element (k, c) of panel p is at
-// base[p * stride + k * ld + c]. Row-major storage has stride = W.
-template <class T>
-struct Panels {
-  const T* base;
-  int64_t stride, ld;
-};
 
 // The panels of rows [row, row + rows) of d columns in buffer [panels, kPanelRows, W], each filled
 // by pack(dst [rows, W], panel, row, rows).
@@ -165,19 +148,22 @@ class PrivateSum {
 
   PrivateSum(T* memory, int64_t d) : total_(memory), recent_(memory + units_size(d)), d_(d) {
     std::fill(memory, memory + size(d), T(0));
+    if (tiles_pay<T>(d, kTileRows)) tiles_.emplace((d + panel_width<T>() - 1) / panel_width<T>());
   }
   // At most kPanelRows rows.
   void add(int64_t rows, const Panels<T>& p) {
     const int64_t W = panel_width<T>(), panels = (d_ + W - 1) / W;
-    with_simd([&](auto isa) HESSKERN_INLINE {
-      using Isa = decltype(isa);
-      for (int64_t j = 0; j < panels; ++j) {
-        for (int64_t i = 0; i <= j; ++i) {
-          gram_unit<T, Isa>(rows, p, i, j, std::min(W, d_ - i * W), std::min(W, d_ - j * W),
-                            recent_ + unit_index(i, j) * W * W);
+    if (!add_on_tiles(rows, p)) {
+      with_simd([&](auto isa) HESSKERN_INLINE {
+        using Isa = decltype(isa);
+        for (int64_t j = 0; j < panels; ++j) {
+          for (int64_t i = 0; i <= j; ++i) {
+            gram_unit<T, Isa>(rows, p, i, j, std::min(W, d_ - i * W), std::min(W, d_ - j * W),
+                              recent_ + unit_index(i, j) * W * W);
+          }
         }
-      }
-    });
+      });
+    }
     if (++count_ == kLevel) flush();
   }
   void flush() {
@@ -188,8 +174,21 @@ class PrivateSum {
   }
 
  private:
+  bool add_on_tiles(int64_t rows, const Panels<T>& p) {
+    if constexpr (std::is_same_v<T, float>) {
+      const int64_t W = amx::kPanel, panels = (d_ + W - 1) / W;
+      if (!tiles_ || !tiles_->lay_out(rows, p, 0, panels, 0, panels)) return false;
+      for (int64_t j = 0; j < panels; ++j) {
+        for (int64_t i = 0; i <= j; ++i) tiles_->add(i, j, recent_ + unit_index(i, j) * W * W);
+      }
+      return true;
+    }
+    return false;
+  }
+
   T *total_, *recent_;
   int64_t d_, count_ = 0;
+  std::optional<TileUnits> tiles_;
 };
 
 // acc [d, d] (rows ld apart, upper triangle) += alpha times what each thread adds to
@@ -218,20 +217,33 @@ void gram_private_sums(T* acc, int64_t ld, int64_t d, T alpha, int64_t threads, 
   }
 }
 
+// What says where the panels of rows [row, row + rows) lie in memory that needs no packing; here,
+// nowhere.
+template <class T>
+struct NowhereDirect {
+  Panels<T> operator()(int64_t, int64_t) const { return {nullptr, 0, 0}; }
+};
+
+// Rows of at most this length are multiplied where they lie: longer ones map to few cache sets when
+// the row length is a power of two. The tile unit's operands are laid out anew in any case.
+constexpr int64_t kDirectOrder = 64;
+
 // acc [d, d] (rows ld apart, upper triangle) += alpha P^T P, P [K, d], split by rows
-// among threads: for small d, where a private sum per thread is cheap.
-// panels_of(buffer, row0, rows) returns where the panels of those rows are, having
-// packed them into buffer [panels, kPanelRows, W] where they do not lie well.
-template <class T, class PanelsOf>
+// among threads: for small d, where a private sum per thread is cheap. pack and direct as in
+// gram().
+template <class T, class Pack, class Direct>
 void gram_split_rows(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads,
-                     const PanelsOf& panels_of) {
+                     const Pack& pack, const Direct& direct) {
   const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
+  const bool look = d <= kDirectOrder || tiles_pay<T>(d, kTileRows);
   gram_private_sums<T>(acc, ld, d, alpha, threads, [&](int64_t thread, PrivateSum<T>& sum) {
     const Scratch<T> buffer(panels * kPanelRows * W);
     const int64_t begin = K * thread / threads, end = K * (thread + 1) / threads;
     for (int64_t row = begin; row < end; row += kPanelRows) {
       const int64_t rows = std::min(kPanelRows, end - row);
-      sum.add(rows, panels_of(buffer.data(), row, rows));
+      const Panels<T> found = look ? direct(row, rows) : Panels<T>{nullptr, 0, 0};
+      sum.add(rows,
+              found.base != nullptr ? found : packed_panels<T>(buffer.data(), d, row, rows, pack));
     }
   });
 }
@@ -246,69 +258,127 @@ constexpr int64_t kChunk = 1 << 20;
 struct BlockedUnit {
   int64_t i, j, block;
 };
-inline std::vector<BlockedUnit> blocked_units(int64_t panels) {
+inline std::vector<BlockedUnit> blocked_units(int64_t panels, int64_t size) {
   std::vector<BlockedUnit> order;
   order.reserve(unit_index(0, panels));
   int64_t block = 0;
-  for (int64_t j0 = 0; j0 < panels; j0 += kBlock) {
-    for (int64_t i0 = 0; i0 <= j0; i0 += kBlock, ++block) {
-      for (int64_t j = j0; j < std::min(panels, j0 + kBlock); ++j) {
-        for (int64_t i = i0; i <= std::min(j, i0 + kBlock - 1); ++i) order.push_back({i, j, block});
+  for (int64_t j0 = 0; j0 < panels; j0 += size) {
+    for (int64_t i0 = 0; i0 <= j0; i0 += size, ++block) {
+      for (int64_t j = j0; j < std::min(panels, j0 + size); ++j) {
+        for (int64_t i = i0; i <= std::min(j, i0 + size - 1); ++i) order.push_back({i, j, block});
       }
     }
   }
   return order;
 }
 
-// acc [d, d] (rows ld apart, upper triangle) += alpha P^T P, P [K, d], the units of
-// the triangle split among threads: for large d. A chunk of rows is packed once for
-// all threads: pack(dst [rows, W], panel, row0, rows) fills one panel, with zeros
-// beyond d.
-template <class T, class Pack>
-void gram_split_units(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads,
-                      const Pack& pack) {
-  const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
-  const int64_t slab = panels * kPanelRows * W;
-  const int64_t slabs =
-      std::min(std::clamp(kChunk / slab, kSlabs, kLevel), (K + kPanelRows - 1) / kPanelRows);
-  Scratch<T> packed(slabs * slab);
-  const int64_t units = unit_index(0, panels);
-  const auto order = blocked_units(panels);
-  for (int64_t chunk = 0; chunk < K; chunk += slabs * kPanelRows) {
-    const int64_t rows = std::min(K - chunk, slabs * kPanelRows);
-    const int64_t used = (rows + kPanelRows - 1) / kPanelRows;
-    auto slab_rows = [&](int64_t s) { return std::min(kPanelRows, rows - s * kPanelRows); };
-    at::parallel_for(0, used * panels, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t item = begin; item < end; ++item) {
-        const int64_t s = item / panels, panel = item % panels;
-        pack(packed.data() + s * slab + panel * kPanelRows * W, panel, chunk + s * kPanelRows,
-             slab_rows(s));
-      }
-    });
-    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-      const int64_t begin = units * first / threads, end = units * last / threads;
-      const Scratch<T> sums(kBlock * kBlock * W * W);
-      with_simd([&](auto isa) HESSKERN_INLINE {
-        using Isa = decltype(isa);
-        for (int64_t n0 = begin, n1 = n0; n0 < end; n0 = n1) {
-          while (n1 < end && order[n1].block == order[n0].block) ++n1;
-          std::fill(sums.data(), sums.data() + (n1 - n0) * W * W, T(0));
-          for (int64_t s0 = 0; s0 < used; s0 += kSlabs) {
-            for (int64_t n = n0; n < n1; ++n) {
-              const auto [i, j, block] = order[n];
-              for (int64_t s = s0; s < std::min(used, s0 + kSlabs); ++s) {
-                const Panels<T> p{packed.data() + s * slab, kPanelRows * W, W};
-                gram_unit<T, Isa>(slab_rows(s), p, i, j, std::min(W, d - i * W),
-                                  std::min(W, d - j * W), sums.data() + (n - n0) * W * W);
-              }
-            }
-          }
-          for (int64_t n = n0; n < n1; ++n) {
-            const T* unit = sums.data() + (n - n0) * W * W;
-            add_unit<T>(acc, ld, d, W, order[n].i, order[n].j, alpha, unit);
+// Some units of one block, and what their panels are multiplied with.
+template <class T>
+struct BlockSums {
+  const BlockedUnit *first, *last;
+  int64_t d;
+  T* sums;  // [units, W, W]
+
+  // += P_i^T P_j over rows of slabs, slab(s) being their panels and slab_rows(s) how many rows
+  template <class Slab, class SlabRows>
+  void add(int64_t slabs, const Slab& slab, const SlabRows& slab_rows) const {
+    with_simd([&](auto isa) HESSKERN_INLINE {
+      using Isa = decltype(isa);
+      constexpr int64_t W = kPanel<T, Isa>;
+      for (int64_t s0 = 0; s0 < slabs; s0 += kSlabs) {
+        T* sum = sums;
+        for (const BlockedUnit* unit = first; unit < last; ++unit, sum += W * W) {
+          const auto [i, j, block] = *unit;
+          for (int64_t s = s0; s < std::min(slabs, s0 + kSlabs); ++s) {
+            gram_unit<T, Isa>(slab_rows(s), slab(s), i, j, std::min(W, d - i * W),
+                              std::min(W, d - j * W), sum);
           }
         }
+      }
+    });
+  }
+
+  template <class Slab, class SlabRows>
+  void add_on(TileUnits& tiles, int64_t slabs, const Slab& slab, const SlabRows& slab_rows) const {
+    constexpr int64_t W = amx::kPanel;
+    int64_t i0 = first->i, i1 = i0;
+    for (const BlockedUnit* unit = first; unit < last; ++unit) {
+      i0 = std::min(i0, unit->i);
+      i1 = std::max(i1, unit->i + 1);
+    }
+    for (int64_t s = 0; s < slabs; ++s) {
+      if (!tiles.lay_out(slab_rows(s), slab(s), i0, i1, first->j, last[-1].j + 1)) {
+        add(1, [&](int64_t) { return slab(s); }, [&](int64_t) { return slab_rows(s); });
+        continue;
+      }
+      T* sum = sums;
+      for (const BlockedUnit* unit = first; unit < last; ++unit, sum += W * W) {
+        tiles.add(unit->i, unit->j, sum);
+      }
+    }
+  }
+};
+
+// acc [d, d] (rows ld apart, upper triangle) += alpha P^T P, P [K, d], the units of
+// the triangle split among threads: for large d. A chunk of rows is packed once for
+// all threads, unless it lies well; pack and direct as in gram().
+template <class T, class Pack, class Direct = NowhereDirect<T>>
+void gram_split_units(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads,
+                      const Pack& pack, const Direct& direct = {}) {
+  const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
+  const int64_t slab = panels * kPanelRows * W;
+  const bool tiles = tiles_pay<T>(d, K);
+  const int64_t size = tiles ? kTileBlock : kBlock;
+  const int64_t all = (K + kPanelRows - 1) / kPanelRows, units = unit_index(0, panels);
+  const int64_t slabs = std::min(std::clamp(kChunk / slab, kSlabs, kLevel), all);
+  std::optional<Scratch<T>> packed;
+  const auto order = blocked_units(panels, size);
+  int64_t step = 0;
+  for (int64_t chunk = 0; chunk < K; chunk += step) {
+    step = std::min(K - chunk, kLevel * kPanelRows);
+    Panels<T> found{nullptr, 0, 0};
+    if (tiles) found = direct(chunk, step);
+    if (tiles && found.base == nullptr && step > kPanelRows) {
+      // Without the last slab, which may end where the memory does.
+      const int64_t less = (step - 1) / kPanelRows * kPanelRows;
+      found = direct(chunk, less);
+      if (found.base != nullptr) step = less;
+    }
+    if (found.base == nullptr) step = std::min(K - chunk, slabs * kPanelRows);
+    const int64_t rows = step, used = (rows + kPanelRows - 1) / kPanelRows;
+    auto slab_rows = [&](int64_t s) { return std::min(kPanelRows, rows - s * kPanelRows); };
+    auto slab_panels = [&](int64_t s) -> Panels<T> {
+      if (found.base == nullptr) return {packed->data() + s * slab, kPanelRows * W, W};
+      return {found.base + s * kPanelRows * found.ld, found.stride, found.ld};
+    };
+    if (found.base == nullptr) {
+      if (!packed) packed.emplace(slabs * slab);
+      at::parallel_for(0, used * panels, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+          const int64_t s = item / panels, panel = item % panels;
+          pack(packed->data() + s * slab + panel * kPanelRows * W, panel, chunk + s * kPanelRows,
+               slab_rows(s));
+        }
       });
+    }
+    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      const int64_t begin = units * first / threads, end = units * last / threads;
+      const Scratch<T> sums(size * size * W * W);
+      std::optional<TileUnits> unit;
+      if (tiles) unit.emplace(std::min(size, panels));
+      for (int64_t n0 = begin, n1 = n0; n0 < end; n0 = n1) {
+        while (n1 < end && order[n1].block == order[n0].block) ++n1;
+        std::fill(sums.data(), sums.data() + (n1 - n0) * W * W, T(0));
+        const BlockSums<T> block{order.data() + n0, order.data() + n1, d, sums.data()};
+        if constexpr (std::is_same_v<T, float>) {
+          if (unit) block.add_on(*unit, used, slab_panels, slab_rows);
+        }
+        if (!unit) block.add(used, slab_panels, slab_rows);
+        for (int64_t n = n0; n < n1; ++n) {
+          const T* from = sums.data() + (n - n0) * W * W;
+          add_unit<T>(acc, ld, d, W, order[n].i, order[n].j, alpha, from);
+        }
+      }
     });
   }
 }
@@ -322,23 +392,18 @@ inline int64_t gram_threads(int64_t K, int64_t d) {
   return std::clamp<int64_t>(K * d * (d + 32) / (1 << 20), 1, at::get_num_threads());
 }
 
-// acc [d, d] += alpha P^T P by the driver that suits the shape; pack and panels_of
-// as above, the latter by packing unless it is given.
-template <class T, class Pack, class PanelsOf>
+// acc [d, d] += alpha P^T P by the driver that suits the shape. pack(dst [rows, W], panel, row,
+// rows) fills one panel, with zeros beyond d; direct(row, rows) says where the panels of those rows
+// lie, if they lie where they can be read, past the end of the last by less than W.
+template <class T, class Pack, class Direct = NowhereDirect<T>>
 void gram(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads, const Pack& pack,
-          const PanelsOf& panels_of) {
+          const Direct& direct = {}) {
   // A private sum is set to zero, added up and read back: worth it for many rows.
   if (d <= kPrivateOrder && K >= 8 * threads && K >= d / 2) {
-    gram_split_rows<T>(acc, ld, d, K, alpha, threads, panels_of);
+    gram_split_rows<T>(acc, ld, d, K, alpha, threads, pack, direct);
   } else {
-    gram_split_units<T>(acc, ld, d, K, alpha, threads, pack);
+    gram_split_units<T>(acc, ld, d, K, alpha, threads, pack, direct);
   }
-}
-template <class T, class Pack>
-void gram(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads, const Pack& pack) {
-  gram<T>(acc, ld, d, K, alpha, threads, pack, [&](T* buffer, int64_t row, int64_t rows) {
-    return packed_panels<T>(buffer, d, row, rows, pack);
-  });
 }
 
 }  // namespace hesskern::cpu

@@ -19,9 +19,9 @@ std::string_view cheapest(const ConvCall& call) {
                     call.images.size(3)};
   if (pointwise_fits(call)) return "pointwise";
   if (g.taps() == 1) return "patches";
-  const double lanes = static_cast<double>(
-      call.acc.scalar_type() == at::kDouble ? simd_lanes<double>() : simd_lanes<float>());
-  const double patches = patches_cost(x, g, lanes);
+  const bool is_float = call.acc.scalar_type() == at::kFloat;
+  const double lanes = static_cast<double>(is_float ? simd_lanes<float>() : simd_lanes<double>());
+  const double patches = patches_cost(x, g, lanes, is_float);
   const double bands = bands_cost(x, g, lanes);
   const std::string_view unplanned = patches <= bands ? "patches" : "bands";
   // Small calls are done before the lags are planned.

@@ -26,18 +26,20 @@ struct ConvSizes {
 
 namespace cost {
 
-constexpr double kPack = 0.5;         // per patch element packed, unit stride
-constexpr double kPackStrided = 1.5;  // with gaps between pixels
-constexpr double kPackLine = 8;       // per line of positions and patch element
-constexpr double kUpdate = 0.3;       // per element of the triangle and chunk
-constexpr double kPixel = 6;          // per vector of pixels brought into lanes
-constexpr double kFft = 8;            // per complex vector and factor of the length
-constexpr double kScatter = 10;       // per complex vector written to its frequency
-constexpr double kAssemble = 3;       // per vector of covariance entries assembled
-constexpr double kDot = 1.4;          // per vector product of the lag tiles
-constexpr double kSingleDot = 2.5;    // the same where a tile has one channel
-constexpr double kDotSum = 12;        // per dot product: its reduction and bookkeeping
-constexpr double kLagPair = 400;      // per pair of taps: planning and bookkeeping
+constexpr double kPack = 0.5;          // per patch element packed, unit stride
+constexpr double kPackStrided = 1.5;   // with gaps between pixels
+constexpr double kPackLine = 8;        // per line of positions and patch element
+constexpr double kUpdate = 0.3;        // per element of the triangle and chunk
+constexpr double kTileProduct = 0.45;  // per vector product, on the tile unit
+constexpr double kTileSplit = 1.4;     // per patch element laid out for it
+constexpr double kPixel = 6;           // per vector of pixels brought into lanes
+constexpr double kFft = 8;             // per complex vector and factor of the length
+constexpr double kScatter = 10;        // per complex vector written to its frequency
+constexpr double kAssemble = 3;        // per vector of covariance entries assembled
+constexpr double kDot = 1.4;           // per vector product of the lag tiles
+constexpr double kSingleDot = 2.5;     // the same where a tile has one channel
+constexpr double kDotSum = 12;         // per dot product: its reduction and bookkeeping
+constexpr double kLagPair = 400;       // per pair of taps: planning and bookkeeping
 constexpr double kSpectralPair = 1000;
 constexpr double kBandProduct = 0.55;  // per vector product of the register tiles
 constexpr double kBandCopy = 4.5;      // per window of a channel copied
@@ -56,12 +58,15 @@ inline double idle_factor(double tasks) {
   return threads / std::min(threads, std::max(tasks, 1.0));
 }
 
-inline double patches_cost(const ConvSizes& x, const ConvGeometry& g, double lanes) {
+inline double patches_cost(const ConvSizes& x, const ConvGeometry& g, double lanes, bool is_float) {
   const double d = static_cast<double>(x.channels / g.groups * g.taps());
   const double rows = static_cast<double>(x.samples * g.positions());
   const double width = 2 * lanes, panels = std::ceil(d / width);
   const double products = d <= lanes ? d : (panels * (panels + 1) / 2 - panels / 4) * width * 2;
-  const double pack = g.stride_w == 1 ? cost::kPack : cost::kPackStrided;
+  const bool tiles =
+      is_float && tiles_pay<float>(x.channels / g.groups * g.taps(), x.samples * g.positions());
+  const double pack =
+      (g.stride_w == 1 ? cost::kPack : cost::kPackStrided) + (tiles ? cost::kTileSplit : 0);
   const double least = static_cast<double>(kPanelRows * kSlabs);
   const double most = static_cast<double>(kPanelRows * kLevel);
   const double fitting = static_cast<double>(kChunk) / (panels * width);
@@ -70,8 +75,8 @@ inline double patches_cost(const ConvSizes& x, const ConvGeometry& g, double lan
   const double chunks = std::ceil(rows / together);
   const double lines = static_cast<double>(x.samples * g.out_h);
   return static_cast<double>(g.groups) *
-         (rows * (products + pack * d) + lines * d * cost::kPackLine +
-          chunks * d * d / 2 * cost::kUpdate);
+         (rows * (products * (tiles ? cost::kTileProduct : 1) + pack * d) +
+          lines * d * cost::kPackLine + chunks * d * d / 2 * cost::kUpdate);
 }
 
 // What the other ways cost at least: their planning alone, pair of taps by pair.

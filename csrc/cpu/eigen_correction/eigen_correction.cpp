@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "conv_sums.h"
+#include "cpu/blas/tile_matmul.h"
 #include "squares.h"
 
 namespace hesskern::cpu {
@@ -14,10 +15,9 @@ constexpr int64_t kNumbers = int64_t{1} << 22;
 constexpr int64_t kLevel = 128, kProductsLevel = 512;
 
 CorrectionKernels kernels(at::ScalarType type) {
-  return {kNumbers,       kLevel,
-          kProductsLevel, squares_width(type),
-          &add_squares,   &add_squared_products,
-          &conv_sums,     &conv_sums_fit};
+  return {kNumbers,      kLevel,       kProductsLevel,        squares_width(type),
+          &matmul,       &add_squares, &add_squared_products, &conv_sums,
+          &conv_sums_fit};
 }
 
 // acc [m, d], g [N, r, m(, t)], x [N, groups d(, t)], U [(groups,) m, m], V [(groups,) d, d]

@@ -10,6 +10,7 @@
 #include "cpu/blas/panels.h"
 #include "cpu/scratch.h"
 #include "cpu/vector.h"
+#include "tile_squares.h"
 
 namespace hesskern::cpu {
 
@@ -130,6 +131,16 @@ void add_squares(const at::Tensor& sum, const at::Tensor& rows) {
 }
 
 void add_squared_products(const at::Tensor& sum, const at::Tensor& left, const at::Tensor& right) {
+  if (sum.scalar_type() == at::kFloat) {
+    const TileSquares tiles{left.const_data_ptr<float>(),
+                            right.const_data_ptr<float>(),
+                            left.size(0),
+                            left.size(1),
+                            left.size(2),
+                            left.size(3),
+                            right.size(2)};
+    if (tiles.pay()) return tiles.run(sum.mutable_data_ptr<float>(), sum.stride(0));
+  }
   AT_DISPATCH_FLOATING_TYPES(sum.scalar_type(), "add_squared_products", [&] {
     const SquaredProducts<scalar_t> products{left.const_data_ptr<scalar_t>(),
                                              right.const_data_ptr<scalar_t>(),

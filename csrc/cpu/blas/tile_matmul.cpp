@@ -144,11 +144,15 @@ struct Product {
 
 }  // namespace
 
-at::Tensor matmul(const at::Tensor& a, const at::Tensor& b) {
+bool tiles_take(at::ScalarType type, int64_t rows, int64_t inner, int64_t columns) {
+  return type == at::kFloat && std::min({rows, inner, columns}) >= kAxis &&
+         rows * inner * columns >= kWork && amx::available();
+}
+
+at::Tensor tile_matmul(const at::Tensor& a, const at::Tensor& b) {
   const int64_t rows = a.size(0), inner = a.size(1), columns = b.size(1);
-  const bool pays = a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat &&
-                    std::min({rows, inner, columns}) >= kAxis && rows * inner * columns >= kWork &&
-                    amx::available();
+  const bool pays =
+      b.scalar_type() == a.scalar_type() && tiles_take(a.scalar_type(), rows, inner, columns);
   if (!pays || !Operand::fits(a) || !Operand::fits(b)) return at::mm(a, b);
   const at::Tensor out = at::empty({rows, columns}, a.options());
   const Product product{Operand(a), Operand(b), out.mutable_data_ptr<float>(),
@@ -164,7 +168,7 @@ at::Tensor matmul(const at::Tensor& a, const at::Tensor& b) {
 }
 
 TORCH_LIBRARY_IMPL(hesskern_internal, CPU, m) {
-  m.impl("matmul", &matmul);
+  m.impl("matmul", &tile_matmul);
 }
 
 }  // namespace hesskern::cpu

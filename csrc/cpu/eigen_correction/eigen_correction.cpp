@@ -16,7 +16,7 @@ constexpr int64_t kLevel = 128, kProductsLevel = 512;
 
 CorrectionKernels kernels(at::ScalarType type) {
   return {kNumbers,      kLevel,       kProductsLevel,        squares_width(type),
-          &matmul,       &add_squares, &add_squared_products, &conv_sums,
+          &tile_matmul,  &add_squares, &add_squared_products, &conv_sums,
           &conv_sums_fit};
 }
 

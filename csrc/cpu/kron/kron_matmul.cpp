@@ -13,6 +13,7 @@
 
 #include "checks.h"
 #include "cpu/blas/gemm.h"
+#include "cpu/blas/tile_matmul.h"
 #include "cpu/scratch.h"
 
 namespace hesskern::cpu {
@@ -227,6 +228,36 @@ at::Tensor widened(const at::Tensor& t) {
   return t.to(at::kFloat);
 }
 
+// Whether all products of left [r, m] X [(k,) m, d] right [d, q] are for the tile unit.
+bool on_tiles(const at::Tensor& left, const at::Tensor& X, const at::Tensor& right) {
+  const int64_t m = X.size(-2), d = X.size(-1), r = left.size(0), q = right.size(1);
+  return tiles_take(X.scalar_type(), r, m, std::min(d, q)) && tiles_take(X.scalar_type(), m, d, q);
+}
+
+// left X right, [(k,) r, q], by products of two matrices, in the cheaper order
+at::Tensor product_of_three(const at::Tensor& left, const at::Tensor& X, const at::Tensor& right) {
+  const int64_t m = X.size(-2), d = X.size(-1), r = left.size(0), q = right.size(1);
+  const at::Tensor matrices = X.dim() == 3 ? X : X.unsqueeze(0);
+  const auto times_right = [&](const at::Tensor& t) {
+    return tile_matmul(t.reshape({-1, d}), right).view({t.size(0), t.size(1), q});
+  };
+  const auto left_times = [&](const at::Tensor& t) {
+    if (t.size(0) == 1) return tile_matmul(left, t[0]).unsqueeze(0);
+    const at::Tensor out = at::empty({t.size(0), r, t.size(2)}, t.options());
+    for (int64_t k = 0; k < t.size(0); ++k) out[k].copy_(tile_matmul(left, t[k]));
+    return out;
+  };
+  const at::Tensor out = m * d * q + r * m * q <= r * m * d + r * d * q
+                             ? left_times(times_right(matrices))
+                             : times_right(left_times(matrices));
+  return X.dim() == 3 ? out : out.squeeze(0);
+}
+
+at::Tensor eigen_on_tiles(const at::Tensor& U, const at::Tensor& S, const at::Tensor& V,
+                          const at::Tensor& X) {
+  return product_of_three(U, product_of_three(U.t(), X, V).mul_(S), V.t());
+}
+
 int64_t work(const at::Tensor& left, const at::Tensor& right, const at::Tensor& X) {
   return X.numel() * (left.numel() / std::max<int64_t>(X.size(-2), 1) +
                       right.numel() / std::max<int64_t>(X.size(-1), 1));
@@ -294,6 +325,7 @@ at::Tensor kron_matmul(const at::Tensor& A, const at::Tensor& B, const at::Tenso
   if (!has_kernel(X)) {
     return kron_matmul(widened(A), widened(B), widened(X)).to(X.scalar_type());
   }
+  if (on_tiles(A, X, B.t())) return product_of_three(A, X, B.t());
   const at::Tensor out = empty_for(X, A.size(0), B.size(0));
   if (X.numel() == 0) return out.zero_();
   if (out.numel() > 0) run_layer<KronLayer>(out, A, B, foldable(X));
@@ -307,6 +339,7 @@ at::Tensor kron_eigen_matmul(const at::Tensor& U, const at::Tensor& S, const at:
     return kron_eigen_matmul(widened(U), widened(S), widened(V), widened(X)).to(X.scalar_type());
   }
   if (X.numel() == 0 || S.numel() == 0) return at::zeros(X.sizes(), X.options());
+  if (on_tiles(U.t(), X, V) && on_tiles(U, X, V.t())) return eigen_on_tiles(U, S, V, X);
   const at::Tensor out = empty_for(X, X.size(-2), X.size(-1));
   run_layer<EigenLayer>(out, U, S, V, foldable(X));
   return out;
@@ -319,7 +352,8 @@ std::vector<at::Tensor> grouped_kron_matmul(at::TensorList A, at::TensorList B, 
   LayerGroup group;
   for (size_t i = 0; i < X.size(); ++i) {
     check_kron_matmul(A[i], B[i], X[i], {"grouped_kron_matmul", static_cast<int64_t>(i)});
-    if (!has_kernel(X[i]) || X[i].numel() == 0 || A[i].numel() == 0 || B[i].numel() == 0) {
+    if (!has_kernel(X[i]) || X[i].numel() == 0 || A[i].numel() == 0 || B[i].numel() == 0 ||
+        on_tiles(A[i], X[i], B[i].t())) {
       out[i] = kron_matmul(A[i], B[i], X[i]);
       continue;
     }
@@ -341,7 +375,8 @@ std::vector<at::Tensor> grouped_kron_eigen_matmul(at::TensorList U, at::TensorLi
   for (size_t i = 0; i < X.size(); ++i) {
     check_kron_eigen_matmul(U[i], S[i], V[i], X[i],
                             {"grouped_kron_eigen_matmul", static_cast<int64_t>(i)});
-    if (!has_kernel(X[i]) || X[i].numel() == 0 || S[i].numel() == 0) {
+    if (!has_kernel(X[i]) || X[i].numel() == 0 || S[i].numel() == 0 ||
+        (on_tiles(U[i].t(), X[i], V[i]) && on_tiles(U[i], X[i], V[i].t()))) {
       out[i] = kron_eigen_matmul(U[i], S[i], V[i], X[i]);
       continue;
     }

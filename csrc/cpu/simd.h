@@ -14,8 +14,14 @@
 #if defined(__x86_64__)
 #define HESSKERN_X86 1
 #define HESSKERN_INLINE __attribute__((always_inline))
-#define HESSKERN_TARGET_AVX512 \
-  __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define HESSKERN_AVX512 "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma"
+// A function compiled for more than the baseline, with vectors of 512 bits.
+#if defined(__clang__)
+#define HESSKERN_WIDE_TARGET(features) __attribute__((target(features), min_vector_width(512)))
+#else
+#define HESSKERN_WIDE_TARGET(features) __attribute__((target(features ",prefer-vector-width=512")))
+#endif
+#define HESSKERN_TARGET_AVX512 HESSKERN_WIDE_TARGET(HESSKERN_AVX512)
 #define HESSKERN_TARGET_AVX2 __attribute__((target("avx2,fma")))
 #else
 #define HESSKERN_X86 0

@@ -27,9 +27,7 @@ namespace hesskern::cpu::amx {
 // GCC warns of vectors in registers that only functions inlined into others take.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
-#define HESSKERN_TARGET_AMX \
-  __attribute__((target(    \
-      "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,amx-tile,amx-bf16,prefer-vector-width=512")))
+#define HESSKERN_TARGET_AMX HESSKERN_WIDE_TARGET(HESSKERN_AVX512 ",amx-tile,amx-bf16")
 
 namespace {
 

@@ -57,8 +57,21 @@ inline void check_accumulator(const char* op, const at::Tensor& acc, const at::T
   check_separate(op, acc, input, input_name);
 }
 
-// acc [d, d] (d + 1 with ones), x [N, d]
-inline void check_input_covariance(const at::Tensor& acc, const at::Tensor& x, bool ones) {
+// base as what is added to: acc's shape, in memory of its own
+inline void check_base(const char* op, const at::Tensor& acc,
+                       const std::optional<at::Tensor>& base) {
+  if (!base.has_value()) return;
+  TORCH_CHECK_VALUE(base->sizes() == acc.sizes() && base->scalar_type() == acc.scalar_type() &&
+                        base->device() == acc.device(),
+                    op, ": base must be as acc, ", acc.sizes(), " ", acc.scalar_type(), " on ",
+                    acc.device(), ", got ", base->sizes(), " ", base->scalar_type(), " on ",
+                    base->device());
+  check_separate(op, acc, *base, "base");
+}
+
+// acc and base [d, d] (d + 1 with ones), x [N, d]
+inline void check_input_covariance(const at::Tensor& acc, const at::Tensor& x, bool ones,
+                                   const std::optional<at::Tensor>& base) {
   const char* op = "input_covariance_";
   TORCH_CHECK_VALUE(x.dim() == 2, op, ": x must be [N, d], got ", x.sizes());
   const int64_t d = x.size(1) + (ones ? 1 : 0);
@@ -66,6 +79,7 @@ inline void check_input_covariance(const at::Tensor& acc, const at::Tensor& x, b
                     d, ", ", d, "] for x ", x.sizes(), ones ? " with ones" : "", ", got ",
                     acc.sizes());
   check_accumulator(op, acc, x, "x");
+  check_base(op, acc, base);
 }
 
 // Value pair of a per-axis convolution argument for x with one or two spatial axes.
@@ -130,9 +144,10 @@ inline ConvGeometry check_conv_input_covariance(const at::Tensor& acc, const at:
   return g;
 }
 
-// acc [m, m], jacobian [N, c, m] or [N, c, m, t], probabilities [N, c]
+// acc and base [m, m], jacobian [N, c, m] or [N, c, m, t], probabilities [N, c]
 inline void check_output_hessian(const at::Tensor& acc, const at::Tensor& jacobian,
-                                 const std::optional<at::Tensor>& probabilities) {
+                                 const std::optional<at::Tensor>& probabilities,
+                                 const std::optional<at::Tensor>& base) {
   const char* op = "output_hessian_";
   TORCH_CHECK_VALUE(jacobian.dim() == 3 || jacobian.dim() == 4, op,
                     ": jacobian must be [N, c, m] or [N, c, m, t], got ", jacobian.sizes());
@@ -140,6 +155,7 @@ inline void check_output_hessian(const at::Tensor& acc, const at::Tensor& jacobi
   TORCH_CHECK_VALUE(acc.dim() == 2 && acc.size(0) == m && acc.size(1) == m, op, ": acc must be [",
                     m, ", ", m, "] for jacobian ", jacobian.sizes(), ", got ", acc.sizes());
   check_accumulator(op, acc, jacobian, "jacobian");
+  check_base(op, acc, base);
   if (probabilities.has_value()) {
     const at::Tensor& p = *probabilities;
     TORCH_CHECK_VALUE(

@@ -28,11 +28,11 @@ from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.addition import add_factors
 from hesskern.factors.compute import kronecker_factors
 from hesskern.factors.compute_ekfac import ekfac
+from hesskern.factors.compute_inputs import input_covariances
 from hesskern.factors.ekfac import EKFAC, load_ekfac
 from hesskern.factors.input_covariances import (
     InputCovariances,
     LayerInputs,
-    input_covariances,
     load_input_covariances,
 )
 from hesskern.factors.large_layers import LargeLayerFactors

@@ -223,10 +223,10 @@ class PositionRoots {
 };
 
 template <typename T>
-void update_by_rows(T* acc, int64_t ld, const Jacobian<T>& jacobian, T alpha) {
+void update_by_rows(const Triangle<T>& to, const Jacobian<T>& jacobian, T alpha) {
   const RowRoots<T> source(jacobian);
   const int64_t m = jacobian.m;
-  gram<T>(acc, ld, m, source.rows(), alpha, gram_threads(source.rows(), m),
+  gram<T>(to, m, source.rows(), alpha, gram_threads(source.rows(), m),
           [&](T* dst, int64_t panel, int64_t row, int64_t rows) {
             source.fill(dst, panel, row, rows);
           });
@@ -236,7 +236,7 @@ void update_by_rows(T* acc, int64_t ld, const Jacobian<T>& jacobian, T alpha) {
 constexpr int64_t kRootBytes = 1 << 18;
 
 template <typename T>
-void update_by_positions(T* acc, int64_t ld, const Jacobian<T>& jacobian, T alpha) {
+void update_by_positions(Triangle<T> to, const Jacobian<T>& jacobian, T alpha) {
   const PositionRoots<T> source(jacobian);
   const int64_t n = jacobian.n, m = jacobian.m, W = panel_width<T>(), panels = (m + W - 1) / W;
   const int64_t threads = std::min(gram_threads(source.rows(n), m), n);
@@ -244,7 +244,9 @@ void update_by_positions(T* acc, int64_t ld, const Jacobian<T>& jacobian, T alph
       std::max<int64_t>(1, jacobian.roots()) * source.run() * static_cast<int64_t>(sizeof(T));
   if (m <= kPrivateOrder && n >= 2 * threads) {
     const int64_t step = std::clamp<int64_t>(kRootBytes / sample_bytes, 1, n);
-    gram_private_sums<T>(acc, ld, m, alpha, threads, [&](int64_t thread, auto& sum) {
+    const int64_t at_once = (source.rows(step) + kPanelRows - 1) / kPanelRows;
+    const int64_t additions = (n / threads / step + 2) * at_once;
+    gram_private_sums<T>(to, m, alpha, threads, additions, [&](int64_t thread, auto& sum) {
       const Scratch<T> roots(source.scratch_size(step)), packed(panels * kPanelRows * W);
       const int64_t begin = n * thread / threads, end = n * (thread + 1) / threads;
       for (int64_t first = begin; first < end; first += step) {
@@ -268,17 +270,19 @@ void update_by_positions(T* acc, int64_t ld, const Jacobian<T>& jacobian, T alph
   for (int64_t first = 0; first < n; first += step) {
     const int64_t count = std::min(step, n - first);
     source.find(roots.data(), first, count);
-    gram_split_units<T>(acc, ld, m, source.rows(count), alpha, threads,
+    gram_split_units<T>(to, m, source.rows(count), alpha, threads,
                         [&](T* dst, int64_t panel, int64_t row, int64_t rows) {
                           source.fill(dst, roots.data(), first, panel, row, rows);
                         });
+    to = to.in_place();
   }
 }
 
-// acc [m, m] with unit column stride, jacobian [N, c, m] or [N, c, m, t] of acc's
+// acc and base [m, m] with unit column stride, jacobian [N, c, m] or [N, c, m, t] of acc's
 // dtype, p [N, c] or undefined
 template <typename T>
-void update(at::Tensor& acc, const at::Tensor& jacobian, const at::Tensor& p, double alpha) {
+void update(const at::Tensor& acc, const at::Tensor& base, const at::Tensor& jacobian,
+            const at::Tensor& p, double alpha) {
   const bool positions = jacobian.dim() == 4;
   const int64_t n = jacobian.size(0), c = jacobian.size(1), m = jacobian.size(2);
   const int64_t t = positions ? jacobian.size(3) : 1;
@@ -298,10 +302,12 @@ void update(at::Tensor& acc, const at::Tensor& jacobian, const at::Tensor& p, do
                       jacobian.stride(1),
                       positions ? jacobian.stride(3) : 0,
                       p.defined() ? &weights : nullptr};
+  const Triangle<T> to{acc.mutable_data_ptr<T>(), acc.stride(0), base.const_data_ptr<T>(),
+                       base.stride(0)};
   if (jacobian.stride(2) == 1 || m == 1) {
-    update_by_rows<T>(acc.mutable_data_ptr<T>(), acc.stride(0), j, static_cast<T>(alpha));
+    update_by_rows<T>(to, j, static_cast<T>(alpha));
   } else {
-    update_by_positions<T>(acc.mutable_data_ptr<T>(), acc.stride(0), j, static_cast<T>(alpha));
+    update_by_positions<T>(to, j, static_cast<T>(alpha));
   }
 }
 
@@ -313,23 +319,33 @@ bool has_layout(const at::Tensor& jacobian) {
   return (t == 1 || jacobian.stride(3) == 1) && jacobian.stride(2) == t;
 }
 
-// acc [m, m], jacobian [N, c, m] or [N, c, m, t], probabilities [N, c]
+// acc and base [m, m], jacobian [N, c, m] or [N, c, m, t], probabilities [N, c]
 void output_hessian_(at::Tensor& acc, const at::Tensor& jacobian,
-                     const std::optional<at::Tensor>& probabilities, double alpha) {
-  check_output_hessian(acc, jacobian, probabilities);
+                     const std::optional<at::Tensor>& probabilities, double alpha,
+                     const std::optional<at::Tensor>& base) {
+  check_output_hessian(acc, jacobian, probabilities, base);
   // The weights of a single class are zero.
-  if (jacobian.numel() == 0 || (probabilities.has_value() && jacobian.size(1) == 1)) return;
+  if (jacobian.numel() == 0 || (probabilities.has_value() && jacobian.size(1) == 1)) {
+    if (base.has_value()) copy_triangle_(acc, *base);
+    return;
+  }
   const auto dtype = acc.scalar_type();
   if (acc.stride(1) != 1) {
     at::Tensor sum = at::zeros(acc.sizes(), acc.options());
-    output_hessian_(sum, jacobian, probabilities, alpha);
+    output_hessian_(sum, jacobian, probabilities, alpha, std::nullopt);
+    if (base.has_value()) copy_triangle_(acc, *base);
     acc.add_(sum);
     return;
   }
+  at::Tensor from = base.has_value() ? *base : acc;
   if (!probabilities.has_value() && jacobian.dim() == 3 && jacobian.scalar_type() == dtype &&
       jacobian.is_contiguous()) {
-    symmetric_update_(acc, jacobian.view({-1, jacobian.size(2)}), alpha);
+    symmetric_update_(acc, from, jacobian.view({-1, jacobian.size(2)}), alpha);
     return;
+  }
+  if (from.stride(1) != 1) {
+    copy_triangle_(acc, from);
+    from = acc;
   }
   const at::Tensor p =
       probabilities.has_value() ? probabilities->to(dtype).contiguous() : at::Tensor();
@@ -341,8 +357,9 @@ void output_hessian_(at::Tensor& acc, const at::Tensor& jacobian,
     at::Tensor chunk = jacobian.narrow(0, start, count).to(dtype);
     if (!has_layout(chunk)) chunk = chunk.contiguous();
     AT_DISPATCH_FLOATING_TYPES(dtype, "output_hessian_", [&] {
-      update<scalar_t>(acc, chunk, p.defined() ? p.narrow(0, start, count) : p, alpha);
+      update<scalar_t>(acc, from, chunk, p.defined() ? p.narrow(0, start, count) : p, alpha);
     });
+    from = acc;
   }
 }
 

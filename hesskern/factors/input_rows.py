@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from hesskern import ops
-from hesskern.factors.input_sums import InputSums
 from hesskern.graph.nodes import product
 from hesskern.ops.reference import unfold
 from hesskern.passes.batches import Batch, halves, sample_count
@@ -20,7 +20,7 @@ from hesskern.passes.masks import LayerMasks
 from hesskern.passes.position_mask import PositionMask
 from hesskern.passes.roots import accumulator_dtype
 
-__all__ = ["BatchRows", "Held", "LastSample", "Rows", "out_of_order"]
+__all__ = ["BatchRows", "Call", "LastSample", "Rows", "out_of_order"]
 
 # Relative to a feature's largest entry, what a sample's inputs may differ by when it is run alone.
 # Of rows in another order some entry differs by about as much as the feature has.
@@ -97,154 +97,139 @@ class LastSample:
         return not bool(self._differs(self._by_sample(alone, 1)[0]))
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False, slots=True)
 class Rows:
-    """What a layer, and all that share its inputs, were given in a batch.
+    """What a layer, and all that share its input, were given in one call.
 
     Attributes:
-        calls: rows [R, d] or images [B, C, (H,) W], times the square roots of their weights.
+        x: rows [R, g d] or images [B, C, (H,) W], times the square roots of their weights; it may
+            be the model's own, which overwrites it later.
         column: [g d] weighted sum over samples and positions.
-        squares: 0-dim, the sum of all squared entries: finite only if all sums will be.
         positions: weighted sum of positions per sample.
-        last: per call where it mattered which rows are whose, the last sample's part, if nothing
-            else tells that rows come sample after sample.
     """
 
-    calls: list[Tensor]
+    x: Tensor
     column: Tensor
-    squares: Tensor
     positions: float
-    last: list[LastSample]
 
-    @staticmethod
-    def joined(parts: Sequence[Rows]) -> Rows:
-        """Those of several calls."""
-        column, squares = parts[0].column, parts[0].squares
-        for part in parts[1:]:
-            column, squares = column + part.column, squares + part.squares
-        calls = [call for part in parts for call in part.calls]
-        last = [x for part in parts for x in part.last]
-        return Rows(calls, column, squares, sum(part.positions for part in parts), last)
+    def kept(self) -> Rows:
+        """The same, whatever becomes of the model's own tensors."""
+        return replace(self, x=self.x.clone())
 
-    def add_to(self, spec: LayerSpec, sums: InputSums) -> None:
-        """Adds them, all but the squares, which the caller has read."""
-        for call in self.calls:
-            x = call.to(sums.inputs.dtype) if _wider(call, sums.inputs) else call
-            if spec.kind == "linear" or x.dim() == 2:
-                _add_rows(spec, x, sums.inputs)
-            else:
-                ops.conv_input_covariance_(
-                    sums.inputs,
-                    x,
-                    spec.kernel_size,
-                    spec.stride,
-                    spec.padding,
-                    spec.dilation,
-                    spec.groups,
-                )
-        sums.column += self.column.to(sums.column.dtype)
-        sums.positions += self.positions
+    def add_to(self, spec: LayerSpec, acc: Tensor, base: Tensor | None = None) -> None:
+        """Adds sum x x^T to the upper triangle of ``acc`` [(g,) d, d].
+
+        Args:
+            spec: of the layer.
+            acc: what is added to.
+            base: as ``acc``; what is added to instead, whereupon ``acc`` holds the result.
+        """
+        x = self.x.to(acc.dtype) if _wider(self.x, acc) else self.x
+        if spec.kind != "linear" and x.dim() > 2:
+            if base is not None:
+                acc.copy_(base)
+            ops.conv_input_covariance_(
+                acc,
+                x,
+                spec.kernel_size,
+                spec.stride,
+                spec.padding,
+                spec.dilation,
+                spec.groups,
+            )
+        elif spec.groups == 1:
+            ops.input_covariance_(acc, x, base=base)
+        else:
+            for group, part in enumerate(x.chunk(spec.groups, 1)):
+                before = None if base is None else base[group]
+                ops.input_covariance_(acc[group], part.contiguous(), base=before)
+
+    def squares(self) -> Tensor:
+        """0-dim sum of squared entries; NaN or Inf if an entry is, or its square overflows."""
+        x = self.x
+        if x.dtype in (torch.float32, torch.float64) and x.is_contiguous():
+            flat = x.reshape(-1)
+            return torch.dot(flat, flat)
+        return torch.linalg.vector_norm(x, dtype=accumulator_dtype(x.dtype)).square()
 
 
-def _add_rows(spec: LayerSpec, rows: Tensor, acc: Tensor) -> None:
-    """Rows [R, g d], group by group."""
-    if spec.groups == 1:
-        ops.input_covariance_(acc, rows)
-        return
-    for block, part in zip(acc, rows.chunk(spec.groups, 1), strict=True):
-        ops.input_covariance_(block, part.contiguous())
-
-
-class Held:
-    """Inputs of one run of the model, and those of the run before.
-
-    Those are let go one by one as others come: an allocator may hand the memory of many that go at
-    once back to the system, only to ask for it again.
+@dataclass(frozen=True)
+class BatchRows:
+    """Takes layers' inputs in one batch as rows.
 
     Attributes:
-        copy: whether inputs are copied, because the model overwrites some of them in place.
-    """
-
-    def __init__(self) -> None:
-        self.copy = False
-        self._before: list[Tensor] = []
-        self._now: list[Tensor] = []
-        self._versions: list[int] = []
-
-    def begin(self) -> None:
-        """A new run: what is held from now on is its."""
-        self._before, self._now, self._versions = self._now[::-1], [], []
-
-    def take(self, x: Tensor) -> Tensor:
-        """The input as it is now, for as long as :attr:`overwritten` is False."""
-        if self._before:
-            self._before.pop()
-        # Tensors of inference_mode do not count their changes.
-        x = x.clone() if self.copy or x.is_inference() else x
-        if x.is_inference():
-            return x
-        self._now.append(x)
-        self._versions.append(x._version)
-        return x
-
-    @property
-    def overwritten(self) -> bool:
-        """Whether an input was changed since it was taken."""
-        return any(x._version != v for x, v in zip(self._now, self._versions, strict=True))
-
-
-class BatchRows:
-    """Takes layers' inputs of one run of the model as rows.
-
-    The same rows are given for layers of one geometry and mask whose input is one tensor.
-
-    Args:
         samples: N.
         weight: [N] weights of the samples on the model's device, or None if all are one.
         masks: of the batch.
-        held: takes them; those of the run before are needed no more.
-        ordered: layers whose rows are known to come sample after sample.
     """
 
-    def __init__(
-        self,
-        samples: int,
-        weight: Tensor | None,
-        masks: LayerMasks,
-        held: Held,
-        ordered: Collection[str],
-    ) -> None:
-        self._samples, self._weight, self._masks = samples, weight, masks
-        self._count = float(samples) if weight is None else float(weight.sum())
-        self._held, self._ordered = held, ordered
-        self._taken: dict[Hashable, Rows | str] = {}
-        held.begin()
+    samples: int
+    weight: Tensor | None
+    masks: LayerMasks
 
-    def __call__(self, spec: LayerSpec, x: Tensor, number: Hashable) -> Rows | str:
-        """The rows of one call of a layer, or why they cannot be told."""
-        total = _positions(spec, x)
-        count, rest = divmod(total, self._samples)
-        mask = None if rest else self._masks.of(spec.name, count)
-        key = number, _geometry(spec), id(mask)
-        if key not in self._taken:
-            whose = self._weight is not None or self._masks.batch.mask is not None
-            if whose and (rest or x.shape[0] % self._samples):
-                self._taken[key] = (
-                    f"was given inputs {list(x.shape)} in a batch of {self._samples} samples: it "
-                    "cannot be told which rows are whose, as masks and weights ask for"
-                )
-            else:
-                self._taken[key] = self._rows(spec, x, count, mask)
-        return self._taken[key]
+    @cached_property
+    def count(self) -> float:
+        """Weighted number of samples."""
+        return float(self.samples) if self.weight is None else float(self.weight.sum())
 
-    def _rows(self, spec: LayerSpec, x: Tensor, count: int, mask: PositionMask | None) -> Rows:
-        n, dtype, weight = self._samples, accumulator_dtype(x.dtype), self._weight
-        last: list[LastSample] = []
+    def call(self, spec: LayerSpec, x: Tensor) -> Call | str:
+        """One call of a layer, or why its rows cannot be told."""
+        count, rest = divmod(_positions(spec, x), self.samples)
+        mask = None if rest else self.masks.of(spec.name, count)
+        whose = self.weight is not None or self.masks.batch.mask is not None
+        if whose and (rest or x.shape[0] % self.samples):
+            return (
+                f"was given inputs {list(x.shape)} in a batch of {self.samples} samples: it "
+                "cannot be told which rows are whose, as masks and weights ask for"
+            )
+        return Call(self, spec, x, count, mask)
+
+
+@dataclass(eq=False, slots=True)
+class Call:
+    """A layer's input in one call.
+
+    Attributes:
+        batch: that it is of.
+        spec: of the layer.
+        x: as the model gave it.
+        count: positions per sample.
+        mask: which of them are data; None: all.
+    """
+
+    batch: BatchRows
+    spec: LayerSpec
+    x: Tensor
+    count: int
+    mask: PositionMask | None
+
+    @property
+    def likeness(self) -> Hashable:
+        """Is the same for two calls with one tensor only if their rows and sums are alike."""
+        spec = self.spec
+        return (
+            id(self.mask),
+            spec.weight_inputs,
+            spec.groups,
+            spec.kernel_size,
+            spec.stride,
+            spec.padding,
+            spec.dilation,
+        )
+
+    def last(self) -> LastSample | None:
+        """The last sample's part, where it matters which rows are whose."""
+        n = self.batch.samples
         # Where all rows count alike, their order does not matter.
-        whose = weight is not None or mask is not None
-        if whose and n > 1 and spec.name not in self._ordered:
-            keep = None if mask is None else mask.on(x.device)[-1]
-            last = [LastSample(spec, x, n, keep)] if x.numel() else []
+        if (self.batch.weight is None and self.mask is None) or n == 1 or not self.x.numel():
+            return None
+        keep = None if self.mask is None else self.mask.on(self.x.device)[-1]
+        return LastSample(self.spec, self.x, n, keep)
+
+    def rows(self) -> Rows:
+        """What counts of the input, and how much."""
+        spec, x, count, mask = self.spec, self.x, self.count, self.mask
+        n, dtype, weight = self.batch.samples, accumulator_dtype(x.dtype), self.batch.weight
         if mask is not None and spec.kind != "linear":
             # Windows of masked positions cannot be taken out of an image.
             x = unfold(x, spec.kernel_size, spec.stride, spec.padding, spec.dilation)
@@ -253,7 +238,7 @@ class BatchRows:
         if weight is not None:
             root = weight.to(x.device, dtype).sqrt().reshape(-1, 1, 1, 1)
             x = (x.to(dtype).reshape(n, 1, -1, x.shape[-1]) * root).reshape(x.shape)
-        positions = self._count * count
+        positions = self.batch.count * count
         if mask is not None:
             x = mask.select(x.reshape(n, 1, count, x.shape[-1]))
             root = None if root is None else mask.select(root.expand(n, 1, count, 1))
@@ -265,11 +250,9 @@ class BatchRows:
                 root = root.reshape(-1, 1).repeat_interleave(len(x) // n, 0)
         elif root is not None:
             root = root.repeat_interleave(len(x) // n, 0).reshape(-1, *(1,) * (x.dim() - 1))
-        if root is None and mask is None:
-            x = self._held.take(x)
         total = (x if root is None else x * root).sum(0, dtype=dtype)
         column = total if x.dim() == 2 else unfolded(spec, total).sum(1)
-        return Rows([x], column, _squares(x), positions, last)
+        return Rows(x, column, positions)
 
 
 def _positions(spec: LayerSpec, x: Tensor) -> int:
@@ -277,26 +260,6 @@ def _positions(spec: LayerSpec, x: Tensor) -> int:
     if spec.kind == "linear":
         return product(x.shape[:-1])
     return x.shape[0] * positions_of_image(spec, x.shape)
-
-
-def _geometry(spec: LayerSpec) -> Hashable:
-    """What of a layer the covariance of given inputs depends on."""
-    return (
-        spec.weight_inputs,
-        spec.groups,
-        spec.kernel_size,
-        spec.stride,
-        spec.padding,
-        spec.dilation,
-    )
-
-
-def _squares(x: Tensor) -> Tensor:
-    """0-dim sum of squares; NaN or Inf if an entry is, or its square overflows."""
-    if x.dtype in (torch.float32, torch.float64) and x.is_contiguous():
-        flat = x.reshape(-1)
-        return torch.dot(flat, flat)
-    return torch.linalg.vector_norm(x, dtype=accumulator_dtype(x.dtype)).square()
 
 
 def _wider(x: Tensor, acc: Tensor) -> bool:

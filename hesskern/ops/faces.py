@@ -57,7 +57,13 @@ def _route(*tensors: Tensor) -> AbstractContextManager[None]:
     return torch._C._AutoDispatchBelowAutograd()
 
 
-def input_covariance_(acc: Tensor, x: Tensor, alpha: float = 1.0, ones: bool = False) -> Tensor:
+def input_covariance_(
+    acc: Tensor,
+    x: Tensor,
+    alpha: float = 1.0,
+    ones: bool = False,
+    base: Tensor | None = None,
+) -> Tensor:
     """Adds ``alpha * x^T x`` to the upper triangle of ``acc``.
 
     Args:
@@ -65,6 +71,8 @@ def input_covariance_(acc: Tensor, x: Tensor, alpha: float = 1.0, ones: bool = F
         x: [N, d]; acc's dtype or a narrower one.
         alpha: factor, e.g. 1/N for a mean.
         ones: append a column of ones to ``x`` (the bias as one more input).
+        base: what is added to instead of ``acc``, whose values then do not count: of its shape and
+            dtype, in memory of its own; read in the same pass over memory. None: ``acc``.
 
     Returns:
         ``acc``.
@@ -72,7 +80,7 @@ def input_covariance_(acc: Tensor, x: Tensor, alpha: float = 1.0, ones: bool = F
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the argument.
     """
-    _ops.input_covariance_(acc, x, alpha, ones)
+    _ops.input_covariance_(acc, x, alpha, ones, base)
     return acc
 
 
@@ -112,7 +120,11 @@ def conv_input_covariance_(
 
 
 def output_hessian_(
-    acc: Tensor, jacobian: Tensor, probabilities: Tensor | None = None, alpha: float = 1.0
+    acc: Tensor,
+    jacobian: Tensor,
+    probabilities: Tensor | None = None,
+    alpha: float = 1.0,
+    base: Tensor | None = None,
 ) -> Tensor:
     """Adds ``alpha * sum_n M_n`` to the upper triangle of ``acc``.
 
@@ -125,6 +137,7 @@ def output_hessian_(
         jacobian: [N, c, m] or, for layers with t positions, [N, c, m, t].
         probabilities: [N, c], non-negative, each row summing to one.
         alpha: factor, e.g. 1/(N t) for the mean over samples and positions.
+        base: what is added to instead of ``acc``, as in :func:`input_covariance_`.
 
     Returns:
         ``acc``.
@@ -132,7 +145,7 @@ def output_hessian_(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the argument.
     """
-    _ops.output_hessian_(acc, jacobian, probabilities, alpha)
+    _ops.output_hessian_(acc, jacobian, probabilities, alpha, base)
     return acc
 
 
@@ -496,8 +509,14 @@ def _check_devices(op: str, **tensors: Tensor | None) -> None:
 
 
 @torch.library.register_fake("hesskern::input_covariance_")
-def _(acc: Tensor, x: Tensor, alpha: float = 1.0, ones: bool = False) -> None:
-    _check_devices("input_covariance_", acc=acc, x=x)
+def _(
+    acc: Tensor,
+    x: Tensor,
+    alpha: float = 1.0,
+    ones: bool = False,
+    base: Tensor | None = None,
+) -> None:
+    _check_devices("input_covariance_", acc=acc, x=x, base=base)
 
 
 @torch.library.register_fake("hesskern::conv_input_covariance_")
@@ -507,9 +526,15 @@ def _(acc: Tensor, x: Tensor, *_: Any, **__: Any) -> None:
 
 @torch.library.register_fake("hesskern::output_hessian_")
 def _(
-    acc: Tensor, jacobian: Tensor, probabilities: Tensor | None = None, alpha: float = 1.0
+    acc: Tensor,
+    jacobian: Tensor,
+    probabilities: Tensor | None = None,
+    alpha: float = 1.0,
+    base: Tensor | None = None,
 ) -> None:
-    _check_devices("output_hessian_", acc=acc, jacobian=jacobian, probabilities=probabilities)
+    _check_devices(
+        "output_hessian_", acc=acc, jacobian=jacobian, probabilities=probabilities, base=base
+    )
 
 
 @torch.library.register_fake("hesskern::eigen_correction_")

@@ -24,6 +24,8 @@ from hesskern.passes.weight_watch import WeightWatch
 
 __all__ = ["InputCapture"]
 
+_AS_IT_IS: AbstractContextManager[None] = nullcontext()
+
 Take = Callable[[LayerSpec, Tensor, Hashable], Any]
 Taker = Callable[[], Take]
 Calls = dict[str, list[Any]]
@@ -111,12 +113,17 @@ class InputCapture:
                 )
                 return
             # Inside the model there may be autocast, and gradients.
-            with torch.autocast(self._device.type, enabled=False), torch.no_grad():
+            with self._unwatched(), torch.no_grad(), self._without_autocast():
                 x = _as_rows(spec, module, given.detach())
                 taken = self._take(spec, x, self._number(given))
             self._found.setdefault(name, []).append(taken)
 
         return hook
+
+    def _without_autocast(self) -> AbstractContextManager[Any]:
+        if not torch.is_autocast_enabled(self._device.type):
+            return _AS_IT_IS
+        return torch.autocast(self._device.type, enabled=False)
 
     def _number(self, given: Tensor) -> Hashable:
         """The same for two calls of one run only if they were given the same tensor, unchanged."""
@@ -175,6 +182,7 @@ class InputCapture:
 
     def _once(self, inputs: Any, taker: Taker, watch: WeightWatch | None = None) -> Calls:
         self._found, self._numbers, self._next, self._take = {}, {}, 0, taker()
+        self._unwatched = nullcontext if watch is None else watch.paused
         before = random_state(self._device)
         watched: AbstractContextManager[Any] = nullcontext() if watch is None else watch
         with (

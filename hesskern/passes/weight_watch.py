@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _pop_mode_temporarily,
+)
 
 from hesskern.passes.layers import own_parameters, weight_of
 
@@ -70,6 +75,15 @@ class WeightWatch(TorchDispatchMode):
             handle.remove()
         self._handles, self._running = [], []
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, operations are not looked at, and cost what they cost without the watch."""
+        if _get_current_dispatch_mode() is not self:
+            yield
+            return
+        with _pop_mode_temporarily():
+            yield
+
     def _begin(self, module: nn.Module, args: Any) -> None:
         self._running.append(module)
 
@@ -93,29 +107,38 @@ class WeightWatch(TorchDispatchMode):
 
     def _owners_of(self, tensor: Tensor) -> dict[str, nn.Module]:
         """The layers, with their modules, whose weights have entries in common with a tensor."""
-        memory = _memory(tensor)
+        storage = _storage(tensor)
+        memory = _memory(tensor) if storage in self._owners else None
         if memory is None:
             return {}
         return {
             name: module
-            for own, name, module in self._owners.get(memory.storage, ())
+            for own, name, module in self._owners[memory.storage]
             if own.begin <= memory.end and memory.begin <= own.end
         }
 
 
 def _memory(tensor: Tensor | None) -> _Memory | None:
     """Where a tensor's entries lie; None where that cannot be told, or it has none."""
-    if tensor is None or not tensor.numel():
+    storage = None if tensor is None or not tensor.numel() else _storage(tensor)
+    if tensor is None or not storage:
         return None
     try:
-        storage = tensor.untyped_storage().data_ptr()
         last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     except (NotImplementedError, RuntimeError):
-        # Tensors of other packages, and sparse ones.
         return None
     size = tensor.element_size()
     begin = storage + int(tensor.storage_offset()) * size
-    return _Memory(storage, begin, begin + (int(last) + 1) * size - 1) if storage else None
+    return _Memory(storage, begin, begin + (int(last) + 1) * size - 1)
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """The address of a tensor's storage; None where that cannot be told."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        # Tensors of other packages, and sparse ones.
+        return None
 
 
 def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:

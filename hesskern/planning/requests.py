@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hesskern.choices import Bias, Output, Precision
 from hesskern.factors.compute import kronecker_factors
 from hesskern.factors.compute_ekfac import ekfac
-from hesskern.factors.input_covariances import input_covariances
+from hesskern.factors.compute_inputs import input_covariances
 from hesskern.operators.layer_hessian import layer_hessians
 from hesskern.progress import Progress
 from hesskern.spill.rooms import Spill

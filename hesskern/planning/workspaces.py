@@ -63,7 +63,10 @@ def _gram(rows: int, d: int, size: int) -> int:
     if d > _PRIVATE or rows < 8 * threads or 2 * rows < d:
         slabs = min(max(_SLABS, _CHUNK // slab), _LEVEL, -(-rows // _PANEL_ROWS))
         return size * (slab * slabs + threads * (_BLOCK * width) ** 2)
-    return size * threads * (panels * (panels + 1) * width * width + slab)
+    # Many slabs are summed apart, and those sums by themselves.
+    levels = 2 if (rows // threads + _PANEL_ROWS) // _PANEL_ROWS > _LEVEL else 1
+    units = levels * panels * (panels + 1) // 2
+    return size * threads * (units * width * width + slab)
 
 
 def _input_covariance(acc: Tensor, x: Tensor, *_: Any, **__: Any) -> int:

@@ -157,18 +157,25 @@ def test_a_model_that_is_random_is_refused() -> None:
         hk.input_covariances(model, [randn(5, 4)])
 
 
-def test_an_interruption_amid_a_batch_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = hk.input_covariances(gated(), [sequences()])
+@pytest.mark.parametrize("rows", [60, 3])
+def test_an_interruption_amid_a_batch_is_known(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows are added while the model runs, a few once the whole batch is known to be good."""
+    seen = hk.input_covariances(gated(), [sequences(rows)])
+    before = hk.input_covariances(gated(), [sequences(rows)])
     add, calls = hk.ops.input_covariance_, []
 
-    def interrupted(*args: Any) -> Tensor:
+    def interrupted(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return add(*args)
+        return add(*args, **kwargs)
 
     monkeypatch.setattr(hk.ops, "input_covariance_", interrupted)
+    few = torch.randn(1, 1, 6, dtype=torch.float64)
     with pytest.raises(KeyboardInterrupt):
-        hk.input_covariances(gated(), [sequences()], accumulate=seen)
+        hk.input_covariances(gated(), [sequences(rows) if rows > 3 else few], accumulate=seen)
+    if rows > 3:
+        equal(seen, before)
+        return
     with pytest.raises(RuntimeError, match="interrupted while a batch was being added"):
         seen["gate"]

@@ -45,6 +45,7 @@ SAMPLES: dict[str, list[Callable[[], tuple]]] = {
         lambda: (f32(150, 150), random((7, 150), BF16)),
         lambda: (f32(4, 4), f32(0, 4)),
         lambda: (f32(8, 8)[1:5, 2:6], f32(4, 6).t()),
+        lambda: (f32(4, 4), f32(6, 4), 0.5, False, f32(4, 4, seed=1)),
     ],
     "conv_input_covariance_": [
         lambda: (f32(18, 18), f32(2, 2, 5, 6), [3, 3], [1, 1], [1, 1], [1, 1]),
@@ -58,6 +59,7 @@ SAMPLES: dict[str, list[Callable[[], tuple]]] = {
         lambda: (f32(4, 4), f32(5, 3, 4)),
         lambda: (f64(4, 4), random((5, 3, 4, 2), BF16)),
         lambda: (f32(4, 4), f32(0, 3, 4)),
+        lambda: (f64(4, 4), f64(5, 3, 4, 2), softmax((5, 3)), 0.5, f64(4, 4, seed=1)),
     ],
     "eigen_correction_": [
         lambda: (f32(4, 3), f32(6, 2, 4), f32(6, 3), f32(4, 4), f32(3, 3), 0.5),

@@ -21,11 +21,12 @@ static_assert(Avx512::kVectors == 2 && Avx2::kVectors == 2 && Baseline::kVectors
 constexpr int64_t kPanelRows = 128;
 
 // Where the panels of a range of rows are: element (k, c) of panel p is at
-// base[p * stride + k * ld + c]. Row-major storage has stride = W.
+// base[p * stride + k * ld + c]. Row-major storage has stride = W. Columns from `columns` on,
+// counted over all panels, are not there to be read.
 template <class T>
 struct Panels {
   const T* base;
-  int64_t stride, ld;
+  int64_t stride, ld, columns;
 };
 
 }  // namespace hesskern::cpu

@@ -24,8 +24,8 @@ class TileUnits {
   // Room for so many panels of either side.
   explicit TileUnits(int64_t panels) : operands_(panels, panels) {}
 
-  // Panels [i0, i1) as left and [j0, j1) as right operands, of up to kPanelRows rows. False where
-  // their numbers are not for the unit.
+  // Panels [i0, i1) as left and [j0, j1) as right operands, of up to kPanelRows rows, with zeros
+  // for columns that are not there. False where their numbers are not for the unit.
   bool lay_out(int64_t rows, const Panels<float>& p, int64_t i0, int64_t i1, int64_t j0,
                int64_t j1) {
     i0_ = i0;
@@ -39,10 +39,10 @@ class TileUnits {
         const bool is_left = panel >= i0 && panel < i1, is_right = panel >= j0 && panel < j1;
         if (!is_left && !is_right) continue;
         split_ = amx::together(
-            split_,
-            amx::split_columns(is_left ? operands_.left(panel - i0, step) : nullptr,
-                               is_right ? operands_.right(panel - j0, step) : nullptr,
-                               p.base + panel * p.stride + row * p.ld, p.ld, count, amx::kPanel));
+            split_, amx::split_columns(is_left ? operands_.left(panel - i0, step) : nullptr,
+                                       is_right ? operands_.right(panel - j0, step) : nullptr,
+                                       p.base + panel * p.stride + row * p.ld, p.ld, count,
+                                       std::min(amx::kPanel, p.columns - panel * amx::kPanel)));
         if (split_ == amx::Split::refused) return false;
       }
     }

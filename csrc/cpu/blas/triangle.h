@@ -29,7 +29,7 @@ inline Panels<T> packed_panels(T* buffer, int64_t d, int64_t row, int64_t rows, 
   for (int64_t panel = 0; panel < panels; ++panel) {
     pack(buffer + panel * kPanelRows * W, panel, row, rows);
   }
-  return {buffer, kPanelRows * W, W};
+  return {buffer, kPanelRows * W, W, panels * W};
 }
 
 // c [R, N lanes] (rows ldc apart) += sum_k a[k lda + (0..R)] b[k ldb + lanes]. Small
@@ -114,20 +114,35 @@ HESSKERN_FORCE_INLINE void gram_unit(int64_t K, const Panels<T>& p, int64_t i, i
   if (row < rows) block(std::integral_constant<int, 1>{}, row);
 }
 
+// What a sum is added to, and where the result goes: acc [d, d] := base [d, d] + the sum, on and
+// above the diagonal. base may be acc, but must not overlap it otherwise.
+template <class T>
+struct Triangle {
+  T* acc;
+  int64_t ld;  // elements from one row to the next
+  const T* base;
+  int64_t base_ld;
+
+  static Triangle of(T* acc, int64_t ld) { return {acc, ld, acc, ld}; }
+  // For what is added to the result.
+  Triangle in_place() const { return of(acc, ld); }
+};
+
 // Number of the unit of panels i <= j, and its panels.
 inline int64_t unit_index(int64_t i, int64_t j) {
   return j * (j + 1) / 2 + i;
 }
 
-// acc [d, d] (rows ld apart) += alpha times unit (i, j), on and above the diagonal.
+// to.acc := to.base + alpha times unit (i, j), on and above the diagonal.
 template <class T>
-HESSKERN_FORCE_INLINE void add_unit(T* acc, int64_t ld, int64_t d, int64_t W, int64_t i, int64_t j,
-                                    T alpha, const T* unit) {
+HESSKERN_FORCE_INLINE void add_unit(const Triangle<T>& to, int64_t d, int64_t W, int64_t i,
+                                    int64_t j, T alpha, const T* unit) {
   const int64_t rows = std::min(W, d - i * W), cols = std::min(W, d - j * W);
   for (int64_t r = 0; r < rows; ++r) {
-    T* to = acc + (i * W + r) * ld + j * W;
+    T* acc = to.acc + (i * W + r) * to.ld + j * W;
+    const T* base = to.base + (i * W + r) * to.base_ld + j * W;
     const T* from = unit + r * W;
-    for (int64_t c = i == j ? r : 0; c < cols; ++c) to[c] += alpha * from[c];
+    for (int64_t c = i == j ? r : 0; c < cols; ++c) acc[c] = base[c] + alpha * from[c];
   }
 }
 
@@ -136,7 +151,7 @@ HESSKERN_FORCE_INLINE void add_unit(T* acc, int64_t ld, int64_t d, int64_t W, in
 // of those in a unit, and units in what is added to acc.
 constexpr int64_t kLevel = 64;
 
-// One thread's sum of P^T P, all units of the triangle.
+// One thread's sum of P^T P, all units of the triangle, of at most so many additions.
 template <class T>
 class PrivateSum {
  public:
@@ -144,16 +159,20 @@ class PrivateSum {
     const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
     return unit_index(0, panels) * W * W;
   }
-  static int64_t size(int64_t d) { return 2 * units_size(d); }
+  static int64_t size(int64_t d, int64_t additions) {
+    return (additions > kLevel ? 2 : 1) * units_size(d);
+  }
 
-  PrivateSum(T* memory, int64_t d) : total_(memory), recent_(memory + units_size(d)), d_(d) {
-    std::fill(memory, memory + size(d), T(0));
+  PrivateSum(T* memory, int64_t d, int64_t additions)
+      : total_(memory), recent_(additions > kLevel ? memory + units_size(d) : memory), d_(d) {
+    std::fill(memory, memory + size(d, additions), T(0));
     if (tiles_pay<T>(d, kTileRows)) tiles_.emplace((d + panel_width<T>() - 1) / panel_width<T>());
   }
-  // At most kPanelRows rows.
-  void add(int64_t rows, const Panels<T>& p) {
+  // At most kPanelRows rows. False where panels would have to be read that are not there.
+  bool add(int64_t rows, const Panels<T>& p) {
     const int64_t W = panel_width<T>(), panels = (d_ + W - 1) / W;
     if (!add_on_tiles(rows, p)) {
+      if (p.columns < panels * W) return false;
       with_simd([&](auto isa) HESSKERN_INLINE {
         using Isa = decltype(isa);
         for (int64_t j = 0; j < panels; ++j) {
@@ -165,8 +184,10 @@ class PrivateSum {
       });
     }
     if (++count_ == kLevel) flush();
+    return true;
   }
   void flush() {
+    if (recent_ == total_) return;
     const int64_t size = units_size(d_);
     for (int64_t i = 0; i < size; ++i) total_[i] += recent_[i];
     std::fill(recent_, recent_ + size, T(0));
@@ -191,59 +212,66 @@ class PrivateSum {
   std::optional<TileUnits> tiles_;
 };
 
-// acc [d, d] (rows ld apart, upper triangle) += alpha times what each thread adds to
-// its own sum: body(thread, sum). For small d.
+// Units of private sums that a thread is worth starting for.
+constexpr int64_t kUnitsAtOnce = 16;
+
+// to += alpha times what each thread adds to its own sum, in at most so many additions:
+// body(thread, sum). For small d.
 template <class T, class Body>
-void gram_private_sums(T* acc, int64_t ld, int64_t d, T alpha, int64_t threads, const Body& body) {
+void gram_private_sums(const Triangle<T>& to, int64_t d, T alpha, int64_t threads,
+                       int64_t additions, const Body& body) {
   const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
-  const int64_t per_thread = PrivateSum<T>::size(d);
+  const int64_t per_thread = PrivateSum<T>::size(d, additions);
   Scratch<T> scratch(threads * per_thread);
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t thread = first; thread < last; ++thread) {
-      PrivateSum<T> sum(scratch.data() + thread * per_thread, d);
+      PrivateSum<T> sum(scratch.data() + thread * per_thread, d, additions);
       body(thread, sum);
       sum.flush();
     }
   });
-  for (int64_t j = 0; j < panels; ++j) {
-    for (int64_t i = 0; i <= j; ++i) {
-      T* sum = scratch.data() + unit_index(i, j) * W * W;
-      for (int64_t thread = 1; thread < threads; ++thread) {
-        const T* other = sum + thread * per_thread;
-        for (int64_t n = 0; n < W * W; ++n) sum[n] += other[n];
+  at::parallel_for(0, unit_index(0, panels), kUnitsAtOnce, [&](int64_t first, int64_t last) {
+    for (int64_t j = 0; j < panels; ++j) {
+      for (int64_t i = 0; i <= j; ++i) {
+        if (unit_index(i, j) < first || unit_index(i, j) >= last) continue;
+        T* sum = scratch.data() + unit_index(i, j) * W * W;
+        for (int64_t thread = 1; thread < threads; ++thread) {
+          const T* other = sum + thread * per_thread;
+          for (int64_t n = 0; n < W * W; ++n) sum[n] += other[n];
+        }
+        add_unit<T>(to, d, W, i, j, alpha, sum);
       }
-      add_unit<T>(acc, ld, d, W, i, j, alpha, sum);
     }
-  }
+  });
 }
 
 // What says where the panels of rows [row, row + rows) lie in memory that needs no packing; here,
 // nowhere.
 template <class T>
 struct NowhereDirect {
-  Panels<T> operator()(int64_t, int64_t) const { return {nullptr, 0, 0}; }
+  Panels<T> operator()(int64_t, int64_t) const { return {}; }
 };
 
 // Rows of at most this length are multiplied where they lie: longer ones map to few cache sets when
 // the row length is a power of two. The tile unit's operands are laid out anew in any case.
 constexpr int64_t kDirectOrder = 64;
 
-// acc [d, d] (rows ld apart, upper triangle) += alpha P^T P, P [K, d], split by rows
-// among threads: for small d, where a private sum per thread is cheap. pack and direct as in
-// gram().
+// to += alpha P^T P, P [K, d], split by rows among threads: for small d, where a private sum per
+// thread is cheap. pack and direct as in gram().
 template <class T, class Pack, class Direct>
-void gram_split_rows(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads,
+void gram_split_rows(const Triangle<T>& to, int64_t d, int64_t K, T alpha, int64_t threads,
                      const Pack& pack, const Direct& direct) {
   const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
   const bool look = d <= kDirectOrder || tiles_pay<T>(d, kTileRows);
-  gram_private_sums<T>(acc, ld, d, alpha, threads, [&](int64_t thread, PrivateSum<T>& sum) {
+  const int64_t additions = (K / threads + kPanelRows) / kPanelRows;
+  gram_private_sums<T>(to, d, alpha, threads, additions, [&](int64_t thread, PrivateSum<T>& sum) {
     const Scratch<T> buffer(panels * kPanelRows * W);
     const int64_t begin = K * thread / threads, end = K * (thread + 1) / threads;
     for (int64_t row = begin; row < end; row += kPanelRows) {
       const int64_t rows = std::min(kPanelRows, end - row);
-      const Panels<T> found = look ? direct(row, rows) : Panels<T>{nullptr, 0, 0};
-      sum.add(rows,
-              found.base != nullptr ? found : packed_panels<T>(buffer.data(), d, row, rows, pack));
+      const Panels<T> found = look ? direct(row, rows) : Panels<T>{};
+      if (found.base != nullptr && sum.add(rows, found)) continue;
+      sum.add(rows, packed_panels<T>(buffer.data(), d, row, rows, pack));
     }
   });
 }
@@ -298,8 +326,10 @@ struct BlockSums {
     });
   }
 
-  template <class Slab, class SlabRows>
-  void add_on(TileUnits& tiles, int64_t slabs, const Slab& slab, const SlabRows& slab_rows) const {
+  // The same on the tile unit. filled(s): the panels again, all of whose columns can be read.
+  template <class Slab, class SlabRows, class Filled>
+  void add_on(TileUnits& tiles, int64_t slabs, const Slab& slab, const SlabRows& slab_rows,
+              const Filled& filled) const {
     constexpr int64_t W = amx::kPanel;
     int64_t i0 = first->i, i1 = i0;
     for (const BlockedUnit* unit = first; unit < last; ++unit) {
@@ -308,7 +338,8 @@ struct BlockSums {
     }
     for (int64_t s = 0; s < slabs; ++s) {
       if (!tiles.lay_out(slab_rows(s), slab(s), i0, i1, first->j, last[-1].j + 1)) {
-        add(1, [&](int64_t) { return slab(s); }, [&](int64_t) { return slab_rows(s); });
+        const auto panels = filled(s);
+        add(1, [&](int64_t) { return panels; }, [&](int64_t) { return slab_rows(s); });
         continue;
       }
       T* sum = sums;
@@ -319,11 +350,10 @@ struct BlockSums {
   }
 };
 
-// acc [d, d] (rows ld apart, upper triangle) += alpha P^T P, P [K, d], the units of
-// the triangle split among threads: for large d. A chunk of rows is packed once for
-// all threads, unless it lies well; pack and direct as in gram().
+// to += alpha P^T P, P [K, d], the units of the triangle split among threads: for large d. A chunk
+// of rows is packed once for all threads, unless it lies well; pack and direct as in gram().
 template <class T, class Pack, class Direct = NowhereDirect<T>>
-void gram_split_units(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads,
+void gram_split_units(Triangle<T> to, int64_t d, int64_t K, T alpha, int64_t threads,
                       const Pack& pack, const Direct& direct = {}) {
   const int64_t W = panel_width<T>(), panels = (d + W - 1) / W;
   const int64_t slab = panels * kPanelRows * W;
@@ -336,20 +366,14 @@ void gram_split_units(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t
   int64_t step = 0;
   for (int64_t chunk = 0; chunk < K; chunk += step) {
     step = std::min(K - chunk, kLevel * kPanelRows);
-    Panels<T> found{nullptr, 0, 0};
+    Panels<T> found{};
     if (tiles) found = direct(chunk, step);
-    if (tiles && found.base == nullptr && step > kPanelRows) {
-      // Without the last slab, which may end where the memory does.
-      const int64_t less = (step - 1) / kPanelRows * kPanelRows;
-      found = direct(chunk, less);
-      if (found.base != nullptr) step = less;
-    }
     if (found.base == nullptr) step = std::min(K - chunk, slabs * kPanelRows);
     const int64_t rows = step, used = (rows + kPanelRows - 1) / kPanelRows;
     auto slab_rows = [&](int64_t s) { return std::min(kPanelRows, rows - s * kPanelRows); };
     auto slab_panels = [&](int64_t s) -> Panels<T> {
-      if (found.base == nullptr) return {packed->data() + s * slab, kPanelRows * W, W};
-      return {found.base + s * kPanelRows * found.ld, found.stride, found.ld};
+      if (found.base == nullptr) return {packed->data() + s * slab, kPanelRows * W, W, panels * W};
+      return {found.base + s * kPanelRows * found.ld, found.stride, found.ld, found.columns};
     };
     if (found.base == nullptr) {
       if (!packed) packed.emplace(slabs * slab);
@@ -364,6 +388,13 @@ void gram_split_units(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t
     at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
       const int64_t begin = units * first / threads, end = units * last / threads;
       const Scratch<T> sums(size * size * W * W);
+      std::optional<Scratch<T>> own;
+      auto filled_panels = [&](int64_t s) -> Panels<T> {
+        const Panels<T> given = slab_panels(s);
+        if (given.columns >= panels * W) return given;
+        if (!own) own.emplace(slab);
+        return packed_panels<T>(own->data(), d, chunk + s * kPanelRows, slab_rows(s), pack);
+      };
       std::optional<TileUnits> unit;
       if (tiles) unit.emplace(std::min(size, panels));
       for (int64_t n0 = begin, n1 = n0; n0 < end; n0 = n1) {
@@ -371,15 +402,16 @@ void gram_split_units(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t
         std::fill(sums.data(), sums.data() + (n1 - n0) * W * W, T(0));
         const BlockSums<T> block{order.data() + n0, order.data() + n1, d, sums.data()};
         if constexpr (std::is_same_v<T, float>) {
-          if (unit) block.add_on(*unit, used, slab_panels, slab_rows);
+          if (unit) block.add_on(*unit, used, slab_panels, slab_rows, filled_panels);
         }
         if (!unit) block.add(used, slab_panels, slab_rows);
         for (int64_t n = n0; n < n1; ++n) {
           const T* from = sums.data() + (n - n0) * W * W;
-          add_unit<T>(acc, ld, d, W, order[n].i, order[n].j, alpha, from);
+          add_unit<T>(to, d, W, order[n].i, order[n].j, alpha, from);
         }
       }
     });
+    to = to.in_place();
   }
 }
 
@@ -392,17 +424,17 @@ inline int64_t gram_threads(int64_t K, int64_t d) {
   return std::clamp<int64_t>(K * d * (d + 32) / (1 << 20), 1, at::get_num_threads());
 }
 
-// acc [d, d] += alpha P^T P by the driver that suits the shape. pack(dst [rows, W], panel, row,
-// rows) fills one panel, with zeros beyond d; direct(row, rows) says where the panels of those rows
-// lie, if they lie where they can be read, past the end of the last by less than W.
+// to += alpha P^T P by the driver that suits the shape, P [K > 0, d]. pack(dst [rows, W], panel,
+// row, rows) fills one panel, with zeros beyond d; direct(row, rows) says where the panels of those
+// rows lie, if they lie where they can be read.
 template <class T, class Pack, class Direct = NowhereDirect<T>>
-void gram(T* acc, int64_t ld, int64_t d, int64_t K, T alpha, int64_t threads, const Pack& pack,
+void gram(const Triangle<T>& to, int64_t d, int64_t K, T alpha, int64_t threads, const Pack& pack,
           const Direct& direct = {}) {
   // A private sum is set to zero, added up and read back: worth it for many rows.
   if (d <= kPrivateOrder && K >= 8 * threads && K >= d / 2) {
-    gram_split_rows<T>(acc, ld, d, K, alpha, threads, pack, direct);
+    gram_split_rows<T>(to, d, K, alpha, threads, pack, direct);
   } else {
-    gram_split_units<T>(acc, ld, d, K, alpha, threads, pack, direct);
+    gram_split_units<T>(to, d, K, alpha, threads, pack, direct);
   }
 }
 

@@ -90,7 +90,8 @@ void run(const ConvCall& call) {
       auto pack = [&](T* dst, int64_t panel, int64_t row, int64_t count) {
         patches.pack(dst, W, panel, row, count);
       };
-      gram<T>(acc, call.acc.stride(1), d, rows, static_cast<T>(call.alpha), threads, pack);
+      gram<T>(Triangle<T>::of(acc, call.acc.stride(1)), d, rows, static_cast<T>(call.alpha),
+              threads, pack);
     }
   }
 }

@@ -12,7 +12,7 @@ from hesskern.apps.bench.language import Pairs, TextCase
 from hesskern.apps.bench.settings import Settings
 from hesskern.choices import Output
 from hesskern.factors.compute import kronecker_factors
-from hesskern.factors.input_covariances import input_covariances
+from hesskern.factors.compute_inputs import input_covariances
 from hesskern.passes.transformers import CausalLM
 from hesskern.progress import Progress
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from networks import randn, seeded
 from torch import Tensor, nn
@@ -40,6 +40,10 @@ programs = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2)), min_size=0,
 
 @given(calls=st.lists(programs, min_size=1, max_size=4), rows=st.sampled_from((1, D - 1, D, 9)),
        shared=st.booleans(), positions=st.booleans(), seed=st.integers(0, 99))  # fmt: skip
+@example(calls=[[], [(1, 0)]], rows=1, shared=True, positions=False, seed=0)
+@example(calls=[[], [(1, 0)]], rows=9, shared=True, positions=False, seed=0)
+@example(calls=[[], [(1, 0), (2, 0), (1, 2), (2, 1)]], rows=1, shared=True, positions=False, seed=0)
+@example(calls=[[(1, 0), (2, 0), (1, 2)]], rows=9, shared=True, positions=False, seed=0)
 @pytest.mark.filterwarnings("ignore:left out:UserWarning")
 def test_any_order_of_calls(
     calls: list[list[tuple[int, int]]], rows: int, shared: bool, positions: bool, seed: int

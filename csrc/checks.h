@@ -180,6 +180,19 @@ inline void check_mirror(const at::Tensor& acc) {
   check_distinct_elements("mirror_", acc);
 }
 
+// acc and other [d, d] or [g, d, d], both contiguous
+inline void check_add_triangle(const at::Tensor& acc, const at::Tensor& other) {
+  const char* op = "add_triangles_";
+  TORCH_CHECK_VALUE(
+      (acc.dim() == 2 || acc.dim() == 3) && acc.size(acc.dim() - 1) == acc.size(acc.dim() - 2), op,
+      ": acc must be [d, d] or [g, d, d], got ", acc.sizes());
+  TORCH_CHECK_VALUE(other.sizes() == acc.sizes() && other.scalar_type() == acc.scalar_type() &&
+                        acc.is_contiguous() && other.is_contiguous(),
+                    op, ": other must be as acc, both contiguous, got ", acc.sizes(), " ",
+                    acc.scalar_type(), " and ", other.sizes(), " ", other.scalar_type());
+  check_accumulator(op, acc, other, "other");
+}
+
 // An operator's name in messages, with the index of the list's entry if it has one.
 struct OpName {
   const char* name;

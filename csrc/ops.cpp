@@ -15,20 +15,20 @@
 
 TORCH_LIBRARY(hesskern, m) {
   // acc [d, d] (or [d + 1, d + 1] with ones) += alpha x^T x, upper triangle; x [N, d]; with base,
-  // of acc's shape, acc := base + the same
+  // of acc's shape, and beta, acc := beta base + the same
   m.def(
       "input_covariance_(Tensor(a!) acc, Tensor x, float alpha=1.0, bool ones=False, "
-      "Tensor? base=None) -> ()");
+      "Tensor? base=None, float beta=1.0) -> ()");
   // acc [C k k, C k k] or [g, C k k / g, C k k / g] += alpha sum_n X_n X_n^T; x [N, C, H, W], [N,
   // C, L]
   m.def(
       "conv_input_covariance_(Tensor(a!) acc, Tensor x, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation, int groups=1, float alpha=1.0) -> ()");
   // acc [m, m] += alpha sum of root rows, upper triangle; jacobian [N, c, m(, t)], probabilities
-  // [N, c]; base as above
+  // [N, c]; base and beta as above
   m.def(
       "output_hessian_(Tensor(a!) acc, Tensor jacobian, Tensor? probabilities=None, "
-      "float alpha=1.0, Tensor? base=None) -> ()");
+      "float alpha=1.0, Tensor? base=None, float beta=1.0) -> ()");
   // acc [m, d] += alpha sum_n sum_r (U^T (sum_t g_nrt x_nt^T) V)^2 by element; g [N, r, m(, t)],
   // x [N, d(, t)]; ones: x with one more column, of ones
   m.def(
@@ -84,6 +84,8 @@ TORCH_LIBRARY(hesskern_internal, m) {
       "-> ()");
   // a [rows, inner] b [inner, columns] on a processor's tile unit where that pays, else torch's mm
   m.def("matmul(Tensor a, Tensor b) -> Tensor");
+  // each acc [d, d] or [g, d, d] += other, of its shape, on the upper triangle; all contiguous
+  m.def("add_triangles_(Tensor(a!)[] acc, Tensor[] other) -> ()");
 }
 
 namespace {

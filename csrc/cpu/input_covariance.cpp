@@ -17,24 +17,20 @@ int64_t convert_rows(int64_t d) {
 
 // acc and base [d, d] or [d + 1, d + 1], x [N, d]
 void input_covariance_(at::Tensor& acc, const at::Tensor& x, double alpha, bool ones,
-                       const std::optional<at::Tensor>& base) {
+                       const std::optional<at::Tensor>& base, double beta) {
   check_input_covariance(acc, x, ones, base);
   const int64_t n = x.size(0), d = x.size(1);
-  if (n == 0) {
-    if (base.has_value()) copy_triangle_(acc, *base);
-    return;
-  }
-  const auto without_ones = [&](const at::Tensor& sum) {
-    return ones ? sum.narrow(0, 0, d).narrow(1, 0, d) : sum;
-  };
-  const at::Tensor block = without_ones(acc);
-  at::Tensor from = base.has_value() ? without_ones(*base) : block;
-  if (ones && base.has_value()) acc.select(1, d).copy_(base->select(1, d));
+  Addend addend{base.value_or(acc), beta};
+  // The column of ones is added to by itself.
+  if (n == 0 || ones) addend = start_triangle_(acc, addend);
+  if (n == 0) return;
+  const at::Tensor block = ones ? acc.narrow(0, 0, d).narrow(1, 0, d) : acc;
+  if (ones) addend.base = block;
   const int64_t step = x.scalar_type() == acc.scalar_type() ? n : convert_rows(d);
   for (int64_t start = 0; start < n; start += step) {
     const at::Tensor rows = x.narrow(0, start, std::min(step, n - start)).to(acc.scalar_type());
-    symmetric_update_(block, from, rows, alpha);
-    from = block;
+    symmetric_update_(block, addend, rows, alpha);
+    addend = {block, 1};
     if (ones) acc.select(1, d).narrow(0, 0, d).add_(rows.sum(0), alpha);
   }
   if (ones) acc.select(0, d).select(0, d).add_(alpha * static_cast<double>(n));

@@ -278,10 +278,10 @@ void update_by_positions(Triangle<T> to, const Jacobian<T>& jacobian, T alpha) {
   }
 }
 
-// acc and base [m, m] with unit column stride, jacobian [N, c, m] or [N, c, m, t] of acc's
+// acc and the addend [m, m] with unit column stride, jacobian [N, c, m] or [N, c, m, t] of acc's
 // dtype, p [N, c] or undefined
 template <typename T>
-void update(const at::Tensor& acc, const at::Tensor& base, const at::Tensor& jacobian,
+void update(const at::Tensor& acc, const Addend& addend, const at::Tensor& jacobian,
             const at::Tensor& p, double alpha) {
   const bool positions = jacobian.dim() == 4;
   const int64_t n = jacobian.size(0), c = jacobian.size(1), m = jacobian.size(2);
@@ -302,8 +302,8 @@ void update(const at::Tensor& acc, const at::Tensor& base, const at::Tensor& jac
                       jacobian.stride(1),
                       positions ? jacobian.stride(3) : 0,
                       p.defined() ? &weights : nullptr};
-  const Triangle<T> to{acc.mutable_data_ptr<T>(), acc.stride(0), base.const_data_ptr<T>(),
-                       base.stride(0)};
+  const Triangle<T> to{acc.mutable_data_ptr<T>(), acc.stride(0), addend.base.const_data_ptr<T>(),
+                       addend.base.stride(0), static_cast<T>(addend.beta)};
   if (jacobian.stride(2) == 1 || m == 1) {
     update_by_rows<T>(to, j, static_cast<T>(alpha));
   } else {
@@ -322,31 +322,28 @@ bool has_layout(const at::Tensor& jacobian) {
 // acc and base [m, m], jacobian [N, c, m] or [N, c, m, t], probabilities [N, c]
 void output_hessian_(at::Tensor& acc, const at::Tensor& jacobian,
                      const std::optional<at::Tensor>& probabilities, double alpha,
-                     const std::optional<at::Tensor>& base) {
+                     const std::optional<at::Tensor>& base, double beta) {
   check_output_hessian(acc, jacobian, probabilities, base);
+  Addend addend{base.value_or(acc), beta};
   // The weights of a single class are zero.
   if (jacobian.numel() == 0 || (probabilities.has_value() && jacobian.size(1) == 1)) {
-    if (base.has_value()) copy_triangle_(acc, *base);
+    start_triangle_(acc, addend);
     return;
   }
   const auto dtype = acc.scalar_type();
   if (acc.stride(1) != 1) {
     at::Tensor sum = at::zeros(acc.sizes(), acc.options());
-    output_hessian_(sum, jacobian, probabilities, alpha, std::nullopt);
-    if (base.has_value()) copy_triangle_(acc, *base);
+    output_hessian_(sum, jacobian, probabilities, alpha, std::nullopt, 1);
+    start_triangle_(acc, addend);
     acc.add_(sum);
     return;
   }
-  at::Tensor from = base.has_value() ? *base : acc;
   if (!probabilities.has_value() && jacobian.dim() == 3 && jacobian.scalar_type() == dtype &&
       jacobian.is_contiguous()) {
-    symmetric_update_(acc, from, jacobian.view({-1, jacobian.size(2)}), alpha);
+    symmetric_update_(acc, addend, jacobian.view({-1, jacobian.size(2)}), alpha);
     return;
   }
-  if (from.stride(1) != 1) {
-    copy_triangle_(acc, from);
-    from = acc;
-  }
+  if (addend.base.stride(1) != 1) addend = start_triangle_(acc, addend);
   const at::Tensor p =
       probabilities.has_value() ? probabilities->to(dtype).contiguous() : at::Tensor();
   const int64_t n = jacobian.size(0);
@@ -357,9 +354,9 @@ void output_hessian_(at::Tensor& acc, const at::Tensor& jacobian,
     at::Tensor chunk = jacobian.narrow(0, start, count).to(dtype);
     if (!has_layout(chunk)) chunk = chunk.contiguous();
     AT_DISPATCH_FLOATING_TYPES(dtype, "output_hessian_", [&] {
-      update<scalar_t>(acc, from, chunk, p.defined() ? p.narrow(0, start, count) : p, alpha);
+      update<scalar_t>(acc, addend, chunk, p.defined() ? p.narrow(0, start, count) : p, alpha);
     });
-    from = acc;
+    addend = {acc, 1};
   }
 }
 

@@ -23,9 +23,9 @@ void add_rows(const at::Tensor& acc, const at::Tensor& x, Axis rows, Axis column
 
 // acc and base [d, d] or [d + 1, d + 1], x [N, d]
 void input_covariance_(at::Tensor& acc, const at::Tensor& x, double alpha, bool ones,
-                       const std::optional<at::Tensor>& base) {
+                       const std::optional<at::Tensor>& base, double beta) {
   check_input_covariance(acc, x, ones, base);
-  if (base.has_value()) acc.copy_(*base);
+  start(acc, base, beta);
   if (x.size(0) == 0 || acc.numel() == 0) return;
   const c10::cuda::CUDAGuard guard(acc.device());
   in_parts(acc, x, [&](const at::Tensor& part, int64_t) {

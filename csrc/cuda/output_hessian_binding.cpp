@@ -66,9 +66,9 @@ bool add_softmax_rows(const at::Tensor& acc, const at::Tensor& jacobian, const a
 // acc and base [m, m], jacobian [N, c, m] or [N, c, m, t], probabilities [N, c]
 void output_hessian_(at::Tensor& acc, const at::Tensor& jacobian,
                      const std::optional<at::Tensor>& probabilities, double alpha,
-                     const std::optional<at::Tensor>& base) {
+                     const std::optional<at::Tensor>& base, double beta) {
   check_output_hessian(acc, jacobian, probabilities, base);
-  if (base.has_value()) acc.copy_(*base);
+  start(acc, base, beta);
   // The weights of a single class are zero.
   if (jacobian.numel() == 0 || (probabilities.has_value() && jacobian.size(1) == 1)) return;
   const c10::cuda::CUDAGuard guard(acc.device());

@@ -486,10 +486,12 @@ class FactorAccumulator(Portable):
         if self._decay is not None:
             self._average(fresh, self._decay)
         known = {n: sums for n, sums in fresh.layers.items() if n in self._sums}
-        add_sums((self._sums[name], sums) for name, sums in known.items())
+        add_sums([(self._sums[name], sums) for name, sums in known.items()], fresh.below)
         for name, sums in fresh.layers.items():
             if name not in known:
                 self._sums[name] = sums.copy(self._room.copied) if known else sums
+                if fresh.below:
+                    self._sums[name].clear_below()
         add_diagonals(self._diagonals, fresh.diagonals)
         if not known:
             # It holds the running sums from now on.

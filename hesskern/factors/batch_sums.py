@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -66,13 +66,15 @@ class BatchSums:
             if name in self.large:
                 _add_squares(outputs, rows)
             else:
-                ops.output_hessian_(outputs, rows)
+                ops.output_hessian_(outputs, rows, beta=found.started(name, "outputs"))
         at_work.put_back()
         found = memory.zeros(layouts) if found is None else found
         found.counts += self._counted(roots, names)
         for name, sums in found.layers.items():
-            add = partial(self._add_inputs, self.specs[name], roots)
+            begun = partial(found.started, name, "inputs")
+            add = partial(self._add_inputs, self.specs[name], roots, begun)
             at_work.on_inputs(sums, layouts[name].device, add)
+        found.fill()
         for name, sums in found.layers.items():
             roots.check_sums(name, sums.inputs, sums.outputs)
         for name, diagonal in diagonals.finished().items():
@@ -98,8 +100,10 @@ class BatchSums:
         ]
 
     @staticmethod
-    def _add_inputs(spec: LayerSpec, roots: BatchRoots, sums: LayerSums) -> None:
-        """Adds the batch's inputs of one layer."""
+    def _add_inputs(
+        spec: LayerSpec, roots: BatchRoots, begun: Callable[[], float], sums: LayerSums
+    ) -> None:
+        """Adds the batch's inputs of one layer to ``begun()`` times its covariance so far."""
         uses = roots.uses[spec.name]
         if roots.weight_root is not None and any(use.ambiguous for use in uses):
             raise ValueError(
@@ -110,12 +114,12 @@ class BatchSums:
         assert sums.images is not None
         for use, image in zip(uses, sums.images, strict=True):
             if use.mask is not None:
-                _add_data(spec, roots, use, sums, image)
+                _add_data(spec, roots, use, begun(), sums, image)
                 continue
             x = roots.inputs(use)
             if spec.kind == "linear":
                 rows = x if x.dim() == 2 else x.reshape(-1, spec.weight_inputs)
-                ops.input_covariance_(sums.inputs, rows)
+                ops.input_covariance_(sums.inputs, rows, beta=begun())
             else:
                 ops.conv_input_covariance_(
                     sums.inputs,
@@ -227,19 +231,25 @@ def _layout(spec: LayerSpec, uses: list[LayerUse], large: bool) -> Layout:
         tuple(tuple(use.x.shape[1:]) for use in uses),
         accumulator_dtype(x.dtype),
         x.device,
+        (spec.kind == "linear", not large),
     )
 
 
 def _add_data(
-    spec: LayerSpec, roots: BatchRoots, use: LayerUse, sums: LayerSums, image: Tensor
+    spec: LayerSpec,
+    roots: BatchRoots,
+    use: LayerUse,
+    begun: float,
+    sums: LayerSums,
+    image: Tensor,
 ) -> None:
-    """Adds the inputs of one masked use at the positions that are data."""
+    """Adds the inputs of one masked use at the positions that are data to ``begun`` times those."""
     rows = roots.data_rows(spec, use)
     if spec.groups == 1:
-        ops.input_covariance_(sums.inputs, rows)
+        ops.input_covariance_(sums.inputs, rows, beta=begun)
     else:
         for covariance, part in zip(sums.inputs, rows.chunk(spec.groups, 1), strict=True):
-            ops.input_covariance_(covariance, part.contiguous())
+            ops.input_covariance_(covariance, part.contiguous(), beta=begun)
     pixels = (spec.kernel_size, spec.stride, spec.padding) == ((1,), (1,), (0,))
     if use.convolution and not pixels:
         # What the windows of masked positions hold cannot be taken out of an image.

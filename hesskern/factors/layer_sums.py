@@ -74,6 +74,12 @@ class LayerSums:
             float(self.positions),
         )
 
+    def clear_below(self) -> None:
+        """Makes zeros of what lies below the diagonals."""
+        self.inputs.triu_()
+        if self.outputs.dim() > 1:
+            self.outputs.triu_()
+
     def fits(self, other: LayerSums) -> bool:
         """Whether adding ``other`` changes nothing but sums."""
         if self.images is None:
@@ -104,19 +110,31 @@ def add_diagonals(mine: dict[str, Tensor], other: Mapping[str, Tensor]) -> None:
         mine.setdefault(name, diagonal)
 
 
-def add_sums(pairs: Iterable[tuple[LayerSums, LayerSums]]) -> None:
-    """Adds to the first of every pair the second. Images are lost where their shapes differ."""
-    targets: list[Tensor] = []
-    others: list[Tensor] = []
+def add_sums(pairs: Iterable[tuple[LayerSums, LayerSums]], below: bool = False) -> None:
+    """Adds to the first of every pair the second. Images are lost where their shapes differ.
+
+    Args:
+        pairs: of sums of one layer each.
+        below: whether there may be any values below the second ones' diagonals, which are not
+            added then.
+    """
+    whole: list[tuple[Tensor, Tensor]] = []
+    triangles: list[tuple[Tensor, Tensor]] = []
     for mine, other in pairs:
         mine.positions += other.positions
         if not mine.fits(other):
             mine.images = None
         # One that has lost its images takes none.
-        new = other._tensors()
-        targets += mine._tensors()
-        others += new if mine.images is not None else new[:3]
-    foreach.add_(targets, others)
+        for one, another in zip(mine._tensors(), other._tensors(), strict=False):
+            matrix = one is mine.inputs or (one is mine.outputs and one.dim() > 1)
+            (triangles if below and matrix else whole).append((one, another))
+    foreach.add_(*_parted(whole))
+    if triangles:
+        foreach.add_triangles_(*_parted(triangles))
+
+
+def _parted(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    return [one for one, _ in pairs], [other for _, other in pairs]
 
 
 @dataclass(frozen=True)
@@ -126,6 +144,8 @@ class Layout:
     Attributes:
         inputs, outputs, column, images: as in :class:`LayerSums`.
         dtype, device: of all of them.
+        blank: which of inputs and outputs may begin with any values, as the first of what is added
+            to them takes their place.
     """
 
     inputs: tuple[int, ...]
@@ -134,6 +154,7 @@ class Layout:
     images: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
     device: torch.device
+    blank: tuple[bool, bool] = (False, False)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -169,12 +190,29 @@ class BatchSum:
         counts: per part of the batch its number of samples with every layer's positions per sample,
             and its masks' positions with the layers that they belong to.
         diagonals: sums of squared gradients by parameter, of its shape.
+        blank: matrices that hold any values yet, by layer and attribute.
+        below: whether there may be any values below diagonals.
     """
 
     layers: dict[str, LayerSums]
     pieces: list[Tensor]
     counts: list[Counted] = field(default_factory=list)
     diagonals: dict[str, Tensor] = field(default_factory=dict)
+    blank: set[tuple[str, str]] = field(default_factory=set)
+    below: bool = False
+
+    def started(self, name: str, matrix: str) -> float:
+        """The factor of what a layer's matrix holds before rows are added to it: 0 or 1."""
+        if (name, matrix) not in self.blank:
+            return 1.0
+        self.blank.remove((name, matrix))
+        return 0.0
+
+    def fill(self) -> None:
+        """Makes zeros of matrices that nothing was added to."""
+        for name, matrix in self.blank:
+            getattr(self.layers[name], matrix).zero_()
+        self.blank.clear()
 
     def mask(self, alive: Tensor) -> None:
         """Makes all sums zero where the 0-dim ``alive`` is False, whatever they hold."""
@@ -192,7 +230,9 @@ class BatchSum:
 
     def join(self, other: BatchSum) -> None:
         """Adds another part of the same batch."""
-        add_sums((self.layers[n], sums) for n, sums in other.layers.items() if n in self.layers)
+        shared = [(self.layers[n], sums) for n, sums in other.layers.items() if n in self.layers]
+        add_sums(shared, self.below or other.below)
+        self.below = self.below or other.below
         self.layers = {**other.layers, **self.layers}
         self.pieces += other.pieces
         self.counts += other.counts
@@ -218,7 +258,10 @@ class SumMemory:
         self._begun = False
 
     def zeros(self, layouts: dict[str, Layout]) -> BatchSum:
-        """Sums of no samples, in the memory of those before, which must not be needed any more."""
+        """Sums of no samples, in the memory of those before, which must not be needed any more.
+
+        Some of them may be blank, but never the first ones.
+        """
         if self._sum is None or layouts != self._layouts:
             # The ones before are let go first.
             self._sum = None
@@ -234,7 +277,8 @@ class SumMemory:
         }
         if sum(piece.nbytes for piece in found.pieces) > _LARGE and all(map(on_host, found.pieces)):
             self._sum = None
-        return BatchSum(layers, list(found.pieces))
+        blank = set(found.blank)
+        return BatchSum(layers, list(found.pieces), blank=blank, below=bool(blank))
 
     def let_go(self) -> None:
         """Leaves the memory to whoever holds the sums."""
@@ -250,10 +294,16 @@ def _zeros(layouts: dict[str, Layout], scattered: bool, place: Spill | None) -> 
         apart = name if large else ""
         groups.setdefault((layout.dtype, layout.device, apart), []).append(name)
     pieces, found = [], {}
+    blank: set[tuple[str, str]] = set()
     for (dtype, device, _), names in groups.items():
         shapes = [shape for name in names for shape in layouts[name].shapes]
         room = [-(-product(shape) // _ALIGNED) * _ALIGNED for shape in shapes]
-        piece = Room(place, device).zeros([sum(room)], dtype)
+        # What the host sets to zero takes as long as adding it up.
+        empty = scattered and place is None and device.type == "cpu"
+        if empty:
+            piece = torch.empty(sum(room), dtype=dtype, device=device)
+        else:
+            piece = Room(place, device).zeros([sum(room)], dtype)
         pieces.append(piece)
         begins = accumulate([0, *room])
         parts = iter(
@@ -266,7 +316,21 @@ def _zeros(layouts: dict[str, Layout], scattered: bool, place: Spill | None) -> 
             inputs, outputs, column = (next(parts) for _ in range(3))
             images = [next(parts) for _ in layouts[name].images]
             found[name] = LayerSums(inputs, outputs, column, images)
-    return BatchSum({name: found[name] for name in layouts}, pieces)
+            if empty:
+                blank.update(_left_blank(name, found[name], layouts[name]))
+    return BatchSum({name: found[name] for name in layouts}, pieces, blank=blank)
+
+
+def _left_blank(name: str, sums: LayerSums, layout: Layout) -> list[tuple[str, str]]:
+    """Makes zeros of all sums of a layer but those that may stay blank, which are returned."""
+    matrices = ((sums.inputs, "inputs"), (sums.outputs, "outputs"))
+    left = [(name, matrix) for (_, matrix), may in zip(matrices, layout.blank, strict=True) if may]
+    for tensor, matrix in matrices:
+        if (name, matrix) not in left:
+            tensor.zero_()
+    for tensor in (sums.column, *(sums.images or ())):
+        tensor.zero_()
+    return left
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:

@@ -63,6 +63,7 @@ def input_covariance_(
     alpha: float = 1.0,
     ones: bool = False,
     base: Tensor | None = None,
+    beta: float = 1.0,
 ) -> Tensor:
     """Adds ``alpha * x^T x`` to the upper triangle of ``acc``.
 
@@ -73,6 +74,7 @@ def input_covariance_(
         ones: append a column of ones to ``x`` (the bias as one more input).
         base: what is added to instead of ``acc``, whose values then do not count: of its shape and
             dtype, in memory of its own; read in the same pass over memory. None: ``acc``.
+        beta: factor of what is added to; where it is 0, its values do not count, whatever they are.
 
     Returns:
         ``acc``.
@@ -80,7 +82,7 @@ def input_covariance_(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the argument.
     """
-    _ops.input_covariance_(acc, x, alpha, ones, base)
+    _ops.input_covariance_(acc, x, alpha, ones, base, beta)
     return acc
 
 
@@ -125,6 +127,7 @@ def output_hessian_(
     probabilities: Tensor | None = None,
     alpha: float = 1.0,
     base: Tensor | None = None,
+    beta: float = 1.0,
 ) -> Tensor:
     """Adds ``alpha * sum_n M_n`` to the upper triangle of ``acc``.
 
@@ -137,7 +140,7 @@ def output_hessian_(
         jacobian: [N, c, m] or, for layers with t positions, [N, c, m, t].
         probabilities: [N, c], non-negative, each row summing to one.
         alpha: factor, e.g. 1/(N t) for the mean over samples and positions.
-        base: what is added to instead of ``acc``, as in :func:`input_covariance_`.
+        base, beta: what is added to, as in :func:`input_covariance_`.
 
     Returns:
         ``acc``.
@@ -145,7 +148,7 @@ def output_hessian_(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; names the argument.
     """
-    _ops.output_hessian_(acc, jacobian, probabilities, alpha, base)
+    _ops.output_hessian_(acc, jacobian, probabilities, alpha, base, beta)
     return acc
 
 
@@ -515,6 +518,7 @@ def _(
     alpha: float = 1.0,
     ones: bool = False,
     base: Tensor | None = None,
+    beta: float = 1.0,
 ) -> None:
     _check_devices("input_covariance_", acc=acc, x=x, base=base)
 
@@ -531,6 +535,7 @@ def _(
     probabilities: Tensor | None = None,
     alpha: float = 1.0,
     base: Tensor | None = None,
+    beta: float = 1.0,
 ) -> None:
     _check_devices(
         "output_hessian_", acc=acc, jacobian=jacobian, probabilities=probabilities, base=base

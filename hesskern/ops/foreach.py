@@ -8,7 +8,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-__all__ = ["add_", "are_finite", "inverse_shifted", "scale_"]
+__all__ = ["add_", "add_triangles_", "are_finite", "inverse_shifted", "scale_"]
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
@@ -41,6 +41,16 @@ def add_(targets: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     """Adds to every target the other of its shape and dtype."""
     for group in _alike(targets):
         torch._foreach_add_([targets[i] for i in group], [others[i] for i in group])
+
+
+def add_triangles_(targets: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Adds to every target [(g,) d, d] the other of its shape and dtype on the upper triangle.
+
+    Args:
+        targets: contiguous, on the host.
+        others: contiguous.
+    """
+    torch.ops.hesskern_internal.add_triangles_(list(targets), list(others))
 
 
 def scale_(targets: Sequence[Tensor], factor: float | Tensor) -> None:

@@ -215,7 +215,9 @@ class ShapeRun(TorchDispatchMode):
 
     def _call(self, func: Any, args: Any, kwargs: Any, purpose: str) -> None:
         workspace = workspace_bytes(func, args, kwargs)
-        self.kernels.append(KernelCall(func._opname, tuple(args[0].shape), workspace))
+        # One that takes lists has no shape of its own.
+        shape = tuple(args[0].shape) if isinstance(args[0], Tensor) else (len(args[0]),)
+        self.kernels.append(KernelCall(func._opname, shape, workspace))
         self._count(func, args, kwargs, None, purpose)
         self._change(workspace, WORKSPACE)
         self._change(-workspace, WORKSPACE)

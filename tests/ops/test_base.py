@@ -1,4 +1,4 @@
-"""Sums that are added to another matrix than they are written to: the same bits as a copy's."""
+"""Sums that are added to another matrix than they are written to, or to none at all."""
 
 from __future__ import annotations
 
@@ -35,6 +35,19 @@ def check(
     same = torch.equal if "column_major" not in layouts else torch.allclose
     assert same(acc.triu(), expected.triu())
     assert torch.equal(base, kept)
+    # A factor of what is added to; with none, its values do not count.
+    halved = (base / 2).contiguous()
+    add(halved)
+    acc = arrange(torch.full_like(base, NAN), layouts[1])
+    add(acc, base=base, beta=0.5)
+    assert torch.allclose(acc.triu(), halved.triu(), equal_nan=True)
+    blank = torch.zeros_like(base).contiguous()
+    add(blank)
+    acc = arrange(torch.full_like(base, NAN), layouts[1])
+    add(acc, beta=0.0)
+    assert same(acc.triu(), blank.triu())
+    add(acc, base=base, beta=0.0)
+    assert same(acc.triu(), blank.triu())
 
 
 @given(n=rows, d=orders, ones=st.booleans(), dtype=dtypes, layout=input_layouts,

@@ -37,41 +37,42 @@ void update(const Triangle<T>& to, const T* rows, int64_t K, int64_t d, int64_t 
 
 }  // namespace
 
-void copy_triangle_(const at::Tensor& acc, const at::Tensor& base) {
-  if (acc.is_same(base)) return;
-  if (acc.stride(1) != 1 || base.stride(1) != 1) {
-    acc.copy_(base);
-    return;
-  }
-  AT_DISPATCH_FLOATING_TYPES(acc.scalar_type(), "copy_triangle_", [&] {
+Addend start_triangle_(const at::Tensor& acc, const Addend& addend) {
+  const auto& [base, beta] = addend;
+  if (acc.is_same(base) && beta == 1) return addend;
+  AT_DISPATCH_FLOATING_TYPES(acc.scalar_type(), "start_triangle_", [&] {
     const auto* from = base.const_data_ptr<scalar_t>();
     auto* to = acc.mutable_data_ptr<scalar_t>();
-    const int64_t d = acc.size(0), ld = acc.stride(0), base_ld = base.stride(0);
+    const int64_t d = acc.size(0), row = acc.stride(0), column = acc.stride(1);
+    const int64_t base_row = base.stride(0), base_column = base.stride(1);
+    const auto factor = static_cast<scalar_t>(beta);
     for (int64_t i = 0; i < d; ++i) {
-      std::copy(from + i * base_ld + i, from + i * base_ld + d, to + i * ld + i);
+      for (int64_t j = i; j < d; ++j) {
+        scalar_t& element = to[i * row + j * column];
+        element = factor == 0 ? scalar_t(0) : factor * from[i * base_row + j * base_column];
+      }
     }
   });
+  return {acc, 1};
 }
 
-void symmetric_update_(const at::Tensor& acc, const at::Tensor& base, const at::Tensor& rows,
+void symmetric_update_(const at::Tensor& acc, const Addend& addend, const at::Tensor& rows,
                        double alpha) {
   const int64_t d = acc.size(0), count = rows.size(0);
   if (d == 0) return;
   if (count == 0) {
-    copy_triangle_(acc, base);
+    start_triangle_(acc, addend);
     return;
   }
   if (acc.stride(1) != 1) {
     const at::Tensor sum = at::zeros({d, d}, acc.options());
-    symmetric_update_(sum, sum, rows, alpha);
-    copy_triangle_(acc, base);
+    symmetric_update_(sum, {sum, 1}, rows, alpha);
+    start_triangle_(acc, addend);
     acc.add_(sum);
     return;
   }
   const bool few = count <= kFewRows && rows.stride(1) == 1;
-  const bool copied = few || base.stride(1) != 1;
-  if (copied) copy_triangle_(acc, base);
-  const at::Tensor& from = copied ? acc : base;
+  const Addend from = few || addend.base.stride(1) != 1 ? start_triangle_(acc, addend) : addend;
   AT_DISPATCH_FLOATING_TYPES(acc.scalar_type(), "symmetric_update_", [&] {
     const auto* data = rows.const_data_ptr<scalar_t>();
     auto* sum = acc.mutable_data_ptr<scalar_t>();
@@ -80,8 +81,8 @@ void symmetric_update_(const at::Tensor& acc, const at::Tensor& base, const at::
       few_rows_update(sum, acc.stride(0), data, rows.stride(0), count, d, factor);
       return;
     }
-    const Triangle<scalar_t> to{sum, acc.stride(0), from.const_data_ptr<scalar_t>(),
-                                from.stride(0)};
+    const Triangle<scalar_t> to{sum, acc.stride(0), from.base.const_data_ptr<scalar_t>(),
+                                from.base.stride(0), static_cast<scalar_t>(from.beta)};
     update<scalar_t>(to, data, count, d, rows.stride(0), rows.stride(1), factor);
   });
 }

@@ -114,16 +114,18 @@ HESSKERN_FORCE_INLINE void gram_unit(int64_t K, const Panels<T>& p, int64_t i, i
   if (row < rows) block(std::integral_constant<int, 1>{}, row);
 }
 
-// What a sum is added to, and where the result goes: acc [d, d] := base [d, d] + the sum, on and
-// above the diagonal. base may be acc, but must not overlap it otherwise.
+// What a sum is added to, and where the result goes: acc [d, d] := beta base [d, d] + the sum, on
+// and above the diagonal. base may be acc, but must not overlap it otherwise; it is not read where
+// beta is zero.
 template <class T>
 struct Triangle {
   T* acc;
   int64_t ld;  // elements from one row to the next
   const T* base;
   int64_t base_ld;
+  T beta;
 
-  static Triangle of(T* acc, int64_t ld) { return {acc, ld, acc, ld}; }
+  static Triangle of(T* acc, int64_t ld) { return {acc, ld, acc, ld, T(1)}; }
   // For what is added to the result.
   Triangle in_place() const { return of(acc, ld); }
 };
@@ -133,7 +135,7 @@ inline int64_t unit_index(int64_t i, int64_t j) {
   return j * (j + 1) / 2 + i;
 }
 
-// to.acc := to.base + alpha times unit (i, j), on and above the diagonal.
+// to.acc := to.beta to.base + alpha times unit (i, j), on and above the diagonal.
 template <class T>
 HESSKERN_FORCE_INLINE void add_unit(const Triangle<T>& to, int64_t d, int64_t W, int64_t i,
                                     int64_t j, T alpha, const T* unit) {
@@ -142,7 +144,14 @@ HESSKERN_FORCE_INLINE void add_unit(const Triangle<T>& to, int64_t d, int64_t W,
     T* acc = to.acc + (i * W + r) * to.ld + j * W;
     const T* base = to.base + (i * W + r) * to.base_ld + j * W;
     const T* from = unit + r * W;
-    for (int64_t c = i == j ? r : 0; c < cols; ++c) acc[c] = base[c] + alpha * from[c];
+    const int64_t first = i == j ? r : 0;
+    if (to.beta == T(1)) {
+      for (int64_t c = first; c < cols; ++c) acc[c] = base[c] + alpha * from[c];
+    } else if (to.beta == T(0)) {
+      for (int64_t c = first; c < cols; ++c) acc[c] = alpha * from[c];
+    } else {
+      for (int64_t c = first; c < cols; ++c) acc[c] = to.beta * base[c] + alpha * from[c];
+    }
   }
 }
 

@@ -50,6 +50,16 @@ inline bool read_directly(const at::Tensor& acc, const at::Tensor& t) {
   return acc.scalar_type() == t.scalar_type() || acc.scalar_type() == at::kFloat;
 }
 
+// acc := beta base, or beta acc; where beta is zero, values do not count.
+inline void start(at::Tensor& acc, const std::optional<at::Tensor>& base, double beta) {
+  if (beta == 0) {
+    acc.zero_();
+    return;
+  }
+  if (base.has_value()) acc.copy_(*base);
+  if (beta != 1) acc.mul_(beta);
+}
+
 // run(part) for parts of t [N, ...] along its first axis that the kernels can read.
 template <class Run>
 void in_parts(const at::Tensor& acc, const at::Tensor& t, Run run) {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "cpu/amx/amx.h"
 #include "cpu/scratch.h"

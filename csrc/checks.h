@@ -67,6 +67,18 @@ inline void check_base(const char* op, const at::Tensor& acc,
                     acc.device(), ", got ", base->sizes(), " ", base->scalar_type(), " on ",
                     base->device());
   check_separate(op, acc, *base, "base");
+  // Of views with gaps it is too hard to tell; they are taken for what lies between their ends.
+  const auto end = [](const at::Tensor& t) {
+    int64_t last = 0;
+    for (int64_t axis = 0; axis < t.dim(); ++axis) last += (t.size(axis) - 1) * t.stride(axis);
+    return static_cast<const char*>(t.const_data_ptr()) + (last + 1) * t.element_size();
+  };
+  if (acc.numel() == 0 || !acc.has_storage() || !base->has_storage()) return;
+  const bool apart = !acc.storage().is_alias_of(base->storage()) ||
+                     end(acc) <= static_cast<const char*>(base->const_data_ptr()) ||
+                     end(*base) <= static_cast<const char*>(acc.const_data_ptr());
+  TORCH_CHECK_VALUE(apart, op,
+                    ": acc must not share memory with base, got two views of one storage");
 }
 
 // acc and base [d, d] (d + 1 with ones), x [N, d]

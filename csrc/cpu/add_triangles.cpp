@@ -18,7 +18,6 @@ constexpr int64_t kElements = 1 << 15;
 
 // acc and other [d, d] or [g, d, d]
 void add_triangle_(const at::Tensor& acc, const at::Tensor& other) {
-  check_add_triangle(acc, other);
   if (acc.numel() == 0) return;
   const int64_t d = acc.size(-1), groups = acc.dim() == 3 ? acc.size(0) : 1;
   AT_DISPATCH_FLOATING_TYPES(acc.scalar_type(), "add_triangle_", [&] {
@@ -46,6 +45,7 @@ void add_triangle_(const at::Tensor& acc, const at::Tensor& other) {
 void add_triangles_(at::TensorList acc, at::TensorList other) {
   TORCH_CHECK_VALUE(acc.size() == other.size(), "add_triangles_: as many others as acc, ",
                     acc.size(), ", got ", other.size());
+  for (size_t i = 0; i < acc.size(); ++i) check_add_triangle(acc[i], other[i]);
   for (size_t i = 0; i < acc.size(); ++i) add_triangle_(acc[i], other[i]);
 }
 

@@ -42,6 +42,7 @@ class _Next:
         spare: memory for more.
         inputs: [(g,) d, d] the sums before and what was added at once; None: nothing was.
         column, positions: of :class:`InputSums`, with all of the batch.
+        images: of a convolution, 0-dim sums of squared entries that were added at once.
         later: what is to be added yet.
         layers: their names, in order.
         stamp: another one whenever something was added.
@@ -54,6 +55,7 @@ class _Next:
     inputs: Tensor | None = None
     column: Tensor | None = None
     positions: float = 0.0
+    images: list[Tensor] = field(default_factory=list)
     later: list[Rows] = field(default_factory=list)
     layers: dict[str, None] = field(default_factory=dict)
     stamp: object = None
@@ -65,7 +67,7 @@ class _Next:
         if inputs is not None:
             inputs = self._room(inputs).copy_(inputs)
         found = (self.spec, self.before, self.spare, inputs, self.column, self.positions)
-        return _Next(*found, list(self.later))
+        return _Next(*found, list(self.images), list(self.later))
 
     def add(self, rows: Rows) -> None:
         """Adds a call's rows: at once, while they are in the caches, where they take more memory
@@ -83,7 +85,11 @@ class _Next:
         g, d = self.spec.groups, self.spec.weight_inputs
         if rows.x.numel() < g * d * d:
             self.later.append(rows.kept())
-        elif self.inputs is not None:
+            return
+        if self.spec.kind != "linear":
+            # A trace counts a pixel as often as windows hold it.
+            self.images.append(rows.squares())
+        if self.inputs is not None:
             rows.add_to(self.spec, self.inputs)
         elif self.before is None:
             self.inputs = InputSums.zeros(self.spec, self.column.dtype, self.column.device).inputs
@@ -103,17 +109,21 @@ class _Next:
         return self.spare.take(like.shape, like.dtype, self.column.device)
 
     def squares(self) -> list[Tensor]:
-        """0-dim parts of the sum of all squared entries, but for those before of which no copy was
-        made; NaN or Inf if an entry is.
+        """0-dim parts of the sum of all squared entries but :attr:`squares_before`; NaN or Inf if
+        an entry is.
         """
-        # Of sums, their trace.
-        known = [] if self.inputs is None else [_trace(self.inputs)]
-        return [*known, *(rows.squares() for rows in self.later)]
+        known = [_trace(self.inputs)] if self._traced and self.inputs is not None else []
+        return [*known, *self.images, *(rows.squares() for rows in self.later)]
 
     @property
     def squares_before(self) -> float:
         """Sum of squared entries that :meth:`squares` does not count."""
-        return 0.0 if self.inputs is not None or self.before is None else self.before.squares
+        return 0.0 if self._traced or self.before is None else self.before.squares
+
+    @property
+    def _traced(self) -> bool:
+        """Whether the trace of the sums is the sum of squares, those before included."""
+        return self.spec.kind == "linear" and self.inputs is not None
 
     def sums(self, squares: float, alone: bool) -> InputSums:
         """All of them.

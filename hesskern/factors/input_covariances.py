@@ -48,8 +48,9 @@ class LayerInputs(OfLayer):
 class InputCovariances(Mapping[str, LayerInputs]):
     """Input covariances by layer name, of all data seen so far.
 
-    Layers that were always given the same tensor (query, key and value; gate and up) have their
-    sums in common; ``result["name"]`` makes the means of one layer anew each time.
+    Layers that were always given the same tensor (query, key and value; gate and up), one right
+    after another, have their sums in common; ``result["name"]`` makes the means of one layer anew
+    each time.
 
     A new one is empty, for :func:`hesskern.input_covariances` to add to:
 

@@ -183,7 +183,7 @@ class InputPass:
             call = rows.call(spec, x)
             return isinstance(call, str) or bool(torch.isfinite(call.rows().x).all())
 
-        found = self.capture.run(batch, lambda: finite)
+        found = self.capture.again(batch, lambda: finite)
         for name in names:
             if not all(found.get(name, ())):
                 raise ValueError(

@@ -127,10 +127,15 @@ def add_sums(pairs: Iterable[tuple[LayerSums, LayerSums]], below: bool = False) 
         # One that has lost its images takes none.
         for one, another in zip(mine._tensors(), other._tensors(), strict=False):
             matrix = one is mine.inputs or (one is mine.outputs and one.dim() > 1)
-            (triangles if below and matrix else whole).append((one, another))
-    foreach.add_(*_parted(whole))
+            if not (below and matrix):
+                whole.append((one, another))
+            elif foreach.have_triangles(one, another):
+                triangles.append((one, another))
+            else:
+                whole.append((one, another.triu()))
     if triangles:
         foreach.add_triangles_(*_parted(triangles))
+    foreach.add_(*_parted(whole))
 
 
 def _parted(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:

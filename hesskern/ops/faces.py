@@ -73,7 +73,7 @@ def input_covariance_(
         alpha: factor, e.g. 1/N for a mean.
         ones: append a column of ones to ``x`` (the bias as one more input).
         base: what is added to instead of ``acc``, whose values then do not count: of its shape and
-            dtype, in memory of its own; read in the same pass over memory. None: ``acc``.
+            dtype, in memory of its own. None: ``acc``.
         beta: factor of what is added to; where it is 0, its values do not count, whatever they are.
 
     Returns:

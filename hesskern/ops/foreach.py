@@ -8,7 +8,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-__all__ = ["add_", "add_triangles_", "are_finite", "inverse_shifted", "scale_"]
+__all__ = ["add_", "add_triangles_", "are_finite", "have_triangles", "inverse_shifted", "scale_"]
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
@@ -43,12 +43,22 @@ def add_(targets: Sequence[Tensor], others: Sequence[Tensor]) -> None:
         torch._foreach_add_([targets[i] for i in group], [others[i] for i in group])
 
 
+def have_triangles(target: Tensor, other: Tensor) -> bool:
+    """Whether :func:`add_triangles_` takes a pair: both on the host, contiguous, of one dtype."""
+    pair = (target, other)
+    return target.dtype == other.dtype and all(
+        one.device.type == "cpu" and one.is_contiguous() for one in pair
+    )
+
+
 def add_triangles_(targets: Sequence[Tensor], others: Sequence[Tensor]) -> None:
     """Adds to every target [(g,) d, d] the other of its shape and dtype on the upper triangle.
 
     Args:
-        targets: contiguous, on the host.
-        others: contiguous.
+        targets, others: each pair as :func:`have_triangles` has it.
+
+    Raises:
+        ValueError: a pair is another; nothing is added then.
     """
     torch.ops.hesskern_internal.add_triangles_(list(targets), list(others))
 

@@ -40,9 +40,10 @@ _REPEATS = 16
 def _keep_what_is_freed() -> None:
     """Has the C library keep what a model frees for its next run.
 
-    The one of GNU gives memory back to the system where more than twice as much is free as its
-    largest block so far, and then asks for it again, page by page, in every batch. That is 64 MiB
-    at most, which a block of which no page is touched brings about. Others have no such rule.
+    The one of GNU gives the end of its heap back to the system where more than twice as much is
+    free there as its largest block so far, which counts up to 32 MiB, and then asks for it again,
+    page by page, in every batch. A block of that size, of which no page is touched, does what the
+    first large tensor of a process would, and for as long. Others have no such rule.
     """
     np.empty(_LARGEST_BLOCK, dtype=np.uint8)
 
@@ -53,7 +54,8 @@ def frozen_eval(model: nn.Module, trainable: Iterable[Tensor] = ()) -> Iterator[
 
     Inside, the model computes the function that it computes in eval mode with gradients: torch's
     fused attention, which is another function where positions are padded, is switched off, and
-    re-entrant checkpoints, which cut the graph where their inputs are frozen, simply run.
+    re-entrant checkpoints, which cut the graph where their inputs are frozen, simply run. From the
+    first time on, the C library keeps more of what is freed.
 
     Args:
         model: any module.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -54,7 +54,7 @@ class InputCapture:
         self._specs = dict(specs)
         self.unfit: dict[str, str] = {}
         self.called: set[str] = set()
-        self._drew = False
+        self._drew = self._overwrote = False
         self._found: Calls = {}
         self._numbers: dict[int, tuple[int, Any]] = {}
         self._next = 0
@@ -112,10 +112,16 @@ class InputCapture:
                     "not see its inputs sample by sample"
                 )
                 return
-            # Inside the model there may be autocast, and gradients.
-            with self._unwatched(), torch.no_grad(), self._without_autocast():
+            # Inside the model there may be autocast, gradients, and inference mode, whose tensors
+            # could not be added to outside it.
+            with (
+                self._unwatched(),
+                _without_inference(),
+                torch.no_grad(),
+                self._without_autocast(),
+            ):
                 x = _as_rows(spec, module, given.detach())
-                taken = self._take(spec, x, self._number(given))
+                taken = self._take(spec, x, (self._number(given), _padding(module)))
             self._found.setdefault(name, []).append(taken)
 
         return hook
@@ -151,6 +157,7 @@ class InputCapture:
         Raises:
             ValueError: the model's values are random.
         """
+        self._overwrote = False
         found = self._checked(batch, taker)
         if self._drew:
             check_repeatable(
@@ -158,6 +165,14 @@ class InputCapture:
             )
         self.called.update(found)
         return {name: found[name] for name in self._specs if name in found}
+
+    def again(self, batch: Batch, taker: Taker) -> Calls:
+        """:meth:`run` once more, of the batch that ran last, without its checks.
+
+        Raises:
+            ValueError: the model has overwritten the batch.
+        """
+        return self._once(batch.inputs, taker)
 
     def copies(self, batch: Batch) -> dict[str, list[Tensor]]:
         """Copies of every called layer's inputs, one per call."""
@@ -181,6 +196,12 @@ class InputCapture:
         return {name: calls for name, calls in found.items() if name not in self.unfit}
 
     def _once(self, inputs: Any, taker: Taker, watch: WeightWatch | None = None) -> Calls:
+        if self._overwrote:
+            raise ValueError(
+                "model must not overwrite its own inputs in place: they are needed once more, to "
+                "check what its layers are given; let its forward() work on a copy"
+            )
+        versions = _versions(inputs)
         self._found, self._numbers, self._next, self._take = {}, {}, 0, taker()
         self._unwatched = nullcontext if watch is None else watch.paused
         before = random_state(self._device)
@@ -197,6 +218,7 @@ class InputCapture:
             else:
                 self._model(inputs)
         self._drew = random_state(self._device) != before
+        self._overwrote = _versions(inputs) != versions
         found, self._found = self._found, {}
         # A layer may turn out unfit behind its first call.
         return {name: calls for name, calls in found.items() if name not in self.unfit}
@@ -220,6 +242,30 @@ def _as_rows(spec: LayerSpec, module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module.padding, str):
         return F.pad(x, module._reversed_padding_repeated_twice)
     return x
+
+
+def _padding(module: nn.Module) -> Hashable:
+    """What :func:`_as_rows` puts around an image, beyond what the specification has."""
+    if not isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return None
+    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        return None
+    return module.padding_mode, tuple(module._reversed_padding_repeated_twice)
+
+
+def _without_inference() -> AbstractContextManager[Any]:
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else _AS_IT_IS
+
+
+def _versions(inputs: Any) -> list[int]:
+    """Version counters of the tensors in a batch's inputs; those of inference_mode have none."""
+    if isinstance(inputs, Tensor):
+        return [] if inputs.is_inference() else [inputs._version]
+    if isinstance(inputs, Mapping):
+        inputs = inputs.values()
+    if isinstance(inputs, str) or not isinstance(inputs, Iterable):
+        return []
+    return [version for value in inputs for version in _versions(value)]
 
 
 def _all(found: Mapping[str, list[Tensor]]) -> list[Tensor]:

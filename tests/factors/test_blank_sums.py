@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import hesskern as hk
 from hesskern.factors import layer_sums
+from hesskern.ops import foreach
 
 CE = nn.CrossEntropyLoss()
 
@@ -27,11 +28,21 @@ def as_usual(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
         monkeypatch.setattr(layer_sums, "_APART", apart)
         torch.use_deterministic_algorithms(False)
 
+    blank: list[float] = []
+    started = layer_sums.BatchSum.started
+
+    def noted(self: layer_sums.BatchSum, name: str, matrix: str) -> float:
+        blank.append(started(self, name, matrix))
+        return blank[-1]
+
+    monkeypatch.setattr(layer_sums.BatchSum, "started", noted)
     monkeypatch.setattr(layer_sums, "_LARGE", 0)
     monkeypatch.setattr(layer_sums, "_APART", 0)
+    assert not torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     yield restore
     torch.use_deterministic_algorithms(False)
+    assert 0.0 in blank, "no sum was blank"
 
 
 class _Growing(nn.Module):
@@ -120,3 +131,43 @@ def test_padded_tokens(as_usual: Callable[[], None]) -> None:
         ours = found[name]
         assert relative_error(ours.input_covariance, factors.input_covariance) <= 1e-12
         assert relative_error(ours.output_hessian, factors.output_hessian) <= 1e-12
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 4), (7, 7), (3, 5, 5), (300, 300), (0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_triangles_are_added_and_nothing_below(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    targets = [randn(*shape, dtype=dtype), randn(6, 6, seed=1)]
+    others = [randn(*shape, seed=2, dtype=dtype), randn(6, 6, seed=3)]
+    below = [torch.ones_like(other, dtype=torch.bool).tril(-1) for other in others]
+    expected = [t + o.masked_fill(b, 0) for t, o, b in zip(targets, others, below, strict=True)]
+    for other, mask in zip(others, below, strict=True):
+        other.masked_fill_(mask, torch.nan)
+    foreach.add_triangles_(targets, others)
+    for target, right in zip(targets, expected, strict=True):
+        assert torch.equal(target, right)
+
+
+def test_triangles_that_do_not_fit_are_refused_before_anything_is_added() -> None:
+    good, other = torch.zeros(3, 3), torch.ones(3, 3)
+    for bad in (torch.ones(3, 3).double(), torch.ones(2, 2), torch.ones(3, 6)[:, ::2]):
+        assert not foreach.have_triangles(good, bad) or bad.shape != good.shape
+        with pytest.raises(ValueError, match="add_triangles_: other must be as acc"):
+            foreach.add_triangles_([good, torch.zeros(3, 3)], [other, bad])
+        assert torch.equal(good, torch.zeros(3, 3))
+
+
+def test_sums_in_another_dtype(as_usual: Callable[[], None]) -> None:
+    """A model that was widened goes on in the dtype of its sums."""
+    model = seeded(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))).float()
+    acc = hk.FactorAccumulator(model, CE)
+    data = [(randn(6, 4, seed=i), classes(6, c=3, seed=i)) for i in range(4)]
+    acc.consume([(x.float(), y) for x, y in data[:2]])
+    model.double()
+    acc.consume(data[2:])
+    found = acc.factors()
+    as_usual()
+    expected = hk.kronecker_factors(model, data, CE)
+    for name, factors in expected.items():
+        ours = found[name]
+        assert relative_error(ours.input_covariance.double(), factors.input_covariance) <= 1e-5
+        assert relative_error(ours.output_hessian.double(), factors.output_hessian) <= 1e-5

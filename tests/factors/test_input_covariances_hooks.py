@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense import relative_error
-from input_covariance_cases import Gated, Through, sequences
+from input_covariance_cases import Gated, Through, equal, sequences
 from networks import randn, seeded
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -172,6 +172,88 @@ def test_inference_mode_inside_the_model() -> None:
     rows = sequences().reshape(-1, 6)
     assert relative_error(found["gate"].input_covariance, rows.T @ rows / 3) <= 1e-12
     assert relative_error(found["up"].input_covariance, 4 * rows.T @ rows / 3) <= 1e-12
+
+
+def test_sums_of_inference_mode_go_on_and_merge() -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                hidden = self.encoder(x)
+            return self.head(hidden.clone())
+
+    model = seeded(Partly()).double()
+    data = [randn(9, 6, seed=i) for i in range(4)]
+    seen = hk.input_covariances(model, data)
+    rows = torch.cat(data)
+    hidden = F.linear(rows, model.encoder.weight, model.encoder.bias).detach()
+    for name, x in (("encoder", rows), ("head", hidden)):
+        assert relative_error(seen[name].input_covariance, x.T @ x / 36) <= 1e-12
+    whole = hk.input_covariances(model, data[:2])
+    whole.merge(hk.input_covariances(model, data[2:]))
+    equal(whole, seen, 1e-12)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [{"padding": "same"}, {"padding": 1, "padding_mode": "circular"}],
+        [{"padding": 1, "padding_mode": "reflect"}, {"padding": 2, "padding_mode": "reflect"}],
+    ],
+)
+@pytest.mark.parametrize("samples", [2, 40])
+def test_one_image_with_several_paddings(others: list[dict[str, Any]], samples: int) -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            kinds: list[dict[str, Any]] = [{}, *others, {"padding": 1}]
+            self.layers = nn.ModuleList(nn.Conv2d(2, 3, 3, **more) for more in kinds)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [layer(x) for layer in self.layers]
+
+    model, x = seeded(Beside()).double(), randn(samples, 2, 5, 5)
+    seen = hk.input_covariances(model, [x])
+    for index, layer in enumerate(model.layers):
+        padded = x
+        if layer.padding_mode != "zeros":
+            padded = F.pad(x, [layer.padding[0]] * 4, mode=layer.padding_mode)
+        elif layer.padding == "same" or layer.padding[0]:
+            padded = F.pad(x, [1] * 4)
+        rows = F.unfold(padded, 3).mT.reshape(-1, 18)
+        found = seen[f"layers.{index}"]
+        assert relative_error(found.input_covariance, rows.T @ rows / samples) <= 1e-12
+        assert found.positions == len(rows) / samples
+
+
+def test_a_batch_that_its_model_overwrites() -> None:
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.late = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            x.mul_(2)
+            return self.late(x) if len(x) > 5 else y
+
+    model = seeded(Overwrites()).double()
+    seen = hk.input_covariances(model, [randn(5, 4)], ["first"])
+    assert relative_error(seen["first"].input_covariance, randn(5, 4).T @ randn(5, 4) / 5) <= 1e-12
+    # A layer that comes later has the model run once more, on what the batch has become.
+    with pytest.raises(ValueError, match="model must not overwrite its own inputs"):
+        hk.input_covariances(model, [randn(5, 4), randn(6, 4)])
+
+
+@pytest.mark.parametrize("samples", [1, 40])
+def test_pixels_that_no_window_holds_are_looked_at(samples: int) -> None:
+    x = randn(samples, 2, 4, 4)
+    x[0, 0, 1, 1] = torch.nan
+    with pytest.raises(ValueError, match="inputs of layer '' contain NaN or Inf in batch 0"):
+        hk.input_covariances(nn.Conv2d(2, 3, 1, stride=2).double(), [x])
 
 
 def test_the_model_comes_back_as_it_was() -> None:

@@ -109,4 +109,11 @@ def test_a_base_that_does_not_fit_is_refused(op: Callable[..., Tensor]) -> None:
     frame = torch.zeros(5, 4)
     with pytest.raises(ValueError, match=f"{name}: acc must not share memory with base"):
         op(frame[1:], x, base=frame[:4])
+    wide = torch.zeros(8, 8)
+    with pytest.raises(ValueError, match=f"{name}: acc must not share memory with base"):
+        op(wide[:4, :4], x, base=wide[1:5, 1:5])
+    assert torch.equal(wide, torch.zeros(8, 8))
     assert torch.equal(acc, torch.zeros(4, 4))
+    # Rows apart in one storage are no overlap.
+    op(wide[:4, :4], x, base=wide[4:, :4])
+    assert torch.equal(wide[:4, :4].triu(), op(acc, x).triu())

@@ -14,6 +14,9 @@ namespace hesskern::cpu {
 
 namespace {
 
+// Elements that a thread is worth starting for.
+constexpr int64_t kElements = 1 << 15;
+
 // rows [K, d] with element strides stride_row, stride_col
 template <typename T>
 void update(const Triangle<T>& to, const T* rows, int64_t K, int64_t d, int64_t stride_row,
@@ -38,20 +41,32 @@ void update(const Triangle<T>& to, const T* rows, int64_t K, int64_t d, int64_t 
 }  // namespace
 
 Addend start_triangle_(const at::Tensor& acc, const Addend& addend) {
-  const auto& [base, beta] = addend;
-  if (acc.is_same(base) && beta == 1) return addend;
+  const at::Tensor& base = addend.base;
+  if (acc.is_same(base) && addend.beta == 1) return addend;
   AT_DISPATCH_FLOATING_TYPES(acc.scalar_type(), "start_triangle_", [&] {
     const auto* from = base.const_data_ptr<scalar_t>();
     auto* to = acc.mutable_data_ptr<scalar_t>();
     const int64_t d = acc.size(0), row = acc.stride(0), column = acc.stride(1);
     const int64_t base_row = base.stride(0), base_column = base.stride(1);
-    const auto factor = static_cast<scalar_t>(beta);
-    for (int64_t i = 0; i < d; ++i) {
-      for (int64_t j = i; j < d; ++j) {
-        scalar_t& element = to[i * row + j * column];
-        element = factor == 0 ? scalar_t(0) : factor * from[i * base_row + j * base_column];
+    const bool whole = column == 1 && base_column == 1;
+    const auto factor = static_cast<scalar_t>(addend.beta);
+    const int64_t grain = std::max<int64_t>(1, kElements / std::max<int64_t>(1, d));
+    at::parallel_for(0, d, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        scalar_t* target = to + i * row;
+        const scalar_t* source = from + i * base_row;
+        if (factor == 0 && whole) {
+          std::fill(target + i, target + d, scalar_t(0));
+        } else if (factor == 1 && whole) {
+          std::copy(source + i, source + d, target + i);
+        } else {
+          for (int64_t j = i; j < d; ++j) {
+            const scalar_t value = factor == 0 ? scalar_t(0) : factor * source[j * base_column];
+            target[j * column] = value;
+          }
+        }
       }
-    }
+    });
   });
   return {acc, 1};
 }

@@ -22,6 +22,8 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
+# Named, as torch before 2.12 would add C++17.
+STANDARD = "-std=c++20"
 HELP = (
     "hesskern builds against the torch that is already installed. Install torch (2.10 or newer), "
     "setuptools and ninja, then run: pip install --no-build-isolation ."
@@ -134,7 +136,7 @@ def compiler_flags(platform: str, torch_root: Path, sanitize: bool) -> tuple[lis
     if platform == "win32":
         raise SystemExit("hesskern is built with GCC or Clang, which torch for Windows is not")
     # Nothing but the module's entry point leaves the library.
-    compile_flags = ["-O3", "-g0", "-Wall", "-fvisibility=hidden"]
+    compile_flags = [STANDARD, "-O3", "-g0", "-Wall", "-fvisibility=hidden"]
     link_flags: list[str] = []
     if platform == "darwin":
         # Apple's Clang has OpenMP without header and runtime; torch's wheels may bring both.
@@ -173,7 +175,7 @@ def extension(torch):
 
         # Given flags with an architecture, torch adds none of its own.
         architectures = for_hopper(_get_cuda_arch_flags())
-        options["nvcc"] = ["-O3", "--Werror", "all-warnings", *architectures]
+        options["nvcc"] = [STANDARD, "-O3", "--Werror", "all-warnings", *architectures]
         cxx += [flag for flag in architectures if flag.startswith("-D")]
         if sys.platform.startswith("linux"):
             options["nvcc"].append("-Xcompiler=-fvisibility=hidden")

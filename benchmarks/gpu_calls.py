@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import hesskern as hk
 from hesskern import ops
-from hesskern.apps.bench import cases, peers
+from hesskern.apps.bench import cases, ekfac_peers, kfac_step, language, peers, streams
 from hesskern.apps.bench.cases import Case
 from hesskern.apps.bench.contenders import LOSS, Call, eager_product, relative_difference
 from hesskern.apps.bench.settings import Settings
@@ -106,6 +106,54 @@ class Problems:
                     "gradient",
                     {"hesskern": partial(_difference, case)} if output == "exact" else {},
                 )
+
+    def ekfac(self) -> Iterator[Problem]:
+        """EKFAC from drawn targets of a GPT-2 and two networks of images; influence scores."""
+        settings = Settings(quick=self._part < 1)
+        gpt = language.gpt2(settings)
+        batches = [{k: t.to(self.device) for k, t in batch.items()} for batch in gpt.batches]
+        gpt = replace(gpt, model=gpt.model.to(self.device), batches=batches)
+        images = (
+            ("ResNet18-W64", build("resnet18-w64", (3, 32, 32), 10), 512, 128),
+            ("LeNet5", build("lenet5", (3, 32, 32), 10), 4096, 1024),
+        )
+        fits = [streams.text(gpt)]
+        for title, model, full, batch in images:
+            case = self._case(title, model, (3, 32, 32), self._size(full))
+            fits.append(streams.images(case, self._size(batch)))
+        for fit in fits:
+            names = list(fit.names)
+            given = (fit.model, fit.batches, fit.loss, names, "mc")
+            yield Problem(
+                f"EKFAC, drawn targets, {fit.title}",
+                {
+                    "hesskern": partial(hk.ekfac, *given),
+                    "hooks and torch": partial(streams.plain_ekfac, fit, True),
+                    "curvlinops EKFAC": _lazily(ekfac_peers.PEERS[0].prepare, fit, True),
+                    "gradient": streams.gradient(fit).prepare(),
+                },
+                "gradient",
+            )
+        fit, asked = fits[0], language.queries(gpt, 8)
+        asked = {k: t.to(self.device) for k, t in asked.items()}
+        E = hk.ekfac(fit.model, fit.batches, fit.loss, list(fit.names))
+        yield Problem(
+            f"influence of all samples on 8 queries, EKFAC given, {fit.title}",
+            {
+                "hesskern": partial(hk.influence, E, fit.model, [asked], fit.batches, fit.loss),
+                "gradient": streams.gradient(fit).prepare(),
+            },
+            "gradient",
+        )
+
+    def kfac(self) -> Iterator[Problem]:
+        """Training steps of LeNet5 with K-FAC's preconditioned gradients."""
+        case = self._case("LeNet5", build("lenet5", (3, 32, 32), 10), (3, 32, 32), self._size(128))
+        yield Problem(
+            f"{kfac_step.STEPS} steps of K-FAC with SGD, LeNet5, {case.samples} images",
+            {name: kfac_step.repeated(case, make) for name, make in kfac_step.OWN.items()},
+            "gradients",
+        )
 
     def eigen(self) -> Iterator[Problem]:
         """Layer Hessians of F-200^2 and their leading eigenpairs, beside ARPACK."""
@@ -401,7 +449,7 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
 
 def main() -> None:
     parser = parser_of(__doc__, rounds=5)
-    parts = ("factors", "eigen", "transformer", "certificate")
+    parts = ("factors", "ekfac", "kfac", "eigen", "transformer", "certificate")
     parser.add_argument("--only", nargs="+", choices=parts, default=parts)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)

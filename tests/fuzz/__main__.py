@@ -15,6 +15,7 @@ def main() -> int:
     parser.add_argument("--show", type=int, default=20, help="failures printed in full")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--thorough", action="store_true", help="all that is built on factors")
+    parser.add_argument("--device", default="cpu", help="one that is held against the CPU")
     options = parser.parse_args()
     failed = run(
         options.seed,
@@ -23,6 +24,7 @@ def main() -> int:
         options.show,
         options.jobs,
         options.thorough,
+        options.device,
     )
     return 1 if failed else 0
 

@@ -14,6 +14,7 @@ from typing import TextIO
 import torch
 
 from fuzz.grammar import draw
+from fuzz.on_device import judge_on
 from fuzz.verdict import BAD, ENTRIES, Verdict, judge
 
 __all__ = ["Statistics", "report", "run"]
@@ -105,20 +106,25 @@ class _Part:
     failed: list[tuple[int, str]]
 
 
-def _part(seeds: range, thorough: bool = False) -> _Part:
+def _part(seeds: range, thorough: bool = False, device: str = "cpu") -> _Part:
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False
     statistics, failed = Statistics(), []
     for seed in seeds:
-        verdict = judge(draw(seed), thorough=thorough)
+        case = draw(seed)
+        if device == "cpu":
+            verdict = judge(case, thorough=thorough)
+        else:
+            verdict = judge_on(torch.device(device), case)
         statistics.add(verdict)
         if verdict.bad:
             failed.append((seed, report(verdict)))
     return _Part(len(seeds), statistics, failed)
 
 
-def _parts(seeds: range, jobs: int, thorough: bool) -> Iterator[_Part]:
+def _parts(seeds: range, jobs: int, thorough: bool, device: str) -> Iterator[_Part]:
     chunks = [seeds[start : start + 10] for start in range(0, len(seeds), 10)]
-    part = functools.partial(_part, thorough=thorough)
+    part = functools.partial(_part, thorough=thorough, device=device)
     if jobs == 1:
         yield from map(part, chunks)
         return
@@ -133,6 +139,7 @@ def run(
     show: int = 20,
     jobs: int = 1,
     thorough: bool = False,
+    device: str = "cpu",
 ) -> list[int]:
     """Judges the seeds from ``seed`` on; prints progress, what failed and tables.
 
@@ -143,6 +150,7 @@ def run(
         show: failures that are printed with their program; the others by seed alone.
         jobs: processes.
         thorough: as in :func:`fuzz.verdict.judge`.
+        device: another than the CPU is held against the CPU.
 
     Returns:
         seeds that failed.
@@ -150,7 +158,7 @@ def run(
     total = Statistics()
     failed: list[int] = []
     begun = last = time.monotonic()
-    for part in _parts(range(seed, seed + count), jobs, thorough):
+    for part in _parts(range(seed, seed + count), jobs, thorough, device):
         total.merge(part.statistics)
         for number, text in part.failed:
             if len(failed) < show:

@@ -20,7 +20,7 @@ from fuzz.program import plain_torch
 from fuzz.reference import LayerReference, Reference, weight_name
 from fuzz.state import Snapshot
 
-__all__ = ["BAD", "ENTRIES", "Finding", "Judge", "Verdict", "judge"]
+__all__ = ["BAD", "ENTRIES", "Finding", "Judge", "Verdict", "judge", "thrown"]
 
 BAD = ("WRONG", "DROPPED", "CRASH", "CHANGED")
 
@@ -236,7 +236,7 @@ class Judge:
                         share = float((f.output_hessian * right).sum() / right.square().sum())
                         draws.setdefault(key, []).append(share)
         except Exception as error:
-            self.add(entry, "*", *_thrown(error, self.model))
+            self.add(entry, "*", *thrown(error, self.model))
             return
         for key, shares in draws.items():
             values = torch.tensor(shares, dtype=torch.float64)
@@ -263,7 +263,7 @@ class Judge:
         except AssertionError:
             raise
         except Exception as error:
-            self.add(entry, "*", *_thrown(error, self.model))
+            self.add(entry, "*", *thrown(error, self.model))
             self._note_changes(entry, before)
 
     def _see_random(self, entry: str, result: Any) -> None:
@@ -584,7 +584,7 @@ def _reason(name: str, module: nn.Module, skipped: Mapping[str, str] | None) -> 
     return None
 
 
-def _thrown(error: Exception, model: nn.Module) -> tuple[str, str]:
+def thrown(error: Exception, model: nn.Module) -> tuple[str, str]:
     """Outcome and detail of an exception: a refusal is one by hesskern that names what it is."""
     frames = traceback.extract_tb(error.__traceback__)
     text = f"{type(error).__name__}: {error}"

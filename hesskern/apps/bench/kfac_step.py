@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -20,9 +21,12 @@ from hesskern.apps.bench.settings import Settings
 from hesskern.optim.kfac import KFAC
 from hesskern.progress import Progress
 
-__all__ = ["problems"]
+__all__ = ["OWN", "STEPS", "problems", "repeated"]
 
-_STEPS = 20
+Make = Callable[[Case, nn.Module], Callable[[], None]]
+"""Of a case and a copy of its model, one step."""
+
+STEPS = 20
 _DAMPING = 1e-2
 _DECAY = 0.95
 # Small enough that thousands of steps leave the network what it was.
@@ -38,35 +42,34 @@ def _build(settings: Settings, progress: Progress) -> Built:
     whole = cases.lenet5(settings)
     batch = 16 if settings.quick else 128
     case = replace(whole, inputs=whole.inputs[:batch], targets=whole.targets[:batch])
-
-    def repeated(make: Callable[[Case, nn.Module], Callable[[], None]]) -> Callable[[], Call]:
-        def prepare() -> Call:
-            step = make(case, copy.deepcopy(case.model))
-
-            def call() -> None:
-                for _ in range(_STEPS):
-                    step()
-
-            # The first steps make inverses more often than those that follow.
-            call()
-            return call
-
-        return prepare
-
+    own = {name: partial(repeated, case, make) for name, make in OWN.items()}
     return (
-        f"LeNet5, batch of {case.samples} images 3 x 32 x 32: {_STEPS} steps of K-FAC with SGD, "
+        f"LeNet5, batch of {case.samples} images 3 x 32 x 32: {STEPS} steps of K-FAC with SGD, "
         "inverses once",
         "weights and biases; one drawn target per image in every step; the same batch each time; "
-        f"a gradient is {_STEPS} of them here",
+        f"a gradient is {STEPS} of them here",
         [
-            Contender("hesskern", repeated(_hesskern)),
-            Contender("hooks and torch", repeated(_plain)),
-            Contender("asdl K-FAC", repeated(_asdl), "asdfghjkl", "asdl"),
-            Contender("SGD alone", repeated(_sgd)),
-            Contender("Adam", repeated(_adam)),
-            Contender("gradients", repeated(_gradient), unit=True),
+            Contender("hesskern", own["hesskern"]),
+            Contender("hooks and torch", own["hooks and torch"]),
+            Contender("asdl K-FAC", partial(repeated, case, _asdl), "asdfghjkl", "asdl"),
+            Contender("SGD alone", own["SGD alone"]),
+            Contender("Adam", own["Adam"]),
+            Contender("gradients", own["gradients"], unit=True),
         ],
     )
+
+
+def repeated(case: Case, make: Make) -> Call:
+    """A call of ``STEPS`` steps, after as many that are not counted."""
+    step = make(case, copy.deepcopy(case.model))
+
+    def call() -> None:
+        for _ in range(STEPS):
+            step()
+
+    # The first steps make inverses more often than those that follow.
+    call()
+    return call
 
 
 def _losses(case: Case, model: nn.Module) -> Callable[[], None]:
@@ -109,7 +112,7 @@ def _hesskern(case: Case, model: nn.Module) -> Callable[[], None]:
         nn.CrossEntropyLoss(),
         damping=_DAMPING,
         decay=_DECAY,
-        inverse_every=_STEPS,
+        inverse_every=STEPS,
     )
     backward = _losses(case, model)
 
@@ -134,7 +137,7 @@ def _asdl(case: Case, model: nn.Module) -> Callable[[], None]:
         damping=_DAMPING,
         ema_decay=1 - _DECAY,
         curvature_upd_interval=1,
-        preconditioner_upd_interval=_STEPS,
+        preconditioner_upd_interval=STEPS,
     )
     maker = KfacGradientMaker(model, config, fisher_type=FISHER_MC)
 
@@ -207,7 +210,7 @@ class _Plain:
         torch.autograd.grad(drawn, first, retain_graph=True)
         self._drawing = False
         F.cross_entropy(logits, self.case.targets).backward()
-        if self.steps % _STEPS == 0:
+        if self.steps % STEPS == 0:
             self._invert()
         self.steps += 1
         for layer, (inner, outer) in self.inverses.items():
@@ -223,3 +226,13 @@ class _Plain:
 
 def _plain(case: Case, model: nn.Module) -> Callable[[], None]:
     return _Plain(case, model).step
+
+
+OWN: dict[str, Make] = {
+    "hesskern": _hesskern,
+    "hooks and torch": _plain,
+    "SGD alone": _sgd,
+    "Adam": _adam,
+    "gradients": _gradient,
+}
+"""What needs no other package."""

@@ -1,11 +1,25 @@
-"""Bytes that torch's CPU allocator hands out during a call, its kernels' workspaces included."""
+"""Bytes that torch's allocators hand out: the CPU's during a call, and those of a GPU in words."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+import torch
 from torch.profiler import ProfilerActivity, profile
+
+
+def gpu_with(
+    monkeypatch: pytest.MonkeyPatch, *, free: int, total: int, reserved: int, allocated: int
+) -> None:
+    """What torch says of a GPU's memory, in bytes, whether there is one or not."""
+    stats = {
+        f"{what}_bytes": {"all": {"current": count}}
+        for what, count in (("reserved", reserved), ("allocated", allocated))
+    }
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: stats)
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:

@@ -26,21 +26,26 @@ def moved(value: Any, device: Any) -> Any:
     return value
 
 
-def same(found: Any, expected: Any, device: str, where: str = "result") -> None:
+def same(
+    found: Any, expected: Any, device: str, where: str = "result", *, tolerance: float = 1e-9
+) -> None:
     """Equal numbers, those of ``found`` on the device."""
+    near = {"rel": tolerance, "abs": tolerance / 1e3}
     if isinstance(expected, Tensor):
         assert found.device.type == device, where
-        torch.testing.assert_close(found.cpu(), expected, rtol=1e-9, atol=1e-12, msg=where)
+        torch.testing.assert_close(
+            found.cpu(), expected, rtol=near["rel"], atol=near["abs"], msg=lambda m: f"{where}: {m}"
+        )
     elif isinstance(expected, Mapping):
         assert list(found) == list(expected), where
         for key in expected:
-            same(found[key], expected[key], device, f"{where}[{key!r}]")
+            same(found[key], expected[key], device, f"{where}[{key!r}]", tolerance=tolerance)
     elif isinstance(expected, tuple | list):
         assert len(found) == len(expected), where
         for i, (one, other) in enumerate(zip(found, expected, strict=True)):
-            same(one, other, device, f"{where}[{i}]")
+            same(one, other, device, f"{where}[{i}]", tolerance=tolerance)
     elif isinstance(expected, float):
-        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12), where
+        assert found == pytest.approx(expected, **near), where
     else:
         assert found == expected, where
 
@@ -89,6 +94,9 @@ CALLS: dict[str, Callable[[nn.Module, Data], Any]] = {
         for output in ("exact", "mc", "empirical")
         for bias in ("none", "joint")
     },
+    "factors with diagonals": lambda m, data: dict(
+        hk.kronecker_factors(m, data, CE, diagonal=True).diagonals
+    ),
     "factors weighted": lambda m, data: factors(
         hk.kronecker_factors(m, [(*b, b[0].flatten(1)[:, 0].abs()) for b in data], CE)
     ),

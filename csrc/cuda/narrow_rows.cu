@@ -64,26 +64,24 @@ __device__ inline int smaller(int64_t a, int b) {
   return a < b ? static_cast<int>(a) : b;
 }
 
-// The warp starts to copy bytes; of the copy engine's whole pieces the barrier is told.
+// The warp starts to copy bytes, a multiple of 4; of the copy engine's whole pieces the barrier is
+// told. Behind them words, as a piece that ends early is one read of 16 bytes to memory checkers.
 __device__ inline void copy_span(unsigned char* shared, const unsigned char* global, int bytes,
                                  Transport transport, uint64_t* barrier) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int whole = transport == Transport::kWords ? 0 : bytes / kPiece * kPiece;
   if (transport == Transport::kBulk) {
-    const int whole = bytes / kPiece * kPiece;
-    if (lane != 0) return;
-    if (whole > 0) copy_row(shared, global, whole, barrier);
-    if (whole < bytes) copy_piece(shared + whole, global + whole, bytes - whole);
-  } else if (transport == Transport::kPieces) {
-#pragma unroll 1
-    for (int at = lane * kPiece; at < bytes; at += 32 * kPiece) {
-      copy_piece(shared + at, global + at, smaller(bytes - at, kPiece));
-    }
+    if (lane == 0 && whole > 0) copy_row(shared, global, whole, barrier);
   } else {
 #pragma unroll 1
-    for (int at = lane * 4; at < bytes; at += 32 * 4) {
-      copy_word(reinterpret_cast<float*>(shared + at), reinterpret_cast<const float*>(global + at),
-                true);
+    for (int at = lane * kPiece; at < whole; at += 32 * kPiece) {
+      copy_piece(shared + at, global + at, kPiece);
     }
+  }
+#pragma unroll 1
+  for (int at = whole + lane * 4; at < bytes; at += 32 * 4) {
+    copy_word(reinterpret_cast<float*>(shared + at), reinterpret_cast<const float*>(global + at),
+              true);
   }
 }
 

@@ -10,6 +10,7 @@ from torch.autograd.function import BackwardCFunction
 
 __all__ = [
     "axis_of",
+    "batch_norm_eps",
     "behind",
     "has_graph",
     "in_order",
@@ -75,6 +76,12 @@ def in_order(roots: Iterable[Any]) -> list[Any]:
             if follower is not None and follower not in done:
                 pending.append((follower, False))
     return order
+
+
+def batch_norm_eps(node: Any) -> float:
+    """What a batch norm adds to its variances; cuDNN's has it by another name than torch's own."""
+    name = "_saved_epsilon" if kind(node) == "CudnnBatchNorm" else "_saved_eps"
+    return float(getattr(node, name))
 
 
 def axis_of(axis: int, dim: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from hesskern.graph.entry_numbers import CHAIN, Numbers
-from hesskern.graph.nodes import kind, output_shape, passes_gradients, product
+from hesskern.graph.nodes import batch_norm_eps, kind, output_shape, passes_gradients, product
 from hesskern.graph.weight_uses import Target, linear_call
 
 __all__ = ["Leaf", "ParameterUse", "find_parameter_uses"]
@@ -376,6 +376,13 @@ def _layer_norm(scales: bool) -> _Rule:
     return rule
 
 
+def _rms_norm(node: Any, shape: tuple[int, ...], own: tuple[int, ...]) -> _Found:
+    """torch's fused one, which CUDA has; elsewhere it is a product."""
+    padded = (1,) * (len(shape) - len(own)) + tuple(own)
+    x, rstd = node._saved_input.detach(), node._saved_result1.detach()
+    return padded, lambda: _wide(x) * _wide(rstd), 1.0
+
+
 def _group_norm(scales: bool) -> _Rule:
     def rule(node: Any, shape: tuple[int, ...], own: tuple[int, ...]) -> _Found:
         padded = _channels(shape, own)
@@ -405,7 +412,7 @@ def _batch_norm(scales: bool) -> _Rule:
             return None
         if not scales:
             return padded, None, 1.0
-        x, eps = node._saved_input.detach(), float(node._saved_eps)
+        x, eps = node._saved_input.detach(), batch_norm_eps(node)
         mean, variance = node._saved_running_mean.detach(), node._saved_running_var.detach()
 
         def normalized() -> Tensor:
@@ -427,11 +434,14 @@ _RULES: dict[tuple[str, int], _Rule] = {
     ("Convolution", 2): _added_to_channels,
     ("Mul", 0): _scaled_by("_saved_other"),
     ("Mul", 1): _scaled_by("_saved_self"),
+    ("FusedRmsNorm", 1): _rms_norm,
     ("NativeLayerNorm", 1): _layer_norm(True),
     ("NativeLayerNorm", 2): _layer_norm(False),
     ("NativeGroupNorm", 1): _group_norm(True),
     ("NativeGroupNorm", 2): _group_norm(False),
+    ("CudnnBatchNorm", 1): _batch_norm(True),
+    ("CudnnBatchNorm", 2): _batch_norm(False),
     ("NativeBatchNorm", 1): _batch_norm(True),
     ("NativeBatchNorm", 2): _batch_norm(False),
 }
-_OF_CHANNELS = frozenset(("Convolution", "NativeBatchNorm", "NativeGroupNorm"))
+_OF_CHANNELS = frozenset(("Convolution", "CudnnBatchNorm", "NativeBatchNorm", "NativeGroupNorm"))

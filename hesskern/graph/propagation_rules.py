@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from hesskern.graph.nodes import axis_of, kind, passes_gradients, product
+from hesskern.graph.nodes import axis_of, batch_norm_eps, kind, passes_gradients, product
 from hesskern.graph.propagation_images import (
     adaptive_average_pool,
     average_pool,
@@ -198,7 +198,7 @@ def _batch_norm(layout: Layout, node: Any, operands: Operands, shapes: Shapes) -
     shape = shape_of(node)
     if operands != (0,) or node._saved_training or shape[0] != layout.samples:
         raise Unknown
-    scale = (node._saved_running_var.to(dtype_of(node)) + node._saved_eps).rsqrt()
+    scale = (node._saved_running_var.to(dtype_of(node)) + batch_norm_eps(node)).rsqrt()
     if node._saved_weight is not None:
         scale = scale * node._saved_weight.detach().to(dtype_of(node))
     return Rule(operands, factor=_samples(scale.reshape(1, -1, *(1,) * (len(shape) - 2))))
@@ -248,6 +248,7 @@ _RULES: dict[str, Make] = {
     "Mean": _reduction,
     "Mm": _linear,
     "Mul": _multiplication,
+    "CudnnBatchNorm": _batch_norm,
     "NativeBatchNorm": _batch_norm,
     "Permute": _permutation,
     "Sub": _sum,

@@ -53,6 +53,7 @@ RULES: dict[str, Rule] = {
     "CudnnBatchNorm": batch_norm,
     "Cumsum": along("_saved_dim"),
     "Expand": elementwise,
+    "FusedRmsNorm": layer_norm,
     "Flip": over_axes("_saved_dims"),
     "Glu": along("_saved_dim"),
     "Gather": gather,
@@ -69,6 +70,7 @@ RULES: dict[str, Rule] = {
     "NativeGroupNorm": first_axis,
     "NativeLayerNorm": layer_norm,
     "Roll": over_axes("_saved_dims"),
+    "ScaledDotProductCudnnAttention": attention,
     "ScaledDotProductEfficientAttention": attention,
     "ScaledDotProductFlashAttention": attention,
     "ScaledDotProductFlashAttentionForCpu": attention,
@@ -125,10 +127,10 @@ PRODUCTS = frozenset("Addmm Bmm Convolution GroupedMm Linear Mm".split())
 # of the same shapes. All others can: by a mask, a gate, an adjacency, a list of numbers.
 STEADY = frozenset(
     (
-        "Abs Alias AsStrided Celu Clamp Clone Convolution CudnnRnn Elu Exp Expand Gelu Hardsigmoid"
-        " Hardswish Hardtanh LeakyRelu LogSigmoid Mean Mish MkldnnRnnLayer NativeLayerNorm Neg"
-        " Permute PixelShuffle PixelUnshuffle Relu ReshapeAlias Select Sigmoid Silu Slice Softplus"
-        " Split SplitWithSizes Squeeze Stack T Tanh ThnnFusedGruCell ThnnFusedLstmCell ToCopy"
-        " Transpose Trilinear Unbind Unfold UnsafeView Unsqueeze View"
+        "Abs Alias AsStrided Celu Clamp Clone Convolution CudnnRnn Elu Exp Expand FusedRmsNorm"
+        " Gelu Hardsigmoid Hardswish Hardtanh LeakyRelu LogSigmoid Mean Mish MkldnnRnnLayer"
+        " NativeLayerNorm Neg Permute PixelShuffle PixelUnshuffle Relu ReshapeAlias Select"
+        " Sigmoid Silu Slice Softplus Split SplitWithSizes Squeeze Stack T Tanh ThnnFusedGruCell"
+        " ThnnFusedLstmCell ToCopy Transpose Trilinear Unbind Unfold UnsafeView Unsqueeze View"
     ).split()
 )

@@ -53,7 +53,8 @@ def frozen_eval(model: nn.Module, trainable: Iterable[Tensor] = ()) -> Iterator[
     """Eval mode, with all parameters frozen but some; modes and flags come back, also after errors.
 
     Inside, the model computes the function that it computes in eval mode with gradients: torch's
-    fused attention, which is another function where positions are padded, is switched off, and
+    fused attention, which is another function where positions are padded, is switched off,
+    recurrent layers on a GPU go without cuDNN, whose own have no derivatives in eval mode, and
     re-entrant checkpoints, which cut the graph where their inputs are frozen, simply run. From the
     first time on, the C library keeps more of what is freed.
 
@@ -94,6 +95,7 @@ def frozen_eval(model: nn.Module, trainable: Iterable[Tensor] = ()) -> Iterator[
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
             _plain_checkpoints(),
+            _plain_recurrences(model),
         ):
             yield
     finally:
@@ -104,6 +106,18 @@ def frozen_eval(model: nn.Module, trainable: Iterable[Tensor] = ()) -> Iterator[
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _plain_recurrences(model: nn.Module) -> Iterator[None]:
+    """Models with recurrent layers run without cuDNN; its other settings stay as they are."""
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(False, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic,
+                     cudnn.allow_tf32):  # fmt: skip
+        yield
 
 
 @contextmanager

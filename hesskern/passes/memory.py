@@ -51,8 +51,11 @@ def budget_for(memory_budget: Any, device: torch.device, default: int, share: fl
 
 def _free(device: torch.device) -> int:
     """Bytes that new tensors find, those that torch holds for them included."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
+    free = torch.cuda.mem_get_info(device)[0]
+    # As torch's functions of two numbers flatten all of the statistics for each, in .2 ms.
+    found = torch.cuda.memory_stats_as_nested_dict(device)
+    held = found["reserved_bytes"]["all"]["current"] - found["allocated_bytes"]["all"]["current"]
+    return free + int(held)
 
 
 def free_bytes(device: torch.device) -> int | None:

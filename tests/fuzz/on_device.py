@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import hesskern as hk
 from fuzz.grammar import Case
+from fuzz.program import plain_torch
 from fuzz.state import Snapshot
 from fuzz.verdict import Finding, Verdict, thrown
 
@@ -100,7 +101,7 @@ def judge_on(
         warnings.simplefilter("ignore")
         model, data = case.model(), case.data()
         there = case.model().to(device), moved(data, device)
-        if case.program.random or not _runs(case, device):
+        if case.program.random or not _agrees(case, device):
             verdict.findings.append(Finding("model", "*", "unchecked", "random, or not of there"))
             return verdict
         weight = case.sample_weight
@@ -116,12 +117,22 @@ def judge_on(
     return verdict
 
 
-def _runs(case: Case, device: torch.device) -> bool:
-    """Programs that make tensors of their own make them on the CPU."""
-    model = case.model().to(device).eval()
+def _agrees(case: Case, device: torch.device) -> bool:
+    """Whether the program is one function on both.
+
+    Programs that make tensors of their own make them on the CPU; and on CUDA some of torch's
+    functions round float64 to float32 on their way.
+    """
+    here, there = case.model().eval(), case.model().to(device).eval()
+    wide = case.dtype == torch.float64
     try:
-        for batch in case.batches:
-            model(*moved(case.inputs(batch, wide=False), device))
+        with plain_torch():
+            for batch in case.batches:
+                given = case.inputs(batch, wide=False)
+                one, other = here(*given), there(*moved(given, device))
+                one, other = (getattr(out, "logits", out) for out in (one, other))
+                if wide and not torch.allclose(one, other.cpu(), rtol=1e-11, atol=1e-12):
+                    return False
     except (RuntimeError, NotImplementedError):
         return False
     return True

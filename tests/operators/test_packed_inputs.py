@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from allocations import gpu_with
 from networks import CE, classes, randn, seeded
 from torch import Tensor, nn
 
@@ -199,13 +200,11 @@ def test_samples_that_are_not_stored(watch: Watch, monkeypatch: pytest.MonkeyPat
 def test_room(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert memory.has_room(2**60, cpu)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    gpu_with(monkeypatch, free=1000, total=2000, reserved=300, allocated=100)
     # A quarter of the 1,200 that are free.
     assert memory.has_room(300, gpu)
     assert not memory.has_room(301, gpu)
     # A quarter of 4,400 stays free.
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 4400))
+    gpu_with(monkeypatch, free=1000, total=4400, reserved=300, allocated=100)
     assert memory.has_room(100, gpu)
     assert not memory.has_room(101, gpu)

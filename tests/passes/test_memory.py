@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from allocations import peak_bytes
+from allocations import gpu_with, peak_bytes
 from networks import CE, Small, classes, randn, seeded
 from torch import Tensor, nn
 
@@ -137,9 +137,7 @@ def test_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert memory.budget_for(None, cpu, 123, 0.5) == 123
     assert memory.budget_for(77, gpu, 123, 0.5) == 77
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    gpu_with(monkeypatch, free=1000, total=5000, reserved=300, allocated=100)
     assert memory.budget_for(None, gpu, 123, 0.25) == 300
     with pytest.raises(TypeError, match="memory_budget must be a number of bytes, got str"):
         memory.budget_for("1 GB", cpu, 123, 0.5)

@@ -10,8 +10,10 @@
 // next tile on its way; warp dy, lanes at four columns each, C^2 (2 k - 1) sums in registers:
 // C^2 (2 k - 1) 4 fused multiply-adds for C (1 + 5) reads of 16 bytes (3 channels, 7 x 7: 468 for
 // 18). Border rows are tiles of several samples; of border columns and corners a lane takes a pixel
-// instead of four columns. They have blocks of their own in the same launch, so many that all end
-// at about the same time. assemble_kernel: eight lags a block, all of their sums and entries.
+// instead of four columns. They are cut into parts that all blocks take in turn behind their share
+// of the middle: what a part costs beside a tile of the middle need not be known, as it hangs on
+// copies as much as on arithmetic. assemble_kernel: eight lags a block, all of their sums and
+// entries.
 // Bound by the multiply-adds: N H W C^2 k (2 k - 1) in all, and two reads of the images.
 #include <algorithm>
 #include <cmath>
@@ -32,8 +34,8 @@ constexpr int kPad = 8;
 // Rows of a tile; and elements of images that are made contiguous at a time: 256 MB.
 constexpr int kTileRows = 16;
 constexpr int64_t kPacked = 1 << 26;
-// From a line of a strip to the next: what a lane reads of it, and no two of eight lanes from the
-// same banks.
+// From a line of a strip to the next: the pieces of four that a lane reads of it, and no two of
+// eight lanes from the same banks.
 constexpr int kStripPitch = 20;
 
 // x [samples, channels, height, width] contiguous; border: how many lines at each end of an axis
@@ -45,10 +47,10 @@ struct Image {
 
 // How the sums are shared out. Classes of rows are the first border ones, the middle, and the last
 // ones, and so of columns; a part is the sums over some samples of one class of each. First the
-// middle's, a block each; then so many of every border row's middle, of every border column's, and
-// of every corner pixel, which border_blocks blocks take in turn.
+// middle's, at most one a block; then so many of every border row's middle, of every border
+// column's, and of every corner pixel. Blocks take them in turn.
 struct Parts {
-  int middle, border_blocks, of_row, of_column, of_corner;
+  int middle, of_row, of_column, of_corner;
 
   __host__ __device__ int rows(int border) const { return 2 * border * of_row; }
   __host__ __device__ int columns(int border) const { return 2 * border * of_column; }
@@ -164,18 +166,17 @@ struct LagSums {
     }
   }
 
-  // Of neighbouring pixels; other: the first one's place in the first channel, dy lines below and
-  // kPad to the left, at a multiple of 16 bytes.
-  template <int kCount>
+  // Of neighbouring pixels, against those from kFirst words behind other on, which is of the first
+  // channel, dy lines below, and a multiple of 16 bytes.
+  template <int kFirst, int kCount>
   __device__ void add(const float (&one)[kChannels][kCount], const float* other, int channel_step) {
+    constexpr int kEnd = kFirst + kWide + kCount - 1;
 #pragma unroll
     for (int b = 0; b < kChannels; ++b) {
       const float* const from = other + b * channel_step;
-      float window[2 * kPad + 4];
+      float window[(kEnd + 3) / 4 * 4];
 #pragma unroll
-      for (int i = 0; i < (2 * kPad + 4) / 4; ++i) {
-        // Words that no lag reaches are not read.
-        if (4 * i + 3 < kPad - kLag || 4 * i > kPad + kLag + kCount - 1) continue;
+      for (int i = kFirst / 4; i < (kEnd + 3) / 4; ++i) {
         const Four<float> four = load_four(from + 4 * i);
 #pragma unroll
         for (int e = 0; e < 4; ++e) window[4 * i + e] = four.value[e];
@@ -186,7 +187,7 @@ struct LagSums {
         for (int d = 0; d < kWide; ++d) {
 #pragma unroll
           for (int e = 0; e < kCount; ++e) {
-            value[a][b][d] += one[a][e] * window[kPad - kLag + d + e];
+            value[a][b][d] += one[a][e] * window[kFirst + d + e];
           }
         }
       }
@@ -211,14 +212,16 @@ struct LagSums {
 
 // Blocks of the next kernel that a multiprocessor's registers hold, by channels and lag / 2: what
 // the middle's loop alone would leave room for.
-constexpr int kLagBlocks[3][3] = {{9, 5, 4}, {7, 3, 2}, {6, 2, 1}};
+constexpr int kLagBlocks[3][3] = {{9, 5, 4}, {7, 3, 2}, {5, 2, 1}};
 
 // partial [parts, dy, c, c', dx].
 template <int kChannels, int kLag, bool kVector>
 __global__ void __launch_bounds__(32 * (kLag + 1), kLagBlocks[kChannels - 1][kLag / 2 - 1])
     lag_kernel(Image image, Parts parts, float* partial) {
   constexpr int kBlock = 32 * (kLag + 1), kWide = 2 * kLag + 1, kLines = kTileRows + kLag;
-  static_assert(kLag <= kPad);
+  // Pieces of four of a strip's line, wherever among four its first column lies.
+  constexpr int kAcross = (3 + kWide + 3) / 4;
+  static_assert(kLag <= kPad && 4 * kAcross <= kStripPitch);
   float* const memory = reinterpret_cast<float*>(dynamic_shared());
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, dy = thread / 32;
   const int fours = (image.width + 3) / 4, pitch = 4 * fours + 2 * kPad;
@@ -226,10 +229,13 @@ __global__ void __launch_bounds__(32 * (kLag + 1), kLagBlocks[kChannels - 1][kLa
   const int64_t plane = static_cast<int64_t>(image.height) * image.width;
   const int all = parts.all(image.border);
   LagSums<kChannels, kLag> sums;
-  int part = static_cast<int>(blockIdx.x);
-  while (part < all) {
+  for (int part = static_cast<int>(blockIdx.x); part < all; part += static_cast<int>(gridDim.x)) {
     const PartTiles tiles = PartTiles::of<kLag>(image, parts, part, pitch);
     const int depth = tiles.tile_rows + kLag, lines = tiles.tile_samples * depth;
+    // Where a strip's lines begin in the image: at a multiple of four, with the first lag's column
+    // among the first four.
+    const int strip = (tiles.column - kLag + kPad) / 4 - kPad / 4;
+    const int shift = tiles.column - kLag - 4 * strip;
     // Zeros beside the rows stay.
     for (int i = thread; !tiles.pixels && i < 2 * kChannels * kLines * 2 * kPad; i += kBlock) {
       const int line = i / (2 * kPad), place = i % (2 * kPad);
@@ -238,26 +244,34 @@ __global__ void __launch_bounds__(32 * (kLag + 1), kLagBlocks[kChannels - 1][kLa
     const auto copy = [&](int number, int buffer) {
       if (number < tiles.count) {
         const PartTile tile(tiles, number);
-        float* const to = memory + buffer * tile_size + kPad;
         const float* const from = image.x + static_cast<int64_t>(tile.sample) * kChannels * plane;
-        const int across = tiles.pixels ? kWide : fours;
-        for (int i = thread; i < kChannels * lines * across; i += kBlock) {
-          const int f = i % across, number_of_line = i / across;
-          const int channel = number_of_line / lines, line = number_of_line % lines;
+        float* const to = memory + buffer * tile_size;
+        // Of a line of the tile the piece f of the image, to that many words behind its first one.
+        const auto copy_piece_of = [&](int line, int f, int words) {
           const int n = tiles.tile_samples == 1 ? 0 : line / depth;
           const int row = tile.top + line - n * depth;
-          const bool inside = n < tile.samples && row < image.height;
-          const int64_t place =
-              (n * kChannels + channel) * plane + static_cast<int64_t>(row) * image.width;
-          if (tiles.pixels) {
-            const int w = tiles.column + f - kLag;
-            const bool exists = inside && w >= 0 && w < image.width;
-            copy_word(to + channel * channel_step + line * kStripPitch + f - kLag,
-                      exists ? from + place + w : image.x, exists);
-          } else {
-            const int left = image.width - 4 * f, count = !inside ? 0 : left < 4 ? left : 4;
-            copy_four(to + channel * channel_step + line * pitch + 4 * f,
-                      count > 0 ? from + place + 4 * f : image.x, count, kVector);
+          const int left = image.width - 4 * f;
+          const bool inside = n < tile.samples && row < image.height && f >= 0 && left > 0;
+          const int64_t place = n * kChannels * plane + static_cast<int64_t>(row) * image.width;
+#pragma unroll
+          for (int c = 0; c < kChannels; ++c) {
+            copy_four(to + c * channel_step + words,
+                      inside ? from + place + c * plane + 4 * f : image.x,
+                      !inside    ? 0
+                      : left < 4 ? left
+                                 : 4,
+                      kVector);
+          }
+        };
+        if (tiles.pixels) {
+          for (int i = thread; i < lines * kAcross; i += kBlock) {
+            const int line = i / kAcross, f = i % kAcross;
+            copy_piece_of(line, strip + f, line * kStripPitch + 4 * f);
+          }
+        } else {
+          for (int i = thread; i < lines * fours; i += kBlock) {
+            const int line = i / fours, f = i - line * fours;
+            copy_piece_of(line, f, line * pitch + kPad + 4 * f);
           }
         }
       }
@@ -272,15 +286,28 @@ __global__ void __launch_bounds__(32 * (kLag + 1), kLagBlocks[kChannels - 1][kLa
       wait_for_copies<1>();
       __syncthreads();
       const PartTile tile(tiles, number);
-      const float* const begin = memory + buffer * tile_size + kPad;
+      const float* const begin = memory + buffer * tile_size;
       if (tiles.pixels) {
-        for (int i = lane; i < tile.samples * tile.rows; i += 32) {
-          const int n = i / tile.rows;
-          const float* const place = begin + (n * depth + i - n * tile.rows) * kStripPitch;
-          float one[kChannels][1];
+        const auto add_pixels = [&](auto first) {
+          for (int i = lane; i < tile.samples * tile.rows; i += 32) {
+            const int n = i / tile.rows;
+            const float* const place = begin + (n * depth + i - n * tile.rows) * kStripPitch;
+            float one[kChannels][1];
 #pragma unroll
-          for (int a = 0; a < kChannels; ++a) one[a][0] = place[a * channel_step];
-          sums.template add<1>(one, place + dy * kStripPitch - kPad, channel_step);
+            for (int a = 0; a < kChannels; ++a) {
+              one[a][0] = place[a * channel_step + decltype(first)::value + kLag];
+            }
+            sums.template add<decltype(first)::value>(one, place + dy * kStripPitch, channel_step);
+          }
+        };
+        if (shift == 0) {
+          add_pixels(std::integral_constant<int, 0>());
+        } else if (shift == 1) {
+          add_pixels(std::integral_constant<int, 1>());
+        } else if (shift == 2) {
+          add_pixels(std::integral_constant<int, 2>());
+        } else {
+          add_pixels(std::integral_constant<int, 3>());
         }
       } else {
         // Several rows of a sample, or one of several.
@@ -294,7 +321,7 @@ __global__ void __launch_bounds__(32 * (kLag + 1), kLagBlocks[kChannels - 1][kLa
           float one[kChannels][4];
 #pragma unroll
           for (int a = 0; a < kChannels; ++a) {
-            const Four<float> four = load_four(place + a * channel_step);
+            const Four<float> four = load_four(place + a * channel_step + kPad);
 #pragma unroll
             for (int e = 0; e < 4; ++e) one[a][e] = four.value[e];
           }
@@ -308,7 +335,7 @@ __global__ void __launch_bounds__(32 * (kLag + 1), kLagBlocks[kChannels - 1][kLa
               }
             }
           }
-          sums.template add<4>(one, place + dy * pitch - kPad, channel_step);
+          sums.template add<kPad - kLag>(one, place + dy * pitch, channel_step);
           f += 32;
           while (f >= fours) f -= fours, ++row;
         }
@@ -319,7 +346,6 @@ __global__ void __launch_bounds__(32 * (kLag + 1), kLagBlocks[kChannels - 1][kLa
     sums.write(
         partial + (static_cast<int64_t>(part) * (kLag + 1) + dy) * (kChannels * kChannels * kWide),
         lane);
-    part = part < parts.middle ? all : part + parts.border_blocks;
   }
 }
 
@@ -423,6 +449,7 @@ __global__ void __launch_bounds__(kThreads)
 // What a plan has chosen for so many samples.
 struct Schedule {
   Parts parts;
+  int blocks;
   size_t bytes;
   // Elements of the workspace.
   int64_t size;
@@ -441,22 +468,18 @@ Schedule schedule(const Image& image) {
   const int64_t tiles = image.samples * ceil_div(rows, kTileRows);
   s.parts.middle = static_cast<int>(std::min<int64_t>(most, tiles));
   if (lines > 0) {
-    // In steps of a lane over four columns: a pixel takes a third of one, to add up a part's sums
-    // three or so.
-    constexpr double kPixel = 1.0 / 3.0, kSums = 3.0, kLeast = 8.0;
+    // About, in steps of a lane over four columns, copies among it: a pixel of a column takes half
+    // of one, one of a corner more, to add up a part's sums two. Parts that cost the same, three a
+    // block, if they are worth it.
+    constexpr double kPixel = 0.5, kCorner = 1.5, kSums = 2.0, kLeast = 8.0, kRounds = 3.0;
     const auto samples = static_cast<double>(image.samples);
     const double of_row = samples * static_cast<double>(fours) / 32.0;
     const double of_column = samples * static_cast<double>(rows) * kPixel / 32.0;
-    const double of_corner = samples * kPixel / 32.0;
+    const double of_corner = samples * kCorner / 32.0;
     const auto borders = static_cast<double>(lines);
     const double all =
         borders * (of_row + of_column + 2 * kSums) + borders * borders * (of_corner + kSums);
-    const double share = all / (all + of_row * static_cast<double>(rows));
-    // Blocks for both that end together, where the device is full; else, all that it holds.
-    int64_t blocks = std::clamp<int64_t>(static_cast<int64_t>(share * most + 0.5), 1, most);
-    s.parts.middle = static_cast<int>(std::min(tiles, std::max<int64_t>(most - blocks, 1)));
-    blocks = std::max<int64_t>(blocks, most - s.parts.middle);
-    const double each = std::max(all / (4.0 * static_cast<double>(blocks)), kLeast);
+    const double each = std::max(all / (kRounds * static_cast<double>(most)), kLeast);
     const auto parts_of = [&](double cost) {
       return static_cast<int>(
           std::clamp<int64_t>(static_cast<int64_t>(std::ceil(cost / each)), 1, image.samples));
@@ -464,9 +487,8 @@ Schedule schedule(const Image& image) {
     s.parts.of_row = parts_of(of_row);
     s.parts.of_column = parts_of(of_column);
     s.parts.of_corner = parts_of(of_corner);
-    s.parts.border_blocks =
-        static_cast<int>(std::min<int64_t>(blocks, s.parts.all(image.border) - s.parts.middle));
   }
+  s.blocks = std::min(most, s.parts.all(image.border));
   s.size = static_cast<int64_t>(s.parts.all(image.border)) * kSize;
   return s;
 }
@@ -476,8 +498,7 @@ cudaError_t run(const Image& image, const SymmetricSum<float>& sum, const Schedu
                 float* partial, cudaStream_t stream) {
   constexpr int kSize = (kLag + 1) * (2 * kLag + 1) * kChannels * kChannels;
   const cudaError_t error =
-      launch(lag_kernel<kChannels, kLag, kVector>,
-             dim3(static_cast<unsigned>(s.parts.middle + s.parts.border_blocks)),
+      launch(lag_kernel<kChannels, kLag, kVector>, dim3(static_cast<unsigned>(s.blocks)),
              dim3(32 * (kLag + 1)), s.bytes, stream, image, s.parts, partial);
   if (error != cudaSuccess) return error;
   return launch(assemble_kernel<kChannels, kLag>,

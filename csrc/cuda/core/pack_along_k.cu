@@ -1,8 +1,10 @@
-// Bound by memory: 4 bytes an element read, 4 written. Rows of up to 8,192 elements that lie along
+// Bound by memory: 4 bytes an element read, 4 written. Rows of up to 6,144 elements that lie along
 // k stay in registers between the search for the largest and the scaling, others are read twice,
-// the second time from a cache for the most part.
+// the second time from a cache for the most part. Of many rows a block takes several, as to find
+// its matrix among many costs as much as a row.
 #include <algorithm>
 
+#include "device.h"
 #include "launch.h"
 #include "pack_along_k.h"
 #include "warp.h"
@@ -12,10 +14,14 @@ namespace hesskern::cuda {
 namespace {
 
 constexpr int kMost = 128;
-// Pairs of neighbours that a thread keeps.
-constexpr int kHeld = 16;
+// Pairs of neighbours that a thread keeps; and columns that a warp takes: what it cannot keep of
+// them it reads twice, which costs less than a block's barriers.
+constexpr int kHeld = 12;
+constexpr int64_t kWarpColumns = 1024;
 // Rows of a block that lie side by side in memory, and how much of k it turns at a time.
 constexpr int kTurnedRows = 32, kTurnedDepth = 128;
+// Times that a block takes its rows, and for how many blocks a multiprocessor that may be.
+constexpr int64_t kMostRounds = 4, kBlocksEach = 16;
 
 // How a block's threads take a matrix: a warp or all of them a row, or 32 rows that lie side by
 // side in memory.
@@ -28,30 +34,29 @@ struct AlongKList {
     // The matrix's first block.
     unsigned first;
   };
-  int count;
+  int count, rounds;
   Entry entries[kMost];
 };
 
-// What the largest magnitude of a row is found by.
+// What the largest magnitude of a row is found by; kScaled: under exponents along k.
+template <bool kScaled>
 class Largest {
  public:
-  __device__ void take(float value, int column, const int* k_exponents) {
-    const uint32_t bits = bits_of(value) & 0x7fffffffu;
-    uint32_t here = bits;
-    if (k_exponents != nullptr && bits != 0) {
+  __device__ void take(float value, int k_exponent) {
+    uint32_t here = bits_of(value) & 0x7fffffffu;
+    if constexpr (kScaled) {
       // Exponents from 1 on; 0xffffffff: the row holds what is not finite.
-      here = bits >= 0x7f800000u
-                 ? 0xffffffffu
-                 : static_cast<uint32_t>(exponent_of_bits(bits) - k_exponents[column] + kZero);
+      const uint32_t size = static_cast<uint32_t>(exponent_of_bits(here) - k_exponent + kZero);
+      here = here == 0 ? 0 : here >= 0x7f800000u ? 0xffffffffu : size;
     }
     most_ = here > most_ ? here : most_;
   }
   __device__ void take(uint32_t other) { most_ = other > most_ ? other : most_; }
   __device__ uint32_t value() const { return most_; }
   // Values times 2^exponent fit float16; 0 where all are zero or one is not finite.
-  __device__ int exponent(const int* k_exponents) const {
+  __device__ int exponent() const {
     if (most_ == 0) return 0;
-    if (k_exponents == nullptr) return packed_exponent(most_, 0);
+    if constexpr (!kScaled) return packed_exponent(most_, 0);
     return most_ == 0xffffffffu ? 0 : 14 - (static_cast<int>(most_) - kZero);
   }
 
@@ -60,12 +65,23 @@ class Largest {
   uint32_t most_ = 0;
 };
 
-__device__ inline float scaled(float value, int column, int exponent, const int* k_exponents) {
-  return times_power(value, exponent - (k_exponents == nullptr ? 0 : k_exponents[column]));
-}
+// A row's power of two, less one of each column where there are such.
+template <bool kScaled>
+class RowScale {
+ public:
+  __device__ explicit RowScale(int exponent) : exponent_(exponent), row_(&exponent, 0) {}
+  __device__ float scaled(float value, int k_exponent) const {
+    if constexpr (kScaled) return times_power(value, exponent_ - k_exponent);
+    return row_.scaled(0, value);
+  }
+
+ private:
+  int exponent_;
+  ColumnScales<1> row_;
+};
 
 // A row by so many threads, 32 or all of the block.
-template <int Count>
+template <int Count, bool kScaled>
 __device__ inline void pack_row(const AlongK& s, int64_t block,
                                 uint32_t (&highest)[kThreads / 32][kTurnedRows]) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -80,46 +96,52 @@ __device__ inline void pack_row(const AlongK& s, int64_t block,
     return {{j < columns ? from[j * s.column_step] : 0.0f,
              j + 1 < columns ? from[(j + 1) * s.column_step] : 0.0f}};
   };
-  Largest largest;
-  const auto take = [&](const Pair<float>& pair, int j) {
-    if (j < columns) largest.take(pair.value[0], j, s.k_exponents);
-    if (j + 1 < columns) largest.take(pair.value[1], j + 1, s.k_exponents);
+  // Beyond the columns values are zero, whatever the exponent.
+  const auto exponent_along = [&](int j) {
+    return kScaled ? s.k_exponents[j < columns ? j : columns - 1] : 0;
   };
-  constexpr int kAll = 2 * Count * kHeld;
+  Largest<kScaled> largest;
+  const auto take = [&](const Pair<float>& pair, int j) {
+    largest.take(pair.value[0], exponent_along(j));
+    largest.take(pair.value[1], exponent_along(j + 1));
+  };
+  // With exponents along k there are no registers for the row.
+  constexpr int kKept = kScaled ? 0 : kHeld, kAll = 2 * Count * kKept;
   Pair<float> held[kHeld];
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) held[i] = load(first + 2 * Count * i);
+  for (int i = 0; i < kKept; ++i) held[i] = load(first + 2 * Count * i);
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) take(held[i], first + 2 * Count * i);
-#pragma unroll 8
+  for (int i = 0; i < kKept; ++i) take(held[i], first + 2 * Count * i);
+#pragma unroll 4
   for (int j = kAll + first; j < columns; j += 2 * Count) take(load(j), j);
   largest.take(warp_max(largest.value()));
   if constexpr (Count > 32) {
     if (thread % 32 == 0) highest[thread / 32][0] = largest.value();
     __syncthreads();
     for (int i = 0; i < Count / 32; ++i) largest.take(highest[i][0]);
+    // It may be written again.
+    __syncthreads();
   }
-  const int exponent = largest.exponent(s.k_exponents);
+  const int exponent = largest.exponent();
   if (first == 0) s.to.exponents[row] = exponent;
+  const RowScale<kScaled> scale(exponent);
   uint16_t* const out = s.to.parts + row * padded;
   const auto put = [&](const Pair<float>& pair, int j) {
     if (j >= padded) return;
-    // Beyond the columns are zeros and no exponents.
-    const auto at = [&](int i) {
-      return j + i < columns ? scaled(pair.value[i], j + i, exponent, s.k_exponents) : 0.0f;
-    };
     uint32_t high, low;
-    split_pair(at(0), at(1), high, low);
+    split_pair(scale.scaled(pair.value[0], exponent_along(j)),
+               scale.scaled(pair.value[1], exponent_along(j + 1)), high, low);
     *reinterpret_cast<uint32_t*>(out + j) = high;
     *reinterpret_cast<uint32_t*>(out + j + s.to.part_step()) = low;
   };
 #pragma unroll
-  for (int i = 0; i < kHeld; ++i) put(held[i], first + 2 * Count * i);
+  for (int i = 0; i < kKept; ++i) put(held[i], first + 2 * Count * i);
 #pragma unroll 4
   for (int j = kAll + first; j < padded; j += 2 * Count) put(load(j), j);
 }
 
 // 32 rows that lie side by side, each the neighbour of the next, by way of shared memory.
+template <bool kScaled>
 __device__ inline void pack_turned(const AlongK& s, int64_t block,
                                    uint32_t (&highest)[kThreads / 32][kTurnedRows],
                                    float (&turned)[kTurnedDepth][kTurnedRows + 1]) {
@@ -130,23 +152,23 @@ __device__ inline void pack_turned(const AlongK& s, int64_t block,
   const int columns = static_cast<int>(s.to.columns), padded = static_cast<int>(s.to.padded());
   const float* const from = s.matrix + row * s.row_step;
   const auto load = [&](int j) { return inside && j < columns ? from[j * s.column_step] : 0.0f; };
-  Largest largest;
+  const auto exponent_along = [&](int j) {
+    return kScaled ? s.k_exponents[j < columns ? j : columns - 1] : 0;
+  };
+  Largest<kScaled> largest;
   for (int first = warp; first < columns; first += kTurnedDepth) {
     float values[kLoads];
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) values[i] = load(first + kWarps * i);
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (first + kWarps * i < columns) {
-        largest.take(values[i], first + kWarps * i, s.k_exponents);
-      }
-    }
+    for (int i = 0; i < kLoads; ++i) largest.take(values[i], exponent_along(first + kWarps * i));
   }
   highest[warp][lane] = largest.value();
   __syncthreads();
   for (int i = 0; i < kWarps; ++i) largest.take(highest[i][lane]);
-  const int exponent = largest.exponent(s.k_exponents);
+  const int exponent = largest.exponent();
   if (warp == 0 && inside) s.to.exponents[row] = exponent;
+  const RowScale<kScaled> scale(exponent);
   for (int begin = 0; begin < padded; begin += kTurnedDepth) {
     float values[kLoads];
 #pragma unroll
@@ -154,8 +176,7 @@ __device__ inline void pack_turned(const AlongK& s, int64_t block,
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
       const int j = begin + warp + kWarps * i;
-      turned[warp + kWarps * i][lane] =
-          j < columns ? scaled(values[i], j, exponent, s.k_exponents) : 0.0f;
+      turned[warp + kWarps * i][lane] = scale.scaled(values[i], exponent_along(j));
     }
     __syncthreads();
     // Eight threads a row, each eight neighbours along k and then the ones 64 further.
@@ -180,8 +201,21 @@ __device__ inline void pack_turned(const AlongK& s, int64_t block,
   }
 }
 
+template <bool kScaled>
+__device__ inline void pack(const AlongKList::Entry& entry, int64_t block,
+                            uint32_t (&highest)[kThreads / 32][kTurnedRows],
+                            float (&turned)[kTurnedDepth][kTurnedRows + 1]) {
+  if (entry.way == Way::kWarps) {
+    pack_row<32, kScaled>(entry.source, block, highest);
+  } else if (entry.way == Way::kBlocks) {
+    pack_row<kThreads, kScaled>(entry.source, block, highest);
+  } else {
+    pack_turned<kScaled>(entry.source, block, highest, turned);
+  }
+}
+
 template <int Threads>
-__global__ void __launch_bounds__(Threads, 4)
+__global__ void __launch_bounds__(Threads, 3)
     pack_along_k_kernel(const __grid_constant__ AlongKList list) {
   static_assert(Threads == kThreads);
   __shared__ uint32_t highest[Threads / 32][kTurnedRows];
@@ -197,23 +231,28 @@ __global__ void __launch_bounds__(Threads, 4)
     }
   }
   const AlongKList::Entry& entry = list.entries[low];
-  const int64_t block = blockIdx.x - entry.first;
-  if (entry.way == Way::kWarps) {
-    pack_row<32>(entry.source, block, highest);
-  } else if (entry.way == Way::kBlocks) {
-    pack_row<Threads>(entry.source, block, highest);
-  } else {
-    pack_turned(entry.source, block, highest, turned);
+  const int64_t first = static_cast<int64_t>(blockIdx.x - entry.first) * list.rounds;
+  for (int64_t block = first; block < first + list.rounds; ++block) {
+    if (entry.source.k_exponents != nullptr) {
+      pack<true>(entry, block, highest, turned);
+    } else {
+      pack<false>(entry, block, highest, turned);
+    }
   }
 }
 
 Way way_of(const AlongK& source) {
   if (source.row_step == 1 && source.column_step != 1 && source.to.rows > 1) return Way::kTurned;
-  return source.to.columns <= 64 * kHeld ? Way::kWarps : Way::kBlocks;
+  return source.to.columns <= kWarpColumns ? Way::kWarps : Way::kBlocks;
 }
 
 int64_t rows_of_block(Way way) {
   return way == Way::kWarps ? kThreads / 32 : way == Way::kBlocks ? 1 : kTurnedRows;
+}
+
+// How often a block's threads take rows of a matrix.
+int64_t shares_of(const AlongK& source) {
+  return ceil_div(source.to.rows, rows_of_block(way_of(source)));
 }
 
 }  // namespace
@@ -222,12 +261,16 @@ cudaError_t pack_along_k(const std::vector<AlongK>& matrices, cudaStream_t strea
   for (size_t begin = 0; begin < matrices.size(); begin += kMost) {
     AlongKList list{};
     list.count = static_cast<int>(std::min<size_t>(kMost, matrices.size() - begin));
+    int64_t shares = 0;
+    for (int i = 0; i < list.count; ++i)
+      shares += shares_of(matrices[begin + static_cast<size_t>(i)]);
+    list.rounds = static_cast<int>(
+        std::clamp<int64_t>(shares / (kBlocksEach * current_device().processors), 1, kMostRounds));
     int64_t blocks = 0;
     for (int i = 0; i < list.count; ++i) {
       const AlongK& source = matrices[begin + static_cast<size_t>(i)];
-      const Way way = way_of(source);
-      list.entries[i] = {source, way, static_cast<unsigned>(blocks)};
-      blocks += ceil_div(source.to.rows, rows_of_block(way));
+      list.entries[i] = {source, way_of(source), static_cast<unsigned>(blocks)};
+      blocks += ceil_div(shares_of(source), int64_t{list.rounds});
     }
     if (blocks == 0) continue;
     const cudaError_t error =

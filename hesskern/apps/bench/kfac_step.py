@@ -196,8 +196,12 @@ class _Plain:
         for layer, (inner, outer) in self.factors.items():
             pi = ((inner.trace() * len(outer)) / (outer.trace() * len(inner))).sqrt()
             self.inverses[layer] = [
-                torch.linalg.inv(inner + pi * _DAMPING**0.5 * torch.eye(len(inner))),
-                torch.linalg.inv(outer + _DAMPING**0.5 / pi * torch.eye(len(outer))),
+                torch.linalg.inv(
+                    inner + pi * _DAMPING**0.5 * torch.eye(len(inner), device=inner.device)
+                ),
+                torch.linalg.inv(
+                    outer + _DAMPING**0.5 / pi * torch.eye(len(outer), device=outer.device)
+                ),
             ]
 
     def step(self) -> None:

@@ -235,7 +235,7 @@ void grouped(const std::vector<One>& all, int tile, int processors) {
     }
     parts.push_back({a, b, {o.c.data(), o.c_row, o.c_column, 1.0f, false}, scale});
   }
-  const GroupedPartsProduct plan(sizes, tile);
+  const GroupedPartsProduct plan(PartsType::kTwoFloat16, true, sizes, tile);
   const Memory<float> workspace(plan.workspace());
   const bool ran = pack_along_k(matrices, nullptr) == cudaSuccess &&
                    plan.run(parts, workspace.data(), nullptr) == cudaSuccess;

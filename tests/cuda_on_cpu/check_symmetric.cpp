@@ -346,6 +346,9 @@ void check_conv_lags(bool few) {
                             true);
   convolution<BFloat16, float>("bfloat16", {1, 60, 4, 3, 1, 2, 3, 1, 1, 1, 1, 1, 1}, true, false, 2,
                                true);
+  // The same without borders, behind whose signals there is nothing.
+  convolution<BFloat16, float>("bfloat16", {2, 64, 4, 5, 1, 3, 3, 1, 1, 0, 0, 1, 1}, false, false,
+                               2, true);
   // Other devices.
   emulation::device().capability = 80;
   convolution<float, float>("float", {2, 33, 5, 4, 1, 3, 3, 1, 1, 1, 1, 1, 1}, false, false, 2,

@@ -164,8 +164,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Whether signals are multiplied in parts: there are few products for every group then, and tiles
-// of 128 channels are not mostly empty.
+// Whether signals are multiplied in parts: all groups' products fit into a launch or two then, and
+// tiles of 128 channels are not mostly empty.
 template <typename In>
 bool multiplies_parts(const ConvLags<In>& lags, const LagPlan& plan, int64_t samples) {
   constexpr int64_t kFewestChannels = 32, kMostGroups = 4;
@@ -367,8 +367,8 @@ struct Layout {
     const LagFamily& family = geometry->families[run.family];
     const int64_t signal = family.rows(samples) * packed_channels;
     const int64_t part_step = groups * family.signals * signal;
-    // Pairs of shifts begin a row before, which is zero, and leave out the last one: where there
-    // are shifts, zeros end a signal. They reach no further than the margin then.
+    // Pairs of shifts begin a row before, which is zero, and leave out the last one, which is zero
+    // too where there are shifts. One row more would reach beyond the margin.
     const auto* const begin = reinterpret_cast<const uint16_t*>(workspace + packed[run.family]) +
                               product.group * family.signals * signal +
                               (family.margin - (one.stack - 1) + first) * packed_channels;

@@ -235,7 +235,7 @@ void grouped(const std::vector<One>& all, int tile, int processors) {
     }
     parts.push_back({a, b, {o.c.data(), o.c_row, o.c_column, 1.0f, false}, scale});
   }
-  const GroupedPartsProduct plan(sizes, tile);
+  const GroupedPartsProduct plan(PartsType::kTwoFloat16, true, sizes, tile);
   const Memory<float> workspace(plan.workspace());
   const bool ran = pack_along_k(matrices, nullptr) == cudaSuccess &&
                    plan.run(parts, workspace.data(), nullptr) == cudaSuccess;
@@ -250,6 +250,62 @@ void grouped(const std::vector<One>& all, int tile, int processors) {
              ", " + std::to_string(items) + " items on " + std::to_string(processors) + ", " +
              std::to_string(split) + " with splits",
          ran ? worst : 1, 1e-6);
+}
+
+// Products across k of several sizes in one launch, with gaps in the second one's B; a long one and
+// short ones.
+template <typename T>
+void across_k(PartsType type, const char* name, int tile, int processors) {
+  multiprocessor_count_is(processors);
+  const int64_t count = type == PartsType::kTwoFloat16 ? 2 : 1;
+  const std::vector<PartsSize> sizes = {{70, 136, 700}, {136, 192, 90}, {9, 64, 40}, {8, 300, 1}};
+  std::vector<std::unique_ptr<Memory<T>>> matrices;
+  std::vector<std::unique_ptr<Memory<float>>> sums;
+  std::vector<GroupedPart> parts;
+  const auto matrix = [&](int64_t rows, int64_t columns, int64_t width) {
+    const int64_t gap = width == 0 ? 0 : 8, pieces = width == 0 ? 1 : ceil_div(columns, width);
+    const int64_t step = ceil_div(columns + (pieces - 1) * gap, 8) * 8;
+    matrices.push_back(std::make_unique<Memory<T>>(count * rows * step));
+    for (int64_t i = 0; i < count * rows * step; ++i) {
+      (*matrices.back())[i] = store<T>(normal() * (i < rows * step ? 1 : 5e-4));
+    }
+    return PartsMatrix{
+        matrices.back()->data(), rows, columns, step, rows * step, nullptr, width, gap};
+  };
+  for (const PartsSize& size : sizes) {
+    sums.push_back(std::make_unique<Memory<float>>(size.m * size.n));
+    const PartsMatrix a = matrix(size.k, size.m, 0);
+    const PartsMatrix b = matrix(size.k, size.n, parts.size() == 1 ? 64 : 0);
+    parts.push_back({a, b, {sums.back()->data(), size.n, 1, 0.5f, false}, {}});
+  }
+  const GroupedPartsProduct plan(type, false, sizes, tile);
+  const Memory<float> workspace(plan.workspace());
+  double worst = plan.run(parts, workspace.data(), nullptr) == cudaSuccess ? 0 : 1;
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    const auto value = [&](const PartsMatrix& x, int64_t part, int64_t k, int64_t j) {
+      const int64_t place = x.width == 0 ? j : j + j / x.width * x.gap;
+      return value_of(static_cast<const T*>(x.data)[part * x.part_step + k * x.row_step + place]);
+    };
+    worst = std::max(worst, relative_error(
+                                sizes[i].m * sizes[i].n, [&](int64_t e) { return (*sums[i])[e]; },
+                                [&](int64_t e) {
+                                  double total = 0;
+                                  for (int64_t k = 0; k < sizes[i].k; ++k) {
+                                    double left = 0, right = 0;
+                                    for (int64_t part = 0; part < count; ++part) {
+                                      left += value(parts[i].a, part, k, e / sizes[i].n);
+                                      right += value(parts[i].b, part, k, e % sizes[i].n);
+                                    }
+                                    total += left * right;
+                                  }
+                                  return 0.5 * total;
+                                }));
+  }
+  int split = 0;
+  for (const PartsSchedule& schedule : plan.schedules()) split += schedule.split_tiles() > 0;
+  report(std::string("grouped product across k of ") + name + ", tile " + std::to_string(tile) +
+             ", " + std::to_string(split) + " of 4 with splits",
+         worst, 1e-6);
 }
 
 // Products by their addresses: some by parts, others not.
@@ -369,6 +425,11 @@ void check_grouped_products(bool few) {
              {7, 140, 200, Lies::kAcrossK, Lies::kAlongK, true, false, One::kRows}},
             tile, 12);
     grouped({{10, 12, 520, Lies::kAlongK, Lies::kAlongK, false, false, One::kEach}}, tile, 5);
+  }
+  for (const int tile : {128, 256}) {
+    across_k<Float16>(PartsType::kTwoFloat16, "two float16", tile, 9);
+    across_k<Float16>(PartsType::kFloat16, "float16", tile, 2);
+    across_k<BFloat16>(PartsType::kBFloat16, "bfloat16", tile, 9);
   }
   // All go by parts however small; those with short sides not; of two groups.
   planned("all", mixed, {1, 1e-6}, 5);

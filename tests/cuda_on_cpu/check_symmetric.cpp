@@ -1,5 +1,6 @@
 // input_covariance.cu, conv_input_covariance.cu, output_hessian.cu and mirror.cu on the CPU.
 #include <algorithm>
+#include <limits>
 
 #include "accumulator.h"
 #include "check.h"
@@ -99,17 +100,33 @@ struct Shape {
   int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w;
 };
 
+// What lies around images in memory, and what is in them.
+struct Around {
+  // Elements before them, and behind every row (of a pixel's channels, where these come last).
+  int64_t before = 0, behind = 0;
+  // Every channel has one value that all others vanish beside.
+  bool spikes = false;
+};
+
 template <typename In, typename T>
 void convolution(const char* type, const Shape& s, bool channels_last, bool tf32, int processors,
-                 bool by_lags = false) {
+                 bool by_lags = false, const Around& around = {}) {
   multiprocessor_count_is(processors);
-  const int64_t size = s.n * s.channels * s.height * s.width;
-  const Memory<In> x(size);
-  for (int64_t i = 0; i < size; ++i) x[i] = store<In>(normal());
-  const int64_t sample = s.channels * s.height * s.width;
-  const int64_t channel = channels_last ? 1 : s.height * s.width;
-  const int64_t row = channels_last ? s.width * s.channels : s.width;
-  const int64_t column = channels_last ? s.channels : 1;
+  const int64_t line = (channels_last ? s.channels : s.width) + around.behind;
+  const int64_t channel = channels_last ? 1 : s.height * line;
+  const int64_t row = channels_last ? s.width * line : line;
+  const int64_t column = channels_last ? line : 1;
+  const int64_t sample = channels_last ? s.height * row : s.channels * channel;
+  const Memory<In> memory(s.n * sample + around.before);
+  In* const x = memory.data() + around.before;
+  for (int64_t i = 0; i < s.n * sample; ++i) {
+    if (i % line < line - around.behind) x[i] = store<In>(normal());
+  }
+  for (int64_t c = 0; around.spikes && c < s.channels; ++c) {
+    const int64_t at = (37 * c + 5) * 1031 % (s.n * s.height * s.width);
+    x[at / s.width / s.height * sample + c * channel + at / s.width % s.height * row +
+      at % s.width * column] = store<In>(1e6 * (c % 2 == 0 ? -1 : 1));
+  }
   const auto out = [](int64_t in, int64_t kernel, int64_t stride, int64_t padding,
                       int64_t dilation) {
     return (in + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
@@ -139,7 +156,7 @@ void convolution(const char* type, const Shape& s, bool channels_last, bool tf32
     }
   }
   const ConvInputCovariance<In, T> call{
-      x.data(),    s.n,          per_group,    s.height,   s.width,    sample,     channel,
+      x,           s.n,          per_group,    s.height,   s.width,    sample,     channel,
       row,         column,       s.kernel_h,   s.kernel_w, s.stride_h, s.stride_w, s.padding_h,
       s.padding_w, s.dilation_h, s.dilation_w, out_h,      out_w,      tf32,       acc.sum};
   const std::string name = std::string(by_lags ? "conv_lags " : "conv_input_covariance ") + type +
@@ -147,11 +164,39 @@ void convolution(const char* type, const Shape& s, bool channels_last, bool tf32
                            std::to_string(s.height) + ", " + std::to_string(s.width) + "] k " +
                            std::to_string(s.kernel_h) + "x" + std::to_string(s.kernel_w) + " g " +
                            std::to_string(s.groups) + (channels_last ? " channels last" : "") +
-                           (tf32 ? " tf32" : "");
+                           (tf32 ? " tf32" : "") + (around.spikes ? " spikes" : "");
   if constexpr (std::is_same_v<T, float>) {
     if (by_lags) return run(ConvLags<In>{call, 1, 50}, acc, name, limit_of<T>(tf32));
   }
   run(call, acc, name, limit_of<T>(tf32));
+}
+
+// One value that is no number spoils its channel's rows and columns of the sum and nothing else.
+void not_a_number_in_lags(float bad) {
+  multiprocessor_count_is(2);
+  constexpr int64_t channels = 64, side = 4, taps = 9, at = 21, d = channels * taps;
+  const Memory<float> x(2 * channels * side * side);
+  for (int64_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(normal());
+  x[at * side * side] = bad;
+  Accumulator<float> acc(1, d, d, 1.0f);
+  ConvInputCovariance<float, float> call{};
+  call.x = x.data();
+  call.samples = 2, call.group_channels = channels;
+  call.height = call.width = call.out_h = call.out_w = side;
+  call.sample_stride = channels * side * side, call.channel_stride = side * side;
+  call.row_stride = side, call.column_stride = 1;
+  call.kernel_h = call.kernel_w = 3, call.padding_h = call.padding_w = 1;
+  call.stride_h = call.stride_w = call.dilation_h = call.dilation_w = 1;
+  call.sum = acc.sum;
+  const Work<float> work = ConvLags<float>{call, 1}.plan();
+  const Memory<float> workspace(work.workspace);
+  bool good = work.run(workspace.data(), nullptr) == cudaSuccess;
+  for (int64_t i = 0; i < d; ++i) {
+    for (int64_t j = i; j < d; ++j) {
+      good = good && std::isfinite(acc.at(0, i, j)) == (i / taps != at && j / taps != at);
+    }
+  }
+  report("conv_lags of " + std::to_string(bad), good ? 0 : 1, 0);
 }
 
 // jacobian [n, c, m, t]; positions_last: contiguous along t rather than along m
@@ -346,6 +391,28 @@ void check_conv_lags(bool few) {
                             true);
   convolution<BFloat16, float>("bfloat16", {1, 60, 4, 3, 1, 2, 3, 1, 1, 1, 1, 1, 1}, true, false, 2,
                                true);
+  // The same without borders, behind whose signals nothing is zero.
+  convolution<BFloat16, float>("bfloat16", {2, 64, 4, 5, 1, 3, 3, 1, 1, 0, 0, 1, 1}, false, false,
+                               2, true);
+  // Every channel's largest value, in planes that are read in fours, one by one or row by row, in
+  // pieces, and in samples that share a part; channels last.
+  convolution<float, float>("float", {1, 33, 36, 40, 1, 1, 3, 1, 1, 0, 1, 1, 1}, false, false, 40,
+                            true, {0, 0, true});
+  convolution<float, float>("float", {9, 32, 3, 5, 1, 3, 1, 1, 1, 1, 0, 1, 1}, false, false, 1,
+                            true, {1, 0, true});
+  convolution<float, float>("float", {3, 32, 6, 7, 1, 1, 3, 1, 1, 0, 1, 1, 1}, false, false, 2,
+                            true, {0, 3, true});
+  convolution<float, float>("float", {2, 66, 19, 15, 2, 1, 2, 1, 1, 0, 0, 1, 1}, true, false, 40,
+                            true, {0, 0, true});
+  convolution<float, float>("float", {7, 40, 3, 5, 1, 3, 1, 1, 1, 1, 0, 1, 1}, true, false, 1, true,
+                            {1, 5, true});
+  not_a_number_in_lags(std::numeric_limits<float>::infinity());
+  not_a_number_in_lags(std::numeric_limits<float>::quiet_NaN());
+  // More products than a launch takes; more entries of the kernel than a block assembles.
+  convolution<BFloat16, float>("bfloat16", {2, 128, 4, 4, 4, 3, 5, 1, 1, 1, 2, 1, 1}, false, false,
+                               2, true);
+  convolution<float, float>("float", {2, 9, 5, 6, 1, 7, 5, 1, 1, 2, 1, 1, 1}, false, false, 2,
+                            true);
   // Other devices.
   emulation::device().capability = 80;
   convolution<float, float>("float", {2, 33, 5, 4, 1, 3, 3, 1, 1, 1, 1, 1, 1}, false, false, 2,

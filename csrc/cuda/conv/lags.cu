@@ -4,12 +4,13 @@
 // border rows, border columns, corner pixels. Samples are packed with channels last and zeros
 // between lines, so that a shift of two axes is one of a flat array [K, C], and neighbouring shifts
 // are columns beside each other: a product is [C, K] by [K, shifts C], whose rows overlap in
-// memory. Whole images are packed as 16-bit parts and multiplied by core/parts_product.h where the
-// device can and there are channels enough; else, as borders are, in float32 by core/products.h.
+// memory. Where the device can and there are channels enough, signals are packed as 16-bit parts,
+// and core/parts_product.h multiplies all of them in one launch: borders fill what whole images
+// leave of the device. Else they are multiplied in float32 by core/products.h.
 // The sums go to their blocks in the end.
 // ((2 k - 1)^2 + 1) / 2 blocks [C, C] of 2 N H W operations each where unfolding takes
 // k^2 (k^2 + 1) / 2 (3 x 3: 13 instead of 45), three times on tensor cores with float32; two reads
-// and one write of the images to pack them.
+// and one write of the images to pack them; a read and a write of the sum's triangle.
 #include <algorithm>
 #include <memory>
 #include <utility>
@@ -62,39 +63,109 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// sum += alpha times the blocks' sums: element (channel c, entry o; channel d, entry p) from
-// sums [groups, group_size], where block b begins at places[2 b], its rows places[2 b + 1] apart.
-__global__ void __launch_bounds__(kThreads)
-    assemble_kernel(SymmetricSum<float> sum, int64_t taps, int64_t group_size, const float* sums,
-                    const int32_t* starts, const int32_t* entries, const int32_t* places) {
-  for (int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-       index < sum.groups * sum.order * sum.order;
-       index += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const int64_t column = index % sum.order, row = index / sum.order % sum.order;
-    if (column < row) continue;
-    const int64_t group = index / sum.order / sum.order;
-    const int64_t c = row / taps, d = column / taps;
-    const int64_t pair = row % taps * taps + column % taps;
-    const float* own = sums + group * group_size;
-    float total = 0.0f;
-    for (int32_t e = starts[pair]; e < starts[pair + 1]; ++e) {
-      const int32_t entry = entries[e];
-      const int64_t left = (entry & 2) != 0 ? d : c, right = (entry & 2) != 0 ? c : d;
-      const int32_t* place = places + entry / 4 * 2;
-      const float value = own[place[0] + left * place[1] + right];
-      total += (entry & 1) != 0 ? -value : value;
-    }
-    sum.acc[group * sum.group_stride + row * sum.row_stride + column * sum.column_stride] +=
-        sum.alpha * total;
-  }
-}
-
 int64_t padded(int64_t elements, int64_t to = 4) {
   return ceil_div(elements, to) * to;
 }
 
-// Whether whole images are multiplied in parts: what a launch for every run and group costs is
-// little then, and tiles of 128 channels are not mostly empty.
+// How the sum is assembled: a block takes 8 by 32 channels, an entry of the kernel on the left and
+// some on the right.
+struct AssemblyCut {
+  static constexpr int kRows = 8, kColumns = 32;
+  static_assert(kRows * kColumns == kThreads);
+
+  int taps, share, pieces;
+
+  explicit AssemblyCut(int64_t taps_)
+      : taps(static_cast<int>(taps_)),
+        share(static_cast<int>(ceil_div(taps_, ceil_div(taps_, kMost)))),
+        pieces(taps * static_cast<int>(ceil_div(taps_, share))) {}
+
+  // A block's values of a row of channels, and of one of its channels. Odd, and four more: of 8
+  // rows and 4 neighbouring columns, and of 32 columns of a row, all are in different banks.
+  __host__ __device__ static int step(int count) { return count | 1; }
+  __host__ __device__ int pitch() const { return kColumns * step(share) + 4; }
+  size_t bytes() const { return sizeof(float) * kRows * static_cast<size_t>(pitch()); }
+  // What the entries on the right of a piece are: from first on, so many.
+  __host__ __device__ int first(int piece) const { return piece % (pieces / taps) * share; }
+  __host__ __device__ int count(int piece) const {
+    return taps - first(piece) < share ? taps - first(piece) : share;
+  }
+  int64_t blocks(int64_t groups, int64_t channels) const {
+    return groups * ceil_div(channels, kRows) * ceil_div(channels, kColumns) * pieces;
+  }
+
+ private:
+  // Entries on the right of a block.
+  static constexpr int64_t kMost = 32;
+};
+
+// sum += alpha times the blocks' sums, sums [groups, group_size] in rows of row_step. Of a piece p
+// of the cut these are the terms starts[2 p], ..., starts[2 p + 1] - 1 as they lie and from there
+// to starts[2 (p + 1)] - 1 transposed: where the block begins, then twice the entry on the right,
+// counted from the piece's first, plus one where the block is subtracted.
+// Blocks are read along their rows, 128 or, transposed, 32 bytes at a time, and the sum's rows too:
+// the values change places in shared memory.
+__global__ void __launch_bounds__(kThreads)
+    assemble_kernel(SymmetricSum<float> sum, AssemblyCut cut, int64_t group_size, int64_t row_step,
+                    const float* sums, const int32_t* starts, const int32_t* terms) {
+  constexpr int kRows = AssemblyCut::kRows, kColumns = AssemblyCut::kColumns;
+  float* const values = reinterpret_cast<float*>(dynamic_shared());
+  const int64_t channels = sum.order / cut.taps;
+  const int64_t across = ceil_div(channels, kColumns), down = ceil_div(channels, kRows);
+  const int piece = static_cast<int>(blockIdx.x % cut.pieces);
+  const int64_t tile = blockIdx.x / cut.pieces, group = tile / across / down;
+  const int64_t row0 = tile / across % down * kRows, column0 = tile % across * kColumns;
+  // Below the diagonal.
+  if (row0 >= column0 + kColumns) return;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int count = cut.count(piece), step = AssemblyCut::step(count), pitch = cut.pitch();
+  const float* const own = sums + group * group_size;
+  const auto add = [&](int row, int column, int begin, int end, int64_t row_by, int64_t column_by) {
+    if (row0 + row >= channels || column0 + column >= channels) return;
+    const float* const from = own + (row0 + row) * row_by + (column0 + column) * column_by;
+    float* const to = values + row * pitch + column * step;
+#pragma unroll 4
+    for (int term = begin; term < end; ++term) {
+      const float value = read_only(from + read_only(terms + 2 * term));
+      const int what = read_only(terms + 2 * term + 1);
+      to[what / 2] += what % 2 != 0 ? -value : value;
+    }
+  };
+  const int begin = read_only(starts + 2 * piece), middle = read_only(starts + 2 * piece + 1);
+  const int end = read_only(starts + 2 * piece + 2);
+  const int row = thread / kColumns, column = thread % kColumns;
+  for (int i = 0; i < count; ++i) values[row * pitch + column * step + i] = 0.0f;
+  add(row, column, begin, middle, row_step, 1);
+  __syncthreads();
+  add(thread % kRows, thread / kRows, middle, end, 1, row_step);
+  __syncthreads();
+
+  if (row0 + row >= channels) return;
+  const int64_t left = (row0 + row) * cut.taps + piece / (cut.pieces / cut.taps);
+  float* const to = sum.acc + group * sum.group_stride + left * sum.row_stride;
+  // What is added to is read before anything is written, several times at once.
+  constexpr int kBatch = 5;
+  for (int first = column; first < kColumns * count; first += kBatch * kColumns) {
+    float old[kBatch], value[kBatch];
+    int64_t place[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int index = first + i * kColumns, channel = index / count, entry = index % count;
+      const int64_t right = (column0 + channel) * cut.taps + cut.first(piece) + entry;
+      const bool wanted = channel < kColumns && column0 + channel < channels && right >= left;
+      place[i] = wanted ? right * sum.column_stride : -1;
+      old[i] = wanted ? to[place[i]] : 0.0f;
+      value[i] = wanted ? values[row * pitch + channel * step + entry] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (place[i] >= 0) to[place[i]] = old[i] + sum.alpha * value[i];
+    }
+  }
+}
+
+// Whether signals are multiplied in parts: all groups' products fit into a launch or two then, and
+// tiles of 128 channels are not mostly empty.
 template <typename In>
 bool multiplies_parts(const ConvLags<In>& lags, const LagPlan& plan, int64_t samples) {
   constexpr int64_t kFewestChannels = 32, kMostGroups = 4;
@@ -103,15 +174,24 @@ bool multiplies_parts(const ConvLags<In>& lags, const LagPlan& plan, int64_t sam
          plan.families[0].inner(samples) >= lags.fewest_part_rows && parts_products_available();
 }
 
-// Products of whole images in parts, one run of shifts: A is the images at `stack` neighbouring
-// shifts beside each other, so that tiles of 128 rows are full, B every stack'th shift.
+// Products in parts, one run of shifts: A is the signal at `stack` neighbouring shifts beside each
+// other, so that tiles of 128 rows are full, B every stack'th shift.
 struct PartsRun {
   LagRun run;
   int64_t stack, shifts;
-  // Of full blocks of rows, and of the last one.
-  PartsProduct whole, last;
-  // Where its sums [stack C, shifts C] begin among those of a group.
-  int64_t sums;
+  // Where its sums [stack C, shifts C] begin in the rows of a group's.
+  int64_t column;
+};
+
+// Those of one launch, from that row of the signals on.
+struct PartsLaunch {
+  struct Product {
+    size_t run;
+    int64_t group, rows;
+  };
+  int64_t first;
+  std::vector<Product> products;
+  GroupedPartsProduct all;
 };
 
 // Where everything lies in the workspace, and how the products are cut, for so many samples.
@@ -121,91 +201,65 @@ struct Layout {
   static constexpr int kParts = sizeof(In) == 4 ? 2 : 1;
 
   std::shared_ptr<const LagPlan> geometry;
+  bool in_parts;
   int64_t samples, groups, channels, packed_channels, splits;
-  // Of products in parts: all, and rows of a launch. A pair of shifts needs a row more, before the
-  // first: of images one is zero there.
   std::vector<PartsRun> parts;
-  int64_t part_rows = 0, block_rows = 0, before = 0;
+  std::vector<PartsLaunch> launches;
   // Shifts of the longest of them.
   int64_t repeats = 0;
-  // Of blocks that are not of these: the first, and columns of their sums [C, columns].
-  int64_t first_block = 0, columns = 0;
-  // By block: where it begins among a group's sums, and how far its rows are apart.
-  std::vector<int32_t> places;
-  // What the device is told: the geometry's starts and entries, then these.
+  AssemblyCut assembly;
+  // Of a group's sums, and where every block begins among them.
+  int64_t rows = 0, columns = 0;
+  std::vector<int64_t> places;
+  // What the assembly is told: its starts, then its terms.
   std::vector<int32_t> numbers;
   int64_t packed[4], group_size = 0, sums, table, largest, exponents, scratch, size = 0;
 
   Layout(const ConvLags<In>& lags, std::shared_ptr<const LagPlan> plan, int64_t samples_)
       : geometry(std::move(plan)),
+        in_parts(multiplies_parts(lags, *geometry, samples_)),
         samples(samples_),
         groups(lags.call.sum.groups),
-        channels(lags.call.group_channels) {
-    const bool in_parts = multiplies_parts(lags, *geometry, samples);
-    packed_channels = padded(channels, in_parts ? 8 : 4);
-    splits = in_parts ? 1 : splits_of_whole_images();
-    places.resize(2 * static_cast<size_t>(geometry->blocks));
+        channels(lags.call.group_channels),
+        packed_channels(padded(channels, in_parts ? 8 : 4)),
+        splits(in_parts ? 1 : splits_of_whole_images()),
+        assembly(geometry->h.taps * geometry->w.taps) {
     int64_t most_scratch = 0;
-    if (in_parts) most_scratch = plan_parts(lags.most_part_rows);
-    const int64_t parts_size = group_size;
-    columns = (geometry->blocks - first_block) * packed_channels;
-    for (int64_t block = first_block; block < geometry->blocks; ++block) {
-      place(block, parts_size + (block - first_block) * packed_channels, columns);
+    if (in_parts) {
+      most_scratch = plan_parts(lags.most_part_rows);
+    } else {
+      rows = channels;
+      columns = geometry->blocks * packed_channels;
+      for (int64_t block = 0; block < geometry->blocks; ++block) {
+        places.push_back(block * packed_channels);
+      }
     }
-    group_size += padded(channels * columns);
+    group_size = rows * columns;
     for (int f = 0; f < 4; ++f) {
       const LagFamily& family = geometry->families[f];
       const int64_t elements = groups * family.signals * family.rows(samples) * packed_channels;
-      packed[f] = take(f == 0 && in_parts ? elements * kParts / 2 : elements);
+      packed[f] = take(in_parts ? elements * kParts / 2 : elements);
     }
     sums = take(splits * groups * group_size);
-    numbers = geometry->starts;
-    numbers.insert(numbers.end(), geometry->entries.begin(), geometry->entries.end());
-    numbers.insert(numbers.end(), places.begin(), places.end());
+    tell_assembly();
     table = take(static_cast<int64_t>(numbers.size()));
     const bool scaled = in_parts && sizeof(In) == 4;
-    largest = take(scaled ? kLargestParts * groups * channels : 0);
+    largest = take(scaled ? LargestCut::kMostParts * groups * channels : 0);
     exponents = take(scaled ? groups * repeats * packed_channels : 0);
     scratch = take(most_scratch);
   }
 
   int64_t whole_rows() const { return geometry->families[0].inner(samples); }
 
-  // Sums of whole images from their parts.
+  // Sums of signals from their parts.
   cudaError_t multiply_parts(float* workspace, cudaStream_t stream) const {
-    const LagFamily& family = geometry->families[0];
-    const int64_t signal = family.rows(samples) * packed_channels, part_step = groups * signal;
-    const auto* all = reinterpret_cast<const uint16_t*>(workspace + packed[0]);
-    for (int64_t group = 0; group < groups; ++group) {
-      const uint16_t* const own = all + group * signal + (family.margin - before) * packed_channels;
-      const int* const scale = sizeof(In) == 4
-                                   ? reinterpret_cast<const int*>(workspace + exponents) +
-                                         group * repeats * packed_channels
-                                   : nullptr;
-      for (const PartsRun& one : parts) {
-        // A's shift i and B's shift j are that far apart: stack - 1 - i + stack j.
-        const int64_t shift = one.run.shift + one.stack - 1;
-        const int64_t gap = (one.stack - 1) * packed_channels;
-        const int64_t lines = one.stack == 1 ? channels : one.stack * packed_channels;
-        for (int64_t first = 0; first < part_rows; first += block_rows) {
-          const int64_t rows = std::min(block_rows, part_rows - first);
-          const PartsMatrix a{
-              own + first * packed_channels, rows, lines, packed_channels, part_step, scale};
-          const PartsMatrix b{own + (first + shift) * packed_channels,
-                              rows,
-                              one.shifts * packed_channels,
-                              packed_channels,
-                              part_step,
-                              scale,
-                              gap == 0 ? 0 : packed_channels,
-                              gap};
-          const PartsTarget to{workspace + sums + group * group_size + one.sums,
-                               one.shifts * packed_channels, 1, 1.0f, first > 0};
-          const PartsProduct& product = rows == block_rows ? one.whole : one.last;
-          const cudaError_t error = product.run(a, b, to, workspace + scratch, stream);
-          if (error != cudaSuccess) return error;
-        }
+    for (const PartsLaunch& one : launches) {
+      std::vector<GroupedPart> list;
+      for (const PartsLaunch::Product& product : one.products) {
+        list.push_back(part_of(product, one.first, workspace));
       }
+      const cudaError_t error = one.all.run(list, workspace + scratch, stream);
+      if (error != cudaSuccess) return error;
     }
     return cudaSuccess;
   }
@@ -214,7 +268,6 @@ struct Layout {
   std::vector<Product<float>> products(float* workspace) const {
     std::vector<Product<float>> list;
     for (const LagRun& run : geometry->runs) {
-      if (run.first < first_block) continue;
       const LagFamily& family = geometry->families[run.family];
       const int64_t rows = family.rows(samples), inner = family.inner(samples);
       const int64_t share = run.family == 0 ? ceil_div(inner, splits) : inner;
@@ -234,7 +287,7 @@ struct Layout {
           product.k_begin = begin;
           product.k_end = std::min(begin + share, inner);
           product.c = workspace + sums + (split * groups + group) * group_size +
-                      places[2 * static_cast<size_t>(run.first)];
+                      places[static_cast<size_t>(run.first)];
           list.push_back(product);
         }
       }
@@ -254,40 +307,111 @@ struct Layout {
     size += padded(elements);
     return begin;
   }
-  void place(int64_t block, int64_t begin, int64_t row_step) {
-    places[2 * static_cast<size_t>(block)] = static_cast<int32_t>(begin);
-    places[2 * static_cast<size_t>(block) + 1] = static_cast<int32_t>(row_step);
-  }
 
-  // The products in parts and their sums; elements of float that they need besides.
+  // The products in parts and where their sums are; elements of float that they need besides.
   int64_t plan_parts(int64_t most_rows) {
     // Boxes of 64 columns each lie within one shift then.
     const bool pairs = packed_channels == 64;
-    before = pairs ? 1 : 0;
-    part_rows = whole_rows() + before;
-    block_rows = std::min(part_rows, most_rows);
-    const int64_t last_rows = (part_rows - 1) % block_rows + 1;
-    int64_t most = 0;
+    rows = channels;
+    places.resize(static_cast<size_t>(geometry->blocks));
+    int64_t longest = 0;
     for (const LagRun& run : geometry->runs) {
-      if (run.family != 0) continue;
       const int64_t stack = pairs && run.count > 1 ? 2 : 1, shifts = ceil_div(run.count, stack);
-      const int64_t m = stack == 1 ? channels : stack * packed_channels;
-      const int64_t n = shifts * packed_channels;
-      parts.push_back({run, stack, shifts, PartsProduct(kType, false, m, n, block_rows, false),
-                       PartsProduct(kType, false, m, n, last_rows, false), group_size});
-      for (int64_t i = 0; i < run.count; ++i) {
-        // Of A's shift stack - 1 - i % stack and B's i / stack.
-        place(run.first + i,
-              group_size + (stack - 1 - i % stack) * packed_channels * n +
-                  i / stack * packed_channels,
-              n);
-      }
-      group_size += padded(m * n);
+      parts.push_back({run, stack, shifts, columns});
+      rows = std::max(rows, rows_of(parts.back()));
       repeats = std::max({repeats, shifts, stack});
-      most = std::max({most, parts.back().whole.workspace(), parts.back().last.workspace()});
+      longest = std::max(longest, geometry->families[run.family].inner(samples));
+      columns += shifts * packed_channels;
     }
-    first_block = geometry->whole_blocks;
+    for (const PartsRun& one : parts) {
+      for (int64_t i = 0; i < one.run.count; ++i) {
+        // Of A's shift stack - 1 - i % stack and B's i / stack.
+        places[static_cast<size_t>(one.run.first + i)] =
+            (one.stack - 1 - i % one.stack) * packed_channels * columns + one.column +
+            i / one.stack * packed_channels;
+      }
+    }
+    int64_t most = 0;
+    for (int64_t first = 0; first < longest; first += most_rows) {
+      std::vector<PartsLaunch::Product> products;
+      std::vector<PartsSize> sizes;
+      const auto close = [&] {
+        if (products.empty()) return;
+        launches.push_back({first, std::move(products), GroupedPartsProduct(kType, false, sizes)});
+        most = std::max(most, launches.back().all.workspace());
+        products.clear();
+        sizes.clear();
+      };
+      for (int64_t group = 0; group < groups; ++group) {
+        for (size_t i = 0; i < parts.size(); ++i) {
+          const PartsRun& one = parts[i];
+          const int64_t left = geometry->families[one.run.family].inner(samples) - first;
+          if (left <= 0) continue;
+          if (products.size() == static_cast<size_t>(kMostProducts)) close();
+          products.push_back({i, group, std::min(left, most_rows)});
+          sizes.push_back({rows_of(one), one.shifts * packed_channels, products.back().rows});
+        }
+      }
+      close();
+    }
     return most;
+  }
+
+  int64_t rows_of(const PartsRun& one) const {
+    return one.stack == 1 ? channels : one.stack * packed_channels;
+  }
+
+  GroupedPart part_of(const PartsLaunch::Product& product, int64_t first, float* workspace) const {
+    const PartsRun& one = parts[product.run];
+    const LagRun& run = one.run;
+    const LagFamily& family = geometry->families[run.family];
+    const int64_t signal = family.rows(samples) * packed_channels;
+    const int64_t part_step = groups * family.signals * signal;
+    // Pairs of shifts begin a row before, which is zero, and leave out the last one, which is zero
+    // too where there are shifts. One row more would reach beyond the margin.
+    const auto* const begin = reinterpret_cast<const uint16_t*>(workspace + packed[run.family]) +
+                              product.group * family.signals * signal +
+                              (family.margin - (one.stack - 1) + first) * packed_channels;
+    const int* const scale = sizeof(In) == 4 ? reinterpret_cast<const int*>(workspace + exponents) +
+                                                   product.group * repeats * packed_channels
+                                             : nullptr;
+    // A's shift i and B's shift j are that far apart: stack - 1 - i + stack j.
+    const int64_t shift = run.shift + one.stack - 1, gap = (one.stack - 1) * packed_channels;
+    const PartsMatrix a{begin + run.a * signal, product.rows, rows_of(one),
+                        packed_channels,        part_step,    scale};
+    const PartsMatrix b{begin + run.b * signal + shift * packed_channels,
+                        product.rows,
+                        one.shifts * packed_channels,
+                        packed_channels,
+                        part_step,
+                        scale,
+                        gap == 0 ? 0 : packed_channels,
+                        gap};
+    float* const c = workspace + sums + product.group * group_size + one.column;
+    return {a, b, {c, columns, 1, 1.0f, first > 0}, {}};
+  }
+
+  // Every piece's terms: those that are read as they lie, then those that are transposed.
+  void tell_assembly() {
+    const std::vector<int32_t>&starts = geometry->starts, &entries = geometry->entries;
+    std::vector<int32_t> terms;
+    for (int piece = 0; piece < assembly.pieces; ++piece) {
+      const int pair = piece / (assembly.pieces / assembly.taps) * assembly.taps;
+      for (const bool transposed : {false, true}) {
+        numbers.push_back(static_cast<int32_t>(terms.size() / 2));
+        for (int i = 0; i < assembly.count(piece); ++i) {
+          const auto at = static_cast<size_t>(pair + assembly.first(piece) + i);
+          for (int32_t e = starts[at]; e < starts[at + 1]; ++e) {
+            const int32_t entry = entries[static_cast<size_t>(e)];
+            if (((entry & 2) != 0) != transposed) continue;
+            terms.push_back(static_cast<int32_t>(places[static_cast<size_t>(entry / 4)]));
+            terms.push_back(2 * i + (entry & 1));
+          }
+        }
+      }
+    }
+    numbers.push_back(static_cast<int32_t>(terms.size() / 2));
+    numbers.insert(numbers.end(), terms.begin(), terms.end());
   }
 
   int64_t splits_of_whole_images() const {
@@ -311,33 +435,23 @@ int64_t chunk_samples(const ConvInputCovariance<In, float>& call, const LagPlan&
   return std::clamp<int64_t>(kPacked / std::max<int64_t>(sample, 1), 1, call.samples);
 }
 
-// Parts of whole images.
+// Exponents of the channels for their parts.
 template <typename In>
-cudaError_t pack_parts(const ConvInputCovariance<In, float>& call, const Layout<In>& layout,
-                       const LagPacking<In>& packing, float* workspace, cudaStream_t stream) {
-  int* const exponents = reinterpret_cast<int*>(workspace + layout.exponents);
-  const int64_t pitch = layout.repeats * layout.packed_channels;
-  if constexpr (sizeof(In) == 4) {
-    auto* const largest = reinterpret_cast<uint32_t*>(workspace + layout.largest);
-    const int64_t channels = layout.groups * layout.channels;
-    const int parts = static_cast<int>(std::min<int64_t>(kLargestParts, call.samples));
-    cudaError_t error =
-        launch(largest_of_channels_kernel<In>,
-               dim3(static_cast<unsigned>(ceil_div(channels, 32)), static_cast<unsigned>(parts)),
-               dim3(kThreads), 0, stream, call, largest);
-    if (error == cudaSuccess) {
-      const int64_t count = layout.groups * layout.packed_channels;
-      error =
-          launch(channel_exponents_kernel, dim3(static_cast<unsigned>(ceil_div(count, kThreads))),
-                 dim3(kThreads), 0, stream, static_cast<const uint32_t*>(largest), parts,
-                 layout.channels, layout.groups, layout.packed_channels, layout.repeats, exponents);
-    }
-    if (error != cudaSuccess) return error;
-  }
-  const int64_t part_words = layout.groups * packing.rows * layout.packed_channels / 2;
-  return launch(pack_parts_kernel<In>, dim3(static_cast<unsigned>(packing.tiles())),
-                dim3(kPackSide, kPackLines), 0, stream, packing, static_cast<const int*>(exponents),
-                pitch, part_words, reinterpret_cast<uint32_t*>(workspace + layout.packed[0]));
+cudaError_t find_exponents(const ConvInputCovariance<float, float>& call, const Layout<In>& layout,
+                           float* workspace, cudaStream_t stream) {
+  auto* const largest = reinterpret_cast<uint32_t*>(workspace + layout.largest);
+  const LargestCut cut(call);
+  const cudaError_t error =
+      launch(largest_of_channels_kernel,
+             dim3(static_cast<unsigned>(cut.blocks(call)), static_cast<unsigned>(cut.parts)),
+             dim3(kThreads), 0, stream, call, cut, largest);
+  if (error != cudaSuccess) return error;
+  const int64_t count = layout.groups * layout.packed_channels;
+  return launch(channel_exponents_kernel,
+                dim3(static_cast<unsigned>(ceil_div(count, kThreads / 32))), dim3(kThreads), 0,
+                stream, static_cast<const uint32_t*>(largest), cut.parts, layout.channels,
+                layout.groups, layout.packed_channels, layout.repeats,
+                reinterpret_cast<int*>(workspace + layout.exponents));
 }
 
 template <typename In>
@@ -357,18 +471,21 @@ cudaError_t pack(const ConvInputCovariance<In, float>& call, const Layout<In>& l
     if (layout.geometry->families[f].signals == 0) continue;
     const LagPacking<In> packing(call, *layout.geometry, f, layout.packed_channels,
                                  layout.packed[f]);
-    if (f == 0 && !layout.parts.empty()) {
-      const cudaError_t error = pack_parts(call, layout, packing, workspace, stream);
-      if (error != cudaSuccess) return error;
-    } else {
-      blocks += packing.tiles();
-      all.families[all.count] = packing;
-      all.ends[all.count++] = blocks;
-    }
+    blocks += packing.blocks();
+    all.families[all.count] = packing;
+    all.ends[all.count++] = blocks;
   }
-  if (blocks == 0) return cudaSuccess;
-  return launch(pack_signals_kernel<In>, dim3(static_cast<unsigned>(blocks)),
-                dim3(kPackSide, kPackLines), 0, stream, all, borders, workspace);
+  const dim3 grid(static_cast<unsigned>(blocks)), block(kPackSide, kPackLines);
+  if (!layout.in_parts) {
+    return launch(pack_signals_kernel<In>, grid, block, 0, stream, all, borders, workspace);
+  }
+  if constexpr (sizeof(In) == 4) {
+    const cudaError_t error = find_exponents(call, layout, workspace, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return launch(pack_parts_kernel<In>, grid, block, 0, stream, all, borders,
+                reinterpret_cast<const int*>(workspace + layout.exponents),
+                layout.repeats * layout.packed_channels, reinterpret_cast<uint32_t*>(workspace));
 }
 
 cudaError_t store(const std::vector<int32_t>& values, int32_t* out, cudaStream_t stream) {
@@ -389,30 +506,30 @@ cudaError_t run(const ConvInputCovariance<In, float>& call, const Layout<In>& la
                 float* workspace, cudaStream_t stream) {
   const LagPlan& plan = *layout.geometry;
   cudaError_t error = pack(call, layout, workspace, stream);
-  if (error == cudaSuccess) error = layout.multiply_parts(workspace, stream);
   if (error != cudaSuccess) return error;
   // Numbers of 8 and 11 bits are tf32 numbers: one term is exact.
-  error = multiply_all(layout.products(workspace), call.tf32 || sizeof(In) == 2, stream);
+  error = layout.in_parts
+              ? layout.multiply_parts(workspace, stream)
+              : multiply_all(layout.products(workspace), call.tf32 || sizeof(In) == 2, stream);
   if (error != cudaSuccess) return error;
   float* sums = workspace + layout.sums;
   const int64_t splits = layout.used_splits();
   if (splits > 1) {
-    // Without products in parts a group's sums are all [C, columns].
     const int64_t rows = layout.groups * layout.channels;
     const int64_t count = plan.whole_blocks * layout.packed_channels;
     error = launch(add_up_kernel, grid_for(rows * count), dim3(kThreads), 0, stream, sums, splits,
                    rows, layout.columns, count);
     if (error != cudaSuccess) return error;
   }
+  const AssemblyCut& cut = layout.assembly;
   int32_t* starts = reinterpret_cast<int32_t*>(workspace + layout.table);
-  int32_t* entries = starts + plan.starts.size();
-  int32_t* places = entries + plan.entries.size();
   error = store(layout.numbers, starts, stream);
   if (error != cudaSuccess) return error;
-  return launch(assemble_kernel, grid_for(call.sum.groups * call.sum.order * call.sum.order),
-                dim3(kThreads), 0, stream, call.sum, plan.h.taps * plan.w.taps, layout.group_size,
-                static_cast<const float*>(sums), static_cast<const int32_t*>(starts),
-                static_cast<const int32_t*>(entries), static_cast<const int32_t*>(places));
+  return launch(
+      assemble_kernel, dim3(static_cast<unsigned>(cut.blocks(layout.groups, layout.channels))),
+      dim3(kThreads), cut.bytes(), stream, call.sum, cut, layout.group_size, layout.columns,
+      static_cast<const float*>(sums), static_cast<const int32_t*>(starts),
+      static_cast<const int32_t*>(starts + 2 * cut.pieces + 1));
 }
 
 }  // namespace

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <map>
 #include <utility>
 
@@ -18,11 +19,17 @@ std::vector<std::vector<std::pair<size_t, int>>> parts_of_terms(
       parts[static_cast<size_t>(term)].emplace_back(i, sign);
     }
   }
-  // Every term holds those before it in its chain.
+  // Every term holds those before it in its chain, less what has left the window again.
   for (size_t t = 0; t < parts.size(); ++t) {
     if (axis.previous[t] < 0) continue;
-    const auto& before = parts[static_cast<size_t>(axis.previous[t])];
-    parts[t].insert(parts[t].end(), before.begin(), before.end());
+    for (const auto& [i, sign] : parts[static_cast<size_t>(axis.previous[t])]) {
+      const auto other = std::find(parts[t].begin(), parts[t].end(), std::pair(i, -sign));
+      if (other != parts[t].end()) {
+        parts[t].erase(other);
+      } else {
+        parts[t].emplace_back(i, sign);
+      }
+    }
   }
   return parts;
 }

@@ -62,7 +62,7 @@ PlannedProducts::PlannedProducts(const std::vector<Product<float>>& products, bo
     for (const size_t i : together) {
       sizes.push_back({products[i].m, products[i].n, depth(products[i])});
     }
-    GroupedPartsProduct product(sizes);
+    GroupedPartsProduct product(PartsType::kTwoFloat16, true, sizes);
     const double parts = packing + product.cost() + (product.workspace() > 0 ? 3 : 2) * a_launch;
     if (parts < tiles + a_launch) {
       Group group{std::move(together), product, {}, {}};

@@ -708,7 +708,8 @@ double time_of(const std::vector<Planned>& products, int64_t slots) {
 }
 
 // One product as if it were alone; several by tiles as a whole, or by splits of which none takes
-// more than a share of what the device takes in all: what takes the least time.
+// more than a share of what the device takes in all: what takes the least time. Where one round of
+// long products' splits fills the device, short ones come on top, and are cut finer.
 template <class C>
 std::vector<Planned> plan(const std::vector<PartsSize>& sizes, double& cost) {
   const int64_t slots = slots_of<C, kMostProducts>();
@@ -729,43 +730,46 @@ std::vector<Planned> plan(const std::vector<PartsSize>& sizes, double& cost) {
   cost = time_of<C>(whole, slots);
   std::vector<Planned> best = whole;
   if (sizes.size() == 1) return best;
-  for (const double share : {1.0, 0.67, 0.5, 0.33, 0.25}) {
+  const int longest = whole.front().schedule.chunks, is_short = longest / 4;
+  const bool any_short = whole.back().schedule.chunks <= is_short;
+  for (const double share : {1.2, 1.1, 1.05, 1.0, 0.9, 0.8, 0.67, 0.5, 0.33, 0.25}) {
     const double most = share * all / static_cast<double>(slots);
     const auto most_chunks = std::max(static_cast<int>(most / Times<C>::kChunk), 1);
-    if (most_chunks >= whole.front().schedule.chunks) continue;
-    std::vector<Planned> products = whole;
-    int64_t partial = 0;
-    for (Planned& one : products) {
-      PartsSchedule& schedule = one.schedule;
-      if (schedule.chunks <= most_chunks) continue;
-      const int count = (schedule.chunks - 1) / most_chunks + 1;
-      schedule.split_chunks = (schedule.chunks - 1) / count + 1;
-      schedule.splits = (schedule.chunks - 1) / schedule.split_chunks + 1;
-      schedule.whole = 0;
-      partial += schedule.partial();
+    if (most_chunks >= longest) continue;
+    for (const double finer : {1.0, 0.25, 0.12, 0.06}) {
+      if (finer < 1.0 && !any_short) break;
+      const int short_chunks = std::max(static_cast<int>(finer * most_chunks), 1);
+      std::vector<Planned> products = whole;
+      int64_t partial = 0;
+      for (Planned& one : products) {
+        PartsSchedule& schedule = one.schedule;
+        const int here = schedule.chunks <= is_short ? short_chunks : most_chunks;
+        if (schedule.chunks <= here) continue;
+        const int count = (schedule.chunks - 1) / here + 1;
+        schedule.split_chunks = (schedule.chunks - 1) / count + 1;
+        schedule.splits = (schedule.chunks - 1) / schedule.split_chunks + 1;
+        schedule.whole = 0;
+        partial += schedule.partial();
+      }
+      // Partial sums of 256 MB at most.
+      if (partial > int64_t{1} << 26) break;
+      std::stable_sort(products.begin(), products.end(), longer);
+      const double time = time_of<C>(products, slots);
+      if (time < cost) best = std::move(products), cost = time;
     }
-    // Partial sums of 256 MB at most.
-    if (partial > int64_t{1} << 26) break;
-    std::stable_sort(products.begin(), products.end(), longer);
-    const double time = time_of<C>(products, slots);
-    if (time < cost) best = std::move(products), cost = time;
   }
   return best;
 }
 
-// visit(Config) of a grouped product's kernel.
-template <class Visit>
-auto with_grouped_config(int columns, Visit visit) {
-  return columns == 256 ? visit(ConfigTag<ThreeAlongK<256>>())
-                        : visit(ConfigTag<ThreeAlongK<128>>());
-}
-
 }  // namespace parts
 
-GroupedPartsProduct::GroupedPartsProduct(const std::vector<PartsSize>& sizes, int column_tile) {
+GroupedPartsProduct::GroupedPartsProduct(PartsType type, bool along_k,
+                                         const std::vector<PartsSize>& sizes, int column_tile)
+    : type_(type), along_k_(along_k) {
   const auto planned = [&](int columns, double& cost) {
-    return parts::with_grouped_config(
-        columns, [&](auto tag) { return parts::plan<typename decltype(tag)::Type>(sizes, cost); });
+    return parts::with_config(type, along_k, columns, [&](auto tag) {
+      return parts::plan<typename decltype(tag)::Type>(sizes, cost);
+    });
   };
   std::vector<parts::Planned> best = planned(column_tile == 0 ? 256 : column_tile, cost_);
   if (column_tile == 0) {
@@ -782,7 +786,7 @@ GroupedPartsProduct::GroupedPartsProduct(const std::vector<PartsSize>& sizes, in
 
 cudaError_t GroupedPartsProduct::run(const std::vector<GroupedPart>& products, float* workspace,
                                      cudaStream_t stream) const {
-  return parts::with_grouped_config(schedules_.front().column_tile, [&](auto tag) {
+  return parts::with_config(type_, along_k_, schedules_.front().column_tile, [&](auto tag) {
     using C = typename decltype(tag)::Type;
     parts::Products<kMostProducts> all{};
     for (size_t i = 0; i < order_.size(); ++i) {

@@ -107,19 +107,20 @@ struct PartsSize {
   int64_t m, n, k;
 };
 
-// A [m, k] and B [n, k] of two float16, along k.
+// A and B as PartsProduct takes them.
 struct GroupedPart {
   PartsMatrix a, b;
   PartsTarget to;
   PartsScale scale;
 };
 
-// Up to kMostProducts products A B^T, times a scale each, in one launch (grouped): small ones fill
-// the device together.
+// Up to kMostProducts products of one type, times a scale each, in one launch (grouped): small ones
+// fill the device together, and what long ones leave of it.
 class GroupedPartsProduct {
  public:
   // Of at least one product, none of them empty.
-  explicit GroupedPartsProduct(const std::vector<PartsSize>& sizes, int column_tile = 0);
+  GroupedPartsProduct(PartsType type, bool along_k, const std::vector<PartsSize>& sizes,
+                      int column_tile = 0);
 
   // Elements of float that run needs.
   int64_t workspace() const { return workspace_; }
@@ -134,6 +135,8 @@ class GroupedPartsProduct {
   const std::vector<PartsSchedule>& schedules() const { return schedules_; }
 
  private:
+  PartsType type_;
+  bool along_k_;
   std::vector<PartsSchedule> schedules_;
   std::vector<size_t> order_;
   int64_t workspace_ = 0;

@@ -378,7 +378,7 @@ struct Layout {
     const int64_t signal = family.rows(samples) * packed_channels;
     const int64_t part_step = groups * family.signals * signal;
     // Pairs of shifts begin a row before, which is zero, and leave out the last one, which is zero
-    // too where there are shifts. One row more would reach beyond the margin.
+    // too where there are shifts.
     const auto* const begin = reinterpret_cast<const uint16_t*>(workspace + packed[run.family]) +
                               product.group * family.signals * signal +
                               (family.margin - (one.stack - 1) + first) * packed_channels;

@@ -124,11 +124,21 @@ __global__ void __launch_bounds__(kThreads)
     if (row0 + row >= channels || column0 + column >= channels) return;
     const float* const from = own + (row0 + row) * row_by + (column0 + column) * column_by;
     float* const to = values + row * pitch + column * step;
-#pragma unroll 4
-    for (int term = begin; term < end; ++term) {
-      const float value = read_only(from + read_only(terms + 2 * term));
-      const int what = read_only(terms + 2 * term + 1);
-      to[what / 2] += what % 2 != 0 ? -value : value;
+    // Several are on their way at once, the last ones too.
+    constexpr int kBatch = 4;
+    for (int first = begin; first < end; first += kBatch) {
+      float value[kBatch];
+      int what[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int32_t* const term = terms + 2 * (first + i < end ? first + i : first);
+        value[i] = read_only(from + read_only(term));
+        what[i] = read_only(term + 1);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i < end) to[what[i] / 2] += what[i] % 2 != 0 ? -value[i] : value[i];
+      }
     }
   };
   const int begin = read_only(starts + 2 * piece), middle = read_only(starts + 2 * piece + 1);
@@ -368,7 +378,7 @@ struct Layout {
     const int64_t signal = family.rows(samples) * packed_channels;
     const int64_t part_step = groups * family.signals * signal;
     // Pairs of shifts begin a row before, which is zero, and leave out the last one, which is zero
-    // too where there are shifts. One row more would reach beyond the margin.
+    // too where there are shifts.
     const auto* const begin = reinterpret_cast<const uint16_t*>(workspace + packed[run.family]) +
                               product.group * family.signals * signal +
                               (family.margin - (one.stack - 1) + first) * packed_channels;

@@ -49,7 +49,7 @@ def output_shape(node: Any, number: int = 0) -> tuple[int, ...] | None:
     metadata = node._input_metadata
     if number >= len(metadata):
         return None
-    return tuple(int(size) for size in metadata[number].shape)
+    return tuple(map(int, metadata[number].shape))
 
 
 def behind(outputs: Tensor) -> list[Any]:

@@ -163,7 +163,7 @@ class Capture:
                     "model must not overwrite its own inputs in place after a layer has read them; "
                     "let its forward() work on a copy"
                 ) from error
-            self._hooks.copy = True
+            self._hooks.copy_inputs()
             outputs, cuts = self._run(batch)
             found = self._found(outputs)
         targets, alive, calls, others = found

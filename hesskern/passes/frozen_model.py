@@ -90,7 +90,7 @@ class FrozenModel:
         """
         before = random_state(self._device)
         with (
-            torch.autocast(self._device.type, self._narrow, enabled=self.autocast),
+            torch.autocast(self._device.type, self._narrow) if self.autocast else nullcontext(),
             parametrize.cached(),
             noted_hooks(self._note_hook),
             nullcontext() if watched is None else watched,

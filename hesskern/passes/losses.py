@@ -394,7 +394,7 @@ class _CrossEntropy(Loss):
             classes = outputs.shape[1]
             if on_host(targets):
                 least, most = targets.aminmax()
-                if 0 <= int(least) and int(most) < classes:
+                if int(least) >= 0 and int(most) < classes:
                     return targets
             # Of uint8 neither ignore_index nor the number of classes need be one.
             labels = targets.long()

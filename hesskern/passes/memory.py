@@ -51,8 +51,13 @@ def budget_for(memory_budget: Any, device: torch.device, default: int, share: fl
 
 def _free(device: torch.device) -> int:
     """Bytes that new tensors find, those that torch holds for them included."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
+    # memory_reserved and memory_allocated would each sort a list of all these numbers.
+    known = torch.cuda.memory_stats_as_nested_dict(device)
+    reserved, allocated = (
+        int(known[name]["all"]["current"]) if known else 0
+        for name in ("reserved_bytes", "allocated_bytes")
+    )
+    return torch.cuda.mem_get_info(device)[0] + reserved - allocated
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -199,8 +199,9 @@ def test_samples_that_are_not_stored(watch: Watch, monkeypatch: pytest.MonkeyPat
 def test_room(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert memory.has_room(2**60, cpu)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    sizes = {"reserved_bytes": 300, "allocated_bytes": 100}
+    known = {name: {"all": {"current": size}} for name, size in sizes.items()}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: known)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     # A quarter of the 1,200 that are free.
     assert memory.has_room(300, gpu)

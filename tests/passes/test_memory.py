@@ -138,8 +138,9 @@ def test_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert memory.budget_for(None, cpu, 123, 0.5) == 123
     assert memory.budget_for(77, gpu, 123, 0.5) == 77
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    sizes = {"reserved_bytes": 300, "allocated_bytes": 100}
+    known = {name: {"all": {"current": size}} for name, size in sizes.items()}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: known)
     assert memory.budget_for(None, gpu, 123, 0.25) == 300
     with pytest.raises(TypeError, match="memory_budget must be a number of bytes, got str"):
         memory.budget_for("1 GB", cpu, 123, 0.5)

@@ -143,8 +143,9 @@ class FactorAccumulator(Portable):
             check_fraction("decay", decay)
         self._loss = resolve_loss(loss, output_root)
         known, self._skipped = select_layers(model, layers, bias)
-        check_place(spill, model_device(model), "sums")
-        self._room = Room(spill, model_device(model))
+        device = model_device(model)
+        check_place(spill, device, "sums")
+        self._room = Room(spill, device)
         if not isinstance(diagonal, bool):
             raise TypeError(f"diagonal must be True or False, got {type(diagonal).__name__}")
         self._large: frozenset[str] = frozenset()
@@ -162,7 +163,7 @@ class FactorAccumulator(Portable):
         self._model = model
         self._position_mask = checked_mask(position_mask)
         self._decay = decay
-        budget = budget_for(memory_budget, model_device(model), 2**30, 1 / 16)
+        budget = budget_for(memory_budget, device, 2**30, 1 / 16)
         self._batch_sums = BatchSums(self._specs, budget, self._large)
         self._settings: dict[str, Any] = {
             "output": output,
@@ -689,6 +690,8 @@ class FactorAccumulator(Portable):
 
     def _skipped_modules(self) -> dict[str, str]:
         """Reasons of modules some of whose parameters have no block at all."""
+        if not self._diagonals:
+            return dict(self._skipped)
         owners = {id(p): name for name, p in self._model.named_parameters()}
         modules = dict(self._model.named_modules())
 

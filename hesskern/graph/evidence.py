@@ -104,33 +104,34 @@ class Evidence:
             flat: nodes of calls whose layer was given rows [R, d], without positions.
         """
         uses = [(name, use) for name, layer in calls.items() for use in layer]
-        samples = len(outputs)
-        first = [ArrangedCall(Arrangement(1, samples, use.rows // samples)) for _, use in uses]
+        samples = outputs.shape[0]
         nodes, windows = [use.node for _, use in uses], [use.window for _, use in uses]
         # An expert's rows are some of all; so are those of a layer that once had fewer.
         trusted = {use.node for name, use in uses if use.expert or name in self.routed}
         proved = prove(outputs, alive, nodes, windows, trusted)
         living = set(alive)
-        answers, ways = list(first), ["graph"] * len(uses)
+        answers: list[ArrangedCall] = []
+        ways = ["graph"] * len(uses)
         open_calls = []
-        for i, (_, use) in enumerate(uses):
+        for i, (name, use) in enumerate(uses):
             arrangement = proved.arrangements[i]
             if arrangement is not None:
-                name, use = uses[i]
                 # A head on one token of each sample is no expert: what it gives stays where it is.
                 several = use.node in proved.selected and arrangement.positions > 1
                 chosen = several or use.node in proved.placed
                 if isinstance(arrangement, RoutedRows) or chosen:
                     self.routed.add(name)
                 routed = use.expert or name in self.routed
-                answers[i] = ArrangedCall(arrangement, routed=routed)
-            elif use.rows % samples or use.window is not None:
-                answers[i] = ArrangedCall(first[i].arrangement, _UNPROVED)
+                answers.append(ArrangedCall(arrangement, routed=routed))
+                continue
+            first = Arrangement(1, samples, use.rows // samples)
+            if use.rows % samples or use.window is not None:
+                answers.append(ArrangedCall(first, _UNPROVED))
             elif use.node not in living:
                 # All its rows are zero.
-                several = first[i].arrangement.positions > 1
-                answers[i] = ArrangedCall(first[i].arrangement, ambiguous=several)
+                answers.append(ArrangedCall(first, ambiguous=first.positions > 1))
             else:
+                answers.append(ArrangedCall(first))
                 open_calls.append(i)
         if open_calls:
             how = "probe"

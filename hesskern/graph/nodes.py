@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +25,12 @@ __all__ = [
 
 def kind(node: Any) -> str:
     """The operation's name: that of the node without "Backward" and the trailing number."""
-    return type(node).__name__.rstrip("0123456789").removesuffix("Backward")
+    return _operation(type(node).__name__)
+
+
+@lru_cache(maxsize=1024)
+def _operation(name: str) -> str:
+    return name.rstrip("0123456789").removesuffix("Backward")
 
 
 def passes_gradients(node: Any) -> bool:
@@ -50,7 +56,7 @@ def output_shape(node: Any, number: int = 0) -> tuple[int, ...] | None:
     metadata = node._input_metadata
     if number >= len(metadata):
         return None
-    return tuple(int(size) for size in metadata[number].shape)
+    return tuple(map(int, metadata[number].shape))
 
 
 def behind(outputs: Tensor) -> list[Any]:

@@ -53,9 +53,9 @@ class Proved:
 
     Attributes:
         arrangements: for every call, or None where operations are not known to keep samples apart.
-        steady: whether what they do to the samples is the same in all batches. A selection by
-            numbers, or a product with an input, may move other rows in the next one; a sum over
-            samples shows where the gates behind it are open.
+        steady: whether what they do to the samples is the same in all batches; looked into where
+            an arrangement is None. A selection by numbers, or a product with an input, may move
+            other rows in the next one; a sum over samples shows where the gates behind it are open.
         selected: calls whose rows are taken from those of a larger tensor.
         placed: calls whose rows become some of those of a larger tensor, along the samples' axis.
     """
@@ -91,7 +91,8 @@ def prove(
     proof = _Proof(outputs, alive, calls, trusted)
     arrangements = proof.arrangements(windows or [None] * len(calls))
     placed = frozenset(node for node in calls if proof.placed.get((node, 0)))
-    return Proved(arrangements, proof.steady(), frozenset(proof.selected), placed)
+    steady = all(one is not None for one in arrangements) or proof.steady()
+    return Proved(arrangements, steady, frozenset(proof.selected), placed)
 
 
 class _Proof:
@@ -124,36 +125,32 @@ class _Proof:
     def _pass_on(self, node: Any) -> None:
         numbers = [n for n in range(len(node._input_metadata)) if (node, n) in self._axes]
         for number in numbers:
-            here = self._axes[node, number]
+            here, shape = self._axes[node, number], output_shape(node, number)
             for operand, (follower, arriving) in enumerate(node.next_functions):
                 if follower not in self._needed:
                     continue
-                there = None
-                key = follower, arriving
-                if here is not None:
-                    there = self._step(node, number, operand, follower, arriving, here)
-                placed = self._is_placed(node, number, operand, key, here)
+                there, placed = None, operand == 1 and kind(node) in PUTS
+                key, source = (follower, arriving), output_shape(follower, arriving)
+                if here is not None and shape is not None and source is not None:
+                    step = Step(
+                        node, operand, shape, source, here, self._samples, self._device, number
+                    )
+                    there = self._step(step)
+                    placed = placed or self._is_placed(step)
                 self.placed[key] = placed and self.placed.get(key, True)
                 if key in self._axes:
-                    there = self._merged(self._axes[key], there, output_shape(follower, arriving))
+                    there = self._merged(self._axes[key], there, source)
                 self._axes[key] = there
 
-    def _is_placed(
-        self, node: Any, number: int, operand: int, key: tuple[Any, int], here: Axis | None
-    ) -> bool:
+    def _is_placed(self, step: Step) -> bool:
         """Whether an operand goes into a larger tensor, here or behind."""
-        name = kind(node)
-        if name in PUTS and operand == 1:
-            return True
-        shape, source = output_shape(node, number), output_shape(*key)
-        if here is None or shape is None or source is None:
-            return False
-        if name == "Cat" and len(shape) == len(source):
+        node, shape, source = step.node, step.shape, step.source
+        if kind(node) == "Cat" and len(shape) == len(source):
             axis = axis_of(node._saved_dim, len(shape))
-            if axis == here.axis and shape[axis] > source[axis]:
+            if axis == step.here.axis and shape[axis] > source[axis]:
                 return True
         # Behind a selection lies the larger tensor.
-        return node not in self._selections and self.placed.get((node, number), False)
+        return node not in self._selections and self.placed.get((node, step.number), False)
 
     def _merged(
         self, one: Axis | None, other: Axis | None, shape: tuple[int, ...] | None
@@ -184,20 +181,14 @@ class _Proof:
         inner = regular(there.owners, self._samples)
         return there if inner is None else Axis(there.axis, inner)
 
-    def _step(
-        self, node: Any, number: int, operand: int, follower: Any, arriving: int, here: Axis
-    ) -> Axis | None:
-        shape, source = output_shape(node, number), output_shape(follower, arriving)
-        if shape is None or source is None:
-            return None
+    def _step(self, step: Step) -> Axis | None:
+        node, source = step.node, step.source
         name = "Alias" if passes_gradients(node) else kind(node)
         rule = RULES.get(name)
         if rule is None:
             return None
         try:
-            there = rule(
-                Step(node, operand, shape, source, here, self._samples, self._device, number)
-            )
+            there = rule(step)
         except (AttributeError, IndexError, TypeError):
             # An operation of this name with other attributes than the rule knows.
             return None

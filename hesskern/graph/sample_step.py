@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class Step:
     number: int = 0
 
     def at(self, axis: int) -> Axis:
-        return replace(self.here, axis=axis)
+        return Axis(axis, self.here.inner, self.here.owners)
 
     @property
     def owners(self) -> Tensor:

@@ -125,21 +125,18 @@ def find_uses(
     Raises:
         RuntimeError: torch's, where an input was overwritten in place after it had been used.
     """
-    order = in_order([*alive[-1:], *filter(has_graph, beside)])
-    position = {node: i for i, node in enumerate(order)}
-    parents: dict[Any, list[tuple[Any, int, int]]] = {}
-    wanted = _descendants(order, position, targets)
-    for node in order:
-        for operand, (follower, number) in enumerate(node.next_functions):
-            if follower in wanted:
-                parents.setdefault(follower, []).append((node, operand, number))
     living = set(alive)
+    # The outputs mostly depend on all results.
+    more = [node for node in beside if node not in living and has_graph(node)]
+    order = in_order([*alive[-1:], *more]) if more else alive
+    there = set(order) if more else living
+    parents = _parents(order, there, targets)
     uses: dict[str, list[WeightUse]] = {}
     others: dict[str, str] = {}
     looked_up: set[str] = set()
     ends: dict[Any, list[int]] = {}
     for name, target in targets.items():
-        found = _Uses(target, parents, position, living, ends).all()
+        found = _Uses(target, parents, there, living, ends).all()
         if found.other:
             others[name] = found.other
         elif found.uses:
@@ -151,22 +148,36 @@ def find_uses(
     return uses, others, looked_up
 
 
-def _descendants(
-    order: list[Any], position: dict[Any, int], targets: dict[str, Target]
-) -> set[Any]:
-    """The weights' nodes, what they are computed from, and all view-like nodes above them."""
-    wanted: set[Any] = set()
-    for target in targets.values():
-        nodes = [edge.node for edge in target.edges if edge.node in position]
-        if target.bias is not None and target.bias.node in position:
-            nodes.append(target.bias.node)
-        wanted.update(in_order(nodes))
+def _parents(
+    order: list[Any], there: set[Any], targets: dict[str, Target]
+) -> dict[Any, list[tuple[Any, int, int]]]:
+    """What takes the weights, what they are computed from, or a view-like node above them.
+
+    Args:
+        order: the graph's nodes, each behind every node that it leads to.
+        there: the same.
+        targets: by name.
+
+    Returns:
+        by node, those that lead to it, with the operand and the number of the node's result.
+    """
+    nodes = [
+        edge.node
+        for target in targets.values()
+        for edge in (*target.edges, target.bias)
+        if edge is not None and edge.node in there
+    ]
+    wanted = set(in_order(nodes))
+    parents: dict[Any, list[tuple[Any, int, int]]] = {}
     for node in order:
-        if node in wanted or not (kind(node) in CHAIN or passes_gradients(node)):
-            continue
-        if any(follower in wanted for follower, _ in node.next_functions):
+        takes = False
+        for operand, (follower, number) in enumerate(node.next_functions):
+            if follower in wanted:
+                parents.setdefault(follower, []).append((node, operand, number))
+                takes = True
+        if takes and (kind(node) in CHAIN or passes_gradients(node)):
             wanted.add(node)
-    return wanted
+    return parents
 
 
 class _Uses:
@@ -176,20 +187,20 @@ class _Uses:
         self,
         target: Target,
         parents: dict[Any, list[tuple[Any, int, int]]],
-        position: dict[Any, int],
+        there: set[Any],
         living: set[Any],
         ends: dict[Any, list[int]],
     ) -> None:
         self._target = target
         self._parents = parents
-        self._position = position
+        self._there = there
         self._living = living
         # Where the groups of rows of grouped products end, read once from the device.
         self._ends = ends
         self._found = _Found()
 
     def all(self) -> _Found:
-        edges = [edge for edge in self._target.edges if edge.node in self._position]
+        edges = [edge for edge in self._target.edges if edge.node in self._there]
         heads = {edge.node for edge in edges}
         below = set(in_order(heads))
         for node in below - heads:

@@ -15,6 +15,7 @@ from hesskern.factors.accumulator import FactorAccumulator
 from hesskern.factors.result import LayerFactors
 from hesskern.operators.damping import Damping, check_damping
 from hesskern.operators.kronecker import KroneckerOperator
+from hesskern.ops import foreach
 from hesskern.optim.layer_gradients import LayerGradient, layer_gradients
 from hesskern.passes.roots import check_fraction
 
@@ -250,8 +251,7 @@ class KFAC:
             for name, product, gradient in zip(layers, products, found, strict=True):
                 rate = self._gradients[name].rate(rates)
                 squared = squared + rate * rate * (product * gradient).sum(dtype=torch.float64)
-            scale = (self.kl_clip / squared).sqrt().clamp(max=1.0)
-            products = [product * scale.to(product) for product in products]
+            foreach.scale_(products, (self.kl_clip / squared).sqrt().clamp(max=1.0))
         for name, product in zip(layers, products, strict=True):
             self._gradients[name].write(product)
 
@@ -346,16 +346,23 @@ def _without_frozen_bias(layer: LayerFactors, gradient: LayerGradient) -> Kronec
 
 
 def _products(inverses: list[KroneckerOperator], gradients: list[Tensor]) -> list[Tensor]:
-    """Every layer's inverse times its gradient [m, d], all of them in one call."""
+    """Every layer's inverse times its gradient [m, d], all in one call, in memory of their own."""
     left, right, matrices, groups = [], [], [], []
     for inverse, gradient in zip(inverses, gradients, strict=True):
+        groups.append(inverse.groups)
+        if inverse.B.dim() == 2:
+            left.append(inverse.A)
+            right.append(inverse.B)
+            matrices.append(gradient)
+            continue
         step = len(inverse.A) // inverse.groups
-        covariances = inverse.B if inverse.B.dim() == 3 else inverse.B.unsqueeze(0)
-        for i, covariance in enumerate(covariances):
+        for i, covariance in enumerate(inverse.B):
             part = slice(i * step, (i + 1) * step)
             left.append(inverse.A[part, part])
             right.append(covariance)
             matrices.append(gradient[part])
-        groups.append(inverse.groups)
     found = iter(ops.grouped_kron_matmul(left, right, matrices))
-    return [torch.cat([next(found) for _ in range(count)]) for count in groups]
+    return [
+        next(found) if count == 1 else torch.cat([next(found) for _ in range(count)])
+        for count in groups
+    ]

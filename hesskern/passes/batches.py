@@ -262,19 +262,17 @@ def _length(data: Iterable[Any]) -> int | None:
 
 def _move(value: Any, device: torch.device) -> Any:
     # To the host without waiting, values would be read before they arrive.
-    return mapped(_usable(value), lambda tensor: sent(tensor, device))
+    return mapped(value, lambda tensor: sent(_usable(tensor), device))
 
 
 def _nearby(value: Any, device: torch.device) -> Any:
     """The value with tensors on the host or on the device."""
-    return mapped(
-        _usable(value), lambda t: t if t.device in (device, torch.device("cpu")) else t.to(device)
-    )
 
+    def near(tensor: Tensor) -> Tensor:
+        tensor = _usable(tensor)
+        return tensor if tensor.device.type == "cpu" else tensor.to(device)
 
-def _usable(value: Any) -> Any:
-    """The value with tensors that hold values and that autograd takes."""
-    return mapped(value, _usable_tensor)
+    return mapped(value, near)
 
 
 def _dense_input(tensor: Tensor) -> Tensor:
@@ -282,7 +280,8 @@ def _dense_input(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _usable_tensor(tensor: Tensor) -> Tensor:
+def _usable(tensor: Tensor) -> Tensor:
+    """The tensor, which must hold values, as one that autograd takes."""
     if tensor.is_meta:
         raise ValueError(
             f"data must hold values, got a tensor {list(tensor.shape)} on the meta device"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -70,7 +70,7 @@ class Capture:
     _before: Mapping[str, Any] = field(default_factory=dict)
     _flat: set[Any] = field(default_factory=set)
     _tried: set[Any] = field(default_factory=set)
-    _edges: dict[int, GradientEdge] = field(default_factory=dict)
+    _leaves: dict[str, Target] = field(default_factory=dict)
 
     def __enter__(self) -> Capture:
         beside = () if self.diagonals is None else self.diagonals.parameters.values()
@@ -85,7 +85,7 @@ class Capture:
 
     def __exit__(self, *error: Any) -> None:
         self._hooks.remove()
-        self._flat, self._edges, self.diagonal_uses = set(), {}, {}
+        self._flat, self._leaves, self.diagonal_uses = set(), {}, {}
         self._frozen.__exit__(*error)
 
     def state(self) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class Capture:
                     "model must not overwrite its own inputs in place after a layer has read them; "
                     "let its forward() work on a copy"
                 ) from error
-            self._hooks.copy = True
+            self._hooks.copy_inputs()
             outputs, cuts = self._run(batch)
             found = self._found(outputs)
         targets, alive, calls, others = found
@@ -176,7 +176,7 @@ class Capture:
         uses = self._fitting(outputs, alive, calls, others, batch.mask)
         if self.diagonals is not None:
             self.diagonal_uses = self.diagonals.uses(outputs, alive, self.evidence, self._flat)
-        if self.examine:
+        if cuts is not None:
             self._examine(outputs, uses, targets, cuts)
         return outputs, uses
 
@@ -184,29 +184,7 @@ class Capture:
         self, outputs: Tensor
     ) -> tuple[dict[str, Target], list[Any], dict[str, list[WeightUse]], dict[str, str]]:
         """The layers' weights, the graph, their linear calls, and what else they act through."""
-        targets = {}
-        for name, spec in self.specs.items():
-            if name in self.unfit:
-                continue
-            leaf = self._frozen.weights.get(name)
-            edges: tuple[GradientEdge, ...]
-            if leaf is not None:
-                edges, shape = (self._leaf_edge(leaf),), tuple(leaf.shape)
-                if spec.expert is not None:
-                    shape = shape[1:]
-            else:
-                edges = tuple(dict.fromkeys(self._hooks.computed.get(name, ())))
-                shape = self._hooks.shapes.get(name, spec.shape)
-            bias = self._frozen.biases.get(name)
-            targets[name] = Target(
-                shape,
-                edges,
-                spec.kind == "conv",
-                spec.transposed,
-                None if bias is None else self._leaf_edge(bias),
-                self.linear_use,
-                spec.expert,
-            )
+        targets = {name: self._target(name) for name in self.specs if name not in self.unfit}
         results, given = self._hooks.results, inputs_by_call(self._hooks.given)
         self._hooks.results, self._hooks.given = [], []
         self._flat = {node for node, x in given.items() if x.dim() == 2}
@@ -218,12 +196,33 @@ class Capture:
             calls = before_autocast(calls, given)
         return targets, alive, calls, others
 
-    def _leaf_edge(self, leaf: Tensor) -> GradientEdge:
-        """Where a parameter's gradient arrives: the same for as long as somebody holds it."""
-        key = id(leaf)
-        if key not in self._edges:
-            self._edges[key] = get_gradient_edge(leaf)
-        return self._edges[key]
+    def _target(self, name: str) -> Target:
+        """A layer's weight in the graph of the last run."""
+        if name in self._leaves:
+            return self._leaves[name]
+        spec, leaf = self.specs[name], self._frozen.weights.get(name)
+        edges: tuple[GradientEdge, ...]
+        if leaf is not None:
+            edges, shape = (get_gradient_edge(leaf),), tuple(leaf.shape)
+            if spec.expert is not None:
+                shape = shape[1:]
+        else:
+            edges = tuple(dict.fromkeys(self._hooks.computed.get(name, ())))
+            shape = self._hooks.shapes.get(name, spec.shape)
+        bias = self._frozen.biases.get(name)
+        target = Target(
+            shape,
+            edges,
+            spec.kind == "conv",
+            spec.transposed,
+            None if bias is None else get_gradient_edge(bias),
+            self.linear_use,
+            spec.expert,
+        )
+        if leaf is not None:
+            # Where a parameter's gradient arrives is the same for as long as somebody holds it.
+            self._leaves[name] = target
+        return target
 
     def _fitting(
         self,
@@ -315,13 +314,12 @@ class Capture:
         outputs, _ = self._run(batch)
         return _values(outputs, self._found(outputs)[2])
 
-    def _run(self, batch: Batch) -> tuple[Tensor, Cuts]:
+    def _run(self, batch: Batch) -> tuple[Tensor, Cuts | None]:
         """Outputs [N, ...], and what the model has taken out of the graph, where that counts."""
         self._hooks.forget()
         self._flat = set()
-        cuts = Cuts()
-        outputs = self._frozen.run(batch.inputs, cuts if self.examine else nullcontext())
-        return outputs, cuts
+        cuts = Cuts() if self.examine else None
+        return self._frozen.run(batch.inputs, cuts), cuts
 
     def backward(
         self,

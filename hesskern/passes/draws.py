@@ -10,6 +10,7 @@ which turns 128 bits of counter into 128 random bits under a key of 64.
 from __future__ import annotations
 
 import sys
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,12 @@ from hesskern.passes.sample_numbers import Numbers
 __all__ = ["Draws", "SampleDraws", "check_seed", "philox", "without_padding"]
 
 _ROUNDS = 10
-# Of the left and the right half of the counter; what the key's words grow by from round to round.
+# Of the left and the right half of the counter.
 _FACTORS = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
-_WEYL = 0x9E3779B9, 0xBB67AE85
+# [10, 2, 1]: by how much the key's words have grown before every round.
+_GROWN = np.arange(_ROUNDS, dtype=np.uint32)[:, None, None] * np.array(
+    [[0x9E3779B9], [0xBB67AE85]], dtype=np.uint32
+)
 
 _LOW = 0 if sys.byteorder == "little" else 1
 _WORD = 2**32
@@ -76,8 +80,7 @@ def philox(counter: _Array, key: tuple[int, int]) -> _Array:
 
 def _round_keys(key: tuple[int, int]) -> _Array:
     """[10, 2, 1] uint32: the key of every round."""
-    rounds = np.arange(_ROUNDS, dtype=np.uint64)[:, None] * np.array(_WEYL, dtype=np.uint64)
-    return ((rounds + np.array(key, dtype=np.uint64)) % _WORD).astype(np.uint32)[..., None]
+    return _GROWN + np.array(key, dtype=np.uint32)[:, None]
 
 
 def _philox(counter: _Array, round_keys: _Array) -> _Array:
@@ -88,15 +91,21 @@ def _philox(counter: _Array, round_keys: _Array) -> _Array:
     # A product's halves lie beside each other in memory; they change places from left to right.
     halves = products.view(np.uint32).reshape(*products.shape, 2)[:, ::-1]
     low, high = halves[..., _LOW], halves[..., 1 - _LOW]
-    for step, keys in enumerate(round_keys):
-        turn = step % 2
-        np.multiply(x, _FACTORS, out=products[turn])
-        x = high[turn] ^ y
+    turns = cycle(zip(products, low, high, strict=True))
+    for keys, (product, lower, upper) in zip(round_keys, turns, strict=False):
+        np.multiply(x, _FACTORS, out=product)
+        x = upper ^ y
         x ^= keys
-        y = low[turn]
+        y = lower
     result = np.empty(counter.shape, dtype=np.uint32)
     result[::2], result[1::2] = x, y
     return result
+
+
+def _in_words(numbers: _Array) -> _Array:
+    """[..., 2] uint32: uint64 numbers [...] as their lower and higher words, in their memory."""
+    words = numbers.view(np.uint32).reshape(*numbers.shape, 2)
+    return words if _LOW == 0 else words[..., ::-1]
 
 
 class Draws:
@@ -167,12 +176,11 @@ class SampleDraws:
             block = np.arange(start, min(start + _TOGETHER, n * each), dtype=np.uint64)
             sample, place = np.divmod(block, np.uint64(each))
             place += np.uint64(first)
-            sample = self._values[sample.astype(np.intp)]
-            counter = np.empty((4, len(block)), dtype=np.uint32)
-            counter[0], counter[1] = place, place >> np.uint64(32)
-            counter[2], counter[3] = sample, sample >> np.uint64(32)
-            words = _philox(counter, self._round_keys).astype(np.uint64)
-            flat[start : start + len(block)] = (words[1::2] << np.uint64(32) | words[::2]).T
+            numbers = np.stack((place, self._values[sample.astype(np.intp)]))
+            # [4, B]: the lower word of each number before the higher one.
+            words = _in_words(numbers).transpose(0, 2, 1).reshape(4, -1)
+            drawn = _philox(words, self._round_keys).reshape(2, 2, -1)
+            _in_words(flat[start : start + len(block)])[...] = drawn.transpose(2, 0, 1)
         bits >>= np.uint64(12)
         # In the middle of their steps: neither 0 nor 1 is among them.
         uniform = (bits.reshape(n, 2 * each).astype(np.float64) + 0.5) * 2.0**-52

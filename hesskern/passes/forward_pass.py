@@ -66,28 +66,31 @@ def frozen_eval(model: nn.Module, trainable: Iterable[Tensor] = ()) -> Iterator[
         ValueError: the model was made under ``torch.inference_mode()``, or is on the meta device.
         NotImplementedError: its parameters are shards.
     """
-    parameters = list(model.parameters())
-    tensors = (*parameters, *model.buffers())
+    modules = list(model.modules())
+    parameters = _each_once(module._parameters for module in modules)
+    tensors = (*parameters, *_each_once(module._buffers for module in modules))
     if any(tensor.is_inference() for tensor in tensors):
         raise ValueError(
             "model must not be made under torch.inference_mode(): autograd cannot run through it"
         )
     if any(tensor.is_meta for tensor in tensors):
         raise ValueError("model must hold values, but it has tensors on the meta device")
-    refuse_sharded(model)
+    refuse_sharded(model, parameters)
     _keep_what_is_freed()
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in modules]
     flags = [(parameter, parameter.requires_grad) for parameter in parameters]
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
-        model.eval()
+        if any(training for _, training in modes):
+            model.eval()
         chosen = list(trainable)
         kept = {id(parameter) for parameter in chosen}
         for parameter, flag in flags:
             if flag and id(parameter) not in kept:
                 parameter.requires_grad_(False)
         for weight in chosen:
-            weight.requires_grad_(True)
+            if not weight.requires_grad:
+                weight.requires_grad_(True)
         torch.backends.mha.set_fastpath_enabled(False)
         # Compiled models run eagerly: hooks and double backward need the plain graph.
         with (
@@ -95,7 +98,7 @@ def frozen_eval(model: nn.Module, trainable: Iterable[Tensor] = ()) -> Iterator[
             torch.enable_grad(),
             torch.compiler.set_stance("force_eager"),
             _plain_checkpoints(),
-            _plain_recurrences(model),
+            _plain_recurrences(modules),
         ):
             yield
     finally:
@@ -108,10 +111,15 @@ def frozen_eval(model: nn.Module, trainable: Iterable[Tensor] = ()) -> Iterator[
                 parameter.requires_grad_(flag)
 
 
+def _each_once(held: Iterable[Mapping[str, Tensor | None]]) -> list[Tensor]:
+    """The tensors that modules hold, by name."""
+    return list({id(t): t for own in held for t in own.values() if t is not None}.values())
+
+
 @contextmanager
-def _plain_recurrences(model: nn.Module) -> Iterator[None]:
-    """Models with recurrent layers run without cuDNN; its other settings stay as they are."""
-    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+def _plain_recurrences(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Recurrent layers run without cuDNN; its other settings stay as they are."""
+    if not any(isinstance(module, nn.RNNBase) for module in modules):
         yield
         return
     cudnn = torch.backends.cudnn
@@ -183,9 +191,16 @@ def model_device(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def refuse_sharded(model: Any) -> None:
-    """Raises NotImplementedError where a parameter is a shard, which other processes complete."""
+def refuse_sharded(model: Any, parameters: Iterable[Tensor] | None = None) -> None:
+    """Raises NotImplementedError where a parameter is a shard, which other processes complete.
+
+    Args:
+        model: whose parameters are looked at.
+        parameters: all of them, where they are known; they are named where one is a shard.
+    """
     if not isinstance(model, nn.Module):
+        return
+    if parameters is not None and not any(hasattr(p, "device_mesh") for p in parameters):
         return
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -81,19 +81,19 @@ class FrozenModel:
     def __exit__(self, *error: Any) -> None:
         self._state.__exit__(*error)
 
-    def run(self, inputs: Any, watched: AbstractContextManager[Any]) -> Tensor:
+    def run(self, inputs: Any, watched: AbstractContextManager[Any] | None = None) -> Tensor:
         """Outputs [N, ...].
 
         Args:
             inputs: of a batch.
-            watched: around the model's own code.
+            watched: around the model's own code, if anything.
         """
         before = random_state(self._device)
         with (
-            torch.autocast(self._device.type, self._narrow, enabled=self.autocast),
+            torch.autocast(self._device.type, self._narrow) if self.autocast else nullcontext(),
             parametrize.cached(),
             noted_hooks(self._note_hook),
-            watched,
+            nullcontext() if watched is None else watched,
         ):
             outputs = self._call(self._model, inputs)
         self.drew = random_state(self._device) != before

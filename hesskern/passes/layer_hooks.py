@@ -44,7 +44,6 @@ class LayerHooks:
         leaves: layers whose weight is a parameter; that of the others is computed from some.
 
     Attributes:
-        copy: whether layers read copies, which no later operation in place overwrites.
         paused: whether calls are not looked at.
         called: layers that have run with gradients.
         without_gradients: layers that have run without.
@@ -58,21 +57,29 @@ class LayerHooks:
         self, modules: Mapping[str, nn.Module], names: Iterable[str], leaves: Collection[str]
     ) -> None:
         self._leaves = leaves
-        self.copy = self.paused = False
+        self.paused = False
         self.called: set[str] = set()
         self.without_gradients: set[str] = set()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.forget()
+        self._modules: list[nn.Module] = []
         self._handles: list[Any] = []
         for name in names:
             module, attribute = weight_of(modules, name)
             if isinstance(module, torch.jit.ScriptModule):
                 # It takes no hooks; its calls are found in the graph.
                 continue
-            self._handles += [
-                module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
-                module.register_forward_hook(self._behind(name, attribute), prepend=True),
-            ]
+            self._modules.append(module)
+            hook = self._behind(name, attribute)
+            self._handles.append(module.register_forward_hook(hook, prepend=True))
+
+    def copy_inputs(self) -> None:
+        """From now on layers read copies, which no later operation in place overwrites."""
+        self._handles += [
+            module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
+            for module in self._modules
+        ]
+        self._modules = []
 
     def remove(self) -> None:
         """Takes the hooks off, and lets go of the last run's graph."""
@@ -86,10 +93,8 @@ class LayerHooks:
         self.results: list[Any] = []
         self.given: list[tuple[Any, Tensor, int]] = []
 
-    def _before(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if not self.copy:
-            return None
-
+    @staticmethod
+    def _before(module: nn.Module, args: Any, kwargs: Any) -> Any:
         def copied(value: Any) -> Any:
             # What is overwritten in place later is then not what the layer has read.
             return value.clone() if isinstance(value, Tensor) else value
@@ -110,14 +115,15 @@ class LayerHooks:
                     self.shapes[name] = tuple(weight.shape)
                     with uncounted():
                         self.computed.setdefault(name, []).append(get_gradient_edge(weight))
-            if not isinstance(z, Tensor) or grad_fn_of(z) is None:
+            node = grad_fn_of(z) if isinstance(z, Tensor) else None
+            if node is None:
                 return None
             plain = calls_itself(module)
             root = _Root.apply(z) if z._is_view() and plain else None  # type: ignore[no-untyped-call]
-            self.results.append(grad_fn_of(z if root is None else root))
+            self.results.append(node if root is None else grad_fn_of(root))
             if plain and args and isinstance(args[0], Tensor):
                 with uncounted():
-                    self.given.append((grad_fn_of(z), args[0], args[0]._version))
+                    self.given.append((node, args[0], args[0]._version))
             return root
 
         return hook

@@ -37,6 +37,7 @@ __all__ = [
 
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 # Of attention.
 _APPENDED = ("bias_k", "bias_v")
 _NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, _InstanceNorm)
@@ -138,12 +139,16 @@ def select_layers(
     known: dict[str, LayerSpec] = {}
     skipped: dict[str, str] = {}
     for name, module in modules.items():
+        holds = any(p is not None for p in own_parameters(module).values())
+        # The weight of a parametrized layer is none of its own.
+        if not holds and not isinstance(module, _LAYERS):
+            continue
         specs, reason = _specify(name, module, bias == "joint")
         known.update((spec.name, spec) for spec in specs)
         owner = name.partition(".parametrizations.")[0]
         if owner != name and owner in known:
             reason = f"makes the weight of {owner!r}, whose block is that of the weight as it acts"
-        if reason is not None and next(module.parameters(recurse=False), None) is not None:
+        if reason is not None and holds:
             skipped[name] = reason
         elif isinstance(module, nn.MultiheadAttention):
             for own in _APPENDED:
@@ -208,9 +213,7 @@ def weight_of(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, s
     """The module that holds a layer's weight, and the attribute's name."""
     module = modules.get(name)
     # A parametrized weight is not asked for: in training mode that may change its buffers.
-    if module is not None and (
-        isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) or "weight" in own_parameters(module)
-    ):
+    if module is not None and (isinstance(module, _LAYERS) or "weight" in own_parameters(module)):
         return module, "weight"
     owner, _, own = name.rpartition(".")
     if owner not in modules:
@@ -416,8 +419,9 @@ def _is_linear(module: nn.Module | None, name: str, skipped: Mapping[str, str]) 
     if isinstance(module, nn.MultiheadAttention):
         # Its projections are named themselves.
         return not any(other != name and other.startswith(f"{name}.") for other in skipped)
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
-    return isinstance(module, kinds) or type(module).__name__ == "Conv1D"
+    return (
+        isinstance(module, (*_LAYERS, nn.MultiheadAttention)) or type(module).__name__ == "Conv1D"
+    )
 
 
 def calls_itself(module: nn.Module) -> bool:
@@ -435,7 +439,7 @@ def _specify(name: str, module: nn.Module, joint: bool) -> tuple[list[LayerSpec]
         return [], "is lazy and not initialized; run one forward pass first"
     if isinstance(module, nn.MultiheadAttention):
         return _attention(name, module, joint)
-    plain = isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))
+    plain = isinstance(module, _LAYERS)
     if plain and type(module).__module__.startswith("torch.ao."):
         return [], f"is a {type(module).__name__}; quantized layers are not supported"
     if plain:

@@ -392,6 +392,10 @@ class _CrossEntropy(Loss):
             )
         if targets.numel():
             classes = outputs.shape[1]
+            if on_host(targets):
+                least, most = targets.aminmax()
+                if int(least) >= 0 and int(most) < classes:
+                    return targets
             # Of uint8 neither ignore_index nor the number of classes need be one.
             labels = targets.long()
             labels = labels.masked_fill(labels == self.ignore_index, 0).flatten()

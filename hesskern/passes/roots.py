@@ -76,7 +76,7 @@ def check_finite(
         return
     # A sum is finite only if every entry is; it may also overflow: a bad one is looked into.
     total = tensor.sum() if total is None else total.sum()
-    if not bool(torch.isfinite(total)):
+    if not math.isfinite(total.item()):
         checks.require(torch.isfinite(tensor).all(), message)
 
 
@@ -239,7 +239,7 @@ class BatchRoots:
         self.examines = capture.examine
         self.masked_gradients: dict[str, Tensor] = {}
         total = self.outputs.sum() if on_host(self.outputs) else None
-        self._finite_outputs = total is not None and bool(torch.isfinite(total))
+        self._finite_outputs = total is not None and math.isfinite(total.item())
         for name, layer in self.uses.items():
             for use in layer:
                 self._check_use(name, use, sums_follow)
@@ -267,8 +267,10 @@ class BatchRoots:
 
     def _check_outputs(self, loss: Loss, total: Tensor | None) -> None:
         """Requires outputs without NaN and Inf, but at masked positions without a label."""
+        if self._finite_outputs:
+            return
         looked_at, batch = self.outputs, self._batch
-        unread = None if self._finite_outputs else loss.unread(self.outputs, self._targets)
+        unread = loss.unread(self.outputs, self._targets)
         mask = batch.mask
         if unread is not None and isinstance(mask, Tensor) and mask.shape == unread.tokens.shape:
             hidden = unread.tokens & (sent(mask, self.outputs.device) == 0)

@@ -6,8 +6,8 @@ Writes gpu_calls.json and gpu_calls.md, anew after every problem. Times are thos
 wall around a call and the wait for its end, medians over rounds in which all contenders of a
 problem take turns. "over" is a contender's time over hesskern's, "unit" the time in units of the
 problem's own (one gradient, or one forward pass). Beside them
-one more call is watched: peak memory above what was held before, kernel launches, and how often the
-host waited. Convolutions use TF32 where torch's defaults say so; "difference" is that of hesskern's
+one more call is watched, if it takes less than a quarter of a second: peak memory above what was
+held before, kernel launches, and how often the host waited. Convolutions use TF32 where torch's defaults say so; "difference" is that of hesskern's
 factors to its own in float64, on few samples, with TF32 forbidden.
 
 MNIST is taken from $HESSKERN_DATA; without it random data of its shape stand in, as is said.
@@ -47,6 +47,8 @@ from hesskern.zoo.models import build
 PAIRS, RESIDUAL, TOLERANCE = 20, 1e-4, 1e-4
 FEW = 64
 STEPS = 20
+# Seconds of a call that is watched; the profiler takes many times as long.
+WATCHED = 0.25
 _LAUNCHES = ("LaunchKernel", "GraphLaunch")
 _WAITS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize")
 
@@ -420,11 +422,15 @@ def measure(problem: Problem, device: torch.device, rounds: int) -> dict[str, An
     for _ in range(rounds):
         for name in times:
             times[name].append(timed(problem.calls[name], device))
-    counts = {name: watched(problem.calls[name], device) for name in times}
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    counts = {
+        name: watched(problem.calls[name], device) if median < WATCHED else {}
+        for name, median in medians.items()
+    }
     return {
         "problem": problem.name,
         "seconds": times,
-        "medians": {name: statistics.median(values) for name, values in times.items()},
+        "medians": medians,
         "counts": counts,
         "notes": {name: note() for name, note in problem.notes.items() if name in times},
         "unit": problem.unit,

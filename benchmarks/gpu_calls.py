@@ -5,10 +5,11 @@
 Writes gpu_calls.json and gpu_calls.md, anew after every problem. Times are those of a clock on the
 wall around a call and the wait for its end, medians over rounds in which all contenders of a
 problem take turns. "over" is a contender's time over hesskern's, "unit" the time in units of the
-problem's own (one gradient, or one forward pass). Beside them
-one more call is watched, if it takes less than a quarter of a second: peak memory above what was
-held before, kernel launches, and how often the host waited. Convolutions use TF32 where torch's defaults say so; "difference" is that of hesskern's
-factors to its own in float64, on few samples, with TF32 forbidden.
+problem's own (one gradient, or one forward pass). Beside them one more call is watched, if it takes
+less than a quarter of a second: peak memory above what was held before, kernel launches, and how
+often the host waited. Convolutions use TF32 where torch's defaults say so; "difference" is that of
+hesskern's factors to its own in float64, on few samples, with TF32 forbidden: rounding, and with
+millions of ReLUs some that are zero in one of them alone.
 
 MNIST is taken from $HESSKERN_DATA; without it random data of its shape stand in, as is said.
 """

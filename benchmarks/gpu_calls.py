@@ -48,6 +48,8 @@ from hesskern.zoo.models import build
 PAIRS, RESIDUAL, TOLERANCE = 20, 1e-4, 1e-4
 FEW = 64
 STEPS = 20
+# Before every call that is timed: threads of other libraries go on looking for work for a while.
+PAUSE = 0.1
 # Seconds of a call that is watched; the profiler takes many times as long.
 WATCHED = 0.25
 _LAUNCHES = ("LaunchKernel", "GraphLaunch")
@@ -422,6 +424,7 @@ def measure(problem: Problem, device: torch.device, rounds: int) -> dict[str, An
             errors[name] = f"{type(error).__name__}: {error}".splitlines()[0]
     for _ in range(rounds):
         for name in times:
+            time.sleep(PAUSE if device.type == "cuda" else 0)
             times[name].append(timed(problem.calls[name], device))
     medians = {name: statistics.median(values) for name, values in times.items()}
     counts = {

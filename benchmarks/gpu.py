@@ -1,12 +1,13 @@
 """Every operator on a GPU against what a user would write in torch.
 
-    python benchmarks/gpu.py --output FOLDER [--device cuda] [--part 1.0]
+    python benchmarks/gpu.py --output FOLDER [--device cuda] [--part 1.0] [--kernels]
 
 Writes gpu.json and gpu.md, anew after every problem. Three times of every contender, medians all:
 "rested", single calls after a pause, in rounds in which all contenders of a problem take turns;
 "busy", the later half of calls without a pause, when a card's power may limit it; "graph", calls
 back to back in a captured graph, without the host's part. "over" is a contender's rested time over
 hesskern's. A contender that fails is named with its error. On a CPU there are rested times alone.
+With --kernels, gpu_kernels.md and .json hold what runs in hesskern's calls, by torch's profiler.
 """
 
 from __future__ import annotations
@@ -325,6 +326,27 @@ def measure(
     return times, errors
 
 
+def kernels_of(name: str, contenders: Contenders, device: torch.device) -> list[list[str]]:
+    """Microseconds and launches of every kernel in one call of hesskern's, the longest first."""
+    call = contenders["hesskern"]
+    call()
+    kind = torch.profiler.ProfilerActivity.CUDA if device.type == "cuda" else None
+    with torch.profiler.profile(activities=[kind or torch.profiler.ProfilerActivity.CPU]) as seen:
+        for _ in range(CALLS):
+            call()
+        if kind:
+            torch.cuda.synchronize()
+    found = [
+        (e.self_device_time_total if kind else e.self_cpu_time_total, e.count, e.key)
+        for e in seen.key_averages()
+    ]
+    return [
+        [name, key[:120].replace("|", "/"), f"{time / CALLS:.1f}", f"{count / CALLS:g}"]
+        for time, count, key in sorted(found, reverse=True)
+        if time > 0
+    ]
+
+
 def _milliseconds(seconds: float | None) -> str:
     return "–" if seconds is None else f"{seconds * 1e3:.3f}"
 
@@ -343,10 +365,12 @@ def rows_of(name: str, times: dict[str, Times], errors: dict[str, str]) -> list[
 
 def main() -> None:
     parser = parser_of(__doc__, rounds=2)
+    parser.add_argument("--kernels", action="store_true", help="shows what runs in the calls")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     headings = ["problem", "contender", "rested, ms", "busy, ms", "graph, ms", "over"]
     table = Table(arguments, "gpu", headings)
+    kernels = Table(arguments, "gpu_kernels", ["problem", "kernel", "us", "launches"])
     for name, contenders in Problems(device, arguments.part):
         times, errors = measure(contenders, device, arguments.rounds)
         result = {
@@ -356,6 +380,9 @@ def main() -> None:
             "errors": errors,
         }
         table.add(result, rows_of(name, times, errors))
+        if arguments.kernels and "hesskern" in times:
+            rows = kernels_of(name, contenders, device)
+            kernels.add({"problem": name, "kernels": rows}, rows)
 
 
 if __name__ == "__main__":

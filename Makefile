@@ -44,9 +44,11 @@ COUNT ?= 1000
 SEED ?= 0
 JOBS ?= 1
 
+# DEVICE=cuda: what is said on a GPU against what is said on the CPU.
 fuzz: $(VENV)/built ## random models against torch's own derivatives: COUNT=1000 SEED=0 JOBS=1 THOROUGH=1
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m fuzz \
-		--count $(COUNT) --seed $(SEED) --jobs $(JOBS) $(if $(THOROUGH),--thorough)
+		--count $(COUNT) --seed $(SEED) --jobs $(JOBS) $(if $(THOROUGH),--thorough) \
+		$(if $(DEVICE),--device $(DEVICE))
 
 kill: COUNT = 200
 kill: $(VENV)/built ## passes killed -9 at random moments, COUNT=200 times each way; SEED=0

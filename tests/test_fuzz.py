@@ -16,6 +16,7 @@ from fuzz.builder import PRODUCTIONS, Builder
 from fuzz.data import Batch
 from fuzz.grammar import REJECTED, Case, draw, steady
 from fuzz.layers import make_linear
+from fuzz.on_device import ANSWERS, judge_on
 from fuzz.reference import Reference
 from fuzz.runner import Statistics, report
 from fuzz.verdict import judge
@@ -295,3 +296,27 @@ def test_statistics_add_up(plain: list[Case]) -> None:
     assert both.models == 2
     assert sum(both.outcomes.values()) == 2 * len(verdict.findings)
     assert "2 models" in both.table()
+
+
+def test_two_devices_are_compared() -> None:
+    """Of one device with itself nothing is found; of what is said otherwise on the second, all."""
+    cpu = torch.device("cpu")
+    cases = [draw(seed) for seed in range(12)]
+    assert not [finding for case in cases for finding in judge_on(cpu, case).bad]
+
+    def off(model: Any, data: Any, loss: Any, **options: Any) -> dict[str, Tensor]:
+        found = ANSWERS["kronecker_factors"](model, data, loss, **options)
+        return {name: 1.5 * tensor for name, tensor in found.items()}
+
+    def refusing(model: Any, data: Any, loss: Any, **options: Any) -> dict[str, Tensor]:
+        raise ValueError("model is of another device")
+
+    def changing(model: Any, data: Any, loss: Any, **options: Any) -> dict[str, Tensor]:
+        model.train(not model.training)
+        return ANSWERS["kronecker_factors"](model, data, loss, **options)
+
+    for answer, outcome in ((off, "WRONG"), (refusing, "CRASH"), (changing, "CHANGED")):
+        told = {**ANSWERS, "kronecker_factors": answer}
+        verdicts = [judge_on(cpu, case, told) for case in cases]
+        found = [{f.outcome for f in v.bad if f.entry == "kronecker_factors"} for v in verdicts]
+        assert sum(outcome in outcomes for outcomes in found) > len(cases) / 2

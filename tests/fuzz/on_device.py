@@ -18,7 +18,7 @@ from fuzz.program import plain_torch
 from fuzz.state import Snapshot
 from fuzz.verdict import Finding, Verdict, thrown
 
-__all__ = ["judge_on"]
+__all__ = ["ANSWERS", "judge_on"]
 
 Numbers = dict[str, Tensor]
 

@@ -16,16 +16,6 @@ import hesskern as hk
 Data = list[tuple[Any, ...]]
 
 
-def moved(value: Any, device: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple | list):
-        return type(value)(moved(v, device) for v in value)
-    if isinstance(value, dict):
-        return {key: moved(v, device) for key, v in value.items()}
-    return value
-
-
 def same(
     found: Any, expected: Any, device: str, where: str = "result", *, tolerance: float = 1e-9
 ) -> None:

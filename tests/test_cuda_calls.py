@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from device_calls import CALLS, DENSE, NETWORKS, OPERATORS, batches, moved, same
-from devices import needs_cuda
+from device_calls import CALLS, DENSE, NETWORKS, OPERATORS, batches, same
+from devices import moved, needs_cuda
 from fuzz.grammar import draw
 from fuzz.on_device import judge_on
 from networks import CE, seeded

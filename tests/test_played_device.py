@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from device_calls import CALLS, DENSE, NETWORKS, OPERATORS, Data, moved, same
+from device_calls import CALLS, DENSE, NETWORKS, OPERATORS, Data, same
+from devices import moved
 from played_device import generators, played
 from torch import nn
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from devices import moved
 from torch import Tensor, nn
 
 import hesskern as hk
@@ -71,17 +72,6 @@ ANSWERS: dict[str, Callable[..., Numbers]] = {
     "ekfac": _ekfac,
     "input_covariances": _covariances,
 }
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """Tensors in tuples, lists and dicts, on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, tuple | list):
-        return type(value)(moved(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: moved(item, device) for key, item in value.items()}
-    return value
 
 
 def judge_on(

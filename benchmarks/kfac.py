@@ -1,6 +1,6 @@
 """Steps and time to a training loss: hk.optim.KFAC before SGD; SGD; Adam; all tuned.
 
-    HESSKERN_DATA=DIR python benchmarks/kfac.py [--problem autoencoder] [--json FILE]
+    HESSKERN_DATA=DIR python benchmarks/kfac.py [--problem NAME] [--optimizer NAME] [--json FILE]
 
 Two problems on MNIST: an autoencoder as that of Martens & Grosse 2015 (section 13), narrower by
 default (--full for theirs), and LeNet5. Every optimizer has a grid; the setting that reaches the
@@ -301,6 +301,7 @@ def one_step(threads: int, rounds: int = 60) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problem", action="append", choices=["autoencoder", "lenet5"])
+    parser.add_argument("--optimizer", action="append", choices=["KFAC + SGD", "Adam", "SGD"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=20_000, help="training images used")
     parser.add_argument("--steps", type=int, help="at most, instead of the problem's own")
@@ -327,6 +328,8 @@ def main() -> None:
         labels = data.targets
         print(name, flush=True)
         for optimizer in problem.grids:
+            if given.optimizer and optimizer not in given.optimizer:
+                continue
             setting, first = tuned(problem, optimizer, images, labels)
             runs = [] if first is None else [first]
             for seed in range(len(runs), given.seeds):

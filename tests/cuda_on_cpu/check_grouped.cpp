@@ -402,6 +402,10 @@ void check_pack_along_k(bool few) {
   }
   // More than one launch takes.
   pack(std::vector<PackCase>(150, {3, 9}));
+  // So many rows that a block takes several shares of them: of blocks, warps and neighbours.
+  multiprocessor_count_is(1);
+  pack({{37, 1100}, {75, 60}, {5, 1030, Lies::kAlongK, true}, {70, 130, Lies::kAcrossK}});
+  multiprocessor_count_is(132);
 }
 
 void check_grouped_products(bool few) {

@@ -39,9 +39,8 @@ jobs=()
 "$python" -c 'import xdist' 2>/dev/null && jobs=(-p xdist -n 8)
 
 architecture=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())') || exit 1
-built='from pathlib import Path; import hesskern; from hesskern.ops.source_digest import source_digest
-info = hesskern.build_info()
-raise SystemExit(not info["cuda"] or info["sources"] != source_digest(Path("csrc")))'
+# Of other sources it cannot be imported.
+built='import hesskern; raise SystemExit(not hesskern.build_info()["cuda"])'
 "$python" -c "$built" 2>/dev/null ||
   part build 150 env TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$architecture}" HESSKERN_CUDA=1 \
     "$python" setup.py build_ext --inplace || exit 1

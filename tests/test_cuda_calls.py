@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -199,12 +198,12 @@ def test_sums_in_other_places(spill: Any) -> None:
         assert_near(layer.input_covariance.cpu(), whole[name].input_covariance.double().cpu())
 
 
-def test_a_group_by_nccl(tmp_path: Path) -> None:
+def test_a_group_by_nccl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one rank, as there may be one GPU: its messages go through NCCL all the same."""
     model, data = narrow("cnn")
     alone = hk.kronecker_factors(model, data, CE)
     corrected = hk.ekfac(model, data, CE, output="empirical")
-    os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
     try:

@@ -85,20 +85,32 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": str(device),
         "default dtype": str(torch.get_default_dtype()),
         "autocast": _autocast(device),
-        "float32 precision": torch.get_float32_matmul_precision(),
+        "float32 precision": matmul_precision(),
         "mkldnn": bool(torch.backends.mkldnn.enabled),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }
     if device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
         found["cuda"] = torch.version.cuda
-        found["cudnn"] = [
-            torch.backends.cudnn.version(),
-            torch.backends.cudnn.benchmark,
-            torch.backends.cudnn.deterministic,
-            torch.backends.cudnn.allow_tf32,
-        ]
+        found["cudnn"] = cudnn_settings()
     return found
+
+
+def matmul_precision() -> str:
+    """Of float32 products; torch has no single word for it where backends were set apart."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        backends: Any = torch.backends
+        own = backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
+        return f"{own[0]} {own[1]}"
+
+
+def cudnn_settings() -> list[Any]:
+    """Its version, switches and precisions; torch gives no single one where they differ."""
+    cudnn: Any = torch.backends.cudnn
+    precisions = [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision]
+    return [cudnn.version(), cudnn.benchmark, cudnn.deterministic, *precisions]
 
 
 def _autocast(device: torch.device) -> str | None:

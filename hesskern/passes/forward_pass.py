@@ -118,14 +118,17 @@ def _each_once(held: Iterable[Mapping[str, Tensor | None]]) -> list[Tensor]:
 
 @contextmanager
 def _plain_recurrences(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Recurrent layers run without cuDNN; its other settings stay as they are."""
+    """Models with recurrent layers run without cuDNN."""
     if not any(isinstance(module, nn.RNNBase) for module in modules):
         yield
         return
-    cudnn = torch.backends.cudnn
-    with cudnn.flags(False, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic,
-                     cudnn.allow_tf32):  # fmt: skip
+    # Not cudnn.flags(), which asks for and sets precisions that need not be of one word.
+    enabled = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
         yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 @contextmanager

@@ -346,3 +346,17 @@ def test_the_model_is_handed_back_as_it_came(path: Path) -> None:
     assert net.training
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_precisions_that_were_set_by_backend_and_operation() -> None:
+    """torch refuses to name a single one; a checkpoint tells all of them apart."""
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
+    plain = facts.cudnn_settings(), facts.matmul_precision()
+    try:
+        conv.fp32_precision, matmul.fp32_precision = "ieee", "tf32"
+        assert facts.cudnn_settings() != plain[0]
+        assert facts.matmul_precision() != plain[1]
+    finally:
+        conv.fp32_precision, matmul.fp32_precision = before
+    assert (facts.cudnn_settings(), facts.matmul_precision()) == plain

@@ -108,7 +108,8 @@ class _Part:
 
 def _part(seeds: range, thorough: bool = False, device: str = "cpu") -> _Part:
     torch.set_num_threads(1)
-    torch.backends.cudnn.allow_tf32 = False
+    if device != "cpu":
+        torch.backends.cudnn.allow_tf32 = False
     statistics, failed = Statistics(), []
     for seed in seeds:
         case = draw(seed)

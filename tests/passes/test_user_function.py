@@ -233,3 +233,31 @@ def test_values_taken_out_of_the_graph_make_nothing_exact(name: str) -> None:
     take = TAKEN_OUT[name]
     model = seeded(Net(lambda m, x: m.b(take(m.a(x))), a=nn.Linear(4, 5), b=nn.Linear(5, 3)))
     assert not quietly(hk.layer_hessians, model, batches(5), CE)["a"].is_exact
+
+
+class Recurrent(nn.Module):
+    """Notes at every run whether cuDNN may be used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 3)
+        self.seen: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(torch.backends.cudnn.enabled)
+        return self.head(self.recurrent(x)[0][:, -1])
+
+
+def test_recurrences_without_cudnn() -> None:
+    """Whatever precisions the user has chosen, which cuDNN keeps by operation; all come back."""
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    try:
+        model, x = Recurrent().eval(), torch.randn(5, 2, 3)
+        hk.kronecker_factors(model, [(x, torch.arange(5) % 3)], nn.CrossEntropyLoss())
+        assert model.seen
+        assert not any(model.seen)
+        assert torch.backends.cudnn.enabled
+        assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
